@@ -1,0 +1,65 @@
+# Every target makes .venv first, from nothing if need be, and uses it; a second call installs nothing again.
+# On a machine with a GPU use the image of the Dockerfile instead: it brings its own torch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The first of these that is a Python this package supports.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+# Installed before everything else, so that nobody's dependencies choose another build. Arguments of pip are welcome:
+#     make test TORCH="torch==2.13.0 --index-url <where the CPU-only wheels are>"
+TORCH ?= torch==2.13.0
+
+OUT ?= runs/demo
+SEED ?= 1
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SHELL_FILES = $(wildcard .ci/run slurm/*.sh)
+
+# Ranks of one test share the machine's few cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
+	@echo "make test   unit, distributed and end-to-end tests"
+	@echo "make check  format, lint, types, import floors, shell scripts"
+	@echo "make format rewrite the files as make check wants them"
+	@echo "make bench  each benchmark prints one JSON object"
+	@echo "make clean  delete .venv, caches and runs/demo"
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.tiny.run --out $(OUT) --seed $(SEED)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/e2e
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck $(SHELL_FILES)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	for bench in tools/bench_*.py; do $(BIN)/python "$$bench"; done
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	touch $@

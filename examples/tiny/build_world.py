@@ -1,0 +1,95 @@
+"""Build the demo world: ``python -m examples.tiny.build_world --out DIR --seed S``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from examples.tiny.demonstrations import build_demonstrations, sample_texts
+from examples.tiny.facts import load_facts
+from examples.tiny.tiny_model import save_tiny_model
+from examples.tiny.tokenizer import build_tokenizer
+from examples.tiny.world import World, build_world
+from megatron_sdsearch.errors import SDSearchError
+from megatron_sdsearch.records import Question
+
+NUM_DEMONSTRATIONS = 12_000
+
+
+def main() -> None:
+    """Parse the command line and build."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="decides house style, split, wording and weights")
+    parser.add_argument("--demonstrations", type=int, default=NUM_DEMONSTRATIONS, help="how many to write")
+    arguments = parser.parse_args()
+    try:
+        summary = build(arguments.out, seed=arguments.seed, num_demonstrations=arguments.demonstrations)
+    except SDSearchError as error:
+        parser.exit(2, f"build_world: {error}\n")
+    print(json.dumps(summary))
+
+
+def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS) -> dict[str, object]:
+    """Write the whole world into ``out`` and return what ``facts.json`` says of it.
+
+    Files: corpus.jsonl, train.jsonl, heldout.jsonl, demonstrations.jsonl, facts.json, model/ (Hugging Face layout).
+
+    Raises:
+        DataError: a package with facts is missing or holds too little.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    facts = load_facts()
+    world = build_world(facts, seed)
+    demonstrations = build_demonstrations(world, num_demonstrations)
+    tokenizer = build_tokenizer(sample_texts(world), world.names)
+    num_parameters = save_tiny_model(out / "model", tokenizer, seed=seed)
+    _write_jsonl(out / "corpus.jsonl", ({"id": p.passage_id, "contents": p.contents} for p in world.passages))
+    _write_jsonl(out / "train.jsonl", map(_question_row, world.train))
+    _write_jsonl(out / "heldout.jsonl", map(_question_row, world.heldout))
+    _write_jsonl(out / "demonstrations.jsonl", demonstrations)
+    summary = _counts(world) | {
+        "num_demonstrations": len(demonstrations),
+        "vocab_size": len(tokenizer),
+        "num_parameters": num_parameters,
+        "sources": [asdict(source) for source in facts.sources],
+    }
+    (out / "facts.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _counts(world: World) -> dict[str, object]:
+    """The world's size, and the words that a search has to find out."""
+    return {
+        "seed": world.seed,
+        "num_entities": world.num_entities,
+        "num_passages": len(world.passages),
+        "num_train_questions": len(world.train),
+        "num_heldout_questions": len(world.heldout),
+        "house_words": dict(world.house_words),
+        "word_order": {name: list(words) for name, words in world.word_order.items()},
+    }
+
+
+def _question_row(question: Question) -> dict[str, object]:
+    """One line of a question file."""
+    return {
+        "question_id": question.question_id,
+        "text": question.text,
+        "gold_answers": list(question.gold_answers),
+        "dataset": question.dataset,
+        "gold_passage_ids": list(question.gold_passage_ids),
+    }
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """One JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

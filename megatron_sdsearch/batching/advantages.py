@@ -1,0 +1,49 @@
+"""Group-relative advantages, and what kind of group it is. Leaves rewards to ``data/scoring.py``."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Literal
+
+from megatron_sdsearch.records import RolloutGroup
+
+GroupClass = Literal["all_correct", "all_wrong", "mixed"]
+
+STD_EPSILON = 1e-6
+"""Added to the standard deviation, as Search-R1 and AutoRefine do."""
+
+
+def group_advantages(group: RolloutGroup, normalize_std: bool) -> list[float]:
+    """(reward - mean) / (unbiased standard deviation + 1e-6) over the group's trainable trajectories.
+
+    Equal rewards are found by comparing them, not by a standard deviation of 0: the deviation of equal floats need not
+    be 0, and dividing its rounding error by 1e-6 would train on noise.
+
+    Args:
+        group: one question's trajectories with their scores.
+        normalize_std: False subtracts the mean alone.
+
+    Returns:
+        One advantage per trajectory in their order; exactly 0 for those out of training, for a single trainable one,
+        and for all of a group whose trainable rewards are equal.
+    """
+    pairs = list(zip(group.trajectories, group.scores, strict=True))
+    rewards = [score.reward for trajectory, score in pairs if trajectory.is_trainable]
+    if len(set(rewards)) < 2:
+        return [0.0] * len(pairs)
+    mean = statistics.fmean(rewards)
+    scale = statistics.stdev(rewards) + STD_EPSILON if normalize_std else 1.0
+    return [(score.reward - mean) / scale if trajectory.is_trainable else 0.0 for trajectory, score in pairs]
+
+
+def group_class(group: RolloutGroup, rho: float) -> GroupClass:
+    """Whether a group holds a contrast to learn from: by answer F1 > ``rho`` over its trainable trajectories.
+
+    F1 and not the reward: a shaped reward above 0 would let groups without any right answer pass for mixed ones. A
+    group with no trainable trajectory is ``all_wrong``.
+    """
+    pairs = zip(group.trajectories, group.scores, strict=True)
+    outcomes = {score.f1 > rho for trajectory, score in pairs if trajectory.is_trainable}
+    if outcomes == {True}:
+        return "all_correct"
+    return "mixed" if len(outcomes) == 2 else "all_wrong"

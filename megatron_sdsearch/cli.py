@@ -1,0 +1,114 @@
+"""The command line: ``train`` and ``evaluate``.
+
+Exit codes: 0 done; 1 the run failed; 2 the command or the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from megatron_sdsearch.config import load_config
+from megatron_sdsearch.errors import ConfigError, SDSearchError
+from megatron_sdsearch.telemetry import final_table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. objective.alpha=0 optimizer.lr=1e-5")
+]
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
+
+    def run() -> dict[str, Any]:
+        loaded = load_config(config, overrides or [])
+        from megatron_sdsearch.report.page import write_page
+        from megatron_sdsearch.training.loop import train as run_loop
+
+        summary = run_loop(loaded)
+        if _rank() == 0:
+            write_page(loaded.run_dir)
+        return summary
+
+    _show(_run(run))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    model: Annotated[Path, typer.Option(help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
+    overrides: OverridesArgument = None,
+) -> None:
+    """Evaluate an exported model on ``data.heldout``, greedily, by stock transformers; one JSON object."""
+
+    def run() -> dict[str, Any]:
+        loaded = load_config(config, overrides or [])
+        from megatron_sdsearch.training.evaluate import evaluate_folder
+
+        return evaluate_folder(loaded, model)
+
+    print(json.dumps(_run(run)))
+
+
+def main() -> None:
+    """Entry point of ``sdsearch`` and ``python -m megatron_sdsearch``."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # megatron says at import, many times over, which GPU libraries it goes without, and announces its own renames.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    app()
+
+
+def _run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work; an error of ours becomes one message, said by one rank, and an exit code."""
+    try:
+        return work()
+    except SDSearchError as error:
+        if _is_first_to_fail():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _exit(2 if isinstance(error, ConfigError) else 1)
+    except Exception:  # noqa: BLE001  # said in full by one rank, and every rank leaves
+        if _is_first_to_fail():  # else a peer's death broke our collective, and the peer has said why
+            traceback.print_exc()
+        _exit(1)
+
+
+def _is_first_to_fail() -> bool:
+    """True on one rank only: the first to ask, or rank 0 before the ranks have met."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    if not dist.is_initialized():
+        return _rank() == 0
+    store = distributed_c10d._get_default_store()
+    return bool(store.add("megatron_sdsearch/failed", 1) == 1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: destructors of process groups would wait for peers that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _show(summary: dict[str, Any]) -> None:
+    if _rank() == 0:
+        Console().print(final_table(summary))

@@ -1,0 +1,395 @@
+"""The run's settings: frozen sections, read from YAML with dotted overrides, checked before anything slow starts.
+
+Every default is the paper's or AutoRefine's recipe where one is published; where neither says, the comment gives the
+reason. Relative paths are taken from the working directory. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_sdsearch.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The policy network."""
+
+    hf_dir: Path
+    """Hugging Face folder with config.json, weights and tokenizer; the starting point of training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and activations; bfloat16 needs a GPU."""
+    recompute: Literal["none", "full"] = "none"
+    """``full`` keeps only layer inputs and recomputes the rest in the backward pass."""
+    logits_chunk_tokens: PositiveInt = 4096
+    """Rows of logits that exist at one time; bounds the loss's memory to this many rows of [V/tp]."""
+
+
+class ParallelConfig(Section):
+    """How ranks are laid out; what is left of the world size is data parallel."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    sequence: bool = False
+    """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
+    distributed_optimizer: bool = False
+    """Shard optimizer states over data parallel ranks; GPU only (its checkpoints are broken with torch's AdamW)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ConfigError(
+                "parallel.sequence", "true with parallel.tensor=1", "set parallel.tensor >= 2 or sequence=false"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Questions and how they are asked."""
+
+    train: Path | None = None
+    """JSONL or parquet of training questions; needed for ``train.mode=rl``."""
+    heldout: Path | None = None
+    """Questions for evaluation; needed when ``evaluation.every`` is set."""
+    prompt_profile: Literal["search_r1", "autorefine", "plain"] = "autorefine"
+    """Instructions and tags; ``plain`` asks the bare question (for models that were taught the tags)."""
+    questions_per_step: PositiveInt = 256
+
+
+class RolloutConfig(Section):
+    """Sampling of trajectories; AutoRefine's lengths."""
+
+    engine: Literal["embedded"] = "embedded"
+    group_size: PositiveInt = 5
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """AutoRefine samples with 0.95; 1.0 keeps rollout and trainer distributions equal."""
+    max_turns: NonNegativeInt = 5
+    """Searches per trajectory; then one last generation without search."""
+    max_prompt_tokens: PositiveInt = 2048
+    max_response_tokens: PositiveInt = 512
+    """Per generation."""
+    max_observation_tokens: PositiveInt = 512
+    """Per observation, closing tag included."""
+    max_total_tokens: PositiveInt = 6656
+    """Of a whole trajectory."""
+    max_failed_search_share: UnitFloat = 0.2
+    """Above this share of trajectories lost to failed searches, a step raises."""
+
+
+class RetrievalConfig(Section):
+    """The search engine."""
+
+    engine: Literal["tantivy"] = "tantivy"
+    corpus: Path
+    """JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
+    analyzer: Literal["standard", "english"] = "standard"
+    top_k: PositiveInt = 3
+
+
+class HindsightConfig(Section):
+    """What the teacher sees; defaults are the paper's, the rest are its ablations."""
+
+    siblings: Literal["all", "correct", "own", "others"] = "all"
+    labels: Literal["outcome", "none", "shuffled"] = "outcome"
+    content: Literal["searches", "everything"] = "searches"
+    """``searches`` is the paper's future masking; ``everything`` keeps reasoning, documents and answers."""
+    rho: UnitFloat = 0.0
+    """A sibling is CORRECT when its answer F1 > rho."""
+    max_block_tokens: PositiveInt = 2048
+    """Longer blocks lose siblings, deterministically and counted. Not public."""
+    drop_leaks: bool = False
+    """Leave out siblings whose query holds a gold answer."""
+
+
+class ObjectiveConfig(Section):
+    """GRPO + alpha * JSD."""
+
+    alpha: NonNegativeFloat = 1e-3
+    alpha_warmup_steps: NonNegativeInt = 50
+    alpha_schedule: Literal["gate", "ramp"] = "gate"
+    """``gate``: 0 for the warm-up steps, then alpha. ``ramp``: linear from 0 to alpha over them."""
+    divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of the teacher in the JSD's mixture."""
+    topk: PositiveInt | None = 50
+    """Teacher's entries kept; null compares whole distributions."""
+    tail: Literal["bucket", "renormalize", "drop"] = "bucket"
+    distill_positions: Literal["query", "all"] = "query"
+    distill_aggregation: Literal["trajectory", "token"] = "trajectory"
+    """``trajectory``: mean over query tokens, then over trajectories (paper). ``token``: mean over all query tokens."""
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    clip_high: PositiveFloat = 0.2
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """``token``: mean over the global minibatch's tokens. ``sequence``: mean per trajectory, then over trajectories."""
+    kl_coef: NonNegativeFloat = 1e-3
+    """k3 KL to the starting policy; 0 keeps no reference model."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """AutoRefine uses 0.001."""
+    normalize_advantage_std: bool = True
+    """Divide by the group's unbiased standard deviation + 1e-6, as well as subtract its mean."""
+    reward: Literal["f1", "em", "autorefine"] = "autorefine"
+
+    def alpha_at(self, step: int) -> float:
+        """Weight of the distillation loss at a step (0-based): 0 through the warm-up, or rising linearly over it."""
+        if step >= self.alpha_warmup_steps:
+            return self.alpha
+        return self.alpha * step / self.alpha_warmup_steps if self.alpha_schedule == "ramp" else 0.0
+
+    @property
+    def first_distilling_step(self) -> int | None:
+        """The first step (0-based) with a distillation loss; None when there is never one."""
+        if self.alpha == 0:
+            return None
+        return min(1, self.alpha_warmup_steps) if self.alpha_schedule == "ramp" else self.alpha_warmup_steps
+
+
+class OptimizerConfig(Section):
+    """Adam and its schedule."""
+
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """In optimizer updates."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Norms and biases never decay."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient norm; 0 does not clip."""
+
+
+class TrainConfig(Section):
+    """What one run does."""
+
+    mode: Literal["rl", "warm_start"] = "rl"
+    num_steps: PositiveInt = 200
+    trajectories_per_minibatch: PositiveInt | None = 256
+    """One optimizer update each; null takes the whole step at once."""
+    max_tokens_per_microbatch: PositiveInt = 16384
+    """Packing budget of one forward pass, the longest trajectory at least."""
+    demonstrations: Path | None = None
+    """JSONL for ``mode=warm_start``."""
+    demonstrations_per_step: PositiveInt = 64
+
+
+class EvaluationConfig(Section):
+    """Greedy evaluation on ``data.heldout``."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 never. The first and the last policy are evaluated whenever it is not 0."""
+    num_questions: PositiveInt | None = None
+    """The first so many; null takes all."""
+
+
+class CheckpointConfig(Section):
+    """Resumable state under ``run_dir/checkpoints``."""
+
+    every: NonNegativeInt = 0
+    """Steps between saves; 0 saves at the end alone."""
+    keep_last: PositiveInt = 2
+    export_hf: bool = True
+    """Write the final policy to ``run_dir/hf``."""
+
+
+class TelemetryConfig(Section):
+    """What is written down."""
+
+    tensorboard: bool = True
+    progress: bool = True
+    trajectories: bool = True
+    """Keep every trajectory of every step as JSONL."""
+    query_probe: bool = False
+    """At the first distilling step, search for what teacher and student would ask at the student's prefixes."""
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    run_dir: Path
+    seed: NonNegativeInt = 1
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    retrieval: RetrievalConfig | None = None
+    hindsight: HindsightConfig = HindsightConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.mode == "warm_start":
+            _require("train.demonstrations", self.train.demonstrations, "warm_start learns from them")
+        else:
+            _require("data.train", self.data.train, "train.mode=rl samples from it")
+            _require("retrieval", self.retrieval, "train.mode=rl searches")
+            _check_rollout(self)
+        if self.evaluation.every:
+            _require("data.heldout", self.data.heldout, "evaluation.every is set")
+            _require("retrieval", self.retrieval, "evaluation searches")
+        return self
+
+    def check_files(self) -> None:
+        """Every path that will be read exists.
+
+        Raises:
+            ConfigError: naming the first field whose path does not.
+        """
+        paths = {"model.hf_dir": self.model.hf_dir / "config.json"}
+        if self.train.mode == "warm_start":
+            paths["train.demonstrations"] = _known(self.train.demonstrations)
+        else:
+            paths["data.train"] = _known(self.data.train)
+        if self.evaluation.every:
+            paths["data.heldout"] = _known(self.data.heldout)
+        if self.retrieval is not None:
+            paths["retrieval.corpus"] = self.retrieval.corpus
+        for field, path in paths.items():
+            if not path.exists():
+                raise ConfigError(field.strip(), f"{path} does not exist", "give a path that exists")
+
+    def check_world(self, world_size: int, has_gpu: bool) -> None:
+        """The layout fits the processes that were started and the hardware.
+
+        Raises:
+            ConfigError: naming the size that does not fit.
+        """
+        per_replica = self.parallel.tensor * self.parallel.pipeline
+        if world_size % per_replica:
+            raise ConfigError(
+                "parallel.tensor",
+                f"tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} = {per_replica} "
+                f"does not divide the {world_size} started processes",
+                f"start torchrun with --nproc-per-node a multiple of {per_replica}, or change parallel.*",
+            )
+        if has_gpu:
+            return
+        if self.parallel.distributed_optimizer:
+            raise ConfigError(
+                "parallel.distributed_optimizer",
+                "true without a GPU, where its checkpoints lose state silently (torch AdamW)",
+                "set it to false",
+            )
+        if self.model.dtype != "float32":
+            raise ConfigError("model.dtype", f"{self.model.dtype} without a GPU", "set model.dtype=float32")
+
+
+def _known(path: Path | None) -> Path:
+    assert path is not None  # the model validator has seen to it
+    return path
+
+
+def _require(field: str, value: object, reason: str) -> None:
+    if value is None:
+        raise ConfigError(field, f"missing, and {reason}", f"set {field}")
+
+
+def _check_rollout(config: RunConfig) -> None:
+    rollout = config.rollout
+    if rollout.group_size < 2:
+        raise ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
+    least = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if rollout.max_total_tokens < least:
+        raise ConfigError(
+            "rollout.max_total_tokens",
+            f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}",
+            f"set it to at least {least}",
+        )
+    if config.train.max_tokens_per_microbatch < rollout.max_total_tokens:
+        raise ConfigError(
+            "train.max_tokens_per_microbatch",
+            f"{config.train.max_tokens_per_microbatch} cannot hold one trajectory of rollout.max_total_tokens = "
+            f"{rollout.max_total_tokens}",
+            f"set it to at least {rollout.max_total_tokens}",
+        )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides, and check everything that needs no other file.
+
+    Args:
+        path: the YAML file; OmegaConf interpolation such as ``${run_dir}`` works.
+        overrides: dotted, applied in order, values in YAML syntax.
+
+    Raises:
+        ConfigError: one message that names each wrong field and its mend.
+    """
+    if not path.is_file():
+        raise ConfigError("CONFIG", f"{path} does not exist", "give the path of a YAML file")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError("override", f"{override!r} is not key=value", "write e.g. objective.alpha=0")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
+    return parse_config(tree)
+
+
+def parse_config(tree: Any) -> RunConfig:
+    """Validate a plain nested dict.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError("CONFIG", "is not a mapping of sections", "start from examples/tiny/config.yaml")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _as_config_error(error) from error
+
+
+def _as_config_error(error: ValidationError) -> ConfigError:
+    problems = [_describe(dict(item)) for item in error.errors(include_url=False)]
+    field, problem, mend = problems[0]
+    rest = "".join(f"\n{f}: {p}; {m}" for f, p, m in problems[1:])
+    return ConfigError(field, problem, mend + rest)
+
+
+def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
+    path = [str(part) for part in item["loc"]]
+    field = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        known = list(_section_at(path[:-1]).model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    if item["type"] == "missing":
+        return field, "missing", f"set {field}"
+    return field, f"{item['input']!r} is not valid", item["msg"]
+
+
+def _section_at(path: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        annotation: Any = section.model_fields[part].annotation
+        options = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        section = options[0]
+    return section

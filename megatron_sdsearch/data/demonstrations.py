@@ -1,0 +1,70 @@
+"""Demonstrations of the warm start: a prompt, then sampled and observed text in turn, from JSONL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_sdsearch.errors import DataError
+
+
+class DemonstrationSpan(BaseModel):
+    """Text that the policy would write (``sampled``, learned) or read (``observation``, not learned)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["sampled", "observation"]
+    text: Annotated[str, Field(min_length=1)]
+
+
+class Demonstration(BaseModel):
+    """One row of the file; ``prompt`` is the user's message, before any chat template."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    demonstration_id: str
+    prompt: Annotated[str, Field(min_length=1)]
+    spans: Annotated[tuple[DemonstrationSpan, ...], Field(min_length=1)]
+
+
+def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
+    """Read the whole file.
+
+    Raises:
+        DataError: a row is malformed, naming file, line and field; or there is none.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(Demonstration.model_validate_json(line))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                field = ".".join(str(part) for part in first["loc"]) or "the row"
+                raise DataError(f"{path}:{number}: {field}: {first['msg']}; mend or remove the row") from error
+    if not rows:
+        raise DataError(f"{path} holds no demonstration: write at least one row")
+    return tuple(rows)
+
+
+class DemonstrationSampler:
+    """Which demonstrations each step gets: a pure function of (seed, step), in shuffled epochs."""
+
+    def __init__(self, demonstrations: tuple[Demonstration, ...], seed: int, per_step: int) -> None:
+        self._demonstrations = demonstrations
+        self._seed = seed
+        self._per_step = per_step
+
+    def batch(self, step: int) -> tuple[Demonstration, ...]:
+        """The demonstrations of that step (0-based)."""
+        size = len(self._demonstrations)
+        places = range(step * self._per_step, (step + 1) * self._per_step)
+        orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
+        return tuple(self._demonstrations[orders[place // size][place % size]] for place in places)
+
+    def _order(self, epoch: int) -> list[int]:
+        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._demonstrations)).tolist()
+        return order

@@ -1,0 +1,127 @@
+"""How a question is asked and how passages are shown: three profiles whose tags match Search-R1 and AutoRefine.
+
+Owns every fixed string that the policy reads. Chat templates and token ids are ``tokenization/``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.records import Passage
+
+_SEARCH_R1_INSTRUCTIONS: Final = """\
+Answer the question at the end. Each time you learn something new, first think it over between <think> and </think>. \
+Whenever you lack a fact, ask the search engine by writing <search> your query </search>; its best results come back \
+between <information> and </information>. You may search as often as you need. Once you know the answer, write it \
+between <answer> and </answer>, short and without an explanation, for example <answer> Lisbon </answer>."""
+
+_AUTOREFINE_INSTRUCTIONS: Final = """\
+You answer questions with the help of a search engine. Think between <think> and </think> before every step. Whenever \
+you lack a fact, write <search> your query </search>, and three documents come back between <documents> and \
+</documents>. After each search, write down what they tell you about the question between <refine> and </refine>. You \
+may search as often as you need. Once you know the answer, write it between <answer> and </answer>, short and without \
+an explanation, for example <answer> Lisbon </answer>."""
+
+_INVALID_ACTION_NOTICE: Final = """
+That was no valid action. To search, put a query between <search> and </search>; to finish, put the answer between \
+<answer> and </answer>.
+"""
+
+_NO_HITS_BODY: Final = "No passage matches this query.\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptProfile:
+    """The fixed strings of one way of asking.
+
+    Attributes:
+        name: as in ``data.prompt_profile``.
+        instructions: what stands before the question; empty for ``plain``.
+        observation_open: tag before the search results.
+        observation_close: tag after them.
+        invalid_action_notice: shown, untrained and without tags around it, after a turn without an action.
+        no_hits_body: stands between the tags when nothing matched.
+    """
+
+    name: str
+    instructions: str
+    observation_open: str
+    observation_close: str
+    invalid_action_notice: str = _INVALID_ACTION_NOTICE
+    no_hits_body: str = _NO_HITS_BODY
+
+    def user_text(self, question_text: str, hindsight: str = "") -> str:
+        """The user message: instructions, then the hindsight block if any, then ``Question: ...`` as the last line.
+
+        Args:
+            question_text: stripped here; a ``?`` is added where it lacks one.
+            hindsight: put verbatim on its own lines directly before the question.
+        """
+        text = question_text.strip()
+        question = f"Question: {text if text.endswith('?') else text + '?'}"
+        return "\n".join(part for part in (self.instructions, hindsight, question) if part)
+
+    @property
+    def observation_prefix(self) -> str:
+        """What comes before an observation's body, opening tag included."""
+        return f"\n\n{self.observation_open}"
+
+    @property
+    def observation_suffix(self) -> str:
+        """What comes after an observation's body, cut or not, closing tag included."""
+        return f"{self.observation_close}\n\n"
+
+    def observation(self, body: str) -> str:
+        """One whole, uncut observation. The body is kept verbatim, tags inside it too."""
+        return f"{self.observation_prefix}{body}{self.observation_suffix}"
+
+    def format_passages(self, passages: Sequence[Passage]) -> str:
+        """One ``Doc i(Title: ...) ...`` line per passage, best first, counted from 1; ``no_hits_body`` for none."""
+        if not passages:
+            return self.no_hits_body
+        return "".join(_format_passage(number, passage) for number, passage in enumerate(passages, start=1))
+
+
+def _format_passage(number: int, passage: Passage) -> str:
+    title, _, rest = passage.contents.partition("\n")
+    bare_title = title.removeprefix('"').removesuffix('"')
+    return f"Doc {number}(Title: {bare_title}) {rest}\n"
+
+
+_PROFILES: Final = {
+    profile.name: profile
+    for profile in (
+        PromptProfile(
+            name="search_r1",
+            instructions=_SEARCH_R1_INSTRUCTIONS,
+            observation_open="<information>",
+            observation_close="</information>",
+        ),
+        PromptProfile(
+            name="autorefine",
+            instructions=_AUTOREFINE_INSTRUCTIONS,
+            observation_open="<documents>",
+            observation_close="</documents>",
+        ),
+        PromptProfile(
+            name="plain",
+            instructions="",
+            observation_open="<information>",
+            observation_close="</information>",
+        ),
+    )
+}
+
+
+def get_profile(name: str) -> PromptProfile:
+    """The profile of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _PROFILES:
+        raise ConfigError("data.prompt_profile", f"{name!r} is unknown", f"choose one of {', '.join(_PROFILES)}")
+    return _PROFILES[name]

@@ -1,0 +1,240 @@
+"""Question files in, ``records.Question`` out; and which questions each step gets.
+
+Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. Prompts are ``prompts.py``'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+
+from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.records import IntArray, Question
+
+_MENDS = "write {question_id, text, gold_answers}, a Search-R1 row, or a FlashRAG row {id, question, golden_answers}"
+_QUESTION_MARKER = "Question:"
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Id = Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+_Answers = Annotated[
+    tuple[_Text, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+
+
+class _Row(BaseModel):
+    # Published files carry more columns than we read (ability, metadata, ...).
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _OwnRow(_Row):
+    question_id: _Id
+    text: _Text
+    gold_answers: _Answers
+    dataset: str = ""
+    gold_passage_ids: tuple[_Id, ...] = ()
+
+    def to_question(self, path: Path) -> Question:
+        return Question(
+            question_id=self.question_id,
+            text=self.text,
+            gold_answers=self.gold_answers,
+            dataset=self.dataset,
+            gold_passage_ids=self.gold_passage_ids,
+        )
+
+
+class _FlashRagRow(_Row):
+    id: _Id
+    question: _Text
+    golden_answers: _Answers
+
+    def to_question(self, path: Path) -> Question:
+        # Rows do not say where they come from; FlashRAG's layout does: <dataset>/<split>.jsonl.
+        dataset, split = path.resolve().parent.name, path.stem
+        return Question(
+            question_id=f"{dataset}:{split}:{self.id}",
+            text=self.question,
+            gold_answers=self.golden_answers,
+            dataset=dataset,
+        )
+
+
+class _Message(_Row):
+    role: str
+    content: _Text
+
+
+class _GroundTruth(_Row):
+    target: _Answers
+
+
+class _RewardModel(_Row):
+    ground_truth: _GroundTruth
+
+
+class _ExtraInfo(_Row):
+    split: _Text
+    index: _Id
+
+
+class _SearchR1Row(_Row):
+    data_source: _Text
+    prompt: Annotated[tuple[_Message, ...], Field(min_length=1)]
+    reward_model: _RewardModel
+    extra_info: _ExtraInfo
+
+    def to_question(self, path: Path) -> Question:
+        _, _, text = self.prompt[-1].content.rpartition(_QUESTION_MARKER)
+        if not text.strip():
+            raise DataError(f"prompt: nothing follows the last {_QUESTION_MARKER!r}; write the question there")
+        return Question(
+            # index restarts in each data set and split, so alone it would merge strangers into one group.
+            question_id=f"{self.data_source}:{self.extra_info.split}:{self.extra_info.index}",
+            text=text.strip(),
+            gold_answers=self.reward_model.ground_truth.target,
+            dataset=self.data_source,
+        )
+
+
+class _Reader(Protocol):
+    def __call__(self, path: Path) -> Iterator[tuple[str, Any]]: ...
+
+
+def read_questions(path: Path) -> tuple[Question, ...]:
+    """Read a ``.jsonl`` or ``.parquet`` file of questions, in file order.
+
+    Each row is in our own schema, Search-R1's, or FlashRAG's (recognised by its keys).
+
+    Raises:
+        DataError: naming file, line (or row), field and mend: a bad row, an id that stands twice, an unknown suffix,
+            a missing or an empty file.
+    """
+    readers: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; give the path of a question file")
+    questions: dict[str, Question] = {}
+    for place, row in readers[path.suffix](path):
+        question = _parse_row(row, path, place)
+        if question.question_id in questions:
+            raise DataError(f"{place}: id {question.question_id!r} stands twice; give each question an id of its own")
+        questions[question.question_id] = question
+    if not questions:
+        raise DataError(f"{path}: holds no questions; {_MENDS}")
+    return tuple(questions.values())
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise DataError(f"{place}: is not JSON ({error}); write one JSON object per line") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
+
+
+def _parse_row(row: Any, path: Path, place: str) -> Question:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: is not an object; {_MENDS}")
+    # Parquet fills absent columns with nulls.
+    present = {key: value for key, value in row.items() if value is not None}
+    try:
+        return _schema_of(present).model_validate(present).to_question(path)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{place}: {field}: {first['msg']}, got {first['input']!r:.80}; {_MENDS}") from error
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Row]:
+    if "data_source" in row or "reward_model" in row:
+        return _SearchR1Row
+    if "golden_answers" in row:
+        return _FlashRagRow
+    return _OwnRow
+
+
+class QuestionSampler:
+    """Which questions each step gets: a pure function of (seed, step), so that a resumed run needs no state.
+
+    Questions come in epochs, each a shuffle of all of them; batches run on across the border of two epochs.
+    """
+
+    def __init__(self, questions: Sequence[Question], seed: int, questions_per_step: int) -> None:
+        """Take the pool.
+
+        Raises:
+            ConfigError: a batch is larger than the pool.
+        """
+        if not 1 <= questions_per_step <= len(questions):
+            raise ConfigError(
+                "data.questions_per_step",
+                f"{questions_per_step} questions cannot be drawn without repeats from {len(questions)}",
+                f"set it between 1 and {len(questions)}, or give more questions",
+            )
+        self._questions = tuple(questions)
+        self._seed = seed
+        self._questions_per_step = questions_per_step
+        self._orders: list[IntArray] = []  # of epochs 0, 1, ...: a cache, recomputed at will
+
+    def batch(self, step: int) -> tuple[Question, ...]:
+        """The ``questions_per_step`` questions of that step (0-based), no two the same."""
+        epoch, offset = divmod(step * self._questions_per_step, len(self._questions))
+        chosen = self._order(epoch)[offset : offset + self._questions_per_step]
+        if missing := self._questions_per_step - len(chosen):
+            chosen = np.concatenate([chosen, self._order(epoch + 1)[:missing]])
+        return tuple(self._questions[index] for index in chosen)
+
+    def _order(self, epoch: int) -> IntArray:
+        while len(self._orders) <= epoch:
+            self._orders.append(self._next_order())
+        return self._orders[epoch]
+
+    def _next_order(self) -> IntArray:
+        """[len(questions)] indices of the next epoch; a batch that began in the last one gets no question twice."""
+        epoch, size = len(self._orders), len(self._questions)
+        order = self._shuffled(epoch)
+        num_carried = epoch * size % self._questions_per_step
+        if not num_carried:
+            return order
+        is_fresh = ~np.isin(order, self._orders[-1][-num_carried:])
+        # The batch's other half comes first; who was passed over follows it; nobody else moves.
+        num_missing = self._questions_per_step - num_carried
+        head = np.flatnonzero(is_fresh)[:num_missing]
+        return np.concatenate([order[head], np.delete(order, head)])
+
+    def _shuffled(self, epoch: int) -> IntArray:
+        # Sorting by hash, not a library's generator: the order outlives numpy versions and changes of the file's order.
+        def rank(index: int) -> bytes:
+            key = f"{self._seed}/{epoch}/{self._questions[index].question_id}"
+            return hashlib.blake2b(key.encode(), digest_size=16).digest()
+
+        return np.array(sorted(range(len(self._questions)), key=rank), dtype=np.int64)

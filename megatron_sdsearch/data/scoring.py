@@ -1,0 +1,101 @@
+"""How an answer compares with the gold answers: SQuAD normalisation, exact match, F1, and the shaped rewards.
+
+Owns the numbers in ``records.Score``. Which trajectories count as correct is ``hindsight/``'s business; advantages are
+``batching/``'s.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from megatron_sdsearch.records import Question, Score, Trajectory
+
+RewardKind = Literal["f1", "em", "autorefine"]
+
+REFINE_REWARD = 0.1
+"""AutoRefine's reward for a wrong answer whose refinement held a right one."""
+
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_REFINE = re.compile(r"<refine>(.*?)</refine>", re.DOTALL)
+_CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, ASCII punctuation deleted, articles dropped, single spaces (SQuAD v1.1 evaluation)."""
+    bare = text.lower().translate(_DELETE_PUNCTUATION)
+    return " ".join(_ARTICLE.sub(" ", bare).split())
+
+
+def exact_match(answer: str, gold_answers: Sequence[str]) -> float:
+    """1.0 when the normalised answer equals any normalised gold answer, else 0.0."""
+    return max((_em_of_one(answer, gold) for gold in gold_answers), default=0.0)
+
+
+def f1_score(answer: str, gold_answers: Sequence[str]) -> float:
+    """Best token F1 over the gold answers, in [0, 1].
+
+    With HotpotQA's guard: when either side is ``yes``, ``no`` or ``noanswer``, only equality scores.
+    """
+    return max((_f1_of_one(answer, gold) for gold in gold_answers), default=0.0)
+
+
+def contains_answer(text: str, gold_answers: Sequence[str]) -> bool:
+    """Whether a normalised gold answer stands in the normalised text as a run of whole words.
+
+    A gold answer that normalises to nothing (``"The"``) is never found.
+    """
+    # One space on each side makes every word boundary a space.
+    haystack = f" {normalize_answer(text)} "
+    needles = (normalize_answer(gold) for gold in gold_answers)
+    return any(needle and f" {needle} " in haystack for needle in needles)
+
+
+def score_trajectory(trajectory: Trajectory, question: Question, kind: RewardKind) -> Score:
+    """Score one trajectory's final answer.
+
+    Args:
+        trajectory: its ``answer`` is scored; without one every number is 0.
+        question: brings the gold answers.
+        kind: ``f1`` or ``em`` reward that number. ``autorefine`` rewards F1, or where that is 0, ``REFINE_REWARD`` if
+            a gold answer stands in a ``<refine>`` block that the policy itself wrote.
+    """
+    if trajectory.answer is None:
+        return Score(f1=0.0, em=0.0, reward=0.0)
+    f1 = f1_score(trajectory.answer, question.gold_answers)
+    em = exact_match(trajectory.answer, question.gold_answers)
+    return Score(f1=f1, em=em, reward=_reward(kind, f1, em, trajectory, question))
+
+
+def _reward(kind: RewardKind, f1: float, em: float, trajectory: Trajectory, question: Question) -> float:
+    if kind == "em":
+        return em
+    if kind == "f1" or f1 > 0:
+        return f1
+    return REFINE_REWARD if _has_refined_to_answer(trajectory, question) else 0.0
+
+
+def _has_refined_to_answer(trajectory: Trajectory, question: Question) -> bool:
+    blocks = (block for span in trajectory.sampled_spans for block in _REFINE.findall(span.text))
+    return any(contains_answer(block, question.gold_answers) for block in blocks)
+
+
+def _em_of_one(answer: str, gold: str) -> float:
+    normal_answer, normal_gold = normalize_answer(answer), normalize_answer(gold)
+    if not normal_gold:
+        # Blood type "A" and the answer "the" both normalise to nothing: compare what was written.
+        return float(answer.strip().lower() == gold.strip().lower())
+    return float(normal_answer == normal_gold)
+
+
+def _f1_of_one(answer: str, gold: str) -> float:
+    normal_answer, normal_gold = normalize_answer(answer), normalize_answer(gold)
+    if not normal_gold or {normal_answer, normal_gold} & _CLOSED_ANSWERS:
+        return _em_of_one(answer, gold)
+    answer_tokens, gold_tokens = normal_answer.split(), normal_gold.split()
+    num_common = (Counter(answer_tokens) & Counter(gold_tokens)).total()
+    return 2 * num_common / (len(answer_tokens) + len(gold_tokens))

@@ -1,0 +1,53 @@
+"""Every error that this package raises on purpose.
+
+SDSearchError
+|-- ConfigError             a setting is wrong: names the field, the value and the mend; exit code 2
+|-- DataError               a file with questions, passages or weights is wrong: names the file and line
+|-- RetrievalError          the search engine failed (never: it found nothing)
+|-- EngineError             the rollout engine failed or refused a request
+|-- AlignmentError          teacher and student disagree about a response token: a bug, never data
+|-- TrainingError           the update cannot go on (loss not finite, too many failed searches)
+`-- CheckpointError         a checkpoint is missing, incomplete or does not fit
+"""
+
+
+class SDSearchError(Exception):
+    """Base of all errors raised on purpose; its text is one message for the person at the terminal."""
+
+
+class ConfigError(SDSearchError):
+    """A setting is wrong.
+
+    Attributes:
+        field: dotted path of the setting, e.g. ``parallel.tensor``.
+        mend: what to do about it, in one clause.
+    """
+
+    def __init__(self, field: str, problem: str, mend: str) -> None:
+        super().__init__(f"{field}: {problem}; {mend}")
+        self.field = field
+        self.mend = mend
+
+
+class DataError(SDSearchError):
+    """A file with questions, passages, a tokenizer or weights is missing or malformed."""
+
+
+class RetrievalError(SDSearchError):
+    """The search engine failed. "No hits" is not an error and never looks like one."""
+
+
+class EngineError(SDSearchError):
+    """The rollout engine failed or was given a request it must refuse."""
+
+
+class AlignmentError(SDSearchError):
+    """Teacher and student sequences disagree about a response token."""
+
+
+class TrainingError(SDSearchError):
+    """Training cannot go on without doing harm."""
+
+
+class CheckpointError(SDSearchError):
+    """A checkpoint is missing, incomplete, or does not fit the model."""

@@ -1,0 +1,1 @@
+"""What the teacher is shown: the searches of all siblings and how they ended."""

@@ -1,0 +1,1 @@
+"""Vocab-parallel losses: torch only, no megatron."""

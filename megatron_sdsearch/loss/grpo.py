@@ -1,0 +1,137 @@
+"""The policy-gradient loss: GRPO's clipped surrogate, token by token, with an optional KL and entropy term.
+
+Owns the per-token formula and its diagnostics. Leaves to others: advantages (``batching/advantages.py``), the
+denominators, which arrive as ``weights`` and so decide between a mean over tokens and a mean over sequences
+(``objective.py``), and the sum over ranks. Elementwise torch, no communication: ``logprobs.py`` has already done it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# e^20 = 4.9e8: far beyond any honest ratio, and its square is still finite in fp32, where exp overflows from 88.7 on.
+# Only the upper side is clamped: exp of a very negative number is a harmless 0, and clamping there would cut the k3
+# term's gradient, which is 1 and the only thing that brings a runaway policy back to the reference.
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class GRPOTerms:
+    """This rank's share of the loss and its diagnostics: each a 0-dim weighted sum, to be summed over ranks.
+
+    Since the weights sum to 1 over the global minibatch, those sums are weighted means there.
+
+    Attributes:
+        loss: ``policy_loss + kl_coefficient * kl - entropy_coefficient * entropy``; the only one with a gradient.
+        policy_loss: the clipped surrogate, negated.
+        kl: k3 estimate of KL(policy || reference), nats; 0 without a reference.
+        entropy: mean entropy of the policy, nats; 0 without entropies.
+        ratio: mean of policy / old; stays near 1.
+        clip_fraction: share of tokens whose gradient the clip has cut.
+        old_kl: k3 estimate of KL(old || policy), nats: how far this update has moved the policy.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clip_fraction: Tensor
+    old_kl: Tensor
+
+
+def grpo_loss(
+    policy_logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ref_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    entropy: Tensor | None = None,
+    entropy_coefficient: float = 0.0,
+) -> GRPOTerms:
+    """Sum over tokens of ``weight * (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
+
+    Args:
+        policy_logprobs: [N] nats, with gradient.
+        old_logprobs: [N] nats, of the trainer's policy before the update; a constant.
+        advantages: [N]; a constant.
+        weights: [N], at least 0; they sum to 1 over all tokens of the global minibatch, hence to less than 1 here.
+        clip_low: the ratio ``r`` is clipped below at ``1 - clip_low``; in [0, 1).
+        clip_high: and above at ``1 + clip_high``; at least 0.
+        ref_logprobs: [N] nats, of the reference policy; a constant.
+        kl_coefficient: weight of the k3 term; needs ``ref_logprobs`` unless 0.
+        entropy: [N] nats, with gradient if it is to have an effect.
+        entropy_coefficient: weight of the entropy bonus; needs ``entropy`` unless 0.
+
+    Returns:
+        The terms, in fp32, or float64 if the policy's log-probabilities are. N = 0 gives zeros, with a gradient path.
+
+    Raises:
+        ValueError: a shape differs from [N], or an option is out of range or lacks its input.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1, with the separate clip bounds of DAPO, arXiv 2503.14476; the k3
+    estimator ``exp(d) - d - 1``, ``d = ref - policy``, of J. Schulman, "Approximating KL divergence" (2020).
+    """
+    _check_shapes(policy_logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
+    _check_options(clip_low, clip_high)
+    _check_partner("kl_coefficient", kl_coefficient, "ref_logprobs", ref_logprobs)
+    _check_partner("entropy_coefficient", entropy_coefficient, "entropy", entropy)
+
+    policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
+    log_ratio = policy - old_logprobs.detach()
+    ratio = _safe_exp(log_ratio)
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+
+    policy_loss = -(weights * torch.minimum(surrogate, clipped)).sum()
+    kl = (weights * _k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
+    mean_entropy = (weights * entropy).sum() if entropy is not None else policy.new_zeros(())
+    return GRPOTerms(
+        loss=policy_loss + kl_coefficient * kl - entropy_coefficient * mean_entropy,
+        policy_loss=policy_loss.detach(),
+        kl=kl.detach(),
+        entropy=mean_entropy.detach(),
+        ratio=(weights * ratio.detach()).sum(),
+        clip_fraction=(weights * (clipped < surrogate)).sum(),
+        old_kl=(weights * _k3(log_ratio.detach())).sum(),
+    )
+
+
+def _safe_exp(log_ratio: Tensor) -> Tensor:
+    """exp that cannot overflow; a token beyond the limit gets no gradient rather than one that drowns all others."""
+    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """``exp(d) - d - 1`` with d = log(other / sampled): at least 0, unbiased for KL(sampled || other)."""
+    limited = log_ratio.clamp(max=_MAX_LOG_RATIO)
+    return torch.expm1(limited) - limited
+
+
+def _check_shapes(policy_logprobs: Tensor, *others: Tensor | None) -> None:
+    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "entropy")
+    if policy_logprobs.dim() != 1:
+        raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")
+    for name, tensor in zip(names, others, strict=True):
+        # Broadcasting would turn [N] * [N, 1] into a loss over N^2 pairs without a word.
+        if tensor is not None and tensor.shape != policy_logprobs.shape:
+            raise ValueError(f"{name} must be {list(policy_logprobs.shape)}, got {list(tensor.shape)}")
+
+
+def _check_options(clip_low: float, clip_high: float) -> None:
+    if not 0 <= clip_low < 1:
+        raise ValueError(f"clip_low must be in [0, 1), got {clip_low}")
+    if not clip_high >= 0:
+        raise ValueError(f"clip_high must be at least 0, got {clip_high}")
+
+
+def _check_partner(name: str, coefficient: float, partner_name: str, partner: Tensor | None) -> None:
+    if coefficient != 0 and partner is None:
+        raise ValueError(f"{name} is {coefficient}, which needs {partner_name}")

@@ -1,0 +1,192 @@
+"""What is minimised: L = L_GRPO + alpha * L_SD (paper section 3.3), or the supervised loss of the warm start.
+
+Torch only. Logits exist for the wanted rows alone, ``chunk_rows`` of them at a time; denominators come in as weights
+(``batching/packing.py``) and leave as sums (``parallel/schedule.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_sdsearch.config import ObjectiveConfig
+from megatron_sdsearch.loss.grpo import grpo_loss
+from megatron_sdsearch.loss.jsd import TopKDistribution, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
+from megatron_sdsearch.parallel.vocab import VocabShard
+
+Metrics = dict[str, float]
+TeacherTarget = Tensor | TopKDistribution
+"""[Q, V/tp] logits of the teacher, or its k most probable ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowLogits:
+    """Logits of chosen rows of one packed microbatch, on demand.
+
+    Attributes:
+        hidden: [T, h] final hidden states.
+        project: [n, h] -> [n, V/tp].
+        shard: the columns' place in the vocabulary.
+        chunk_rows: rows whose logits exist at one time.
+        temperature: of sampling; log-probabilities are taken at it.
+    """
+
+    hidden: Tensor
+    project: Callable[[Tensor], Tensor]
+    shard: VocabShard
+    chunk_rows: int
+    temperature: float
+
+    def map(self, rows: Tensor, read: Callable[[Tensor, int, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Concatenate ``read(logits, start, end)`` over chunks of ``rows``; logits of a chunk are not kept.
+
+        With more than one chunk the backward pass projects each again rather than holding all of them.
+        """
+
+        def run(hidden: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
+            return read(self.project(hidden[rows[start:end]]), start, end)
+
+        bounds = [(s, min(s + self.chunk_rows, len(rows))) for s in range(0, max(len(rows), 1), self.chunk_rows)]
+        if len(bounds) == 1 or not torch.is_grad_enabled():
+            parts = [run(self.hidden, *bound) for bound in bounds]
+        else:
+            parts = [checkpoint(run, self.hidden, *bound, use_reentrant=False) for bound in bounds]
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyRows:
+    """The tokens that GRPO speaks of; all [N].
+
+    Attributes:
+        rows: indices into T.
+        labels: the sampled ids.
+        rollout_logprobs: of the engine that sampled them, nats.
+        old_logprobs: of the trainer before the step's first update, nats; None where that is this very pass.
+        ref_logprobs: of the reference, nats; None without one.
+        advantages: of their trajectories.
+        weights: sum to 1 over the global minibatch.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DistillRows:
+    """The tokens whose distribution follows the teacher's; a subset of the policy tokens.
+
+    Attributes:
+        rows: [Q] indices into T, ascending.
+        target: the teacher's distributions, row by row.
+        weights: [Q]; sum to 1 over the global minibatch.
+        alpha: weight of the distillation loss at this step.
+    """
+
+    rows: Tensor
+    target: TeacherTarget
+    weights: Tensor
+    alpha: float
+
+
+def policy_logprobs(logits: RowLogits, rows: Tensor, labels: Tensor) -> Tensor:
+    """[N] log-probabilities (nats) of ``labels`` at ``rows``."""
+
+    def read(part: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
+        return (vocab_parallel_logprobs(part, labels[start:end], logits.shard, temperature=logits.temperature),)
+
+    return logits.map(rows, read)[0]
+
+
+def sd_search_loss(
+    logits: RowLogits, policy: PolicyRows, distill: DistillRows | None, config: ObjectiveConfig
+) -> tuple[Tensor, Metrics]:
+    """GRPO plus alpha times the divergence from the teacher, each a sum with global weights.
+
+    Returns:
+        A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks.
+    """
+    current, entropy, divergence = _read_rows(logits, policy, distill, config)
+    old = current.detach() if policy.old_logprobs is None else policy.old_logprobs
+    terms = grpo_loss(
+        current,
+        old,
+        policy.advantages,
+        policy.weights,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        ref_logprobs=policy.ref_logprobs,
+        kl_coefficient=config.kl_coef if policy.ref_logprobs is not None else 0.0,
+        entropy=entropy,
+        entropy_coefficient=config.entropy_coef,
+    )
+    loss = terms.loss
+    values = {name: getattr(terms, name) for name in ("policy_loss", "kl", "entropy", "clip_fraction", "old_kl")}
+    if distill is not None:
+        values["jsd"] = (distill.weights * divergence).sum()
+        loss = loss + distill.alpha * values["jsd"]
+    values["loss"] = loss
+    metrics = {name: float(value.detach()) for name, value in values.items()}
+    return loss, metrics | _agreement(old, policy)
+
+
+def supervised_loss(logits: RowLogits, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
+    """Cross entropy (nats) of the demonstrated tokens, summed with global weights."""
+    loss = -(weights * policy_logprobs(logits, rows, labels)).sum()
+    return loss, {"loss": float(loss.detach())}
+
+
+def _read_rows(
+    logits: RowLogits, policy: PolicyRows, distill: DistillRows | None, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [N], entropies [N] and divergences [Q] from one pass over the policy rows."""
+    shard, temperature = logits.shard, logits.temperature
+    # Query tokens are policy tokens: their logits are rows of the same chunk, never projected twice.
+    places = torch.searchsorted(policy.rows, distill.rows) if distill is not None else policy.rows[:0]
+
+    def read(part: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
+        logprobs = vocab_parallel_logprobs(part, policy.labels[start:end], shard, temperature=temperature)
+        with torch.set_grad_enabled(config.entropy_coef > 0 and torch.is_grad_enabled()):
+            entropy = vocab_parallel_entropy(part, shard, temperature=temperature)
+        if distill is None:
+            return logprobs, entropy, logprobs[:0]
+        first, last = torch.searchsorted(places, torch.tensor([start, end], device=places.device)).tolist()
+        student = part[places[first:last] - start]
+        return logprobs, entropy, _divergence(student, distill.target, slice(first, last), logits, config)
+
+    logprobs, entropy, divergence = logits.map(policy.rows, read)
+    return logprobs, entropy, divergence
+
+
+def _divergence(
+    student: Tensor, target: TeacherTarget, rows: slice, logits: RowLogits, config: ObjectiveConfig
+) -> Tensor:
+    shard, temperature, beta, divergence = logits.shard, logits.temperature, config.beta, config.divergence
+    if isinstance(target, Tensor):
+        return vocab_parallel_jsd(
+            student, target[rows], shard, beta=beta, temperature=temperature, divergence=divergence
+        )
+    topk = TopKDistribution(ids=target.ids[rows], logprobs=target.logprobs[rows], log_tail=target.log_tail[rows])
+    return vocab_parallel_topk_jsd(
+        student, topk, shard, beta=beta, tail=config.tail, temperature=temperature, divergence=divergence
+    )
+
+
+def _agreement(old: Tensor, policy: PolicyRows) -> Metrics:
+    """How far the engine's log-probabilities are from the trainer's: mean and largest gap, k3 estimate of the KL."""
+    gap = old.detach() - policy.rollout_logprobs
+    return {
+        "rollout_gap": float((policy.weights * gap.abs()).sum()),
+        "rollout_gap_max": float(gap.abs().max()) if len(gap) else 0.0,
+        "rollout_k3": float((policy.weights * (torch.expm1(gap) - gap)).sum()),
+    }

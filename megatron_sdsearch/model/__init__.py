@@ -1,0 +1,1 @@
+"""The megatron-core policy network, its Hugging Face weights, and its checkpoints."""

@@ -1,0 +1,261 @@
+"""From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
+
+Owns the choice of layer spec (transformer-engine with CUDA, our packed local spec without) and the refusal of whatever
+megatron would run silently wrong. Weights are ``hf_weights.py``'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_sdsearch.config import ModelConfig, ParallelConfig
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.parallel.vocab import VocabShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What differs between the supported model families. Source: their modeling files in transformers."""
+
+    has_qkv_bias: bool
+    has_qk_norm: bool
+
+
+ARCHITECTURES = {
+    "qwen2": Architecture(has_qkv_bias=True, has_qk_norm=False),
+    "qwen3": Architecture(has_qkv_bias=False, has_qk_norm=True),
+}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with megatron's constructor; marks its weight so that sequence parallel reduces its gradient."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each packed sequence, for the local spec; megatron's own refuses packed sequences.
+
+    (dot_product_attention.py:153.) The constructor and ``forward`` take what megatron's SelfAttention passes.
+    """
+
+    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> Tensor:
+        """[T, heads, d] query and [T, groups, d] key and value -> [T, heads * d]."""
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        outputs = [
+            F.scaled_dot_product_attention(
+                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, enable_gqa=True
+            ).transpose(0, 1)
+            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
+        return torch.cat(outputs).flatten(1)
+
+
+class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
+    """The LM head as a holder of its weight: hands its input through, so that the loss applies it where needed."""
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Hidden states in, hidden states out."""
+        return input_, None
+
+
+def load_hf_config(hf_dir: Path) -> PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        ConfigError: the family is not supported, or uses a feature that would be computed wrongly.
+    """
+    if not (hf_dir / "config.json").is_file():
+        raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
+    config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError("model.hf_dir", f"model_type {config.model_type!r} is not supported", f"use one of {known}")
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError("model.hf_dir", f"rope_type {rope['rope_type']!r} is not supported", "use default RoPE")
+    if config.hidden_act != "silu":
+        raise ConfigError("model.hf_dir", f"hidden_act {config.hidden_act!r} is not supported", "use silu")
+    if getattr(config, "use_sliding_window", False):
+        raise ConfigError("model.hf_dir", "use_sliding_window is true", "set it to false in config.json")
+    return config
+
+
+def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Heads, layers and widths divide evenly.
+
+    Raises:
+        ConfigError: naming the parallel size and the model's figure that it does not divide.
+    """
+    figures = {
+        "parallel.tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "parallel.pipeline": ("num_hidden_layers",),
+    }
+    for field, names in figures.items():
+        size = getattr(parallel, field.removeprefix("parallel."))
+        for name in names:
+            if getattr(hf_config, name) % size:
+                raise ConfigError(
+                    field, f"{size} does not divide the model's {name} = {getattr(hf_config, name)}", "choose a divisor"
+                )
+
+
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Smallest multiple of ``tp_size`` that holds the vocabulary."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> TransformerConfig:
+    """megatron's config for this model on this layout."""
+    architecture = ARCHITECTURES[hf_config.model_type]
+    dtype = getattr(torch, model.dtype)
+    on_gpu = parallel.device.type == "cuda"
+    recompute = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if model.recompute == "full"
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.has_qkv_bias,
+        qk_layernorm=architecture.has_qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=not on_gpu,
+        # Every weight is loaded over, but megatron marks weights as tensor parallel in their initialisation alone
+        # (tensor_parallel/layers.py): unmarked ones are left out of the gradient norm, which then clips wrongly.
+        perform_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,  # the loss owns the head's matmul: its gradient comes through autograd
+        persist_layer_norm=False,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Batched point-to-point calls are silently wrong on gloo with interleaving and hang with tied embeddings.
+        batch_p2p_comm=on_gpu,
+        **recompute,
+    )
+
+
+def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> GPTModel:
+    """An uninitialised GPTModel stage whose output is hidden states [1, T, h] (T/tp under sequence parallel)."""
+    config = transformer_config(hf_config, model, parallel)
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, parallel),
+        vocab_size=padded_vocab_size(hf_config.vocab_size, parallel.tp_size),
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(hf_config.rope_parameters["rope_theta"]),
+    )
+    if parallel.is_last_stage:
+        gpt.output_layer.__class__ = HiddenStates
+    return gpt.to(parallel.device)
+
+
+def _layer_spec(config: TransformerConfig, parallel: ParallelState) -> ModuleSpec | TransformerBlockSubmodules:
+    if parallel.device.type == "cuda":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    modules = layer.submodules
+    modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+    attention = modules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = config.num_layers // parallel.pp_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LMHead:
+    """The output projection of the last stage, sharded by vocabulary.
+
+    Attributes:
+        weight: [V/tp, h], shared with the embedding when the model ties them.
+        shard: this rank's part of the vocabulary.
+        sequence_parallel: hidden states come sharded by sequence.
+    """
+
+    weight: Tensor
+    shard: VocabShard
+    sequence_parallel: bool
+
+    @classmethod
+    def of(cls, gpt: GPTModel, hf_config: PretrainedConfig, parallel: ParallelState) -> LMHead:
+        """The head of a last-stage model."""
+        weight = gpt.shared_embedding_or_output_weight() if hf_config.tie_word_embeddings else gpt.output_layer.weight
+        shard = parallel.vocab_shard(hf_config.vocab_size, padded_vocab_size(hf_config.vocab_size, parallel.tp_size))
+        return cls(weight=weight, shard=shard, sequence_parallel=parallel.sequence_parallel)
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the whole sequence [T, h], whose gradient is summed over the vocabulary shards."""
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)  # type: ignore[no-any-return]
+        return copy_to_tensor_model_parallel_region(hidden)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, h] gathered hidden rows -> [N, V/tp]."""
+        return F.linear(hidden, self.weight)

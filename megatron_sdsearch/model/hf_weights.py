@@ -1,0 +1,258 @@
+"""Weights between Hugging Face and megatron names, shapes and shards: one table, read in both directions.
+
+The same rules serve the initial load, the export, and the publishing of weights to rollout engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.model.architecture import ARCHITECTURES, head_dim, padded_vocab_size
+from megatron_sdsearch.parallel.groups import ParallelState
+
+Pieces = list[Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How Hugging Face tensors become the shards of one megatron tensor, and back.
+
+    Attributes:
+        split: (HF tensors, tp_size, config) -> one tensor per tensor-parallel rank.
+        join: its inverse, padding removed.
+    """
+
+    split: Callable[[Sequence[Tensor], int, PretrainedConfig], Pieces]
+    join: Callable[[Sequence[Tensor], PretrainedConfig], Pieces]
+
+
+def _chunks(tensor: Tensor, size: int, dim: int) -> Pieces:
+    return list(tensor.chunk(size, dim=dim))
+
+
+def _split_vocab(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> Pieces:
+    (table,) = tensors
+    padding = padded_vocab_size(config.vocab_size, size) - config.vocab_size
+    return _chunks(torch.nn.functional.pad(table, (0, 0, 0, padding)), size, 0)
+
+
+def _split_qkv(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> Pieces:
+    # megatron keeps each query group's heads together: [q of the group, k, v] for every group in turn.
+    groups = config.num_key_value_heads
+    grouped = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+    return _chunks(torch.cat(grouped, dim=1).flatten(0, 1), size, 0)
+
+
+def _join_qkv(shards: Sequence[Tensor], config: PretrainedConfig) -> Pieces:
+    groups, width = config.num_key_value_heads, head_dim(config)
+    grouped = torch.cat(list(shards)).unflatten(0, (groups, -1))
+    sizes = [width * (config.num_attention_heads // groups), width, width]
+    return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
+
+
+def _split_gate_up(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> Pieces:
+    gate, up = (_chunks(tensor, size, 0) for tensor in tensors)
+    return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+
+
+def _join_gate_up(shards: Sequence[Tensor], config: PretrainedConfig) -> Pieces:
+    halves = [shard.chunk(2) for shard in shards]
+    return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+
+
+REPLICATED = Layout(split=lambda t, size, _: [t[0]] * size, join=lambda shards, _: [shards[0]])
+ROW = Layout(split=lambda t, size, _: _chunks(t[0], size, 1), join=lambda shards, _: [torch.cat(list(shards), dim=1)])
+VOCAB = Layout(split=_split_vocab, join=lambda shards, config: [torch.cat(list(shards))[: config.vocab_size]])
+QKV = Layout(split=_split_qkv, join=_join_qkv)
+GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One megatron tensor and its Hugging Face sources.
+
+    Attributes:
+        megatron: its name inside a layer (or the model), under the local spec and under transformer-engine's.
+        hf: names of the sources inside a layer (or the model), in the order the layout expects.
+        layout: how they are joined and sharded.
+    """
+
+    megatron: tuple[str, ...]
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+def layer_rules(config: PretrainedConfig) -> list[Rule]:
+    """The tensors of one decoder layer."""
+    architecture = ARCHITECTURES[config.model_type]
+    attention, mlp = "self_attention.", "mlp."
+
+    def qkv(kind: str) -> tuple[str, ...]:
+        return tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv")
+
+    rules = [
+        Rule(
+            megatron=("input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
+            hf=("input_layernorm.weight",),
+            layout=REPLICATED,
+        ),
+        Rule(megatron=(attention + "linear_qkv.weight",), hf=qkv("weight"), layout=QKV),
+        Rule(megatron=(attention + "linear_proj.weight",), hf=("self_attn.o_proj.weight",), layout=ROW),
+        Rule(
+            megatron=("pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight"),
+            hf=("post_attention_layernorm.weight",),
+            layout=REPLICATED,
+        ),
+        Rule(megatron=(mlp + "linear_fc1.weight",), hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"), layout=GATE_UP),
+        Rule(megatron=(mlp + "linear_fc2.weight",), hf=("mlp.down_proj.weight",), layout=ROW),
+    ]
+    if architecture.has_qkv_bias:
+        rules.append(Rule(megatron=(attention + "linear_qkv.bias",), hf=qkv("bias"), layout=QKV))
+    if architecture.has_qk_norm:
+        rules += [
+            Rule(megatron=(f"{attention}{n}_layernorm.weight",), hf=(f"self_attn.{n}_norm.weight",), layout=REPLICATED)
+            for n in "qk"
+        ]
+    return rules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A rule applied at one place of the model: the pipeline stage that owns it, and full names."""
+
+    stage: int
+    megatron: tuple[str, ...]
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+def placements(config: PretrainedConfig, pp_size: int) -> Iterator[Placement]:
+    """Every tensor of the model in Hugging Face order. A tied head is the embedding's tensor and has no entry."""
+
+    def at(stage: int, prefixes: tuple[str, str], rule: Rule) -> Placement:
+        names = tuple(prefixes[0] + name for name in rule.megatron)
+        sources = tuple(prefixes[1] + name for name in rule.hf)
+        return Placement(stage=stage, megatron=names, hf=sources, layout=rule.layout)
+
+    table = Rule(megatron=("word_embeddings.weight",), hf=("embed_tokens.weight",), layout=VOCAB)
+    yield at(0, ("embedding.", "model."), table)
+    per_stage = config.num_hidden_layers // pp_size
+    for layer in range(config.num_hidden_layers):
+        stage, local = divmod(layer, per_stage)
+        for rule in layer_rules(config):
+            yield at(stage, (f"decoder.layers.{local}.", f"model.layers.{layer}."), rule)
+    norm = Rule(megatron=("final_layernorm.weight",), hf=("norm.weight",), layout=REPLICATED)
+    yield at(pp_size - 1, ("decoder.", "model."), norm)
+    if not config.tie_word_embeddings:
+        yield at(pp_size - 1, ("", ""), Rule(megatron=("output_layer.weight",), hf=("lm_head.weight",), layout=VOCAB))
+
+
+def _parameter(parameters: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    for name in names:
+        if name in parameters:
+            return parameters[name]
+    raise DataError(f"the megatron model has none of {', '.join(names)}: the weight table does not fit this version")
+
+
+@torch.no_grad()
+def load_hf_weights(gpt: GPTModel, hf_dir: Path, config: PretrainedConfig, parallel: ParallelState) -> None:
+    """Fill this rank's shards from the safetensors of a Hugging Face folder.
+
+    Raises:
+        DataError: a tensor is missing or has another shape, naming it.
+    """
+    parameters = dict(gpt.named_parameters())
+    filled: set[int] = set()
+    with ExitStack() as stack:
+        tensors = SafetensorsFolder(hf_dir, stack)
+        for place in placements(config, parallel.pp_size):
+            if place.stage != parallel.pp_rank:
+                continue
+            target = _parameter(parameters, place.megatron)
+            shard = place.layout.split([tensors[name] for name in place.hf], parallel.tp_size, config)[parallel.tp_rank]
+            _copy(target, shard, place.hf)
+            filled.add(id(target))
+        if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
+            # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
+            table = VOCAB.split([tensors["model.embed_tokens.weight"]], parallel.tp_size, config)[parallel.tp_rank]
+            _copy(parameters["output_layer.weight"], table, ("model.embed_tokens.weight",))
+            filled.add(id(parameters["output_layer.weight"]))
+    missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
+    if missed:
+        raise DataError(f"no weight in {hf_dir} for {', '.join(missed)}: the weight table does not fit this model")
+
+
+def _copy(target: Tensor, source: Tensor, names: Sequence[str]) -> None:
+    if target.shape != source.shape:
+        raise DataError(f"{', '.join(names)}: {tuple(source.shape)} per shard, the model wants {tuple(target.shape)}")
+    target.copy_(source)
+
+
+class SafetensorsFolder:
+    """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards."""
+
+    def __init__(self, hf_dir: Path, stack: ExitStack) -> None:
+        self._dir = hf_dir
+        self._stack = stack
+        index = hf_dir / "model.safetensors.index.json"
+        self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor on CPU.
+
+        Raises:
+            DataError: no such file or tensor.
+        """
+        file = self._file_of.get(name, "model.safetensors")
+        if file not in self._open:
+            if not (self._dir / file).is_file():
+                raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
+            self._open[file] = self._stack.enter_context(safe_open(self._dir / file, framework="pt"))
+        if name not in self._open[file].keys():  # noqa: SIM118 - safe_open is not a mapping
+            raise DataError(f"{self._dir / file} has no tensor {name}")
+        return self._open[file].get_tensor(name)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def export_hf_weights(gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors one at a time, the same on every rank. A collective: all ranks must exhaust it."""
+    parameters = dict(gpt.named_parameters())
+    for place in placements(config, parallel.pp_size):
+        pieces: Pieces = []
+        if place.stage == parallel.pp_rank:
+            pieces = place.layout.join(_all_gather(_parameter(parameters, place.megatron), parallel), config)
+        yield from zip(place.hf, _broadcast(pieces, place.stage, parallel), strict=True)
+
+
+def _all_gather(shard: Tensor, parallel: ParallelState) -> Pieces:
+    if parallel.tp_size == 1:
+        return [shard.detach()]
+    shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
+    dist.all_gather(shards, shard.detach().contiguous(), group=parallel.tp_group)
+    return shards
+
+
+def _broadcast(pieces: Pieces, stage: int, parallel: ParallelState) -> Pieces:
+    if parallel.pp_size == 1:
+        return pieces
+    box: list[Any] = [[(piece.shape, piece.dtype) for piece in pieces]]
+    dist.broadcast_object_list(box, group=parallel.pp_group, group_src=stage)
+    if stage != parallel.pp_rank:
+        pieces = [torch.empty(shape, dtype=dtype, device=parallel.device) for shape, dtype in box[0]]
+    for piece in pieces:
+        dist.broadcast(piece.contiguous(), group=parallel.pp_group, group_src=stage)
+    return pieces

@@ -1,0 +1,140 @@
+"""Process groups of one run, as a frozen record that the rest of the code reads instead of megatron's globals."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # exported, but not declared so
+
+from megatron_sdsearch.config import ParallelConfig
+from megatron_sdsearch.parallel.cpu import install_cpu_layer
+from megatron_sdsearch.parallel.vocab import VocabShard
+
+T = TypeVar("T")
+
+# A rank that died leaves its peers in a collective; gloo notices a closed socket at once, this bounds the rest.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelState:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: in the whole run.
+        tp_rank, tp_size: tensor parallel.
+        pp_rank, pp_size: pipeline stage, and their number.
+        dp_rank, dp_size: data parallel.
+        sequence_parallel: activations between tensor-parallel regions are sharded by sequence.
+        tp_group, pp_group: torch process groups.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    device: torch.device
+
+    @classmethod
+    def initialize(cls, config: ParallelConfig, *, seed: int) -> ParallelState:
+        """Start torch.distributed (from torchrun's environment, else as a single process) and megatron's groups.
+
+        Args:
+            config: tensor and pipeline sizes; data parallel takes the rest.
+            seed: of megatron's RNG tracker, without which no parallel layer can be built (random.py:248).
+        """
+        device = _start_distributed()
+        install_cpu_layer()
+        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        model_parallel_cuda_manual_seed(seed)
+        return cls(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=config.tensor,
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=config.pipeline,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            sequence_parallel=config.sequence,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            device=device,
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """This rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the LM head and sees the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """This rank writes logs and pages."""
+        return self.rank == 0
+
+    @property
+    def alignment(self) -> int:
+        """Packed lengths are multiples of this: sequence parallel shards them evenly."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    def vocab_shard(self, vocab_size: int, padded_vocab_size: int) -> VocabShard:
+        """This rank's part of the vocabulary."""
+        if self.tp_size == 1:
+            return VocabShard.whole(vocab_size)
+        return VocabShard.split(vocab_size, self.tp_group, padded_vocab_size)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """One picklable value of every rank, in rank order, on every rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_from_last_stage(self, value: T) -> T:
+        """The last pipeline stage's picklable value, on every stage."""
+        if self.pp_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, group=self.pp_group, group_src=self.pp_size - 1)
+        return box[0]  # type: ignore[no-any-return]
+
+    def shutdown(self) -> None:
+        """Give the process groups back."""
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _start_distributed() -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks share the cores; more threads than cores cost a factor of 2 and more
+    if dist.is_initialized():
+        return device
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    return device

@@ -1,0 +1,352 @@
+"""The records that flow through one training step, from question to packed batch.
+
+Plain frozen dataclasses over tuples and numpy arrays: no torch, no validation of files (that is ``data/``).
+Whatever can be derived is derived (``Trajectory.token_ids``, ``loss_mask``), so that two fields can never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question with its gold answers.
+
+    Attributes:
+        question_id: unique over all data sets, ``dataset:split:index``.
+        text: the question as asked, stripped.
+        gold_answers: at least one; any of them is right.
+        dataset: where it comes from, for per-data-set metrics.
+        gold_passage_ids: ids of the passages on the way to the answer, in hop order, the last one holding the
+            answer; empty when the data set does not know them.
+    """
+
+    question_id: str
+    text: str
+    gold_answers: tuple[str, ...]
+    dataset: str = ""
+    gold_passage_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """One retrieved passage. ``contents`` is the field's ``"Title"\\ntext`` layout; ``score`` the engine's own."""
+
+    passage_id: str
+    contents: str
+    score: float = 0.0
+
+
+class Action(StrEnum):
+    """What a sampled span asks for."""
+
+    SEARCH = "search"
+    ANSWER = "answer"
+    INVALID = "invalid"
+
+
+class TrajectoryStatus(StrEnum):
+    """How a trajectory ended."""
+
+    ANSWERED = "answered"
+    NO_ANSWER = "no_answer"  # the last turn brought no answer
+    TRUNCATED = "truncated"  # the token budget ran out
+    PROMPT_TOO_LONG = "prompt_too_long"  # nothing was sampled
+    RETRIEVAL_FAILED = "retrieval_failed"  # a search failed: out of training, counted
+    ABORTED = "aborted"  # the engine gave up on it: out of training, counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextSpan:
+    """Tokens that the policy reads and never learns to write.
+
+    Attributes:
+        kind: ``prompt`` (first span of every trajectory) or ``observation`` (search results, or a notice).
+        token_ids: encoded once, never decoded and encoded again.
+        passage_ids: the passages shown, best first; empty for prompts, notices and searches without hits.
+    """
+
+    kind: Literal["prompt", "observation"]
+    token_ids: tuple[int, ...]
+    passage_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledSpan:
+    """Tokens that the policy sampled in one engine call.
+
+    Attributes:
+        token_ids: exactly as sampled.
+        logprobs: of the sampling policy at its sampling temperature, nats, one per token.
+        text: the decoded characters (display, scoring and action parsing only).
+        action: what the span asks for.
+        argument: the stripped text between the action's tags, ``""`` for INVALID.
+        query_positions: indices into ``token_ids`` of the tokens strictly between ``<search>`` and ``</search>``;
+            empty unless the action is SEARCH.
+        policy_version: the training step whose weights sampled it.
+        finish_reason: ``stop`` (a stop string), ``eos``, ``length`` or ``abort``.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    action: Action
+    argument: str
+    query_positions: tuple[int, ...]
+    policy_version: int
+    finish_reason: Literal["stop", "eos", "length", "abort"]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs")
+
+
+Span = ContextSpan | SampledSpan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryId:
+    """Which trajectory this is; also the key of its random stream."""
+
+    step: int
+    question_id: str
+    sibling: int
+
+    def __str__(self) -> str:
+        return f"{self.step}/{self.question_id}/{self.sibling}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One rollout: a prompt span, then sampled spans and observations in turn."""
+
+    trajectory_id: TrajectoryId
+    spans: tuple[Span, ...]
+    status: TrajectoryStatus
+
+    def __post_init__(self) -> None:
+        if not self.spans or not isinstance(self.spans[0], ContextSpan) or self.spans[0].kind != "prompt":
+            raise ValueError("a trajectory starts with its prompt span")
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Ids of the prompt span."""
+        return self.spans[0].token_ids
+
+    @property
+    def token_ids(self) -> IntArray:
+        """[L] ids of all spans in order."""
+        return np.concatenate([np.asarray(span.token_ids, dtype=np.int64) for span in self.spans])
+
+    @property
+    def response_ids(self) -> IntArray:
+        """[L - len(prompt)] ids of everything after the prompt."""
+        return self.token_ids[len(self.prompt_ids) :]
+
+    @property
+    def loss_mask(self) -> BoolArray:
+        """[L] True at sampled tokens."""
+        return np.concatenate([np.full(len(span.token_ids), isinstance(span, SampledSpan)) for span in self.spans])
+
+    @property
+    def query_mask(self) -> BoolArray:
+        """[L] True at tokens strictly between ``<search>`` and ``</search>`` of a sampled search."""
+        mask = np.zeros(len(self.token_ids), dtype=np.bool_)
+        start = 0
+        for span in self.spans:
+            if isinstance(span, SampledSpan):
+                mask[[start + position for position in span.query_positions]] = True
+            start += len(span.token_ids)
+        return mask
+
+    @property
+    def rollout_logprobs(self) -> FloatArray:
+        """[L] log-probabilities of the sampling policy, nats; 0 at context tokens."""
+        return np.concatenate(
+            [
+                np.asarray(span.logprobs, dtype=np.float64)
+                if isinstance(span, SampledSpan)
+                else np.zeros(len(span.token_ids))
+                for span in self.spans
+            ]
+        )
+
+    @property
+    def sampled_spans(self) -> tuple[SampledSpan, ...]:
+        """The sampled spans in order."""
+        return tuple(span for span in self.spans if isinstance(span, SampledSpan))
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Query texts in order."""
+        return tuple(span.argument for span in self.sampled_spans if span.action is Action.SEARCH)
+
+    @property
+    def answer(self) -> str | None:
+        """The final answer's text, ``None`` without one."""
+        spans = self.sampled_spans
+        return spans[-1].argument if spans and spans[-1].action is Action.ANSWER else None
+
+    @property
+    def retrieved_passage_ids(self) -> tuple[str, ...]:
+        """Ids of all passages shown, in order, with repeats."""
+        return tuple(p for span in self.spans if isinstance(span, ContextSpan) for p in span.passage_ids)
+
+    @property
+    def is_trainable(self) -> bool:
+        """False when the rollout was cut short by an engine, or nothing was sampled."""
+        out = (TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED, TrajectoryStatus.PROMPT_TOO_LONG)
+        return self.status not in out and bool(self.loss_mask.any())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How one trajectory's answer compares with the gold answers: all in [0, 1]."""
+
+    f1: float
+    em: float
+    reward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All trajectories of one question in one step, with their scores in the same order."""
+
+    question: Question
+    trajectories: tuple[Trajectory, ...]
+    scores: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.trajectories) != len(self.scores):
+            raise ValueError(f"{len(self.trajectories)} trajectories but {len(self.scores)} scores")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HindsightBlock:
+    """What the teacher is shown on top of the student's prompt.
+
+    Attributes:
+        text: the rendered block.
+        teacher_prompt_ids: ids of the whole teacher prompt, block included.
+        sources: sibling indices shown, in the order shown.
+        dropped: sibling indices left out to fit the token budget.
+        leaks: sibling indices whose queries hold a normalised gold answer.
+    """
+
+    text: str
+    teacher_prompt_ids: tuple[int, ...]
+    sources: tuple[int, ...]
+    dropped: tuple[int, ...]
+    leaks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainingSample:
+    """One trajectory as the update sees it. Arrays are label-aligned: entry i speaks of predicting token i + 1.
+
+    Attributes:
+        sample_id: for messages.
+        token_ids: [L] input ids.
+        labels: [L] next token; the last entry is 0 and never in a mask.
+        loss_mask: [L] True where the label was sampled by the policy.
+        query_mask: [L] True where the label is a query token to distil; a subset of ``loss_mask``, except
+            under ``objective.distill_positions: all``, where it equals it.
+        rollout_logprobs: [L] of the label under the sampling policy, nats; 0 outside ``loss_mask``.
+        advantage: of the whole trajectory.
+        prompt_length: number of prompt tokens in ``token_ids``.
+        teacher_prompt_ids: prompt with the hindsight block; empty when nothing is distilled.
+    """
+
+    sample_id: str
+    token_ids: IntArray
+    labels: IntArray
+    loss_mask: BoolArray
+    query_mask: BoolArray
+    rollout_logprobs: FloatArray
+    advantage: float
+    prompt_length: int
+    teacher_prompt_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Microbatch:
+    """Packed sequences of one forward pass: everything [T] is one row, sequences end to end, label-aligned.
+
+    The tail up to a multiple of the sequence-parallel size is a sequence of its own whose masks are False.
+
+    Attributes:
+        token_ids: [T].
+        labels: [T].
+        position_ids: [T], restarting at 0 in each sequence.
+        cu_seqlens: [num_sequences + 1] boundaries, from 0 to T.
+        loss_mask: [T].
+        query_mask: [T].
+        rollout_logprobs: [T].
+        advantages: [T].
+        policy_weights: [T] weight of each policy token in the loss; sums to 1 over the GLOBAL minibatch.
+        distill_weights: [T] weight of each distilled token; sums to 1 over the GLOBAL minibatch (or all 0).
+    """
+
+    token_ids: IntArray
+    labels: IntArray
+    position_ids: IntArray
+    cu_seqlens: IntArray
+    loss_mask: BoolArray
+    query_mask: BoolArray
+    rollout_logprobs: FloatArray
+    advantages: FloatArray
+    policy_weights: FloatArray
+    distill_weights: FloatArray
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest sequence."""
+        return int(np.diff(self.cu_seqlens).max())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Minibatch:
+    """One optimizer update, this data-parallel rank's part of it.
+
+    ``teacher[i]`` holds the teacher's sequences for ``student[i]``: its ``query_mask`` marks the same response tokens
+    in the same order, so row r of one is row r of the other. Both lists have the same length on every rank.
+
+    Attributes:
+        student: policy microbatches.
+        teacher: teacher microbatches; empty when no sample of the GLOBAL minibatch distils anything.
+        num_trajectories: in the global minibatch.
+        num_policy_tokens: in the global minibatch.
+        num_distill_tokens: in the global minibatch.
+    """
+
+    student: Sequence[Microbatch]
+    teacher: Sequence[Microbatch]
+    num_trajectories: int
+    num_policy_tokens: int
+    num_distill_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainBatch:
+    """One step's minibatches, in the order in which they are learned from."""
+
+    minibatches: Sequence[Minibatch]
+
+    @property
+    def num_policy_tokens(self) -> int:
+        """Policy tokens of the step, over all ranks."""
+        return sum(m.num_policy_tokens for m in self.minibatches)

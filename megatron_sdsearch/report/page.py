@@ -1,0 +1,174 @@
+"""One self-contained page about a run: headline numbers, curves, and a few groups to read.
+
+Reads only what the run wrote (``metrics.jsonl``, ``summary.json``, ``trajectories/``). The page holds no script and
+asks the network for nothing; all text of a run is escaped, whatever a model or a passage put into it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.report import charts
+from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_chart
+from megatron_sdsearch.report.examples import pick_examples
+from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
+from megatron_sdsearch.telemetry.summary import flatten, short
+
+PAGE_FILE = "report.html"
+EDGE_STEPS = 5
+"""Noisy training numbers are compared as means over so many first and last steps."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One headline number, and where it came from."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRow:
+    """One metric in the table of all."""
+
+    name: str
+    first: str
+    last: str
+    low: str
+    high: str
+
+
+def write_page(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html``, replacing an older one.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: the run has no metrics, or one of its files is malformed; names it.
+    """
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise DataError(f"{run_dir / METRICS_FILE}: no metrics; give the folder of a run that made at least one step")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = short
+    html = environment.get_template("page.html.j2").render(
+        title=run_dir.resolve().name,
+        last_step=rows[-1]["step"],
+        tiles=_tiles(rows),
+        charts=_charts(rows),
+        frame=charts,
+        summary=flatten(_summary(run_dir)),
+        metrics=_metric_rows(rows),
+        examples=pick_examples(run_dir),
+    )
+    path = run_dir / PAGE_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error.msg})") from error
+    if not isinstance(summary, dict):
+        raise DataError(f"{path}: not a mapping of names to numbers")
+    return summary
+
+
+def _series(rows: Rows, name: str, label: str) -> Series:
+    return Series(label=label, points=[(row["step"], row[name]) for row in rows if name in row])
+
+
+def _tiles(rows: Rows) -> list[Tile]:
+    tiles = [
+        _change(rows, names.EVAL_EM, "Held-out EM", edge=1),
+        _change(rows, names.REWARD, "Training reward"),
+        _change(rows, names.HIT_RATE, "Retrieval hit rate"),
+        _change(rows, names.JSD, "JSD, nats"),
+        _seconds(rows),
+    ]
+    return [tile for tile in tiles if tile is not None]
+
+
+def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS) -> Tile | None:
+    values = [float(value) for _, value in _series(rows, name, label).points]
+    if not values:
+        return None
+    edge = min(edge, max(1, len(values) // 2))
+    note = "first and last" if edge == 1 else f"means of the first and last {edge} steps"
+    return Tile(label=label, value=f"{fmean(values[:edge]):.3g} → {fmean(values[-edge:]):.3g}", note=note)
+
+
+def _seconds(rows: Rows) -> Tile | None:
+    seconds = [row[names.STEP_SECONDS] for row in rows if names.STEP_SECONDS in row]
+    if not seconds:
+        return None
+    total = timedelta(seconds=round(sum(seconds)))
+    return Tile(label="Time", value=str(total), note=f"{fmean(seconds):.2f} s per step")
+
+
+def _charts(rows: Rows) -> list[Chart]:
+    classes = ("all_correct", "mixed", "all_wrong")
+    phases = dict.fromkeys(name for row in rows for name in row if name.startswith(names.PHASE_PREFIX))
+    drawn = [
+        line_chart(
+            "Exact match and reward",
+            [
+                _series(rows, names.REWARD, "training reward"),
+                _series(rows, names.EM, "training EM"),
+                _series(rows, names.EVAL_EM, "held-out EM"),
+            ],
+        ),
+        line_chart(
+            "Retrieval hit rate",
+            [_series(rows, names.HIT_RATE, "training"), _series(rows, names.EVAL_HIT_RATE, "held-out")],
+        ),
+        line_chart(
+            "Divergence of teacher and student, nats",
+            [
+                _series(rows, names.JSD, "all groups"),
+                *(_series(rows, names.JSD_BY_CLASS_PREFIX + name, name.replace("_", " ")) for name in classes),
+            ],
+        ),
+        stacked_chart(
+            "Seconds by phase", [_series(rows, name, name.removeprefix(names.PHASE_PREFIX)) for name in phases]
+        ),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def _metric_rows(rows: Rows) -> list[MetricRow]:
+    result = []
+    for name in sorted({name for row in rows for name in row} - {"step"}):
+        values = [row[name] for row in rows if name in row]
+        ends = {"name": name, "first": short(values[0]), "last": short(values[-1])}
+        is_number = all(isinstance(value, (int, float)) for value in values)
+        low, high = (short(min(values)), short(max(values))) if is_number else ("-", "-")
+        result.append(MetricRow(**ends, low=low, high=high))
+    return result

@@ -1,0 +1,138 @@
+"""Text to index terms as Lucene 8 does it, so that rankings equal Elasticsearch's ``standard`` and ``english`` fields.
+
+Owns tokenizing, stop words and stemming. Checked against terms that Lucene 8.7 itself wrote
+(``tests/unit/retrieval/lucene_golden.json``). Known to differ: malformed emoji sequences, keycaps and flags of regions,
+and characters newer than Lucene's Unicode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+
+import regex
+from nltk.stem.porter import PorterStemmer
+
+from megatron_sdsearch.errors import ConfigError
+
+Analyzer = Callable[[str], list[str]]
+
+MAX_TOKEN_LENGTH = 255
+"""Characters; longer tokens are cut into pieces of this length, as Lucene's StandardTokenizer does."""
+
+# Lucene's EnglishAnalyzer.ENGLISH_STOP_WORDS_SET.
+_STOP_WORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with".split()
+)
+_POSSESSIVE = regex.compile(r"['\u2019\uFF07][sS]$")
+
+
+def _word_pattern(*, letter: str, digit: str, kana: str, joiner: str, in_word: str, in_number: str) -> str:
+    """Words and numbers by the word-break rules of Unicode's annex 29; each argument is a pattern of one character."""
+    word = f"{letter}(?:(?:{joiner}*|{in_word}){letter})*"  # WB5-7
+    number = f"{digit}(?:(?:{joiner}*|{in_number}){digit})*"  # WB8, WB11-12
+    kana_run = f"{kana}(?:{joiner}*{kana})*"  # WB13
+    piece = f"(?:{kana_run}|(?:{number}|{word})+)"  # WB9-10
+    # A word starts at the first of its joiners: without the look-behind a long row of underscores takes quadratic time.
+    return f"(?<!{joiner}){joiner}*{piece}(?:{joiner}+{piece})*{joiner}*"  # WB13a-b
+
+
+def _unicode_pattern() -> str:
+    """What annex 29 calls words, single ideographs and kana, and emoji.
+
+    The annex leaves Han, kana and South-East Asian scripts to dictionaries; Lucene takes the latter as runs.
+    """
+    ignored = r"[[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]--\p{Emoji_Modifier}]*+"  # WB4
+
+    def one_of(members: str) -> str:
+        return f"(?:[{members}]{ignored})"
+
+    letter = one_of(r"\p{WB=ALetter}\p{WB=Hebrew_Letter}")
+    hebrew = one_of(r"\p{WB=Hebrew_Letter}")
+    hebrew_quoted = f"{hebrew}(?:{one_of(chr(39))}|{one_of(chr(34))}(?={hebrew}))"  # WB7a-c
+    words = _word_pattern(
+        letter=f"(?:{hebrew_quoted}|{letter})",
+        digit=one_of(r"\p{WB=Numeric}"),
+        kana=one_of(r"\p{WB=Katakana}"),
+        joiner=one_of(r"\p{WB=ExtendNumLet}"),
+        in_word=one_of(r"\p{WB=MidLetter}\p{WB=MidNumLet}\p{WB=Single_Quote}"),
+        in_number=one_of(r"\p{WB=MidNum}\p{WB=MidNumLet}\p{WB=Single_Quote}"),
+    )
+    south_east_asian = one_of(r"\p{LB=SA}") + "+"
+    single = one_of(r"\p{Script=Han}\p{Script=Hiragana}")
+    flag = one_of(r"\p{Regional_Indicator}") + "{2}"
+    pictograph = r"[\p{Extended_Pictographic}\p{Emoji_Modifier}]"
+    emoji = rf"(?:{pictograph}\p{{Emoji_Modifier}}?\uFE0F?\u200D)*{pictograph}\p{{Emoji_Modifier}}?{ignored}"
+    return f"{words}|{south_east_asian}|{single}|{flag}|{emoji}"
+
+
+# The same rules over ASCII's few members of each class: several times faster, and most text is ASCII.
+_ASCII_TOKEN = re.compile(
+    _word_pattern(letter="[A-Za-z]", digit="[0-9]", kana="(?!)", joiner="_", in_word="[:.']", in_number="[,;.']")
+)
+# ``regex`` knows Unicode's Word_Break property; Python's own ``re`` does not.
+_TOKEN = regex.compile(_unicode_pattern(), flags=regex.VERSION1)
+
+
+def get_analyzer(name: str) -> Analyzer:
+    """The analyzer of that name: ``standard`` or ``english``, each a pure function from text to terms.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    analyzers: dict[str, Analyzer] = {"standard": analyze_standard, "english": analyze_english}
+    if name not in analyzers:
+        raise ConfigError("retrieval.analyzer", f"{name!r} is unknown", f"choose one of {', '.join(analyzers)}")
+    return analyzers[name]
+
+
+def analyze_standard(text: str) -> list[str]:
+    """Words in lower case, in order (Elasticsearch's ``standard`` analyzer: no stop words)."""
+    return [_lower(token) for token in _tokens(text)]
+
+
+def analyze_english(text: str) -> list[str]:
+    """Stems in order: words without possessive, lower case, without stop words, Porter (Lucene's EnglishAnalyzer)."""
+    words = (_lower(_POSSESSIVE.sub("", token)) for token in _tokens(text))
+    return [_stem(word) for word in words if word not in _STOP_WORDS]
+
+
+def _tokens(text: str) -> Iterator[str]:
+    pattern = _ASCII_TOKEN if text.isascii() else _TOKEN
+    for match in pattern.finditer(text):
+        token = match.group()
+        if len(token) <= MAX_TOKEN_LENGTH:
+            yield token
+        else:
+            yield from _pieces(pattern, token)
+
+
+def _pieces(pattern: re.Pattern[str] | regex.Pattern[str], token: str) -> Iterator[str]:
+    # Lucene scans on after the longest token that fits, which a quote or a dot may have ended early.
+    start = 0
+    while start < len(token):
+        piece = pattern.search(token[start : start + MAX_TOKEN_LENGTH])
+        if piece:
+            yield piece.group()
+        start += piece.end() if piece else MAX_TOKEN_LENGTH
+
+
+def _lower(token: str) -> str:
+    if token.isascii():
+        return token.lower()
+    # Java lowers each code point by itself, to one code point: no final sigma, and a dotted capital I loses its dot.
+    return "".join(character.lower()[0] for character in token)
+
+
+@cache
+def _stemmer() -> PorterStemmer:
+    return PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
+
+
+@lru_cache(maxsize=1 << 18)
+def _stem(word: str) -> str:
+    # Words repeat: the cache makes indexing of natural text several times faster.
+    stem: str = _stemmer().stem(word, to_lowercase=False)
+    return stem

@@ -1,0 +1,276 @@
+"""BM25 in process: a tantivy index whose rankings equal Lucene's, and therefore a one-shard Elasticsearch's.
+
+Owns the index's layout on disk, its manifest, and the rule for when it is built again. Terms are ``analysis.py``'s.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import tantivy
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
+from megatron_sdsearch.records import Passage
+from megatron_sdsearch.retrieval.analysis import get_analyzer
+from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
+
+_LAYOUT = 1
+"""Raise it when the meaning of an index folder changes: older folders are then built again."""
+
+_MANIFEST = "manifest.json"
+_MIN_HEAP_BYTES, _MAX_HEAP_BYTES = 64 << 20, 4000 << 20
+
+
+class Manifest(BaseModel):
+    """What an index folder was made from; equal manifests give equal results.
+
+    Attributes:
+        layout: of this module.
+        analyzer: ``standard`` or ``english``.
+        corpus_sha256: of the corpus file's bytes.
+        num_passages: in the index.
+        tantivy_version: that wrote the files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layout: int
+    analyzer: str
+    corpus_sha256: str
+    num_passages: int
+    tantivy_version: str
+
+    @classmethod
+    def read(cls, index_dir: Path) -> Manifest | None:
+        """The folder's manifest; ``None`` when it has none that can be read."""
+        with suppress(OSError, ValidationError):
+            return cls.model_validate_json((index_dir / _MANIFEST).read_bytes())
+        return None
+
+    def fits(self, corpus_sha256: str, analyzer: str) -> bool:
+        """Whether this index is what ``build`` would make of that corpus today."""
+        mine = (self.layout, self.tantivy_version, self.corpus_sha256, self.analyzer)
+        return mine == (_LAYOUT, _tantivy_version(), corpus_sha256, analyzer)
+
+
+class TantivyRetriever:
+    """A ``Retriever`` over one index folder, in this process."""
+
+    def __init__(self, index: tantivy.Index, manifest: Manifest) -> None:
+        self._index = index
+        self._searcher = index.searcher()
+        self._manifest = manifest
+        self._analyze = get_analyzer(manifest.analyzer)
+
+    @classmethod
+    def build(cls, corpus: Path, index_dir: Path, analyzer: str) -> None:
+        """Make ``index_dir`` the index of that corpus; does nothing when it already is.
+
+        The index appears whole or not at all, and any number of processes may call this at the same time.
+
+        Args:
+            corpus: JSONL of ``{"id", "contents"}``; blank lines are skipped.
+            index_dir: replaced when its manifest does not fit.
+            analyzer: ``standard`` or ``english``.
+
+        Raises:
+            DataError: a bad row, an id that stands twice, no rows, or no such file.
+            RetrievalError: tantivy could not write the index.
+        """
+        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus))
+
+    @classmethod
+    def open(cls, index_dir: Path) -> Self:
+        """Open an index folder.
+
+        Raises:
+            RetrievalError: it is missing, incomplete, or written by another version.
+        """
+        manifest = Manifest.read(index_dir)
+        if manifest is None or not manifest.fits(manifest.corpus_sha256, manifest.analyzer):
+            raise RetrievalError(f"{index_dir}: no index of this version; build it from its corpus")
+        with _failing_as(f"{index_dir}: cannot open the index; delete the folder and build it again"):
+            return cls(tantivy.Index.open(str(index_dir)), manifest)
+
+    @classmethod
+    def open_or_build(cls, corpus: Path, analyzer: str, index_root: Path) -> Self:
+        """Open the index of that corpus under ``index_root``, after building it if it is not there.
+
+        The folder is named after content and analyzer, so indices of different corpora live side by side.
+
+        Raises:
+            DataError: see ``build``.
+            RetrievalError: see ``open``.
+        """
+        corpus_sha256 = sha256_of_corpus(corpus)
+        key = f"{_LAYOUT}/{_tantivy_version()}/{corpus_sha256}"
+        index_dir = index_root / f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        _build_once(corpus, index_dir, analyzer, corpus_sha256)
+        return cls.open(index_dir)
+
+    @property
+    def fingerprint(self) -> str:
+        """Engine, version, analyzer and corpus."""
+        m = self._manifest
+        return f"tantivy-{m.tantivy_version}/{m.layout}/{m.analyzer}/{m.corpus_sha256}"
+
+    @property
+    def num_passages(self) -> int:
+        """Passages in the index."""
+        return self._manifest.num_passages
+
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        """Best passages first by BM25 (k1 = 1.2, b = 0.75, scores with the factor k1 + 1 as in Elasticsearch).
+
+        A passage matches when it holds any term; a term that stands twice in the query counts twice. Equal scores
+        keep the corpus's order. A query without terms matches nothing.
+
+        Raises:
+            RetrievalError: tantivy failed.
+            ValueError: ``top_k`` is less than 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        terms = self._analyze(query)
+        if not terms:
+            return ()
+        with _failing_as(f"search for {query!r} failed"):
+            # Without count tantivy may skip blocks that cannot reach the top.
+            hits = self._searcher.search(self._any_of(terms), limit=top_k, count=False).hits
+            return tuple(self._passage(address, score) for score, address in hits)
+
+    async def close(self) -> None:
+        """Nothing to give back: the files are unmapped with the object."""
+
+    def _any_of(self, terms: Sequence[str]) -> tantivy.Query:
+        schema = self._index.schema
+        clauses = [
+            (tantivy.Occur.Should, tantivy.Query.term_query(schema, "terms", term, index_option="freq"))
+            for term in terms
+        ]
+        return tantivy.Query.boolean_query(clauses)
+
+    def _passage(self, address: tantivy.DocAddress, score: float) -> Passage:
+        document = self._searcher.doc(address)
+        return Passage(
+            passage_id=document["passage_id"][0].decode(), contents=document["contents"][0].decode(), score=score
+        )
+
+
+@contextmanager
+def _failing_as(message: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SDSearchError):
+            raise
+        # A Rust panic arrives as pyo3's PanicException, which is no Exception and cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise RetrievalError(f"{message}: {error}") from error
+        raise
+
+
+def _tantivy_version() -> str:
+    return importlib.metadata.version("tantivy")
+
+
+def _build_once(corpus: Path, index_dir: Path, analyzer: str, corpus_sha256: str) -> None:
+    get_analyzer(analyzer)  # an unknown name raises before anything is written
+    if _is_built(index_dir, corpus_sha256, analyzer):
+        return
+    index_dir.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusively(index_dir):
+        if _is_built(index_dir, corpus_sha256, analyzer):
+            return
+        temporary = index_dir.parent / f".{index_dir.name}.{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            _write_index(corpus, temporary, analyzer, corpus_sha256)
+            _move_into_place(temporary, index_dir, corpus_sha256, analyzer)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
+    manifest = Manifest.read(index_dir)
+    return manifest is not None and manifest.fits(corpus_sha256, analyzer)
+
+
+@contextmanager
+def _exclusively(index_dir: Path) -> Iterator[None]:
+    """Let one process of this machine build while its siblings wait.
+
+    Only saves work: where the file system has no locks, all build and ``_move_into_place`` lets one win.
+    """
+    with (index_dir.parent / f".{index_dir.name}.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _move_into_place(temporary: Path, index_dir: Path, corpus_sha256: str, analyzer: str) -> None:
+    try:
+        os.rename(temporary, index_dir)  # atomic; fails on a folder that is not empty
+    except OSError:
+        if _is_built(index_dir, corpus_sha256, analyzer):
+            return  # another machine was first, with the same content
+        shutil.rmtree(index_dir)
+        os.rename(temporary, index_dir)
+
+
+def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str) -> None:
+    num_passages = 0
+    analyze = get_analyzer(analyzer)
+    with _failing_as(f"{folder}: cannot write the index"):
+        writer = tantivy.Index(_schema(), path=str(folder)).writer(heap_size=_heap_bytes(corpus), num_threads=1)
+        try:
+            for row in read_corpus(corpus):
+                writer.add_document(_document(row, analyze(row.contents)))
+                num_passages += 1
+            writer.commit()
+        finally:
+            # Joins the writer's threads, which would go on writing into a folder that is being moved or removed.
+            writer.wait_merging_threads()
+    if sha256_of_corpus(corpus) != corpus_sha256:
+        raise DataError(f"{corpus}: changed while it was being indexed; start again")
+    manifest = Manifest(
+        layout=_LAYOUT,
+        analyzer=analyzer,
+        corpus_sha256=corpus_sha256,
+        num_passages=num_passages,
+        tantivy_version=_tantivy_version(),
+    )
+    (folder / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    # Bytes are stored without being indexed; tantivy has no such text field.
+    builder.add_bytes_field("passage_id", stored=True)
+    builder.add_bytes_field("contents", stored=True)
+    # The terms are ours already: tantivy only splits them at the spaces that we put between them.
+    builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
+    return builder.build()
+
+
+def _document(row: CorpusRow, terms: Sequence[str]) -> tantivy.Document:
+    document = tantivy.Document()
+    document.add_bytes("passage_id", row.id.encode())
+    document.add_bytes("contents", row.contents.encode())
+    document.add_text("terms", " ".join(terms))
+    return document
+
+
+def _heap_bytes(corpus: Path) -> int:
+    # A writer whose heap is full starts another segment, and equal scores then come in segment order, not corpus order.
+    return min(max(3 * corpus.stat().st_size, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)

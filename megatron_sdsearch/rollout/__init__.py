@@ -1,0 +1,1 @@
+"""Sampling trajectories: engines, one episode, groups of them."""

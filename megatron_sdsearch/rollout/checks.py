@@ -1,0 +1,60 @@
+"""What an engine refuses before it starts: requests that would crash a model, and models it would run wrongly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.rollout.engine import GenerationRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens: int) -> None:
+    """Refuse what would crash a model or overrun its context.
+
+    Raises:
+        EngineError: an id outside ``[0, vocab_size)``, no prompt, nothing to sample, or more than ``max_total_tokens``.
+    """
+    ids, params = request.prompt_ids, request.params
+    if not ids or params.max_new_tokens < 1:
+        raise EngineError(
+            f"{request.trajectory_id}: {len(ids)} prompt tokens and {params.max_new_tokens} to sample; "
+            "both must be at least 1"
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise EngineError(
+            f"{request.trajectory_id}: token id {wrong} is outside the model's vocabulary of {vocab_size}; "
+            "tokenizer and model do not belong together"
+        )
+    if len(ids) + params.max_new_tokens > max_total_tokens:
+        raise EngineError(
+            f"{request.trajectory_id}: {len(ids)} prompt tokens + {params.max_new_tokens} to sample exceed "
+            f"{max_total_tokens}; raise rollout.max_total_tokens or ask for less"
+        )
+    if params.temperature < 0.0 or not 0.0 < params.top_p <= 1.0:
+        raise EngineError(f"{request.trajectory_id}: temperature {params.temperature}, top_p {params.top_p}")
+
+
+def check_model(model: PreTrainedModel, max_total_tokens: int) -> None:
+    """Refuse a model that the embedded engine's masks and cache do not fit.
+
+    Raises:
+        EngineError: sliding-window or linear attention, another attention than sdpa, or too few positions.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        raise EngineError(
+            f"{type(model).__name__} has other layers than full attention; take a model without"
+            " sliding windows or linear attention"
+        )
+    if config._attn_implementation != "sdpa":
+        raise EngineError(f"attention is {config._attn_implementation}; load the model with attn_implementation='sdpa'")
+    if max_total_tokens > config.max_position_embeddings:
+        raise EngineError(
+            f"the model knows {config.max_position_embeddings} positions, fewer than rollout.max_total_tokens = "
+            f"{max_total_tokens}; lower that"
+        )

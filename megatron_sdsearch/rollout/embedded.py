@@ -1,0 +1,300 @@
+"""A rollout engine in the trainer's own process: batched decoding of a plain transformers model.
+
+Rows at different turns share a step. ``generate`` puts a request into a queue; one task per burst of requests admits
+them, decodes one token for every running row, hands finished rows back and lets the event loop run, so that episodes
+search while the others go on. Token ids and log-probabilities are those of the model, and depend on who else is in the
+batch only through float rounding (``sampling.py``). Memory layout is ``kv_cache.py``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.records import FloatArray, TrajectoryId
+from megatron_sdsearch.rollout.checks import check_model, check_request
+from megatron_sdsearch.rollout.engine import Generation, GenerationRequest
+from megatron_sdsearch.rollout.kv_cache import SlotCache
+from megatron_sdsearch.rollout.sampling import sample_tokens, uniforms
+from megatron_sdsearch.tokenization.spans import StopMatcher, TokenBytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FinishReason = Literal["stop", "eos", "length"]
+_MAX_PREFILL_TOKENS = 8192  # padded tokens per forward pass; bounds its mask and activations
+
+
+class _Row:
+    """One request while it is being answered."""
+
+    def __init__(self, request: GenerationRequest, answer: asyncio.Future[Generation]) -> None:
+        params, start = request.params, len(request.prompt_ids)
+        self.request = request
+        self.answer = answer
+        self.slot = -1
+        self.next_input = request.prompt_ids[-1]
+        self.matcher = StopMatcher(params.stop)
+        self.uniforms = (
+            np.zeros(params.max_new_tokens)
+            if params.temperature == 0.0
+            else uniforms(request.seed, request.trajectory_id, start, start + params.max_new_tokens)
+        )
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+
+    def push(self, token_id: int, logprob: float, token: bytes, eos_ids: Collection[int]) -> FinishReason | None:
+        """Take the sampled token; the reason to finish, if there is one."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.next_input = token_id
+        if self.matcher.push(token):
+            return "stop"
+        if token_id in eos_ids:
+            return "eos"
+        return "length" if len(self.token_ids) == self.request.params.max_new_tokens else None
+
+
+class EmbeddedEngine:
+    """Implements ``Engine`` with a causal language model of transformers.
+
+    Args:
+        model: with full (not sliding-window) attention; put into evaluation mode, its weights are updated in place.
+        token_bytes: of the model's tokenizer, for stop strings.
+        eos_ids: ids that end a generation.
+        max_total_tokens: of prompt and new tokens together.
+        policy_version: of the weights the model holds now.
+
+    Raises:
+        EngineError: the model's attention or its position range does not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        token_bytes: TokenBytes,
+        eos_ids: Collection[int],
+        max_total_tokens: int,
+        policy_version: int = 0,
+    ) -> None:
+        check_model(model, max_total_tokens)
+        self._model = model
+        self._model.train(False)
+        self._token_bytes = token_bytes
+        self._eos_ids = frozenset(eos_ids)
+        self._max_total_tokens = max_total_tokens
+        self._policy_version = policy_version
+        self._has_whole_weights = True
+        self._cache = SlotCache()
+        self._waiting: list[_Row] = []
+        self._running: list[_Row] = []
+        self._busy: set[TrajectoryId] = set()
+        self._driver: asyncio.Task[None] | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that the next token is sampled from."""
+        return self._policy_version
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """See ``Engine``. One request at a time per trajectory."""
+        check_request(request, self._model.config.vocab_size, self._max_total_tokens)
+        if not self._has_whole_weights:
+            raise EngineError("the last load_weights failed half-way; load a whole set before sampling")
+        if request.trajectory_id in self._busy:
+            raise EngineError(f"{request.trajectory_id}: already being generated")
+        loop = asyncio.get_running_loop()
+        row = _Row(request, loop.create_future())
+        self._waiting.append(row)
+        self._busy.add(request.trajectory_id)
+        if self._driver is None or self._driver.done():
+            self._driver = loop.create_task(self._drive())
+        try:
+            return await row.answer
+        except asyncio.CancelledError:  # a cancelled caller must not keep its row in the batch
+            self._waiting = [other for other in self._waiting if other is not row]
+            self._running = [other for other in self._running if other is not row]
+            raise
+        finally:
+            self._busy.discard(request.trajectory_id)
+
+    async def release(self, trajectory_id: TrajectoryId) -> None:
+        """Free the trajectory's slot."""
+        self._cache.release(trajectory_id)
+
+    async def close(self) -> None:
+        """End the driver; callers that still wait get an EngineError."""
+        if self._driver is not None and not self._driver.done():
+            self._driver.cancel()
+            await asyncio.gather(self._driver, return_exceptions=True)
+        self._fail(EngineError("the engine was closed"))
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Copy new weights into the model in place and forget everything cached.
+
+        Args:
+            named_tensors: under the names of the model's ``state_dict``; of tied tensors one is enough.
+            policy_version: the version they are from now on.
+
+        Raises:
+            EngineError: a name is unknown or missing, a shape differs, or a generation is under way. After any but the
+                last the weights are a mixture, and ``generate`` refuses until a whole set was loaded.
+        """
+        if self._rows():
+            raise EngineError(f"weights cannot change while {len(self._rows())} generations are under way")
+        self._has_whole_weights = False
+        self._cache = SlotCache()
+        copy_weights(self._model, named_tensors)
+        self._has_whole_weights = True
+        self._policy_version = policy_version
+
+    def _rows(self) -> list[_Row]:
+        return self._waiting + self._running
+
+    async def _drive(self) -> None:
+        try:
+            while self._rows():
+                self._step()
+                await asyncio.sleep(0)
+        except Exception as error:  # noqa: BLE001  # whatever broke the step, nobody may wait for ever
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        failure = error if isinstance(error, EngineError) else EngineError(f"decoding failed: {error!r}")
+        failure.__cause__ = None if failure is error else error
+        for row in self._rows():
+            if not row.answer.done():
+                row.answer.set_exception(failure)
+        self._waiting, self._running, self._cache = [], [], SlotCache()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Admit whoever waits, then one token for every running row."""
+        admitted, self._waiting = self._waiting, []
+        self._running += admitted  # first, so that a failure reaches them
+        for row in admitted:
+            row.slot = self._cache.acquire(row.request.trajectory_id)
+        self._prefill(admitted)
+        self._close_ranks()
+        logits = self._decode()
+        ids, logprobs = sample_tokens(logits, *self._sampling_arrays())
+        running = []
+        for row, token_id, logprob in zip(self._running, ids.tolist(), logprobs.tolist(), strict=True):
+            self._cache.token_ids[row.slot].append(row.next_input)
+            reason = row.push(token_id, logprob, self._token_bytes[token_id], self._eos_ids)
+            if reason is None:
+                running.append(row)
+            elif not row.answer.done():
+                row.answer.set_result(self._generation(row, reason))
+        self._running = running
+
+    def _prefill(self, rows: list[_Row]) -> None:
+        """Compute keys and values of all new prompt tokens but the last, which the next decode step takes."""
+        todo = []
+        for row in rows:
+            start = self._cache.keep_prefix(row.slot, row.request.prompt_ids)
+            if start < len(row.request.prompt_ids) - 1:
+                todo.append((row.slot, start, row.request.prompt_ids[start:-1]))
+        for part in _batches(todo):
+            width = max(len(ids) for _, _, ids in part)
+            slots = self._tensor([slot for slot, _, _ in part])
+            starts = self._tensor([start for _, start, _ in part])
+            ids = self._tensor([[*ids, *[0] * (width - len(ids))] for _, _, ids in part])
+            positions = starts[:, None] + torch.arange(width, device=starts.device)
+            visible = self._cache.point_at(slots, slots[:, None], positions)
+            self._forward(self._model.base_model, ids, positions, visible)
+            for slot, _, new_ids in part:
+                self._cache.token_ids[slot] += new_ids
+
+    def _close_ranks(self) -> None:
+        """Move running rows together when fewer than half of the rows a step would compute are running."""
+        num_running = len(self._running)
+        if max(row.slot for row in self._running) < 2 * num_running:
+            return
+        taken = {row.slot for row in self._running}
+        holes = iter([slot for slot in range(num_running) if slot not in taken])
+        for row in self._running:
+            if row.slot >= num_running:
+                hole = next(holes)
+                self._cache.swap(row.slot, hole)
+                row.slot = hole
+
+    def _decode(self) -> Tensor:
+        """[running, V] logits of each running row's next token.
+
+        All slots up to the highest running one are computed: reading them in place is cheaper than gathering the
+        running ones. The others get an arbitrary token at the end of their text, to be overwritten.
+        """
+        span = max(row.slot for row in self._running) + 1
+        ids = [0] * span
+        for row in self._running:
+            ids[row.slot] = row.next_input
+        lengths = [len(held) for held in self._cache.token_ids[:span]]
+        positions = self._tensor(lengths)[:, None]
+        rows = torch.arange(span, device=positions.device)[:, None]
+        visible = self._cache.point_at(slice(0, span), rows, positions)
+        output = self._forward(self._model, self._tensor(ids)[:, None], positions, visible)
+        logits: Tensor = output.logits[:, -1]
+        slots = [row.slot for row in self._running]
+        return logits if slots == list(range(span)) else logits[self._tensor(slots)]
+
+    def _forward(self, module: torch.nn.Module, ids: Tensor, positions: Tensor, visible: int) -> Any:
+        """Run ``module`` on [n, m] ids; each token attends to positions up to its own."""
+        mask = torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
+        return module(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+        )
+
+    def _sampling_arrays(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        params = [row.request.params for row in self._running]
+        drawn = [row.uniforms[len(row.token_ids)] for row in self._running]
+        return np.array([p.temperature for p in params]), np.array([p.top_p for p in params]), np.array(drawn)
+
+    def _generation(self, row: _Row, reason: FinishReason) -> Generation:
+        return Generation(
+            token_ids=tuple(row.token_ids),
+            logprobs=tuple(row.logprobs),
+            finish_reason=reason,
+            policy_version=self._policy_version,
+        )
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._model.device)
+
+
+def _batches(todo: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[list[tuple[int, int, Sequence[int]]]]:
+    """Parts of (slot, start, new ids), alike in length, each within the padded-token budget (or a single row)."""
+    part: list[tuple[int, int, Sequence[int]]] = []
+    for item in sorted(todo, key=lambda item: len(item[2])):
+        if part and (len(part) + 1) * len(item[2]) > _MAX_PREFILL_TOKENS:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
+
+
+def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every tensor into the parameter of its name, in place.
+
+    Raises:
+        EngineError: a name is unknown or missing, or a shape differs.
+    """
+    own = model.state_dict()
+    written = set()
+    for name, tensor in named_tensors:
+        if name not in own:
+            raise EngineError(f"weight {name} is unknown to {type(model).__name__}")
+        if tensor.shape != own[name].shape:
+            raise EngineError(f"weight {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        own[name].copy_(tensor)
+        written.add(own[name].data_ptr())
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]  # tied: one address
+    if missing:
+        raise EngineError(f"{len(missing)} weights are missing, the first is {missing[0]}")

@@ -1,0 +1,227 @@
+"""One rollout: generate, search, show the results, go on until an answer or the end of the budget.
+
+Owns turns, budgets, observations and the status a trajectory ends with. Token ids go in and come out: a prompt or an
+observation is encoded once, and what was sampled is carried along as it is. Many episodes at once are
+``collector.py``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from megatron_sdsearch.config import RolloutConfig
+from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.records import (
+    Action,
+    ContextSpan,
+    Passage,
+    Question,
+    SampledSpan,
+    Span,
+    Trajectory,
+    TrajectoryId,
+    TrajectoryStatus,
+)
+from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
+from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, TokenBytes, span_of
+
+_log = logging.getLogger(__name__)
+
+
+class ObservationWriter:
+    """Turns search results into observations of at most ``max_tokens`` tokens whose tag is always closed.
+
+    Raises:
+        ConfigError: the tags alone leave no room for a result.
+    """
+
+    def __init__(self, renderer: Renderer, profile: PromptProfile, max_tokens: int) -> None:
+        self._renderer = renderer
+        self._profile = profile
+        self._prefix = renderer.encode(profile.observation_prefix)
+        self._suffix = renderer.encode(profile.observation_suffix)
+        self._room = max_tokens - len(self._prefix) - len(self._suffix)
+        if self._room < 1:
+            tags = max_tokens - self._room
+            raise ConfigError(
+                "rollout.max_observation_tokens",
+                f"{max_tokens}, of which the {profile.name} profile's tags take {tags}",
+                f"set it to more than {tags}",
+            )
+        self.notice = ContextSpan(kind="observation", token_ids=renderer.encode(profile.invalid_action_notice))
+
+    def write(self, passages: Sequence[Passage]) -> ContextSpan:
+        """The observation for ``passages``; it lists those of which at least one byte survived the cut."""
+        body = self._renderer.encode(self._profile.format_passages(passages))
+        shown = passages
+        if len(body) > self._room:
+            body = body[: self._room]
+            num_bytes = sum(map(len, self._renderer.token_bytes.of(body)))
+            shown = [passage for rank, passage in enumerate(passages) if self._offset(passages[:rank]) < num_bytes]
+        return ContextSpan(
+            kind="observation",
+            token_ids=(*self._prefix, *body, *self._suffix),
+            passage_ids=tuple(passage.passage_id for passage in shown),
+        )
+
+    def _offset(self, before: Sequence[Passage]) -> int:
+        """Bytes that the passages before one take."""
+        return len(self._profile.format_passages(before).encode()) if before else 0
+
+
+class _Episode:
+    """One trajectory under way: its spans, and what is left of the budget."""
+
+    def __init__(
+        self,
+        trajectory_id: TrajectoryId,
+        prompt_ids: tuple[int, ...],
+        *,
+        engine: Engine,
+        token_bytes: TokenBytes,
+        rollout: RolloutConfig,
+        seed: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        self.spans: list[Span] = []
+        self._trajectory_id = trajectory_id
+        self._engine = engine
+        self._token_bytes = token_bytes
+        self._rollout = rollout
+        self._seed = seed
+        self._temperature = temperature
+        self._top_p = top_p
+        self._token_ids: list[int] = []
+        self.append(ContextSpan(kind="prompt", token_ids=prompt_ids))
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that still fit."""
+        return self._rollout.max_total_tokens - len(self._token_ids)
+
+    def append(self, span: Span) -> None:
+        self.spans.append(span)
+        self._token_ids += span.token_ids
+
+    async def sample(self, *, is_last: bool) -> SampledSpan:
+        """One engine call."""
+        params = SamplingParams(
+            temperature=self._temperature,
+            top_p=self._top_p,
+            max_new_tokens=min(self._rollout.max_response_tokens, self.num_left),
+            stop=(ANSWER_END,) if is_last else (SEARCH_END, ANSWER_END),
+        )
+        request = GenerationRequest(
+            trajectory_id=self._trajectory_id, seed=self._seed, prompt_ids=tuple(self._token_ids), params=params
+        )
+        generation = await self._engine.generate(request)
+        return span_of(
+            self._token_bytes,
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            finish_reason=generation.finish_reason,
+            policy_version=generation.policy_version,
+            allow_search=not is_last,
+        )
+
+    async def run(self, retriever: Retriever, writer: ObservationWriter, top_k: int) -> TrajectoryStatus:
+        """Take turns until the trajectory ends.
+
+        Raises:
+            RetrievalError: a search failed.
+        """
+        for turn in range(self._rollout.max_turns + 1):
+            is_last = turn == self._rollout.max_turns
+            span = await self.sample(is_last=is_last)
+            self.append(span)
+            status = _status_after(span, is_last=is_last, num_left=self.num_left)
+            if status is not None:
+                return status
+            observation = writer.notice
+            if span.action is Action.SEARCH:
+                observation = writer.write(await retriever.search(span.argument, top_k=top_k))
+            if len(observation.token_ids) >= self.num_left:
+                return TrajectoryStatus.TRUNCATED
+            self.append(observation)
+        raise AssertionError("the last turn always ends the trajectory")
+
+
+def _status_after(span: SampledSpan, *, is_last: bool, num_left: int) -> TrajectoryStatus | None:
+    """How the trajectory ends with this span; None when it goes on."""
+    if span.finish_reason == "abort":
+        return TrajectoryStatus.ABORTED
+    if span.action is Action.ANSWER:
+        return TrajectoryStatus.ANSWERED
+    if num_left < 1 and (span.finish_reason == "length" or not is_last):
+        return TrajectoryStatus.TRUNCATED
+    return TrajectoryStatus.NO_ANSWER if is_last else None
+
+
+async def run_episode(
+    question: Question,
+    trajectory_id: TrajectoryId,
+    *,
+    engine: Engine,
+    retriever: Retriever,
+    renderer: Renderer,
+    profile: PromptProfile,
+    rollout: RolloutConfig,
+    top_k: int,
+    seed: int,
+    temperature: float,
+    top_p: float = 1.0,
+    on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
+) -> Trajectory:
+    """Roll one trajectory out to its end; the engine's cache for it is released whatever happens.
+
+    A turn is one generation. The first ``rollout.max_turns`` may search; each brings an observation, or a notice when
+    it held no valid action. One last generation without search follows. The trajectory is TRUNCATED when the budget
+    cannot hold the next observation and one token after it.
+
+    Args:
+        question: what to ask.
+        trajectory_id: names the trajectory, and with ``seed`` its random stream.
+        engine: samples.
+        retriever: searches; when it fails, the trajectory ends as RETRIEVAL_FAILED with the spans it has.
+        renderer: of the engine's tokenizer.
+        profile: tags and instructions.
+        rollout: turns and token budgets.
+        top_k: passages per search.
+        seed: of the run.
+        temperature: 0 is greedy.
+        top_p: nucleus mass.
+        on_failed_search: is told why a search failed.
+
+    Raises:
+        ConfigError: ``rollout.max_observation_tokens`` does not hold the profile's tags.
+        EngineError: the engine failed or refused a request.
+    """
+    prompt_ids = renderer.prompt_ids(profile.user_text(question.text))
+    if len(prompt_ids) > rollout.max_prompt_tokens:
+        prompt = ContextSpan(kind="prompt", token_ids=prompt_ids[: rollout.max_prompt_tokens])
+        return Trajectory(trajectory_id=trajectory_id, spans=(prompt,), status=TrajectoryStatus.PROMPT_TOO_LONG)
+    writer = ObservationWriter(renderer, profile, rollout.max_observation_tokens)
+    episode = _Episode(
+        trajectory_id,
+        prompt_ids,
+        engine=engine,
+        token_bytes=renderer.token_bytes,
+        rollout=rollout,
+        seed=seed,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    try:
+        status = await episode.run(retriever, writer, top_k)
+    except RetrievalError as error:
+        _log.warning("%s: search failed: %s", trajectory_id, error)
+        on_failed_search(error)
+        status = TrajectoryStatus.RETRIEVAL_FAILED
+    finally:
+        await engine.release(trajectory_id)
+    return Trajectory(trajectory_id=trajectory_id, spans=tuple(episode.spans), status=status)

@@ -1,0 +1,13 @@
+"""What a run writes down and shows while it goes: seconds by phase, metrics, trajectories, progress.
+
+Knows nothing of models or search engines: numbers and records come in, files and lines go out. Only the rank that
+owns the run's folder uses the sinks; reducing numbers over ranks is the loop's.
+"""
+
+from megatron_sdsearch.telemetry.metrics import MetricsLog
+from megatron_sdsearch.telemetry.phases import PhaseTimer
+from megatron_sdsearch.telemetry.progress import ProgressDisplay
+from megatron_sdsearch.telemetry.summary import final_table
+from megatron_sdsearch.telemetry.trajectories import TrajectoryLog
+
+__all__ = ["MetricsLog", "PhaseTimer", "ProgressDisplay", "TrajectoryLog", "final_table"]

@@ -1,0 +1,158 @@
+"""Metrics of each step: one JSON line in ``metrics.jsonl``, and scalars for TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_sdsearch.errors import DataError, TrainingError
+
+if TYPE_CHECKING:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+METRICS_FILE = "metrics.jsonl"
+Metric = float | int | str
+MetricLike = Metric | np.integer[Any] | np.floating[Any]
+
+
+class MetricsLog:
+    """Appends to ``run_dir/metrics.jsonl``: one line per step, ``{"step": ..., name: number or text, ...}``.
+
+    Numbers that arrive later for the step of the last line (an evaluation of the policy that the step gave) are merged
+    into that line; a step before it is refused. A torn last line of a run that was killed is dropped.
+
+    Args:
+        run_dir: created where missing.
+        tensorboard: also write scalars to ``run_dir/tensorboard``.
+        resume_step: the step the run goes on from: lines of later steps are cut off, for they will be written again.
+            0 for a run from the start.
+
+    Raises:
+        DataError: a line of an existing file is not JSON with a step; names file and line.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, resume_step: int = 0) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / METRICS_FILE
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
+        _replace(self._path, b"".join(map(_line, kept)))
+        self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
+        self._file = self._path.open("r+b")
+        self._last_start = self._file.seek(0, os.SEEK_END) - (len(_line(kept[-1])) if kept else 0)
+        self._board = _Board(run_dir / "tensorboard", resume_step) if tensorboard else None
+
+    def log(self, step: int, metrics: Mapping[str, MetricLike]) -> None:
+        """Write one step's metrics and flush them.
+
+        Args:
+            step: at least that of the line before.
+            metrics: numbers (numpy's too) and texts by name; what is undefined is left out, not NaN.
+
+        Raises:
+            TrainingError: a number is NaN or infinite; names all such metrics, and nothing is written.
+            ValueError: the step lies before the last one.
+        """
+        if step < self._last["step"]:
+            raise ValueError(f"step {step} after step {self._last['step']}: metrics only go forward")
+        row = {name: _plain(name, value) for name, value in metrics.items()}
+        _refuse_not_finite(step, row)
+        if step > self._last["step"]:
+            self._last = {"step": step}
+            self._last_start = self._file.seek(0, os.SEEK_END)
+        self._last |= row
+        self._file.seek(self._last_start)
+        self._file.write(_line(self._last))
+        self._file.truncate()
+        self._file.flush()
+        if self._board is not None:
+            self._board.add(step, row)
+
+    def close(self) -> None:
+        """Close the files. Called once."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics in order; none where there is no file.
+
+    Raises:
+        DataError: a line is not JSON with a step; names file and line.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise DataError(f"{path}:{number}: no step in this line; mend or remove it")
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _plain(name: str, value: object) -> Metric:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"metric {name} is a {type(value).__name__}, not a number or a text")
+
+
+def _refuse_not_finite(step: int, row: Mapping[str, Metric]) -> None:
+    bad = [f"{name} is {value}" for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise TrainingError(f"step {step}: {', '.join(bad)}; such a step must not be learned from or logged")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+class _Board:
+    """TensorBoard's event file through the tensorboard package alone."""
+
+    def __init__(self, log_dir: Path, resume_step: int) -> None:
+        # Imported late: it costs a second, and runs without TensorBoard need none of it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer: EventFileWriter = EventFileWriter(str(log_dir))
+        self._event = Event
+        # Tells TensorBoard to forget what an earlier run in this folder wrote from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+
+    def add(self, step: int, row: Mapping[str, Metric]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value) for name, value in row.items() if not isinstance(value, str)
+        ]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,39 @@
+"""Names of the metrics that the progress display and the page know; a run may log any others beside them.
+
+A name is ``section/what``. Shares and scores lie in [0, 1], divergences are in nats, times in seconds. Unless a line
+says otherwise, a number is the mean over the step's trajectories on all ranks.
+"""
+
+from typing import Final
+
+REWARD: Final = "train/reward"
+"""The shaped reward that advantages come from."""
+EM: Final = "train/em"
+F1: Final = "train/f1"
+HIT_RATE: Final = "train/hit_rate"
+"""Share of trajectories that were shown the passage holding the answer; absent when the data set does not name it."""
+NUM_SEARCHES: Final = "train/num_searches"
+LEAK_SHARE: Final = "hindsight/leak_share"
+"""Share of trajectories with a gold answer inside a query."""
+
+JSD: Final = "loss/jsd"
+"""Mean over query tokens, then over trajectories; absent when nothing was distilled."""
+POLICY_LOSS: Final = "loss/policy"
+KL: Final = "loss/kl"
+"""k3 to the reference policy, mean over policy tokens."""
+GRAD_NORM: Final = "loss/grad_norm"
+"""Before clipping, mean over the step's updates."""
+
+EVAL_EM: Final = "eval/em"
+"""Over held-out questions, greedy."""
+EVAL_F1: Final = "eval/f1"
+EVAL_HIT_RATE: Final = "eval/hit_rate"
+EVAL_NUM_SEARCHES: Final = "eval/num_searches"
+
+TOKENS_PER_SECOND: Final = "time/tokens_per_second"
+"""Policy tokens of the step over the step's seconds."""
+PHASE_PREFIX: Final = "time/phase/"
+"""Followed by a phase's name: seconds of it in the step."""
+STEP_SECONDS: Final = "time/step"
+JSD_BY_CLASS_PREFIX: Final = "loss/jsd_"
+"""Followed by ``all_correct``, ``all_wrong`` or ``mixed``: the same over groups of one class."""

@@ -1,0 +1,148 @@
+"""Every trajectory of a step as JSON lines: what was sampled, shown, scored, and what hindsight the teacher had."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sdsearch.records import (
+    ContextSpan,
+    HindsightBlock,
+    RolloutGroup,
+    SampledSpan,
+    Score,
+    Span,
+    Trajectory,
+)
+
+TRAJECTORIES_DIR = "trajectories"
+Decode = Callable[[Sequence[int]], str]
+
+
+class TrajectoryLog:
+    """Writes ``run_dir/trajectories/step_000012.jsonl``, one row per trajectory, group after group.
+
+    A file appears whole or not at all; writing a step again (after a resume) replaces it.
+
+    Args:
+        run_dir: of the run.
+        decode: ids to text, for context spans and for the place of the query in a sampled text.
+        rho: a trajectory is marked correct when its F1 is above it.
+        resume_step: files of later steps are removed, for the resumed run writes its own.
+    """
+
+    def __init__(self, run_dir: Path, decode: Decode, *, rho: float = 0.0, resume_step: int = 0) -> None:
+        self._folder = run_dir / TRAJECTORIES_DIR
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._decode = decode
+        self._rho = rho
+        for path in step_files(run_dir):
+            if step_of(path) > resume_step:
+                path.unlink()
+
+    def write(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        advantages: Sequence[Sequence[float]],
+        blocks: Sequence[Sequence[HindsightBlock]],
+    ) -> Path:
+        """Write one step's file.
+
+        Args:
+            step: names the file.
+            groups: of the step.
+            advantages: per group, per trajectory.
+            blocks: per group, per trajectory.
+
+        Returns:
+            The file's path.
+        """
+        rows = [
+            self._row(step, group, *member)
+            for group, *parts in zip(groups, advantages, blocks, strict=True)
+            for member in zip(group.trajectories, group.scores, *parts, strict=True)
+        ]
+        path = self._folder / f"step_{step:06d}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return path
+
+    def _row(
+        self,
+        step: int,
+        group: RolloutGroup,
+        trajectory: Trajectory,
+        score: Score,
+        advantage: float,
+        block: HindsightBlock,
+    ) -> dict[str, Any]:
+        sibling = trajectory.trajectory_id.sibling
+        return {
+            "step": step,
+            "question_id": group.question.question_id,
+            "question": group.question.text,
+            "gold_answers": list(group.question.gold_answers),
+            "gold_passage_ids": list(group.question.gold_passage_ids),
+            "dataset": group.question.dataset,
+            "sibling": sibling,
+            "status": trajectory.status.value,
+            "answer": trajectory.answer,
+            "is_correct": score.f1 > self._rho,
+            "scores": {"f1": score.f1, "em": score.em, "reward": score.reward},
+            "advantage": advantage,
+            "is_leaking": sibling in block.leaks,
+            "hindsight": {"text": block.text, "sources": list(block.sources), "dropped": list(block.dropped)},
+            "spans": [self._span(span) for span in trajectory.spans],
+        }
+
+    def _span(self, span: Span) -> dict[str, Any]:
+        if isinstance(span, ContextSpan):
+            return {
+                "kind": span.kind,
+                "text": self._decode(span.token_ids),
+                "token_ids": list(span.token_ids),
+                "passage_ids": list(span.passage_ids),
+            }
+        return {
+            "kind": "sampled",
+            "text": span.text,
+            "token_ids": list(span.token_ids),
+            "logprobs": [round(logprob, 4) for logprob in span.logprobs],
+            "action": span.action.value,
+            "argument": span.argument,
+            "query_positions": list(span.query_positions),
+            "query_chars": self._query_chars(span),
+            "policy_version": span.policy_version,
+            "finish_reason": span.finish_reason,
+        }
+
+    def _query_chars(self, span: SampledSpan) -> tuple[int, int] | None:
+        """Character range of the query tokens in the text, so that a reader needs no tokenizer to mark them.
+
+        ``None`` without a query, and where the decoded tokens are no prefix of the text (a character split over two
+        tokens, say): no mark is better than a wrong one.
+        """
+        if not span.query_positions:
+            return None
+        first, last = min(span.query_positions), max(span.query_positions)
+        before, through = self._decode(span.token_ids[:first]), self._decode(span.token_ids[: last + 1])
+        is_exact = span.text.startswith(through) and through.startswith(before)
+        return (len(before), len(through)) if is_exact else None
+
+
+def step_files(run_dir: Path) -> list[Path]:
+    """All trajectory files of a run, by step."""
+    return sorted((run_dir / TRAJECTORIES_DIR).glob("step_*.jsonl"), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a trajectory file is named after."""
+    return int(path.stem.removeprefix("step_"))

@@ -1,0 +1,1 @@
+"""Chat templates, and the map between token ids and characters."""

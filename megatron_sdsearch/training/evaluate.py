@@ -1,0 +1,46 @@
+"""Evaluation of a Hugging Face folder by stock transformers, in one process: the second opinion on an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.questions import read_questions
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.evaluation import summarize
+from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.plain import PlainEngine
+from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.rollouts import open_retriever
+
+
+def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
+    """Greedy rollouts of ``data.heldout`` with the model in ``model_dir``.
+
+    Raises:
+        ConfigError: there is no held-out set, no search engine, or no model.
+    """
+    if config.data.heldout is None or config.retrieval is None:
+        raise ConfigError(
+            "data.heldout", "missing, and evaluation asks its questions", "set data.heldout and retrieval"
+        )
+    if not (model_dir / "config.json").is_file():
+        raise ConfigError("--model", f"{model_dir} holds no config.json", "give a Hugging Face folder")
+    config.check_files()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    model.to(device)
+    renderer = Renderer.from_folder(model_dir)
+    engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)
+    collector = RolloutCollector(engine, open_retriever(config.retrieval), renderer, config)
+    questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
+    try:
+        return {"model": str(model_dir), **summarize(collector.evaluate(questions, step=0)).to_dict()}
+    finally:
+        collector.close()

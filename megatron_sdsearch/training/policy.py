@@ -1,0 +1,225 @@
+"""The policy: a megatron model with DDP, optimizer and schedule; one update, and forward-only reads of it.
+
+Which losses are summed is ``loss/objective.py``'s; when is ``training/loop.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_sdsearch.config import ModelConfig, OptimizerConfig, RunConfig
+from megatron_sdsearch.errors import TrainingError
+from megatron_sdsearch.loss.objective import RowLogits, policy_logprobs
+from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
+from megatron_sdsearch.model.hf_weights import export_hf_weights, load_hf_weights
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, Metrics, forward_backward, forward_collect
+from megatron_sdsearch.records import Microbatch, Minibatch
+
+RowLoss = Callable[[RowLogits, DeviceMicrobatch], tuple[Tensor, Metrics]]
+"""(logits on demand, batch) -> (scalar sum with global weights, metrics with global weights)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one optimizer update did, equal on every rank.
+
+    Attributes:
+        metrics: sums of globally weighted metrics over microbatches and data-parallel ranks; names that end in
+            ``_max`` are maxima.
+        grad_norm: before clipping; 0 when there was nothing to learn from.
+        learning_rate: used by this update.
+    """
+
+    metrics: Metrics
+    grad_norm: float
+    learning_rate: float
+
+
+class Network:
+    """A model stage and its head, for forward-only reads: the policy itself, or its frozen reference."""
+
+    def __init__(
+        self,
+        gpt: GPTModel,
+        hf_config: PretrainedConfig,
+        model: ModelConfig,
+        parallel: ParallelState,
+        temperature: float,
+    ) -> None:
+        self.gpt = gpt
+        self.hf_config = hf_config
+        self.parallel = parallel
+        self.temperature = temperature
+        self._chunk_rows = model.logits_chunk_tokens
+
+    @classmethod
+    def load(cls, config: RunConfig, parallel: ParallelState) -> Network:
+        """Build this rank's stage and fill it from ``model.hf_dir``."""
+        hf_config = load_hf_config(config.model.hf_dir)
+        gpt = build_model(hf_config, config.model, parallel)
+        load_hf_weights(gpt, config.model.hf_dir, hf_config, parallel)
+        return cls(gpt, hf_config, config.model, parallel, config.rollout.temperature)
+
+    def row_logits(self, hidden: Tensor) -> RowLogits:
+        """Logits on demand for the rows of one packed microbatch."""
+        head = LMHead.of(self.gpt, self.hf_config, self.parallel)
+        return RowLogits(
+            hidden=head.gather(hidden),
+            project=head.logits,
+            shard=head.shard,
+            chunk_rows=self._chunk_rows,
+            temperature=self.temperature,
+        )
+
+    def collect(
+        self, microbatches: Sequence[Microbatch], read: Callable[[RowLogits, DeviceMicrobatch], Any]
+    ) -> list[Any]:
+        """Forward only: what ``read`` returns for each microbatch on the last stage, nothing on the others."""
+        self.gpt.eval()
+        return forward_collect(
+            self.gpt, microbatches, lambda hidden, batch: read(self.row_logits(hidden), batch), self.parallel
+        )
+
+    def logprobs(self, minibatch: Minibatch) -> list[Tensor]:
+        """[N] log-probabilities (nats) of each microbatch's policy tokens; empty off the last stage."""
+        return self.collect(
+            minibatch.student, lambda logits, batch: policy_logprobs(logits, batch.policy_rows, batch.policy_labels)
+        )
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under their Hugging Face names, on every rank; all ranks must exhaust it."""
+        return export_hf_weights(self.gpt, self.hf_config, self.parallel)
+
+
+class Policy(Network):
+    """The network that learns."""
+
+    def __init__(self, network: Network, optimizer: OptimizerConfig, model: ModelConfig, num_updates: int) -> None:
+        super().__init__(network.gpt, network.hf_config, model, network.parallel, network.temperature)
+        self._has_grad_norm = optimizer.clip_grad > 0
+        self.ddp = DistributedDataParallel(
+            config=self.gpt.config,
+            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            module=self.gpt,
+        )
+        self.optimizer: MegatronOptimizer = get_megatron_optimizer(
+            _megatron_optimizer_config(optimizer, self.gpt.config), [self.ddp]
+        )
+        self.scheduler = _scheduler(self.optimizer, optimizer, num_updates)
+        self.gpt.config.finalize_model_grads_func = finalize_model_grads
+        self.gpt.config.grad_scale_func = self.optimizer.scale_loss
+
+    @classmethod
+    def build(cls, config: RunConfig, parallel: ParallelState) -> Policy:
+        """The policy at ``model.hf_dir``'s weights with a fresh optimizer."""
+        return cls(Network.load(config, parallel), config.optimizer, config.model, num_updates(config))
+
+    def update(self, minibatch: Minibatch, loss: RowLoss) -> UpdateResult:
+        """One optimizer step on the gradient of ``loss`` summed over the global minibatch.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the weights are as before.
+        """
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if minibatch.num_policy_tokens == 0:
+            self.scheduler.step(increment=1)
+            return UpdateResult(metrics={}, grad_norm=0.0, learning_rate=learning_rate)
+        metrics = self.accumulate(minibatch.student, loss)
+        is_updated, grad_norm, _ = self.optimizer.step()
+        if not is_updated:
+            raise TrainingError("the optimizer skipped the update: a gradient overflowed; lower optimizer.lr")
+        self.scheduler.step(increment=1)
+        return UpdateResult(metrics=metrics, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
+
+    def accumulate(self, microbatches: Sequence[Microbatch], loss: RowLoss) -> Metrics:
+        """Gradient of the summed loss, all-reduced, in the parameters' ``main_grad``; its metrics on every rank.
+
+        Raises:
+            TrainingError: on all ranks alike, when a metric or a gradient of any rank is not finite.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        per_microbatch = forward_backward(
+            self.ddp, microbatches, lambda hidden, batch: loss(self.row_logits(hidden), batch), self.parallel
+        )
+        return self._reduce(per_microbatch)
+
+    def _reduce(self, per_microbatch: Sequence[Metrics]) -> Metrics:
+        is_finite = torch.stack([p.main_grad.isfinite().all() for p in self.gpt.parameters()]).all().item()
+        # Tensor-parallel ranks hold equal metrics: one of them speaks for its data-parallel rank.
+        own = merge_metrics(per_microbatch) if self.parallel.tp_rank == 0 else {}
+        gathered = self.parallel.all_gather_object((own, is_finite))
+        metrics = merge_metrics([part for part, _ in gathered])
+        broken = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
+        broken += [f"gradients of rank {rank}" for rank, (_, is_good) in enumerate(gathered) if not is_good]
+        if broken:
+            raise TrainingError(f"not finite: {', '.join(broken)}; the weights are as before: lower optimizer.lr")
+        return metrics
+
+
+def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
+    """Sum by name; names that end in ``_max`` take the maximum."""
+    merged: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in merged:
+                merged[name] = value
+            elif name.endswith("_max"):
+                merged[name] = max(merged[name], value)
+            else:
+                merged[name] += value
+    return merged
+
+
+def num_updates(config: RunConfig) -> int:
+    """Optimizer updates of the whole run, for the learning-rate schedule."""
+    if config.train.mode == "warm_start":
+        return config.train.num_steps
+    trajectories = config.data.questions_per_step * config.rollout.group_size
+    per_step = math.ceil(trajectories / (config.train.trajectories_per_minibatch or trajectories))
+    return config.train.num_steps * per_step
+
+
+def _megatron_optimizer_config(config: OptimizerConfig, model: Any) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        params_dtype=model.params_dtype,
+        bf16=model.bf16,
+    )
+
+
+def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, num_updates: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.warmup_steps, num_updates - 1),
+        lr_decay_steps=num_updates,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,92 @@
+"""Rollouts over all ranks: each samples its share of the questions, and all see all groups (ADR 0003)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from transformers import AutoModelForCausalLM
+
+from megatron_sdsearch.config import RetrievalConfig, RunConfig
+from megatron_sdsearch.data.prompts import get_profile
+from megatron_sdsearch.hindsight.block import build_hindsight
+from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
+from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.embedded import EmbeddedEngine
+from megatron_sdsearch.tokenization.renderer import Renderer
+
+T = TypeVar("T")
+HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
+
+
+def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
+    """The configured search engine; the index stands beside the corpus."""
+    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
+
+
+class DistributedRollouts:
+    """This rank's engine and collector, and the exchange of what they produce."""
+
+    def __init__(
+        self, config: RunConfig, parallel: ParallelState, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        assert config.retrieval is not None  # RunConfig has checked it
+        self._config = config
+        self._parallel = parallel
+        self.renderer = Renderer.from_folder(config.model.hf_dir)
+        self._profile = get_profile(config.data.prompt_profile)
+        self._retriever = open_retriever(config.retrieval)
+        self.engine = _embedded_engine(config, self.renderer, parallel)
+        self._collector = RolloutCollector(self.engine, self._retriever, self.renderer, config, on_progress)
+
+    def collect(self, questions: Sequence[Question], *, step: int) -> list[HindsightGroup]:
+        """Groups of all questions with their hindsight, in question order, on every rank."""
+        groups = self._collector.collect(self._share(questions), step=step, policy_version=step)
+        return self._exchange([(group, self._hindsight(group)) for group in groups])
+
+    def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
+        """One greedy trajectory per question, in question order, on every rank."""
+        return self._exchange(self._collector.evaluate(self._share(questions), step=step))
+
+    def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
+        """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
+        share = self._share(groups)
+        rollout, retrieval = self._config.rollout, self._config.retrieval
+        assert retrieval is not None  # RunConfig has checked it
+        params = ProbeParams(
+            seed=self._config.seed,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_query_tokens=rollout.max_response_tokens,
+            top_k=retrieval.top_k,
+            rho=self._config.hindsight.rho,
+        )
+        members = [group for group, _ in share], [blocks for _, blocks in share]
+        work = probe_queries(*members, self.engine, self._retriever, self.renderer, params)
+        return merge(self._parallel.all_gather_object(self._collector.run(work)))
+
+    def close(self) -> None:
+        """Close engine, retriever and event loop."""
+        self._collector.close()
+
+    def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
+        return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)
+
+    def _share(self, items: Sequence[T]) -> Sequence[T]:
+        return items[self._parallel.rank :: self._parallel.world_size]
+
+    def _exchange(self, own: list[T]) -> list[T]:
+        shares = self._parallel.all_gather_object(own)
+        total = sum(len(share) for share in shares)
+        return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+
+def _embedded_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> EmbeddedEngine:
+    model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir)).to(parallel.device).eval()
+    # The probe asks with the teacher's prompt, which is longer by the block.
+    limit = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
+    return EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, limit)

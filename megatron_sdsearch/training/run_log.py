@@ -1,0 +1,129 @@
+"""What a run writes and shows, bundled: the main rank has the sinks, the others only the timer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import HindsightBlock, RolloutGroup
+from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
+from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.tokenization.renderer import Renderer
+
+Values = Mapping[str, float | int]
+
+
+class RunLog:
+    """Timer, metrics, trajectories and progress of one run; a context manager around the loop."""
+
+    def __init__(self, config: RunConfig, parallel: ParallelState, first_step: int, renderer: Renderer) -> None:
+        self._stack = ExitStack()
+        self._config = config
+        self._parallel = parallel
+        self._metrics: MetricsLog | None = None
+        self._trajectories: TrajectoryLog | None = None
+        self._display: ProgressDisplay | None = None
+        if parallel.is_main:
+            run_dir, telemetry = config.run_dir, config.telemetry
+            self._metrics = MetricsLog(run_dir, telemetry.tensorboard, resume_step=first_step)
+            self._display = ProgressDisplay(
+                config.train.num_steps, first_step=first_step, is_enabled=telemetry.progress
+            )
+            if telemetry.trajectories and config.train.mode == "rl":
+                self._trajectories = TrajectoryLog(
+                    run_dir, renderer.decode, rho=config.hindsight.rho, resume_step=first_step
+                )
+        self.timer = PhaseTimer(self._display.phase if self._display else None)
+
+    def __enter__(self) -> Self:
+        if self._metrics is not None:
+            self._stack.callback(self._metrics.close)
+        if self._display is not None:
+            self._stack.enter_context(self._display)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def trajectories(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        advantages: Sequence[Sequence[float]],
+        blocks: Sequence[Sequence[HindsightBlock]],
+    ) -> None:
+        """Keep every trajectory of a step; ``step`` counts from 1."""
+        if self._trajectories is not None:
+            self._trajectories.write(step, groups, advantages, blocks)
+
+    def step(self, step: int, values: Values, num_policy_tokens: int) -> None:
+        """A step is done (``step`` counts from 1): add its times, write, show."""
+        phases = self.timer.take_metrics()
+        seconds = sum(phases.values())
+        times = {names.STEP_SECONDS: seconds, names.TOKENS_PER_SECOND: num_policy_tokens / seconds}
+        self.add(step, {**values, **phases, **times})
+
+    def add(self, step: int, values: Values) -> None:
+        """More numbers of a step, such as an evaluation of the policy that it gave; step 0 is the starting policy."""
+        if self._metrics is not None and self._display is not None:
+            self._metrics.log(step, values)
+            self._display.step(step, values)
+
+
+def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> dict[str, Any]:
+    """What a run came to, from its metrics: returned on every rank, written to ``summary.json`` by the main one."""
+    rows = read_metrics(config.run_dir)
+    summary = {
+        "steps": config.train.num_steps,
+        "tp": parallel.tp_size,
+        "pp": parallel.pp_size,
+        "dp": parallel.dp_size,
+        "seed": config.seed,
+        "rl_wall_s" if config.train.mode == "rl" else "warm_start_wall_s": wall_s,
+        **_step_figures(rows),
+        **_evaluation_figures(rows),
+        **_probe_figures(rows),
+    }
+    if parallel.is_main:
+        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _step_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    seconds = [row[names.STEP_SECONDS] for row in rows if names.STEP_SECONDS in row]
+    totals = {
+        name: sum(row[metric] for row in rows if metric in row)
+        for name, metric in (
+            ("num_trajectories", "train/num_trajectories"),
+            ("num_retrieval_failed", "train/num_retrieval_failed"),
+            ("num_leaks", "hindsight/num_leaks"),
+        )
+    }
+    return {"s_per_step": sum(seconds) / len(seconds) if seconds else None, **totals}
+
+
+def _evaluation_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    evaluated = [row for row in rows if names.EVAL_EM in row]
+    if not evaluated:
+        return {}
+    first, last = evaluated[0], evaluated[-1]
+    figures = {"em": names.EVAL_EM, "f1": names.EVAL_F1, "hit": names.EVAL_HIT_RATE}
+    return {
+        f"{name}_{when}": row[metric]
+        for name, metric in figures.items()
+        for when, row in (("start", first), ("end", last))
+        if metric in row
+    }
+
+
+def _probe_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        name.removeprefix("probe/"): value for row in rows for name, value in row.items() if name.startswith("probe/")
+    }

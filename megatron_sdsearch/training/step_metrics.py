@@ -1,0 +1,90 @@
+"""The numbers of one step, under the names of ``telemetry/names.py``; computed alike on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_sdsearch.batching.advantages import group_class
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.evaluation import Metrics, summarize
+from megatron_sdsearch.query_probe import ProbeResult
+from megatron_sdsearch.records import RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.training.policy import UpdateResult
+from megatron_sdsearch.training.rollouts import HindsightGroup
+
+Values = dict[str, float | int]
+
+
+def of_step(groups: Sequence[HindsightGroup], results: Sequence[UpdateResult], config: RunConfig) -> Values:
+    """Rollouts, hindsight and updates of one step."""
+    rollouts = [group for group, _ in groups]
+    metrics = summarize(rollouts).overall
+    rewards = [score.reward for group in rollouts for score in group.scores]
+    classes = [group_class(group, config.hindsight.rho) for group in rollouts]
+    values: Values = {
+        names.REWARD: sum(rewards) / len(rewards),
+        "train/num_trajectories": metrics.num_trajectories,
+        "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
+        **{f"train/share_{name}": classes.count(name) / len(classes) for name in ("all_correct", "all_wrong", "mixed")},
+        **_rollout_values(metrics, "train/"),
+    }
+    return values | _hindsight_values(groups) | of_updates(results)
+
+
+def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
+    """A greedy evaluation."""
+    return _rollout_values(summarize(groups).overall, "eval/")
+
+
+def of_probe(result: ProbeResult) -> Values:
+    """Hit rates of queries sampled from teacher and student."""
+    shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
+    known = {name: getattr(result, name) for name in shares}
+    counts = {"num_turns": result.num_turns, "num_turns_mixed": result.num_turns_mixed}
+    return {f"probe/{name}": value for name, value in (known | counts).items() if value is not None}
+
+
+def of_updates(results: Sequence[UpdateResult]) -> Values:
+    """Means over the step's updates; maxima of what is a maximum."""
+    reported = [result for result in results if result.metrics]
+    if not reported:
+        return {}
+    values: Values = {}
+    for name in sorted({name for result in reported for name in result.metrics}):
+        column = [result.metrics[name] for result in reported if name in result.metrics]
+        key = f"loss/{name.removesuffix('_loss')}" if name != "loss" else "loss/total"
+        values[key] = max(column) if name.endswith("_max") else sum(column) / len(column)
+    values[names.GRAD_NORM] = sum(result.grad_norm for result in reported) / len(reported)
+    values["optimizer/learning_rate"] = reported[-1].learning_rate
+    return values
+
+
+def _rollout_values(metrics: Metrics, prefix: str) -> Values:
+    known = {
+        "em": metrics.em,
+        "f1": metrics.f1,
+        "hit_rate": metrics.hit,
+        "num_searches": metrics.searches_per_question,
+        "response_tokens": metrics.mean_response_tokens,
+    }
+    return {prefix + name: value for name, value in known.items() if value is not None}
+
+
+def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:
+    num_trajectories = sum(len(group.trajectories) for group, _ in groups)
+    leaks = sum(
+        trajectory.trajectory_id.sibling in block.leaks
+        for group, blocks in groups
+        for trajectory, block in zip(group.trajectories, blocks, strict=True)
+    )
+    dropped = sum(len(block.dropped) for _, blocks in groups for block in blocks)
+    return {
+        "hindsight/num_leaks": leaks,
+        names.LEAK_SHARE: leaks / num_trajectories,
+        "hindsight/dropped_per_block": dropped / num_trajectories,
+    }
+
+
+def _count(groups: Sequence[RolloutGroup], status: TrajectoryStatus) -> int:
+    return sum(trajectory.status is status for group in groups for trajectory in group.trajectories)

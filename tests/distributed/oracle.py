@@ -1,0 +1,133 @@
+"""The whole objective on one process, unsharded, unpacked, in float64: what every layout must reproduce.
+
+Owns tiny models and random samples as well, so that workers and oracle speak of the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from megatron_sdsearch.batching.samples import teacher_sequence
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig, parse_config
+from megatron_sdsearch.records import TrainingSample
+
+VOCAB_SIZE = 101  # a prime: padded at every tensor-parallel size but 1
+
+
+def make_model(folder: Path, family: str, *, is_tied: bool, num_groups: int = 2, seed: int = 0) -> Path:
+    """A random model with every parameter away from its special value (biases 0, norms 1)."""
+    torch.manual_seed(seed)
+    config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=num_groups,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=is_tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_samples(num_samples: int, seed: int = 0) -> list[TrainingSample]:
+    """Random sequences: a prompt, then alternating sampled (first half of it a query) and observed pieces.
+
+    The last one has no query, the one before no teacher prompt: both occur in every batch.
+    """
+    random = np.random.default_rng(seed)
+    return [_make_sample(random, index, num_samples) for index in range(num_samples)]
+
+
+def _make_sample(random: np.random.Generator, index: int, num_samples: int) -> TrainingSample:
+    prompt_length = int(random.integers(3, 9))
+    kinds = [np.zeros(prompt_length, dtype=np.int64)]
+    for _ in range(int(random.integers(1, 3))):
+        kinds += [np.full(4, 2), np.full(3, 1), np.zeros(int(random.integers(1, 5)), dtype=np.int64)]
+    kind = np.concatenate([*kinds, np.full(2, 1)])
+    token_ids = random.integers(0, VOCAB_SIZE, len(kind))
+    shifted = np.append(kind[1:], 0)
+    has_query, has_teacher = index != num_samples - 1, index != num_samples - 2
+    return TrainingSample(
+        sample_id=f"sample {index}",
+        token_ids=token_ids,
+        labels=np.append(token_ids[1:], 0),
+        loss_mask=shifted > 0,
+        query_mask=(shifted == 2) & has_query,
+        rollout_logprobs=np.where(shifted > 0, -random.random(len(kind)), 0.0),
+        advantage=float(random.normal()),
+        prompt_length=prompt_length,
+        teacher_prompt_ids=tuple(random.integers(0, VOCAB_SIZE, prompt_length + 5).tolist()) if has_teacher else (),
+    )
+
+
+def make_config(hf_dir: Path, run_dir: Path, objective: dict[str, object], **sections: dict[str, object]) -> RunConfig:
+    """A run of the given layout and objective."""
+    return parse_config(
+        {
+            "run_dir": str(run_dir),
+            "model": {"hf_dir": str(hf_dir), "logits_chunk_tokens": 7},
+            "data": {"train": "unused"},
+            "retrieval": {"corpus": "unused"},
+            "objective": objective,
+            **sections,
+        }
+    )
+
+
+def oracle(
+    hf_dir: Path, reference_dir: Path, samples: Sequence[TrainingSample], config: ObjectiveConfig
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient by Hugging Face name of one update with ratio 1, straight from the formulas."""
+    model, reference = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64) for d in (hf_dir, reference_dir))
+    num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+    distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompt_ids]
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        logits = _logits(model, sample.token_ids)
+        mask = torch.as_tensor(sample.loss_mask)
+        labels = torch.as_tensor(sample.labels)[mask, None]
+        logp = logits[mask].log_softmax(-1)
+        chosen = logp.gather(1, labels)[:, 0]
+        with torch.no_grad():
+            ref = _logits(reference, sample.token_ids)[mask].log_softmax(-1).gather(1, labels)[:, 0]
+        ratio = (chosen - chosen.detach()).exp()
+        k3 = (ref - chosen).exp() - (ref - chosen) - 1
+        entropy = -(logp.exp() * logp).sum(-1)
+        token_loss = -ratio * sample.advantage + config.kl_coef * k3 - config.entropy_coef * entropy
+        loss = loss + token_loss.sum() / num_tokens
+        if any(sample is other for other in distilled):
+            loss = loss + config.alpha * _jsd(model, sample, logits, config.topk).mean() / len(distilled)
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _logits(model: PreTrainedModel, token_ids: np.ndarray) -> Tensor:
+    logits: Tensor = model(torch.as_tensor(token_ids)[None]).logits[0]
+    return logits
+
+
+def _jsd(model: PreTrainedModel, sample: TrainingSample, logits: Tensor, topk: int | None) -> Tensor:
+    ids, mask = teacher_sequence(sample)
+    with torch.no_grad():
+        p = _logits(model, ids)[torch.as_tensor(mask)].softmax(-1)
+    q = logits[torch.as_tensor(sample.query_mask)].softmax(-1)
+    if topk is not None:
+        kept = p.topk(topk).indices
+        p, q = (torch.cat([d.gather(1, kept), 1 - d.gather(1, kept).sum(1, keepdim=True)], dim=1) for d in (p, q))
+    m = (p + q) / 2
+    return ((p * (p / m).log() + q * (q / m).log()) / 2).sum(-1)

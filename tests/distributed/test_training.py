@@ -1,0 +1,187 @@
+"""Training the same trajectories gives the same weights on every layout, through checkpoints, and after export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import CheckpointError, TrainingError
+from megatron_sdsearch.loss.objective import policy_logprobs
+from megatron_sdsearch.model.checkpoint import TrainingState, export_hf_folder, load_latest, save_checkpoint
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import TrainBatch
+from megatron_sdsearch.telemetry import PhaseTimer
+from megatron_sdsearch.training.policy import Network, Policy
+from megatron_sdsearch.training.teacher import HindsightTeacher
+from megatron_sdsearch.training.updates import Learner
+from tests.distributed.launch import run_distributed
+from tests.distributed.oracle import make_config, make_model, make_samples
+
+NUM_STEPS = 3
+OBJECTIVE: dict[str, object] = {"alpha": 0.5, "alpha_warmup_steps": 1, "kl_coef": 0.1, "entropy_coef": 0.01, "topk": 20}
+LAYOUTS: dict[int, list[dict[str, object]]] = {
+    1: [{}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
+}
+Weights = dict[str, Tensor]
+Outcome = tuple[list[float], Weights]
+
+
+def _config(folder: Path, layout: dict[str, object], **optimizer: object) -> RunConfig:
+    # eps bounds what Adam makes of a gradient that is 0 but for rounding: such a parameter would move by a full lr.
+    return make_config(
+        folder / "hf",
+        folder / "run",
+        OBJECTIVE,
+        parallel=layout,
+        optimizer={"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.1, "warmup_steps": 2, "schedule": "cosine", **optimizer},
+        train={"num_steps": NUM_STEPS, "trajectories_per_minibatch": 5},
+    )
+
+
+class Run:
+    """A policy and what it learns from, on the current layout."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.parallel = ParallelState.initialize(config.parallel, seed=1)
+        self.policy = Policy.build(config, self.parallel)
+        reference = Network.load(config, self.parallel)
+        self.learner = Learner(self.policy, reference, HindsightTeacher(self.policy, config.objective), config)
+        self.config = config
+
+    def step(self, step: int) -> list[float]:
+        """Gradient norms of the step's updates."""
+        return [result.grad_norm for result in self.learner.learn(self.batch(step), step, PhaseTimer())]
+
+    def batch(self, step: int) -> TrainBatch:
+        return pack(
+            make_samples(10, seed=step),
+            num_ranks=self.parallel.dp_size,
+            rank=self.parallel.dp_rank,
+            trajectories_per_minibatch=self.config.train.trajectories_per_minibatch,
+            max_tokens=64,
+            alignment=self.parallel.alignment,
+            equal_lengths=self.parallel.pp_size > 1,
+            objective=self.config.objective,
+        )
+
+    def weights(self) -> Weights:
+        return {name: tensor.clone() for name, tensor in self.policy.hf_weights()}
+
+    def end(self) -> None:
+        parallel_state.destroy_model_parallel()
+
+
+def train_on(rank: int, world_size: int, layouts: list[dict[str, object]], folder: Path) -> list[Outcome]:
+    results = []
+    for layout in layouts:
+        run = Run(_config(folder, layout))
+        norms = [norm for step in range(NUM_STEPS) for norm in run.step(step)]
+        results.append((norms, run.weights()))
+        run.end()
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    make_model(folder / "hf", "qwen2", is_tied=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> Outcome:
+    result: list[list[Outcome]] = run_distributed(train_on, 1, LAYOUTS[1], folder)
+    return result[0][0]
+
+
+def test_three_steps_give_the_same_weights_on_every_layout(folder: Path, single: Outcome) -> None:
+    norms, weights = single
+    start = AutoModelForCausalLM.from_pretrained(folder / "hf").state_dict()
+    moved = max(float((weights[name] - start[name]).abs().max()) for name in weights)
+    assert moved > 1e-3, "the steps must do something"
+    outcomes: list[list[Outcome]] = run_distributed(train_on, 2, LAYOUTS[2], folder, timeout_s=240)
+    for by_layout in outcomes:
+        for layout, (other_norms, other_weights) in zip(LAYOUTS[2], by_layout, strict=True):
+            assert other_norms == pytest.approx(norms, rel=1e-4), layout  # clipping depends on it
+            for name, expected in weights.items():
+                gap = float((other_weights[name] - expected).abs().max())
+                assert gap < 5e-6, f"{layout} {name}: {gap:.2e}, where weights moved by up to {moved:.2e}"
+
+
+def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    root = folder / "checkpoints"
+    config = _config(folder, {"tensor": 2})
+    first = Run(config)
+    first.step(0)
+    first.step(1)
+    save_checkpoint(root, first.policy, TrainingState(step=2, seed=1), first.parallel, keep=1)
+    first.step(2)
+    uninterrupted = first.weights()
+    first.end()
+
+    second = Run(config)
+    step = load_latest(root, second.policy, second.parallel, seed=1)
+    second.step(step)
+    resumed = second.weights()
+    with pytest.raises(CheckpointError, match="seed"):
+        load_latest(root, second.policy, second.parallel, seed=2)
+    export_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
+    microbatch = second.batch(0).minibatches[0].student[0]
+    logprobs = second.policy.collect(
+        [microbatch], lambda logits, batch: policy_logprobs(logits, batch.policy_rows, batch.policy_labels)
+    )[0]
+    second.end()
+    return {
+        "step": step,
+        "gaps": {name: float((resumed[name] - uninterrupted[name]).abs().max()) for name in resumed},
+        "microbatch": microbatch,
+        "logprobs": logprobs,
+    }
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_its_export_loads(folder: Path) -> None:
+    result = run_distributed(interrupt_and_go_on, 2, folder, timeout_s=240)[0]
+    assert result["step"] == 2
+    assert set(result["gaps"].values()) == {0.0}
+    assert (folder / "checkpoints" / "latest").read_text() == "step_000002"
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    batch = result["microbatch"]
+    expected = []
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        with torch.no_grad():
+            logp = model(torch.as_tensor(batch.token_ids[start:end])[None]).logits[0].log_softmax(-1)
+        mask = torch.as_tensor(batch.loss_mask[start:end])
+        expected.append(logp[mask].gather(1, torch.as_tensor(batch.labels[start:end])[mask, None])[:, 0])
+    torch.testing.assert_close(result["logprobs"], torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def refuse_what_is_not_finite(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    run = Run(_config(folder, {}))
+    before = run.weights()
+    minibatch = run.batch(0).minibatches[0]
+
+    def loss(logits: Any, batch: Any) -> tuple[Tensor, dict[str, float]]:
+        value = policy_logprobs(logits, batch.policy_rows, batch.policy_labels).sum() * float("nan")
+        return value, {"loss": float(value)}
+
+    with pytest.raises(TrainingError, match="not finite"):
+        run.policy.update(minibatch, loss)
+    groups = run.policy.optimizer.param_groups
+    decays = {bool(group["wd_mult"]): {p.dim() for p in group["params"]} for group in groups if group["params"]}
+    return {"moved": max(float((run.weights()[n] - w).abs().max()) for n, w in before.items()), "decays": decays}
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone_and_norms_never_decay(folder: Path) -> None:
+    (result,) = run_distributed(refuse_what_is_not_finite, 1, folder)
+    assert result["moved"] == 0.0
+    assert result["decays"] == {True: {2}, False: {1}}

@@ -1,0 +1,187 @@
+"""Question files in three schemas, and the order in which questions are asked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.records import Question
+
+OWN = {
+    "question_id": "tiny:train:0",
+    "text": " Who built it? ",
+    "gold_answers": ["The king", "King"],
+    "dataset": "tiny",
+    "gold_passage_ids": ["p1", 2],
+}
+SEARCH_R1 = {
+    "data_source": "nq",
+    "prompt": [{"role": "user", "content": "Write Question: first. Question: who built it?\n"}],
+    "ability": "fact-reasoning",
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["the king"]}},
+    "extra_info": {"split": "train", "index": 7},
+}
+FLASHRAG = {"id": "test_3", "question": "who built it", "golden_answers": ["king"], "metadata": {"level": "easy"}}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_own_schema(tmp_path: Path, suffix: str) -> None:
+    row = OWN | {"gold_passage_ids": ["p1", "2"]} if suffix == ".parquet" else OWN
+    bare = {"question_id": "b", "text": "Why?", "gold_answers": ["x"]}
+    assert read_questions(write(tmp_path / f"q{suffix}", [row, bare])) == (
+        Question(
+            question_id="tiny:train:0",
+            text="Who built it?",
+            gold_answers=("The king", "King"),
+            dataset="tiny",
+            gold_passage_ids=("p1", "2"),
+        ),
+        Question(question_id="b", text="Why?", gold_answers=("x",)),
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_search_r1_schema(tmp_path: Path, suffix: str) -> None:
+    (question,) = read_questions(write(tmp_path / f"q{suffix}", [SEARCH_R1]))
+    assert question == Question(
+        question_id="nq:train:7", text="who built it?", gold_answers=("the king",), dataset="nq"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_flashrag_schema_takes_dataset_and_split_from_the_path(tmp_path: Path, suffix: str) -> None:
+    (question,) = read_questions(write(tmp_path / "hotpotqa" / f"dev{suffix}", [FLASHRAG]))
+    assert question == Question(
+        question_id="hotpotqa:dev:test_3", text="who built it", gold_answers=("king",), dataset="hotpotqa"
+    )
+
+
+def test_equal_indices_of_two_data_sets_stay_apart(tmp_path: Path) -> None:
+    rows = [
+        SEARCH_R1,
+        SEARCH_R1 | {"data_source": "hotpotqa"},
+        SEARCH_R1 | {"extra_info": {"split": "dev", "index": 7}},
+    ]
+    ids = [question.question_id for question in read_questions(write(tmp_path / "q.jsonl", rows))]
+    assert ids == ["nq:train:7", "hotpotqa:train:7", "nq:dev:7"]
+
+
+@pytest.mark.parametrize("row", [OWN, SEARCH_R1, FLASHRAG], ids=["own", "search_r1", "flashrag"])
+def test_id_that_stands_twice_is_a_data_error(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"q\.jsonl:3: id '.*' stands twice; give each question"):
+        read_questions(write(tmp_path / "q.jsonl", [row, row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (OWN | {"text": "  "}, "text: String should have at least 1 character"),
+        (OWN | {"gold_answers": []}, "gold_answers: "),
+        (OWN | {"gold_answers": ["x", ""]}, "gold_answers.1: String should have at least 1 character"),
+        (OWN | {"question_id": 1.5}, "question_id: Input should be a valid string"),
+        ({}, "question_id: Field required"),
+        (["x"], "is not an object"),
+        (SEARCH_R1 | {"prompt": []}, "prompt: "),
+        (SEARCH_R1 | {"prompt": [{"role": "user", "content": "Question: "}]}, "prompt: nothing follows"),
+        (SEARCH_R1 | {"extra_info": {"split": "dev"}}, "extra_info.index: Field required"),
+        (SEARCH_R1 | {"reward_model": {"ground_truth": {}}}, "reward_model.ground_truth.target: Field required"),
+        (FLASHRAG | {"golden_answers": [3]}, "golden_answers.0: Input should be a valid string"),
+    ],
+)
+def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, row: Any, complaint: str) -> None:
+    path = write(tmp_path / "q.jsonl", [OWN | {"question_id": "fine"}, row])
+    with pytest.raises(DataError) as caught:
+        read_questions(path)
+    assert str(caught.value).startswith(f"{path}:3: {complaint}")
+    assert "; write " in str(caught.value)
+
+
+def test_bad_parquet_row_names_its_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.parquet", [OWN | {"gold_passage_ids": []}, {"question_id": "x", "gold_answers": ["y"]}])
+    with pytest.raises(DataError, match=r"q\.parquet: row 2: text: Field required"):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("line", [b"{", b'{"text": "\xff"}'])
+def test_line_that_is_not_json_is_a_data_error(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b"\n" + line)
+    with pytest.raises(DataError, match=r"q\.jsonl:2: is not JSON .*; write one JSON object per line"):
+        read_questions(path)
+
+
+def test_files_that_hold_no_questions_are_data_errors(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.parquet").write_bytes(b"PAR?")
+    (tmp_path / "q.csv").touch()
+    for name, complaint in {
+        "empty.jsonl": "holds no questions; write",
+        "broken.parquet": "not readable as parquet",
+        "q.csv": r"'\.csv' is unknown; give a \.jsonl or \.parquet",
+        "absent.jsonl": "does not exist; give",
+    }.items():
+        with pytest.raises(DataError, match=complaint):
+            read_questions(tmp_path / name)
+
+
+def pool(size: int) -> tuple[Question, ...]:
+    return tuple(Question(question_id=f"q{i}", text="?", gold_answers=("x",)) for i in range(size))
+
+
+SIZES = st.integers(1, 12).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size)))
+
+
+@given(SIZES, st.integers(0, 5), st.integers(1, 40))
+def test_every_epoch_asks_every_question_once(sizes: tuple[int, int], seed: int, num_steps: int) -> None:
+    size, per_step = sizes
+    sampler = QuestionSampler(pool(size), seed, per_step)
+    batches = [sampler.batch(step) for step in range(num_steps)]
+    assert all(len({question.question_id for question in batch}) == per_step for batch in batches)
+    asked = [question.question_id for batch in batches for question in batch]
+    for start in range(0, len(asked), size):
+        assert max(Counter(asked[start : start + size]).values()) == 1
+
+
+@given(SIZES, st.integers(0, 5), st.integers(0, 40))
+def test_batch_depends_on_seed_and_step_alone(sizes: tuple[int, int], seed: int, step: int) -> None:
+    size, per_step = sizes
+    warm = QuestionSampler(pool(size), seed, per_step)
+    for earlier in (0, step + 3, step):
+        warm.batch(earlier)
+    assert warm.batch(step) == QuestionSampler(pool(size), seed, per_step).batch(step)
+
+
+def test_order_does_not_depend_on_the_files_order() -> None:
+    forwards, backwards = QuestionSampler(pool(9), 1, 4), QuestionSampler(pool(9)[::-1], 1, 4)
+    assert [forwards.batch(step) for step in range(9)] == [backwards.batch(step) for step in range(9)]
+
+
+def test_seeds_and_epochs_shuffle_differently() -> None:
+    first_epochs = {QuestionSampler(pool(30), seed, 30).batch(0) for seed in range(5)}
+    epochs = {QuestionSampler(pool(30), 0, 30).batch(step) for step in range(5)}
+    assert len(first_epochs | epochs) == 9
+
+
+@pytest.mark.parametrize("questions_per_step", [0, 4])
+def test_batch_larger_than_the_pool_is_a_config_error(questions_per_step: int) -> None:
+    with pytest.raises(ConfigError, match=r"data\.questions_per_step: .* from 3; set it between 1 and 3"):
+        QuestionSampler(pool(3), 0, questions_per_step)

@@ -1,0 +1,197 @@
+"""Groups of trajectories: order, ids, scores, failures and the end of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
+from megatron_sdsearch.records import Passage, Question, TrajectoryStatus
+from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.embedded import EmbeddedEngine
+from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
+from megatron_sdsearch.rollout.plain import PlainEngine
+from megatron_sdsearch.tokenization.renderer import Renderer
+from tests.unit.conftest import ModelFactory
+from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
+
+SEARCH, ANSWER, WRONG = "<search>book</search>", "<answer>Lisbon</answer>", "<answer>Porto</answer>"
+PASSAGE = Passage(passage_id="p1", contents='"Lisbon"\nLisbon is the capital of Portugal.')
+QUESTIONS = [
+    Question(question_id=f"toy:test:{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(3)
+]
+
+
+def _config(**rollout: Any) -> RunConfig:
+    settings = {"group_size": 2, "max_turns": 2, "max_prompt_tokens": 300, "max_total_tokens": 500}
+    return parse_config(
+        {
+            "run_dir": "run",
+            "model": {"hf_dir": "model"},
+            "data": {"train": "train.jsonl", "prompt_profile": "plain"},
+            "retrieval": {"corpus": "corpus.jsonl"},
+            "rollout": settings | {"max_response_tokens": 40, "max_observation_tokens": 60} | rollout,
+        }
+    )
+
+
+Build = Callable[..., RolloutCollector]
+
+
+@pytest.fixture
+def build(renderer: Renderer, request: pytest.FixtureRequest) -> Build:
+    def build(
+        engine: Engine, retriever: DictRetriever | None = None, on_progress: Any = None, **rollout: Any
+    ) -> RolloutCollector:
+        retriever = retriever or DictRetriever({"book": (PASSAGE,)})
+        collector = RolloutCollector(engine, retriever, renderer, _config(**rollout), on_progress)
+        request.addfinalizer(collector.close)
+        return collector
+
+    return build
+
+
+def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [SEARCH, ANSWER], by_sibling={1: [WRONG]}, policy_version=7)
+    progress: list[tuple[int, int]] = []
+    collector = build(engine, on_progress=lambda done, total: progress.append((done, total)))
+    groups = collector.collect(QUESTIONS, step=7, policy_version=7)
+    assert [group.question for group in groups] == QUESTIONS
+    for group in groups:
+        assert [str(t.trajectory_id) for t in group.trajectories] == [
+            f"7/{group.question.question_id}/{s}" for s in (0, 1)
+        ]
+        assert [score.em for score in group.scores] == [1.0, 0.0]
+        assert [t.retrieved_passage_ids for t in group.trajectories] == [("p1",), ()]
+    assert progress == [(done, 6) for done in range(1, 7)]
+    assert len(engine.released) == 6
+
+
+def test_evaluation_is_greedy_and_one_trajectory_each(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ANSWER])
+    groups = build(engine, temperature=1.3, top_p=0.5).evaluate(QUESTIONS, step=2)
+    assert [len(group.trajectories) for group in groups] == [1, 1, 1]
+    assert {(r.params.temperature, r.params.top_p) for r in engine.requests} == {(0.0, 1.0)}
+
+
+def test_training_samples_as_configured(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ANSWER])
+    build(engine, temperature=1.3, top_p=0.5).collect(QUESTIONS[:1], step=0, policy_version=0)
+    assert {(r.params.temperature, r.params.top_p, r.seed) for r in engine.requests} == {(1.3, 0.5, 1)}
+
+
+def test_a_question_asked_twice_makes_two_groups_of_distinct_trajectories(build: Build, renderer: Renderer) -> None:
+    groups = build(ScriptedEngine(renderer, [ANSWER])).collect([QUESTIONS[0]] * 2, step=0, policy_version=0)
+    assert [t.trajectory_id.sibling for group in groups for t in group.trajectories] == [0, 1, 2, 3]
+
+
+def test_no_questions_give_no_groups(build: Build, renderer: Renderer) -> None:
+    assert build(ScriptedEngine(renderer, [])).collect([], step=0, policy_version=0) == []
+
+
+def test_failed_searches_up_to_the_limit_are_part_of_the_groups(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
+    retriever = DictRetriever({"book": None})
+    groups = build(engine, retriever, max_failed_search_share=0.5).collect(QUESTIONS, step=0, policy_version=0)
+    assert [group.trajectories[1].status for group in groups] == [TrajectoryStatus.RETRIEVAL_FAILED] * 3
+
+
+def test_more_failed_searches_raise_with_rate_limit_and_cause(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
+    collector = build(engine, DictRetriever({"book": None}), max_failed_search_share=0.4)
+    message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
+    with pytest.raises(RetrievalError, match=message):
+        collector.collect(QUESTIONS, step=0, policy_version=0)
+
+
+def test_aborted_trajectories_stay_in_their_group(build: Build, renderer: Renderer) -> None:
+    groups = build(ScriptedEngine(renderer, [ANSWER], by_sibling={0: [ABORT]})).collect(
+        QUESTIONS, step=0, policy_version=0
+    )
+    assert [group.trajectories[0].status for group in groups] == [TrajectoryStatus.ABORTED] * 3
+
+
+def test_another_policy_version_is_an_error(build: Build, renderer: Renderer) -> None:
+    collector = build(ScriptedEngine(renderer, [ANSWER], policy_version=3))
+    with pytest.raises(EngineError, match=r"versions \[3\] instead of 4"):
+        collector.collect(QUESTIONS, step=4, policy_version=4)
+
+
+class _OneFails:
+    """Never answers, except that the first trajectory's call fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self.num_cancelled = 0
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        if request.trajectory_id.sibling == 0:
+            await asyncio.sleep(0)
+            raise self._error
+        try:
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+
+    async def release(self, trajectory_id: object) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def test_an_exception_cancels_the_rest_and_comes_out_as_it_is(build: Build) -> None:
+    error = ZeroDivisionError("a bug")
+    engine = _OneFails(error)
+    collector = build(engine, group_size=4)
+    with pytest.raises(ZeroDivisionError) as caught:
+        collector.collect(QUESTIONS[:1], step=0, policy_version=0)
+    assert caught.value is error
+    assert engine.num_cancelled == 3
+
+
+def test_close_closes_engine_and_retriever_once(build: Build, renderer: Renderer) -> None:
+    engine, retriever = ScriptedEngine(renderer, [ANSWER]), DictRetriever()
+    collector = build(engine, retriever)
+    collector.close()
+    collector.close()
+    assert (engine.num_closed, retriever.num_closed) == (1, 1)
+
+
+def test_settings_that_cannot_work_are_refused_before_any_rollout(renderer: Renderer) -> None:
+    engine, retriever = ScriptedEngine(renderer, []), DictRetriever()
+    with pytest.raises(ConfigError, match="max_observation_tokens"):
+        RolloutCollector(engine, retriever, renderer, _config(max_observation_tokens=3))
+    warm_start = {"mode": "warm_start", "demonstrations": Path("d.jsonl")}
+    config = parse_config({"run_dir": "run", "model": {"hf_dir": "model"}, "train": warm_start})
+    with pytest.raises(ConfigError, match="retrieval"):
+        RolloutCollector(engine, retriever, renderer, config)
+
+
+def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: ModelFactory, renderer: Renderer) -> None:
+    """A random policy never searches on purpose; its invalid turns still pass through prompt, notice and cache."""
+    engines = [
+        kind(make_model(), renderer.token_bytes, renderer.eos_ids, 500) for kind in (EmbeddedEngine, PlainEngine)
+    ]
+    ours, plain = (build(engine).evaluate(QUESTIONS, step=0) for engine in engines)
+    assert [[t.token_ids.tolist() for t in g.trajectories] for g in ours] == [
+        [t.token_ids.tolist() for t in g.trajectories] for g in plain
+    ]
+    assert all(len(t.sampled_spans) > 1 for group in ours for t in group.trajectories)
+
+
+def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFactory, renderer: Renderer) -> None:
+    engine = EmbeddedEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 500)
+    collector = build(engine)
+    first = collector.collect(QUESTIONS, step=0, policy_version=0)
+    again = collector.collect(QUESTIONS[::-1], step=0, policy_version=0)[::-1]
+    other = collector.collect(QUESTIONS, step=1, policy_version=0)
+    ids = [[t.token_ids.tolist() for g in groups for t in g.trajectories] for groups in (first, again, other)]
+    assert ids[0] == ids[1]
+    assert all(one != another for one, another in zip(ids[0], ids[2], strict=True))

@@ -1,0 +1,246 @@
+"""Seconds per training step by phase, on a model of 3 layers x 96: single turn, no search, as one JSON object.
+
+    python tools/bench_step.py --questions 12 --group 8 --new-tokens 64 --tensor 2
+
+The work of a step: publish the weights to the engine, sample ``group`` continuations of each prompt, one GRPO update on
+all of them. With ``--query-tokens`` the first so many sampled tokens count as a query, and the teacher pass and the JSD
+join in. Starts its own processes; nothing is written outside a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.samples import build_samples
+from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import (
+    Action,
+    ContextSpan,
+    HindsightBlock,
+    Question,
+    RolloutGroup,
+    SampledSpan,
+    Score,
+    Trajectory,
+    TrajectoryId,
+    TrajectoryStatus,
+)
+from megatron_sdsearch.rollout.embedded import EmbeddedEngine
+from megatron_sdsearch.rollout.engine import GenerationRequest, SamplingParams
+from megatron_sdsearch.telemetry import PhaseTimer
+from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.teacher import HindsightTeacher
+from megatron_sdsearch.training.updates import Learner
+from megatron_sdsearch.training.weight_sync import publish
+
+BLOCK_TOKENS = 32
+NUM_WARMUP_STEPS = 2
+
+
+class NoText:
+    """Stands in for token bytes: nothing stops a continuation before its budget."""
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return b""
+
+    def of(self, ids: tuple[int, ...]) -> list[bytes]:
+        return [b""] * len(ids)
+
+
+def main() -> None:
+    """Start the processes, or be one of them."""
+    arguments = _arguments()
+    if "RANK" in os.environ:
+        _bench(arguments, Path(os.environ["BENCH_STEP_DIR"]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _make_model(Path(folder), arguments.vocab)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={arguments.tensor * arguments.pipeline * arguments.data}", *sys.argv]
+        environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": "1"}
+        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {
+        "questions": (12, "prompts per step"),
+        "group": (8, "continuations per prompt"),
+        "new-tokens": (64, "per continuation"),
+        "prompt-tokens": (32, "per prompt"),
+        "query-tokens": (0, "sampled tokens to distil per continuation; 0 leaves the teacher out"),
+        "vocab": (1024, "vocabulary"),
+        "steps": (10, "measured steps"),
+        "tensor": (2, "tensor-parallel size"),
+        "pipeline": (1, "pipeline-parallel size"),
+        "data": (1, "data-parallel size"),
+    }
+    for name, (default, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    arguments = parser.parse_args()
+    for name in sizes:
+        least = 0 if name == "query-tokens" else 2 if name == "group" else 1
+        if getattr(arguments, name.replace("-", "_")) < least:
+            parser.error(f"--{name} must be at least {least}")
+    if arguments.query_tokens > arguments.new_tokens:
+        parser.error("--query-tokens must not exceed --new-tokens")
+    return arguments
+
+
+def _make_model(folder: Path, vocab_size: int) -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def _config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
+    total = arguments.prompt_tokens + arguments.new_tokens
+    return parse_config(
+        {
+            "run_dir": str(folder),
+            "model": {"hf_dir": str(folder)},
+            "parallel": {"tensor": arguments.tensor, "pipeline": arguments.pipeline},
+            "data": {"train": "none", "questions_per_step": arguments.questions},
+            "retrieval": {"corpus": "none"},
+            "rollout": {
+                "group_size": arguments.group,
+                "max_prompt_tokens": arguments.prompt_tokens,
+                "max_response_tokens": arguments.new_tokens,
+                "max_total_tokens": total,
+            },
+            "objective": {"kl_coef": 0.0, "alpha": 0.1, "alpha_warmup_steps": 0},
+            "train": {"trajectories_per_minibatch": None, "max_tokens_per_microbatch": max(16384, total)},
+        }
+    )
+
+
+def _bench(arguments: argparse.Namespace, folder: Path) -> None:
+    config = _config(arguments, folder)
+    parallel = ParallelState.initialize(config.parallel, seed=1)
+    policy = Policy.build(config, parallel)
+    learner = Learner(policy, None, HindsightTeacher(policy, config.objective), config)
+    model = AutoModelForCausalLM.from_config(load_hf_config(folder)).eval()
+    engine = EmbeddedEngine(model, NoText(), (), config.rollout.max_total_tokens)  # type: ignore[arg-type]
+    timer = PhaseTimer()
+    steps = []
+    with asyncio.Runner() as runner:
+        for step in range(NUM_WARMUP_STEPS + arguments.steps):
+            with timer.phase("publish"):
+                publish(policy, engine, version=step)
+            with timer.phase("rollout"):
+                own = range(parallel.rank, arguments.questions, parallel.world_size)
+                groups = runner.run(_roll_out(engine, own, step, config, arguments.query_tokens))
+                groups = [group for share in parallel.all_gather_object(groups) for group in share]
+            with timer.phase("pack"):
+                batch = _pack(groups, config, parallel)
+            learner.learn(batch, step, timer)
+            steps.append(timer.take())
+    if parallel.is_main:
+        print(json.dumps(_report(arguments, steps[NUM_WARMUP_STEPS:])))
+    parallel.shutdown()
+
+
+async def _roll_out(
+    engine: EmbeddedEngine, questions: range, step: int, config: RunConfig, query_tokens: int
+) -> list[RolloutGroup]:
+    tasks = [
+        [
+            _trajectory(engine, question, sibling, step, config, query_tokens)
+            for sibling in range(config.rollout.group_size)
+        ]
+        for question in questions
+    ]
+    flat = iter(await asyncio.gather(*(task for group in tasks for task in group)))
+    groups = []
+    for question in questions:
+        trajectories = tuple(next(flat) for _ in range(config.rollout.group_size))
+        scores = tuple(Score(f1=float(i % 2), em=0.0, reward=float(i % 2)) for i in range(len(trajectories)))
+        record = Question(question_id=str(question), text="", gold_answers=("",))
+        groups.append(RolloutGroup(question=record, trajectories=trajectories, scores=scores))
+    return groups
+
+
+async def _trajectory(
+    engine: EmbeddedEngine, question: int, sibling: int, step: int, config: RunConfig, query_tokens: int
+) -> Trajectory:
+    rollout = config.rollout
+    trajectory_id = TrajectoryId(step=step, question_id=str(question), sibling=sibling)
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=rollout.max_response_tokens, stop=())
+    prompt = _prompt(question, rollout.max_prompt_tokens)
+    request = GenerationRequest(trajectory_id=trajectory_id, seed=1, prompt_ids=prompt, params=params)
+    generation = await engine.generate(request)
+    await engine.release(trajectory_id)
+    sampled = SampledSpan(
+        token_ids=generation.token_ids,
+        logprobs=generation.logprobs,
+        text="",
+        action=Action.SEARCH,
+        argument="",
+        query_positions=tuple(range(query_tokens)),
+        policy_version=generation.policy_version,
+        finish_reason=generation.finish_reason,
+    )
+    spans = (ContextSpan(kind="prompt", token_ids=prompt), sampled)
+    return Trajectory(trajectory_id=trajectory_id, spans=spans, status=TrajectoryStatus.NO_ANSWER)
+
+
+def _prompt(question: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(question).integers(0, 256, length).tolist())
+
+
+def _pack(groups: list[RolloutGroup], config: RunConfig, parallel: ParallelState):  # type: ignore[no-untyped-def]
+    samples = []
+    for group in groups:
+        prompt = group.trajectories[0].prompt_ids
+        teacher_prompt = prompt[:1] * BLOCK_TOKENS + prompt
+        block = HindsightBlock(text="", teacher_prompt_ids=teacher_prompt, sources=(), dropped=(), leaks=())
+        advantages = [1.0 if score.reward else -1.0 for score in group.scores]
+        samples += build_samples(group, advantages, [block] * len(group.trajectories), config.objective)
+    return pack(
+        samples,
+        num_ranks=parallel.dp_size,
+        rank=parallel.dp_rank,
+        trajectories_per_minibatch=None,
+        max_tokens=config.train.max_tokens_per_microbatch,
+        alignment=parallel.alignment,
+        equal_lengths=parallel.pp_size > 1,
+        objective=config.objective,
+    )
+
+
+def _report(arguments: argparse.Namespace, steps: list[dict[str, float]]) -> dict[str, object]:
+    phases = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    return {
+        **vars(arguments),
+        "s_per_step": round(statistics.median(sum(step.values()) for step in steps), 4),
+        "phases": {name: round(seconds, 4) for name, seconds in phases.items()},
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
