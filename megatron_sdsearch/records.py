@@ -251,6 +251,10 @@ class HindsightBlock:
     leaks: tuple[int, ...]
 
 
+GroupClass = Literal["all_wrong", "mixed", "all_correct"]
+GROUP_CLASSES: tuple[GroupClass, ...] = ("all_wrong", "mixed", "all_correct")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingSample:
     """One trajectory as the update sees it. Arrays are label-aligned: entry i speaks of predicting token i + 1.
@@ -266,6 +270,7 @@ class TrainingSample:
         advantage: of the whole trajectory.
         prompt_length: number of prompt tokens in ``token_ids``.
         teacher_prompt_ids: prompt with the hindsight block; empty when nothing is distilled.
+        group_class: of the group it comes from; metrics are told apart by it.
     """
 
     sample_id: str
@@ -277,6 +282,7 @@ class TrainingSample:
     advantage: float
     prompt_length: int
     teacher_prompt_ids: tuple[int, ...] = ()
+    group_class: GroupClass = "mixed"
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -299,6 +305,7 @@ class Microbatch:
         advantages: [T].
         policy_weights: [T] weight of each policy token in the loss; sums to 1 over the GLOBAL minibatch.
         distill_weights: [T] weight of each distilled token; sums to 1 over the GLOBAL minibatch (or all 0).
+        group_classes: [T] index into ``GROUP_CLASSES`` of the sequence's group.
     """
 
     token_ids: IntArray
@@ -311,6 +318,7 @@ class Microbatch:
     advantages: FloatArray
     policy_weights: FloatArray
     distill_weights: FloatArray
+    group_classes: IntArray
 
     @property
     def max_seqlen(self) -> int:

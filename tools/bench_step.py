@@ -84,7 +84,7 @@ def _arguments() -> argparse.Namespace:
         "new-tokens": (64, "per continuation"),
         "prompt-tokens": (32, "per prompt"),
         "query-tokens": (0, "sampled tokens to distil per continuation; 0 leaves the teacher out"),
-        "vocab": (1024, "vocabulary"),
+        "vocab": (256, "vocabulary"),
         "steps": (10, "measured steps"),
         "tensor": (2, "tensor-parallel size"),
         "pipeline": (1, "pipeline-parallel size"),

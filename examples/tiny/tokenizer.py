@@ -45,7 +45,13 @@ def build_tokenizer(texts: Iterable[str], names: Iterable[str]) -> Qwen2Tokenize
     """
     spaced = [f" {name}" for name in names]
     vocab, merges = _train([*texts, *spaced])
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=IM_END, pad_token=PAD, unk_token=PAD)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]  # annotated list[str]; what it hands on to must be pairs
+        eos_token=IM_END,
+        pad_token=PAD,
+        unk_token=PAD,
+    )
     tokenizer.add_tokens([AddedToken(IM_START, special=True)], special_tokens=True)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in (*TAGS, *LABELS)])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -55,7 +61,7 @@ def build_tokenizer(texts: Iterable[str], names: Iterable[str]) -> Qwen2Tokenize
     return tokenizer
 
 
-def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-level BPE until every word is one token: vocabulary and merges.
 
     Each distinct word counts once, so that common pieces are shared and the vocabulary stays small.
@@ -72,4 +78,4 @@ def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[str]]:
     )
     tokenizer.train_from_iterator(sorted(words), trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [" ".join(pair) for pair in model["merges"]]
+    return model["vocab"], [(left, right) for left, right in model["merges"]]

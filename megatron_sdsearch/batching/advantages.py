@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from typing import Literal
 
-from megatron_sdsearch.records import RolloutGroup
-
-GroupClass = Literal["all_correct", "all_wrong", "mixed"]
+from megatron_sdsearch.records import GroupClass, RolloutGroup
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation, as Search-R1 and AutoRefine do."""

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sdsearch.batching.samples import teacher_sequence
-from megatron_sdsearch.records import BoolArray, FloatArray, IntArray, Microbatch, TrainingSample
+from megatron_sdsearch.records import (
+    GROUP_CLASSES,
+    BoolArray,
+    FloatArray,
+    GroupClass,
+    IntArray,
+    Microbatch,
+    TrainingSample,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,6 +35,7 @@ class PackedSequence:
         advantage: at every position.
         policy_weight: at every policy token.
         distill_weight: at every distilled token.
+        group_class: of the whole sequence.
     """
 
     token_ids: IntArray
@@ -37,6 +46,7 @@ class PackedSequence:
     advantage: float = 0.0
     policy_weight: float = 0.0
     distill_weight: float = 0.0
+    group_class: GroupClass = "mixed"
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -55,6 +65,7 @@ def student_sequence(
         advantage=sample.advantage,
         policy_weight=policy_weight,
         distill_weight=distill_weight,
+        group_class=sample.group_class,
     )
 
 
@@ -106,6 +117,7 @@ def assemble(sequences: Sequence[PackedSequence], *, length: int, max_padding_se
         advantages=np.repeat([row.advantage for row in rows], lengths),
         policy_weights=np.concatenate([row.loss_mask * row.policy_weight for row in rows]),
         distill_weights=np.concatenate([row.query_mask * row.distill_weight for row in rows]),
+        group_classes=np.repeat([GROUP_CLASSES.index(row.group_class) for row in rows], lengths),
     )
 
 

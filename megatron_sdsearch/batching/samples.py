@@ -12,10 +12,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sdsearch.batching.advantages import group_class
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import AlignmentError
 from megatron_sdsearch.records import (
     BoolArray,
+    GroupClass,
     HindsightBlock,
     IntArray,
     RolloutGroup,
@@ -31,6 +33,8 @@ def build_samples(
     advantages: Sequence[float],
     blocks: Sequence[HindsightBlock],
     objective: ObjectiveConfig,
+    *,
+    rho: float = 0.0,
 ) -> list[TrainingSample]:
     """Turn a group's trainable trajectories into samples, in their order.
 
@@ -39,14 +43,16 @@ def build_samples(
         advantages: one per trajectory.
         blocks: one per trajectory; a block without teacher prompt distils nothing.
         objective: ``distill_positions`` decides between query tokens and all sampled tokens.
+        rho: an answer is right when its F1 is above it; decides the group's class.
 
     Raises:
         AlignmentError: a trajectory has an empty prompt, so that nothing predicts its first sampled token.
         ValueError: ``advantages`` or ``blocks`` do not go with the trajectories.
     """
     rows = zip(group.trajectories, advantages, blocks, strict=True)
+    kind = group_class(group, rho)
     return [
-        _sample(trajectory, advantage, block, objective)
+        _sample(trajectory, advantage, block, objective, kind)
         for trajectory, advantage, block in rows
         if trajectory.is_trainable
     ]
@@ -84,7 +90,7 @@ def teacher_sequence(sample: TrainingSample) -> tuple[IntArray, BoolArray]:
 
 
 def _sample(
-    trajectory: Trajectory, advantage: float, block: HindsightBlock, objective: ObjectiveConfig
+    trajectory: Trajectory, advantage: float, block: HindsightBlock, objective: ObjectiveConfig, kind: GroupClass
 ) -> TrainingSample:
     if not trajectory.prompt_ids:
         raise AlignmentError(f"sample {trajectory.trajectory_id} has an empty prompt: nothing predicts its first token")
@@ -102,6 +108,7 @@ def _sample(
         advantage=advantage,
         prompt_length=len(trajectory.prompt_ids),
         teacher_prompt_ids=block.teacher_prompt_ids,
+        group_class=kind,
     )
 
 

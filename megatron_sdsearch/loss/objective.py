@@ -18,6 +18,7 @@ from megatron_sdsearch.loss.grpo import grpo_loss
 from megatron_sdsearch.loss.jsd import TopKDistribution, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.parallel.vocab import VocabShard
+from megatron_sdsearch.records import GROUP_CLASSES
 
 Metrics = dict[str, float]
 TeacherTarget = Tensor | TopKDistribution
@@ -90,12 +91,14 @@ class DistillRows:
         rows: [Q] indices into T, ascending.
         target: the teacher's distributions, row by row.
         weights: [Q]; sum to 1 over the global minibatch.
+        classes: [Q] index into ``records.GROUP_CLASSES``; for metrics alone.
         alpha: weight of the distillation loss at this step.
     """
 
     rows: Tensor
     target: TeacherTarget
     weights: Tensor
+    classes: Tensor
     alpha: float
 
 
@@ -136,6 +139,8 @@ def sd_search_loss(
         values["jsd"] = (distill.weights * divergence).sum()
         loss = loss + distill.alpha * values["jsd"]
     values["loss"] = loss
+    if distill is not None:
+        values |= _by_class(divergence.detach(), distill)
     metrics = {name: float(value.detach()) for name, value in values.items()}
     return loss, metrics | _agreement(old, policy)
 
@@ -156,8 +161,12 @@ def _read_rows(
 
     def read(part: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
         logprobs = vocab_parallel_logprobs(part, policy.labels[start:end], shard, temperature=temperature)
-        with torch.set_grad_enabled(config.entropy_coef > 0 and torch.is_grad_enabled()):
-            entropy = vocab_parallel_entropy(part, shard, temperature=temperature)
+        # Without a bonus the entropy is only watched: -log p of the sampled tokens estimates it, for nothing.
+        entropy = (
+            vocab_parallel_entropy(part, shard, temperature=temperature)
+            if config.entropy_coef > 0
+            else -logprobs.detach()
+        )
         if distill is None:
             return logprobs, entropy, logprobs[:0]
         first, last = torch.searchsorted(places, torch.tensor([start, end], device=places.device)).tolist()
@@ -180,6 +189,13 @@ def _divergence(
     return vocab_parallel_topk_jsd(
         student, topk, shard, beta=beta, tail=config.tail, temperature=temperature, divergence=divergence
     )
+
+
+def _by_class(divergence: Tensor, distill: DistillRows) -> dict[str, Tensor]:
+    """Per group class the weighted divergence and its weight: sums, whose ratio over all ranks is the class's mean."""
+    weights = {name: distill.weights * (distill.classes == index) for index, name in enumerate(GROUP_CLASSES)}
+    sums = {f"jsd_{name}": (weight * divergence).sum() for name, weight in weights.items()}
+    return sums | {f"jsd_{name}_weight": weight.sum() for name, weight in weights.items()}
 
 
 def _agreement(old: Tensor, policy: PolicyRows) -> Metrics:

@@ -37,6 +37,7 @@ class DeviceMicrobatch:
         policy_labels, rollout_logprobs, advantages, policy_weights: [N].
         query_rows: [Q] indices into T, ascending.
         distill_weights: [Q].
+        query_classes: [Q] index into ``records.GROUP_CLASSES``.
     """
 
     index: int
@@ -50,6 +51,7 @@ class DeviceMicrobatch:
     policy_weights: Tensor
     query_rows: Tensor
     distill_weights: Tensor
+    query_classes: Tensor
 
     @classmethod
     def load(cls, batch: Microbatch, index: int, device: torch.device, dtype: torch.dtype) -> DeviceMicrobatch:
@@ -76,6 +78,7 @@ class DeviceMicrobatch:
             policy_weights=tensor(batch.policy_weights[policy], dtype=dtype),
             query_rows=tensor(query.nonzero()[0]),
             distill_weights=tensor(batch.distill_weights[query], dtype=dtype),
+            query_classes=tensor(batch.group_classes[query]),
         )
 
 

@@ -16,6 +16,7 @@ from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model import checkpoint
 from megatron_sdsearch.model.architecture import check_layout, load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
@@ -43,7 +44,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         SDSearchError: the run cannot go on; the newest checkpoint stays as it was.
     """
     config.check_files()
-    check_layout(load_hf_config(config.model.hf_dir), config.parallel)
+    hf_config = load_hf_config(config.model.hf_dir)
+    check_layout(hf_config, config.parallel)
+    _check_lengths(config, hf_config.max_position_embeddings)
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
     start = time.monotonic()
@@ -59,6 +62,16 @@ def train(config: RunConfig) -> dict[str, Any]:
     summary = write_summary(config, parallel, time.monotonic() - start)
     parallel.shutdown()
     return summary
+
+
+def _check_lengths(config: RunConfig, max_positions: int) -> None:
+    longest = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
+    if config.train.mode == "rl" and longest > max_positions:
+        raise ConfigError(
+            "rollout.max_total_tokens",
+            f"with hindsight.max_block_tokens it makes {longest} tokens, the model has {max_positions} positions",
+            "lower one of the two",
+        )
 
 
 def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> None:
@@ -122,7 +135,7 @@ def _pack(
     samples = [
         sample if alpha > 0 else replace(sample, teacher_prompt_ids=())  # nothing to distil: no teacher pass
         for (group, blocks), own in zip(groups, advantages, strict=True)
-        for sample in build_samples(group, own, blocks, config.objective)
+        for sample in build_samples(group, own, blocks, config.objective, rho=config.hindsight.rho)
     ]
     return pack(
         samples,

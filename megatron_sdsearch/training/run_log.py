@@ -16,6 +16,7 @@ from megatron_sdsearch.telemetry.metrics import read_metrics
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 Values = Mapping[str, float | int]
+_BESIDE_THE_STEP = {names.PHASE_PREFIX + name for name in ("evaluate", "probe", "checkpoint")}
 
 
 class RunLog:
@@ -64,9 +65,12 @@ class RunLog:
             self._trajectories.write(step, groups, advantages, blocks)
 
     def step(self, step: int, values: Values, num_policy_tokens: int) -> None:
-        """A step is done (``step`` counts from 1): add its times, write, show."""
+        """A step is done (``step`` counts from 1): add its times, write, show.
+
+        Evaluations, probes and checkpoints are listed among the phases, and are no part of the step's time.
+        """
         phases = self.timer.take_metrics()
-        seconds = sum(phases.values())
+        seconds = sum(value for name, value in phases.items() if name not in _BESIDE_THE_STEP)
         times = {names.STEP_SECONDS: seconds, names.TOKENS_PER_SECOND: num_policy_tokens / seconds}
         self.add(step, {**values, **phases, **times})
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_sdsearch.batching.advantages import group_class
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.evaluation import Metrics, summarize
 from megatron_sdsearch.query_probe import ProbeResult
-from megatron_sdsearch.records import RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.records import GROUP_CLASSES, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import HindsightGroup
@@ -26,7 +26,7 @@ def of_step(groups: Sequence[HindsightGroup], results: Sequence[UpdateResult], c
         names.REWARD: sum(rewards) / len(rewards),
         "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
-        **{f"train/share_{name}": classes.count(name) / len(classes) for name in ("all_correct", "all_wrong", "mixed")},
+        **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, "train/"),
     }
     return values | _hindsight_values(groups) | of_updates(results)
@@ -51,13 +51,23 @@ def of_updates(results: Sequence[UpdateResult]) -> Values:
     if not reported:
         return {}
     values: Values = {}
-    for name in sorted({name for result in reported for name in result.metrics}):
-        column = [result.metrics[name] for result in reported if name in result.metrics]
+    columns = [_class_means(result.metrics) for result in reported]
+    for name in sorted({name for column in columns for name in column}):
+        column = [metrics[name] for metrics in columns if name in metrics]
         key = f"loss/{name.removesuffix('_loss')}" if name != "loss" else "loss/total"
         values[key] = max(column) if name.endswith("_max") else sum(column) / len(column)
     values[names.GRAD_NORM] = sum(result.grad_norm for result in reported) / len(reported)
     values["optimizer/learning_rate"] = reported[-1].learning_rate
     return values
+
+
+def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Sums by group class become means; a class without a query token is left out."""
+    means = {name: value for name, value in metrics.items() if not name.startswith("jsd_")}
+    for kind in GROUP_CLASSES:
+        if weight := metrics.get(f"jsd_{kind}_weight", 0.0):
+            means[f"jsd_{kind}"] = metrics[f"jsd_{kind}"] / weight
+    return means
 
 
 def _rollout_values(metrics: Metrics, prefix: str) -> Values:

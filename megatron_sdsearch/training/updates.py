@@ -92,7 +92,11 @@ def step_loss(
         distill = None
         if targets:
             distill = DistillRows(
-                rows=batch.query_rows, target=targets[batch.index], weights=batch.distill_weights, alpha=alpha
+                rows=batch.query_rows,
+                target=targets[batch.index],
+                weights=batch.distill_weights,
+                classes=batch.query_classes,
+                alpha=alpha,
             )
         return sd_search_loss(logits, policy, distill, objective)
 

@@ -1,0 +1,387 @@
+"""Settings: each mistake is one ConfigError that names the field, what is wrong with it, and the mend."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig, load_config, parse_config
+from megatron_sdsearch.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(ROOT.glob("examples/*/*.yaml"))
+RL: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"hf_dir": "model"},
+    "data": {"train": "train.jsonl"},
+    "retrieval": {"corpus": "corpus.jsonl"},
+}
+WARM_START: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"hf_dir": "model"},
+    "train": {"mode": "warm_start", "demonstrations": "demonstrations.jsonl"},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with dotted keys set; a value of None removes the key."""
+    tree = copy.deepcopy(base)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        if value is None:
+            section.pop(name, None)
+        else:
+            section[name] = value
+    return tree
+
+
+def error_of(tree: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    return caught.value
+
+
+def error_of_file(path: Path, *overrides: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RL))
+    return path
+
+
+@pytest.mark.parametrize("base", [RL, WARM_START], ids=["rl", "warm_start"])
+def test_a_right_config_parses(base: dict[str, Any]) -> None:
+    assert parse_config(base).run_dir == Path("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value", "mend"),
+    [
+        ({"objectve": {}}, "objectve", "unknown key", "did you mean objective?"),
+        ({"objective.alpa": 1}, "objective.alpa", "unknown key", "did you mean alpha?"),
+        ({"retrieval.corpuss": "c"}, "retrieval.corpuss", "unknown key", "did you mean corpus?"),
+        ({"parallel.zzz": 1}, "parallel.zzz", "unknown key", "known keys: tensor, pipeline"),
+        ({"objective.alpha": "lots"}, "objective.alpha", "'lots'", "valid number"),
+        ({"objective.alpha": float("nan")}, "objective.alpha", "nan", "finite"),
+        ({"objective.alpha": -0.5}, "objective.alpha", "-0.5", "greater than or equal to 0"),
+        ({"objective.beta": 1.0}, "objective.beta", "1.0", "less than 1"),
+        ({"objective.divergence": "kl"}, "objective.divergence", "'kl'", "'jsd'"),
+        ({"objective": 3}, "objective", "3", "valid dictionary"),
+        ({"rollout.group_size": 2.5}, "rollout.group_size", "2.5", "valid integer"),
+        ({"rollout.group_size": 1}, "rollout.group_size", "1", "at least 2"),
+        ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
+        ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
+        ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
+        ({"parallel.sequence": True}, "parallel.sequence", "parallel.tensor=1", "parallel.tensor >= 2"),
+        ({"parallel.tensor": 0}, "parallel.tensor", "0", "greater than or equal to 1"),
+        ({"model.dtype": "float16"}, "model.dtype", "'float16'", "'float32' or 'bfloat16'"),
+        ({"run_dir": None}, "run_dir", "missing", "set run_dir"),
+        ({"model": None}, "model", "missing", "set model"),
+        ({"model.hf_dir": None}, "model.hf_dir", "missing", "set model.hf_dir"),
+        ({"data.train": None}, "data.train", "missing", "set data.train"),
+        ({"retrieval": None}, "retrieval", "missing", "set retrieval"),
+        ({"retrieval.corpus": None}, "retrieval.corpus", "missing", "set retrieval.corpus"),
+        ({"evaluation.every": 5}, "data.heldout", "evaluation.every is set", "set data.heldout"),
+        ({"rollout.max_total_tokens": 2559}, "rollout.max_total_tokens", "2559", "at least 2560"),
+        ({"train.max_tokens_per_microbatch": 6655}, "train.max_tokens_per_microbatch", "6655", "at least 6656"),
+    ],
+)
+def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: str, value: str, mend: str) -> None:
+    error = error_of(merged(RL, changes))
+    assert error.field == field
+    assert str(error).startswith(f"{field}: ")
+    assert value in str(error)
+    assert mend in error.mend
+    assert str(error).endswith(error.mend)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"train.demonstrations": None}, "train.demonstrations"),
+        ({"evaluation.every": 5}, "data.heldout"),
+        ({"evaluation.every": 5, "data.heldout": "heldout.jsonl"}, "retrieval"),
+    ],
+)
+def test_warm_start_asks_for_its_own_sections(changes: dict[str, Any], field: str) -> None:
+    error = error_of(merged(WARM_START, changes))
+    assert (error.field, error.mend) == (field, f"set {field}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [({"rollout.max_total_tokens": 2560}, 2560), ({"train.max_tokens_per_microbatch": 6656}, 6656)],
+)
+def test_budgets_that_just_fit_are_accepted(changes: dict[str, Any], limit: int) -> None:
+    config = parse_config(merged(RL, changes))
+    assert limit in (config.rollout.max_total_tokens, config.train.max_tokens_per_microbatch)
+
+
+def test_the_rollout_budgets_do_not_bind_a_warm_start() -> None:
+    config = parse_config(merged(WARM_START, {"train.max_tokens_per_microbatch": 64, "rollout.group_size": 1}))
+    assert config.train.max_tokens_per_microbatch == 64
+
+
+def test_several_mistakes_are_one_error_with_a_line_each() -> None:
+    error = error_of(merged(RL, {"rollout.group_size": 0, "objective.alpa": 1, "optimizer.lr": "fast"}))
+    lines = str(error).split("\n")
+    assert [line.split(":")[0] for line in lines] == ["rollout.group_size", "objective.alpa", "optimizer.lr"]
+    assert error.field == "rollout.group_size"
+
+
+@pytest.mark.parametrize("tree", [None, [], ["a"], "text", 3])
+def test_what_is_no_mapping_is_refused(tree: Any) -> None:
+    error = error_of(tree)
+    assert "mapping of sections" in str(error)
+    assert "examples/tiny/config.yaml" in error.mend
+
+
+def test_settings_are_frozen() -> None:
+    config = parse_config(RL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.objective.alpha = 1.0  # type: ignore[misc]  # that is the point
+
+
+# Files and overrides
+
+
+def test_overrides_apply_in_order_and_over_the_file(file: Path) -> None:
+    overrides = ["seed=3", "objective.alpha=0.5", "seed=4", "rollout.group_size=7"]
+    config = load_config(file, overrides)
+    assert (config.seed, config.objective.alpha, config.rollout.group_size) == (4, 0.5, 7)
+    assert config.data.train == Path("train.jsonl"), "what is not overridden stays"
+
+
+def test_override_values_are_yaml(file: Path) -> None:
+    config = load_config(file, ["train.trajectories_per_minibatch=null", "objective.topk=null", "optimizer.lr=1e-4"])
+    assert (config.train.trajectories_per_minibatch, config.objective.topk) == (None, None)
+    assert config.optimizer.lr == 1e-4
+
+
+def test_an_override_of_null_takes_a_section_away(file: Path) -> None:
+    assert error_of_file(file, "retrieval=null").field == "retrieval"
+
+
+def test_interpolation_follows_overrides(file: Path) -> None:
+    file.write_text(yaml.safe_dump(merged(RL, {"model.hf_dir": "${run_dir}/hf"})))
+    assert load_config(file, ["run_dir=elsewhere"]).model.hf_dir == Path("elsewhere/hf")
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "objective.alpha", ""])
+def test_an_override_without_key_or_value_is_named(file: Path, override: str) -> None:
+    error = error_of_file(file, "seed=1", override)
+    assert error.field == "override"
+    assert repr(override) in str(error)
+    assert "objective.alpha=0" in error.mend
+
+
+@pytest.mark.parametrize("override", ["seed=[1", "seed={a: 1"])
+def test_an_override_that_is_no_yaml_is_refused(file: Path, override: str) -> None:
+    assert "override" in error_of_file(file, override).mend
+
+
+def test_an_override_of_an_unknown_key_is_named_like_one_in_the_file(file: Path) -> None:
+    error = error_of_file(file, "rollout.group_sise=4")
+    assert (error.field, error.mend) == ("rollout.group_sise", "did you mean group_size?")
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_path_that_is_no_file_is_named(tmp_path: Path, name: str) -> None:
+    error = error_of_file(tmp_path / name)
+    assert str(tmp_path / name) in str(error)
+    assert error.mend == "give the path of a YAML file"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"run_dir: [1\n", "line 1"),
+        (b"\trun_dir: x\n", "line 1"),
+        (b"run_dir: a\nrun_dir: b\n", "run_dir"),
+        (b"run_dir: ${nowhere}\n", "nowhere"),
+        (b"run_dir: ${run_dir\n", "run_dir"),
+        (b"- run_dir\n- model\n", ""),
+        (b"12\n", ""),
+        (b"\xff\xfe\x00\x01", ""),
+    ],
+    ids=["brackets", "tab", "key twice", "unknown interpolation", "open interpolation", "a list", "a number", "bytes"],
+)
+def test_a_broken_file_is_one_line_that_names_it(file: Path, content: bytes, told: str) -> None:
+    file.write_bytes(content)
+    error = error_of_file(file)
+    assert error.field == str(file)
+    assert told in str(error)
+    assert "mend the YAML" in error.mend
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("content", ["", "# nothing but a comment\n", "null\n"])
+def test_an_empty_file_lacks_the_required_settings(file: Path, content: str) -> None:
+    file.write_text(content)
+    error = error_of_file(file)
+    assert error.field == "run_dir"
+    assert "set run_dir" in str(error)
+    assert "set model" in str(error)
+
+
+# What only the machine can tell
+
+
+def write(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    return path
+
+
+def rl_config(folder: Path) -> RunConfig:
+    paths = {"model.hf_dir": "model", "data.train": "t.jsonl", "data.heldout": "h.jsonl", "retrieval.corpus": "c.jsonl"}
+    return parse_config(
+        merged(RL, {field: str(folder / name) for field, name in paths.items()} | {"evaluation.every": 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("model.hf_dir", "model/config.json"),
+        ("data.train", "t.jsonl"),
+        ("data.heldout", "h.jsonl"),
+        ("retrieval.corpus", "c.jsonl"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_field(tmp_path: Path, field: str, name: str) -> None:
+    names = ["model/config.json", "t.jsonl", "h.jsonl", "c.jsonl"]
+    for other in names:
+        write(tmp_path / other)
+    config = rl_config(tmp_path)
+    config.check_files()
+    (tmp_path / name).unlink()
+    with pytest.raises(ConfigError) as caught:
+        config.check_files()
+    assert caught.value.field == field
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "model/config.json")
+    paths = {"model.hf_dir": str(tmp_path / "model"), "train.demonstrations": str(tmp_path / "d.jsonl")}
+    config = parse_config(merged(WARM_START, paths))
+    with pytest.raises(ConfigError, match=r"d\.jsonl does not exist") as caught:
+        config.check_files()
+    assert caught.value.field == "train.demonstrations"
+    write(tmp_path / "d.jsonl")
+    config.check_files()
+
+
+@given(tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world_size=st.integers(1, 16))
+def test_the_layout_has_to_divide_the_processes(tensor: int, pipeline: int, world_size: int) -> None:
+    config = parse_config(merged(RL, {"parallel.tensor": tensor, "parallel.pipeline": pipeline}))
+    if world_size % (tensor * pipeline) == 0:
+        config.check_world(world_size, has_gpu=False)
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.check_world(world_size, has_gpu=False)
+    assert caught.value.field == "parallel.tensor"
+    assert f"= {tensor * pipeline} does not divide the {world_size} started processes" in str(caught.value)
+    assert f"--nproc-per-node a multiple of {tensor * pipeline}" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mend"),
+    [("parallel.distributed_optimizer", True, "false"), ("model.dtype", "bfloat16", "model.dtype=float32")],
+)
+def test_what_needs_a_gpu_is_refused_without_one(field: str, value: object, mend: str) -> None:
+    config = parse_config(merged(RL, {field: value}))
+    config.check_world(1, has_gpu=True)
+    with pytest.raises(ConfigError) as caught:
+        config.check_world(1, has_gpu=False)
+    assert caught.value.field == field
+    assert mend in caught.value.mend
+
+
+# Defaults, examples, schedule
+
+
+def test_defaults_are_the_papers_and_autorefines() -> None:
+    config = parse_config(RL)
+    objective, rollout, train = config.objective, config.rollout, config.train
+    # arXiv 2605.18299: section 3 and the published recipe
+    assert (objective.alpha, objective.alpha_warmup_steps, objective.alpha_schedule) == (1e-3, 50, "gate")
+    assert (objective.divergence, objective.beta, objective.topk) == ("jsd", 0.5, 50)
+    assert (objective.distill_positions, objective.distill_aggregation) == ("query", "trajectory")
+    assert (config.hindsight.siblings, config.hindsight.labels, config.hindsight.content) == (
+        "all",
+        "outcome",
+        "searches",
+    )
+    assert config.hindsight.rho == 0
+    assert (rollout.group_size, train.num_steps) == (5, 200)
+    # AutoRefine's training script
+    assert (config.data.questions_per_step, train.trajectories_per_minibatch) == (256, 256)
+    assert (config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.clip_grad) == (1e-6, 0, 1.0)
+    assert (objective.clip_low, objective.clip_high, objective.kl_coef) == (0.2, 0.2, 1e-3)
+    assert objective.normalize_advantage_std
+    assert (objective.reward, config.data.prompt_profile) == ("autorefine", "autorefine")
+    assert rollout.temperature == 1.0
+    assert (rollout.max_turns, parse_config(RL).retrieval) == (5, config.retrieval)
+    assert config.retrieval is not None
+    assert config.retrieval.top_k == 3
+    lengths = (rollout.max_prompt_tokens, rollout.max_response_tokens, rollout.max_observation_tokens)
+    assert lengths == (2048, 512, 512)
+    assert rollout.max_total_tokens == 6656
+    # The two departures, as their docstrings say: AutoRefine has 0.95 and 0.001
+    assert (rollout.top_p, objective.entropy_coef) == (1.0, 0.0)
+
+
+def test_there_are_examples_to_parse() -> None:
+    names = {str(path.relative_to(ROOT)) for path in EXAMPLES}
+    assert {"examples/tiny/config.yaml", "examples/tiny/warm_start.yaml"} <= names
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_parses_and_keeps_what_it_says(path: Path) -> None:
+    config = load_config(path)
+    written: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    parsed = config.model_dump(mode="json")
+    for section, settings in written.items():
+        if not isinstance(settings, dict):
+            assert parsed[section] == settings
+            continue
+        for name, value in settings.items():
+            assert parsed[section][name] == value, f"{section}.{name}"
+
+
+@given(alpha=st.floats(0, 10), warmup=st.integers(0, 20), step=st.integers(0, 60))
+def test_the_gate_opens_after_the_warm_up(alpha: float, warmup: int, step: int) -> None:
+    objective = ObjectiveConfig(alpha=alpha, alpha_warmup_steps=warmup, alpha_schedule="gate")
+    assert objective.alpha_at(step) == (alpha if step >= warmup else 0.0)
+
+
+def test_the_ramp_rises_linearly_from_0_to_alpha() -> None:
+    objective = ObjectiveConfig(alpha=0.4, alpha_warmup_steps=4, alpha_schedule="ramp")
+    assert [objective.alpha_at(step) for step in range(6)] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+@given(alpha=st.sampled_from([0.0, 1e-3, 2.0]), warmup=st.integers(0, 8), schedule=st.sampled_from(["gate", "ramp"]))
+def test_the_first_distilling_step_is_the_first_with_a_weight(alpha: float, warmup: int, schedule: str) -> None:
+    objective = ObjectiveConfig.model_validate(
+        {"alpha": alpha, "alpha_warmup_steps": warmup, "alpha_schedule": schedule}
+    )
+    with_weight = [step for step in range(20) if objective.alpha_at(step) > 0]
+    assert objective.first_distilling_step == (with_weight[0] if with_weight else None)
