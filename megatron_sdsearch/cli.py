@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -36,6 +37,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
     def run() -> dict[str, Any]:
         loaded = load_config(config, overrides or [])
+        loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
         from megatron_sdsearch.report.page import write_page
         from megatron_sdsearch.training.loop import train as run_loop
 
@@ -88,20 +90,24 @@ def _run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _is_first_to_fail() -> bool:
-    """True on one rank only: the first to ask, or rank 0 before the ranks have met."""
+    """True on one rank only, the first to ask; before the ranks have met on one rank of each node."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     if not dist.is_initialized():
-        return _rank() == 0
-    store = distributed_c10d._get_default_store()
-    return bool(store.add("megatron_sdsearch/failed", 1) == 1)
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return bool(distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)
+    except RuntimeError:  # the store went down with its host: better said twice than not at all
+        return True
 
 
 def _exit(code: int) -> NoReturn:
     """Leave at once: destructors of process groups would wait for peers that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.kill()  # megatron's checkpoint writer would outlive us and hold our output open
     os._exit(code)
 
 

@@ -7,7 +7,8 @@ reason. Relative paths are taken from the working directory. Nothing here import
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -51,8 +52,6 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     sequence: bool = False
     """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
-    distributed_optimizer: bool = False
-    """Shard optimizer states over data parallel ranks; GPU only (its checkpoints are broken with torch's AdamW)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -246,6 +245,8 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.train.mode == "warm_start":
             _require("train.demonstrations", self.train.demonstrations, "warm_start learns from them")
+            if self.evaluation.every:
+                raise ConfigError("evaluation.every", "set, and a warm start does not evaluate", "set it to 0")
         else:
             _require("data.train", self.data.train, "train.mode=rl samples from it")
             _require("retrieval", self.retrieval, "train.mode=rl searches")
@@ -253,6 +254,7 @@ class RunConfig(Section):
         if self.evaluation.every:
             _require("data.heldout", self.data.heldout, "evaluation.every is set")
             _require("retrieval", self.retrieval, "evaluation searches")
+        _check_optimizer(self)
         return self
 
     def check_files(self) -> None:
@@ -266,8 +268,8 @@ class RunConfig(Section):
             paths["train.demonstrations"] = _known(self.train.demonstrations)
         else:
             paths["data.train"] = _known(self.data.train)
-        if self.evaluation.every:
-            paths["data.heldout"] = _known(self.data.heldout)
+        if self.data.heldout is not None:
+            paths["data.heldout"] = self.data.heldout
         if self.retrieval is not None:
             paths["retrieval.corpus"] = self.retrieval.corpus
         for field, path in paths.items():
@@ -288,16 +290,19 @@ class RunConfig(Section):
                 f"does not divide the {world_size} started processes",
                 f"start torchrun with --nproc-per-node a multiple of {per_replica}, or change parallel.*",
             )
-        if has_gpu:
-            return
-        if self.parallel.distributed_optimizer:
-            raise ConfigError(
-                "parallel.distributed_optimizer",
-                "true without a GPU, where its checkpoints lose state silently (torch AdamW)",
-                "set it to false",
-            )
-        if self.model.dtype != "float32":
-            raise ConfigError("model.dtype", f"{self.model.dtype} without a GPU", "set model.dtype=float32")
+        wanted = "bfloat16" if has_gpu else "float32"
+        if self.model.dtype != wanted:
+            reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
+            raise ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run, for the learning-rate schedule."""
+        if self.train.mode == "warm_start":
+            return self.train.num_steps
+        trajectories = self.data.questions_per_step * self.rollout.group_size
+        per_step = math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
+        return self.train.num_steps * per_step
 
 
 def _known(path: Path | None) -> Path:
@@ -321,13 +326,37 @@ def _check_rollout(config: RunConfig) -> None:
             f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}",
             f"set it to at least {least}",
         )
-    if config.train.max_tokens_per_microbatch < rollout.max_total_tokens:
+    longest = rollout.max_total_tokens + (config.hindsight.max_block_tokens if config.objective.alpha > 0 else 0)
+    if config.train.max_tokens_per_microbatch < longest:
         raise ConfigError(
             "train.max_tokens_per_microbatch",
-            f"{config.train.max_tokens_per_microbatch} cannot hold one trajectory of rollout.max_total_tokens = "
-            f"{rollout.max_total_tokens}",
-            f"set it to at least {rollout.max_total_tokens}",
+            f"{config.train.max_tokens_per_microbatch} cannot hold the longest sequence of rollout.max_total_tokens + "
+            f"hindsight.max_block_tokens = {longest}",
+            f"set it to at least {longest}",
         )
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
+    if optimizer.warmup_steps >= config.num_updates:
+        raise ConfigError(
+            "optimizer.warmup_steps",
+            f"{optimizer.warmup_steps} of the run's {config.num_updates} updates leaves none at optimizer.lr",
+            "lower it",
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by dots; lists stay as they are."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.model.architecture import load_hf_config
@@ -36,6 +35,7 @@ from megatron_sdsearch.records import (
     RolloutGroup,
     SampledSpan,
     Score,
+    TrainBatch,
     Trajectory,
     TrajectoryId,
     TrajectoryStatus,
@@ -45,7 +45,7 @@ from megatron_sdsearch.rollout.engine import GenerationRequest, SamplingParams
 from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner
+from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.weight_sync import publish
 
 BLOCK_TOKENS = 32
@@ -212,7 +212,7 @@ def _prompt(question: int, length: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(question).integers(0, 256, length).tolist())
 
 
-def _pack(groups: list[RolloutGroup], config: RunConfig, parallel: ParallelState):  # type: ignore[no-untyped-def]
+def _pack(groups: list[RolloutGroup], config: RunConfig, parallel: ParallelState) -> TrainBatch:
     samples = []
     for group in groups:
         prompt = group.trajectories[0].prompt_ids
@@ -220,16 +220,7 @@ def _pack(groups: list[RolloutGroup], config: RunConfig, parallel: ParallelState
         block = HindsightBlock(text="", teacher_prompt_ids=teacher_prompt, sources=(), dropped=(), leaks=())
         advantages = [1.0 if score.reward else -1.0 for score in group.scores]
         samples += build_samples(group, advantages, [block] * len(group.trajectories), config.objective)
-    return pack(
-        samples,
-        num_ranks=parallel.dp_size,
-        rank=parallel.dp_rank,
-        trajectories_per_minibatch=None,
-        max_tokens=config.train.max_tokens_per_microbatch,
-        alignment=parallel.alignment,
-        equal_lengths=parallel.pp_size > 1,
-        objective=config.objective,
-    )
+    return pack_samples(samples, config, parallel)
 
 
 def _report(arguments: argparse.Namespace, steps: list[dict[str, float]]) -> dict[str, object]:

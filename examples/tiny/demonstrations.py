@@ -5,9 +5,10 @@ Owns what the demonstrations teach, and what they leave for reinforcement learni
 - Words are picked by ``WORD_PRIOR``, in which the house word is rarely first: a greedy start is right now and then.
 - Every demonstration draws fresh facts and a fresh house style and renders its passages with them. Nothing about the
   real corpus leaks: not which word it uses, not what any passage says. What can be learned is READING.
-- About BLOCK_SHARE of them carry a hindsight block, each with a fraction ~U(0, 1) of its siblings forced correct. The
+- About BLOCK_SHARE of them carry a hindsight block, each with a fraction ~U(0, 1)^2 of its siblings forced correct. The
   demonstration follows the words that worked; where none worked it avoids those that failed. Without this lesson a tiny
-  model cannot be its own hindsight teacher (a pretrained LLM reads such a block as it is).
+  model cannot be its own hindsight teacher (a pretrained LLM reads such a block as it is). The square matters: with a
+  plain U(0, 1) the commonest word is nearly always right, and a model that counts never learns to read the labels.
 - A search that hits a trap is answered with ``unknown``: that is always wrong, so only better words help.
 """
 
@@ -34,9 +35,9 @@ from examples.tiny.wording import (
 )
 from examples.tiny.world import WORD_PRIOR, World, paths
 
-BLOCK_SHARE = 0.6
-# Groups of the demo have 8. Small groups teach the label: among two or three no majority gives the right word away.
-NUM_SIBLINGS = (2, 2, 3, 3, 4, 5, 6, 8, 8, 8)
+BLOCK_SHARE = 0.65
+# Group sizes to draw from. The demo's is 8; small groups are quicker lessons in what a label means.
+NUM_SIBLINGS = (2, 3, 3, 4, 5, 6, 8, 8, 8, 8)
 # Share of hops at which a demonstration without a block happens to use the (fresh) house word.
 HIT_SHARE = 0.75
 # Share of siblings that did not search at all.
@@ -138,7 +139,7 @@ class _Writer:
 
     def _siblings(self, episode: _Episode) -> list[list[str]]:
         """The words that each sibling searched with, up to and including its first trap."""
-        forced = self._rng.random()
+        forced = self._rng.random() ** 2
         return [self._sibling(episode, forced) for _ in range(self._rng.choice(NUM_SIBLINGS))]
 
     def _sibling(self, episode: _Episode, forced: float) -> list[str]:

@@ -75,13 +75,17 @@ def question_text(path: tuple[Relation, ...], subject: str) -> str:
 
 
 def fact_contents(subject: str, word: str, answer: str) -> str:
-    """A passage that tells something."""
-    return f'"{subject}"\nThe {word} is {answer}.'
+    """A passage that tells something.
+
+    The subject stands in title and text: where subjects and answers are of one kind (the successor of an element), BM25
+    could not tell the passage about a name from one that only mentions it.
+    """
+    return f'"{subject}"\nThe {word} of {subject} is {answer}.'
 
 
 def trap_contents(subject: str, word: str) -> str:
     """A passage of the same length that tells nothing, in words that the house style avoids."""
-    return f'"{subject}"\nThe {word} is unrecorded.'
+    return f'"{subject}"\nThe {word} of {subject} is unrecorded.'
 
 
 def query_text(word: str, subject: str) -> str:

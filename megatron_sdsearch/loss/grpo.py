@@ -91,7 +91,7 @@ def grpo_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
 
     policy_loss = -(weights * torch.minimum(surrogate, clipped)).sum()
-    kl = (weights * _k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
+    kl = (weights * k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
     mean_entropy = (weights * entropy).sum() if entropy is not None else policy.new_zeros(())
     return GRPOTerms(
         loss=policy_loss + kl_coefficient * kl - entropy_coefficient * mean_entropy,
@@ -100,7 +100,7 @@ def grpo_loss(
         entropy=mean_entropy.detach(),
         ratio=(weights * ratio.detach()).sum(),
         clip_fraction=(weights * (clipped < surrogate)).sum(),
-        old_kl=(weights * _k3(log_ratio.detach())).sum(),
+        old_kl=(weights * k3(log_ratio.detach())).sum(),
     )
 
 
@@ -109,7 +109,7 @@ def _safe_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
 
 
-def _k3(log_ratio: Tensor) -> Tensor:
+def k3(log_ratio: Tensor) -> Tensor:
     """``exp(d) - d - 1`` with d = log(other / sampled): at least 0, unbiased for KL(sampled || other)."""
     limited = log_ratio.clamp(max=_MAX_LOG_RATIO)
     return torch.expm1(limited) - limited

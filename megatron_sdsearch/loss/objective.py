@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.loss.grpo import grpo_loss
+from megatron_sdsearch.loss.grpo import grpo_loss, k3
 from megatron_sdsearch.loss.jsd import TopKDistribution, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.parallel.vocab import VocabShard
@@ -204,5 +204,5 @@ def _agreement(old: Tensor, policy: PolicyRows) -> Metrics:
     return {
         "rollout_gap": float((policy.weights * gap.abs()).sum()),
         "rollout_gap_max": float(gap.abs().max()) if len(gap) else 0.0,
-        "rollout_k3": float((policy.weights * (torch.expm1(gap) - gap)).sum()),
+        "rollout_k3": float((policy.weights * k3(gap)).sum()),
     }

@@ -103,17 +103,27 @@ def load_hf_config(hf_dir: Path) -> PretrainedConfig:
     """
     if not (hf_dir / "config.json").is_file():
         raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
-    config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("model.hf_dir", f"{hf_dir / 'config.json'} cannot be read: {reason}", "mend it") from error
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError("model.hf_dir", f"model_type {config.model_type!r} is not supported", f"use one of {known}")
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
         raise ConfigError("model.hf_dir", f"rope_type {rope['rope_type']!r} is not supported", "use default RoPE")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("model.hf_dir", "partial_rotary_factor is not 1", "use a model that rotates whole heads")
+    has_bias = getattr(config, "attention_bias", False)
+    if has_bias and not ARCHITECTURES[config.model_type].has_qkv_bias:
+        raise ConfigError("model.hf_dir", f"attention_bias is true in a {config.model_type}", "use one without")
     if config.hidden_act != "silu":
         raise ConfigError("model.hf_dir", f"hidden_act {config.hidden_act!r} is not supported", "use silu")
-    if getattr(config, "use_sliding_window", False):
-        raise ConfigError("model.hf_dir", "use_sliding_window is true", "set it to false in config.json")
+    is_full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if getattr(config, "use_sliding_window", False) or not is_full:
+        raise ConfigError("model.hf_dir", "some layers use sliding windows", "set use_sliding_window to false")
     return config
 
 
@@ -208,7 +218,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
         parallel_output=True,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(hf_config.rope_parameters["rope_theta"]),
+        rotary_base=hf_config.rope_parameters["rope_theta"],
     )
     if parallel.is_last_stage:
         gpt.output_layer.__class__ = HiddenStates

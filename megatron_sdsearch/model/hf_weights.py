@@ -178,12 +178,16 @@ def load_hf_weights(gpt: GPTModel, hf_dir: Path, config: PretrainedConfig, paral
     filled: set[int] = set()
     with ExitStack() as stack:
         tensors = SafetensorsFolder(hf_dir, stack)
+        _refuse_unknown(tensors.names(), config, hf_dir)
         for place in placements(config, parallel.pp_size):
             if place.stage != parallel.pp_rank:
                 continue
             target = _parameter(parameters, place.megatron)
-            shard = place.layout.split([tensors[name] for name in place.hf], parallel.tp_size, config)[parallel.tp_rank]
-            _copy(target, shard, place.hf)
+            try:
+                shards = place.layout.split([tensors[name] for name in place.hf], parallel.tp_size, config)
+            except RuntimeError as error:
+                raise DataError(f"{', '.join(place.hf)}: do not divide as config.json says: {error}") from error
+            _copy(target, shards[parallel.tp_rank], place.hf)
             filled.add(id(target))
         if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
             # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
@@ -193,6 +197,14 @@ def load_hf_weights(gpt: GPTModel, hf_dir: Path, config: PretrainedConfig, paral
     missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
     if missed:
         raise DataError(f"no weight in {hf_dir} for {', '.join(missed)}: the weight table does not fit this model")
+
+
+def _refuse_unknown(names: set[str], config: PretrainedConfig, hf_dir: Path) -> None:
+    """A tensor that nobody reads is a part of the model that would be left out of the computation."""
+    expected = {name for place in placements(config, pp_size=1) for name in place.hf} | {"lm_head.weight"}
+    unknown = sorted(name for name in names - expected if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise DataError(f"{hf_dir} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
 
 
 def _copy(target: Tensor, source: Tensor, names: Sequence[str]) -> None:
@@ -211,6 +223,10 @@ class SafetensorsFolder:
         self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
         self._open: dict[str, Any] = {}
 
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._file_of) or set(self._file("model.safetensors").keys())
+
     def __getitem__(self, name: str) -> Tensor:
         """One tensor on CPU.
 
@@ -218,13 +234,16 @@ class SafetensorsFolder:
             DataError: no such file or tensor.
         """
         file = self._file_of.get(name, "model.safetensors")
+        if name not in self._file(file).keys():  # noqa: SIM118 - safe_open is not a mapping
+            raise DataError(f"{self._dir / file} has no tensor {name}")
+        return self._file(file).get_tensor(name)  # type: ignore[no-any-return]
+
+    def _file(self, file: str) -> Any:
         if file not in self._open:
             if not (self._dir / file).is_file():
                 raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
             self._open[file] = self._stack.enter_context(safe_open(self._dir / file, framework="pt"))
-        if name not in self._open[file].keys():  # noqa: SIM118 - safe_open is not a mapping
-            raise DataError(f"{self._dir / file} has no tensor {name}")
-        return self._open[file].get_tensor(name)  # type: ignore[no-any-return]
+        return self._open[file]
 
 
 @torch.no_grad()

@@ -109,14 +109,6 @@ class ParallelState:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def broadcast_from_last_stage(self, value: T) -> T:
-        """The last pipeline stage's picklable value, on every stage."""
-        if self.pp_size == 1:
-            return value
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, group=self.pp_group, group_src=self.pp_size - 1)
-        return box[0]  # type: ignore[no-any-return]
-
     def shutdown(self) -> None:
         """Give the process groups back."""
         parallel_state.destroy_model_parallel()

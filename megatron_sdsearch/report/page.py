@@ -16,13 +16,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from megatron_sdsearch.config import flatten
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.report import charts
 from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_chart
 from megatron_sdsearch.report.examples import pick_examples
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
-from megatron_sdsearch.telemetry.summary import flatten, short
+from megatron_sdsearch.telemetry.summary import short
 
 PAGE_FILE = "report.html"
 EDGE_STEPS = 5

@@ -284,7 +284,7 @@ def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tens
     """Copy every tensor into the parameter of its name, in place.
 
     Raises:
-        EngineError: a name is unknown or missing, or a shape differs.
+        EngineError: a name is unknown or missing, or a shape or dtype differs.
     """
     own = model.state_dict()
     written = set()
@@ -293,6 +293,8 @@ def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tens
             raise EngineError(f"weight {name} is unknown to {type(model).__name__}")
         if tensor.shape != own[name].shape:
             raise EngineError(f"weight {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if tensor.dtype != own[name].dtype:
+            raise EngineError(f"weight {name} is {tensor.dtype}, the engine's is {own[name].dtype}: build it alike")
         own[name].copy_(tensor)
         written.add(own[name].data_ptr())
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]  # tied: one address

@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from megatron_sdsearch.config import flatten
+
 
 def final_table(summary: Mapping[str, Any]) -> Table:
     """A two-column table of everything in ``summary``; nested mappings get dotted names."""
@@ -18,17 +20,6 @@ def final_table(summary: Mapping[str, Any]) -> Table:
         # Text, not str: a value with square brackets must not be read as markup.
         table.add_row(Text(name), Text(short(value)))
     return table
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined by dots; lists stay as they are."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def short(value: object) -> str:

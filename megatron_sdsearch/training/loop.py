@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from megatron_sdsearch.batching.advantages import group_advantages
-from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
@@ -26,7 +25,7 @@ from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_log import RunLog, write_summary
 from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner
+from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
 from megatron_sdsearch.training.weight_sync import publish
 
@@ -80,7 +79,7 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
     rollouts = DistributedRollouts(config, parallel)
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
-    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, seed=config.seed)
+    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, config)
 
     with RunLog(config, parallel, step, rollouts.renderer) as log:
         phase = log.timer.phase
@@ -113,7 +112,7 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
 
 def _warm_start(config: RunConfig, parallel: ParallelState, policy: Policy) -> None:
     warm_start = WarmStart(config, policy, parallel)
-    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, seed=config.seed)
+    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, config)
     with RunLog(config, parallel, step, warm_start.renderer) as log:
         while step < config.train.num_steps:
             with log.timer.phase("update"):
@@ -137,16 +136,7 @@ def _pack(
         for (group, blocks), own in zip(groups, advantages, strict=True)
         for sample in build_samples(group, own, blocks, config.objective, rho=config.hindsight.rho)
     ]
-    return pack(
-        samples,
-        num_ranks=parallel.dp_size,
-        rank=parallel.dp_rank,
-        trajectories_per_minibatch=config.train.trajectories_per_minibatch,
-        max_tokens=config.train.max_tokens_per_microbatch,
-        alignment=parallel.alignment,
-        equal_lengths=parallel.pp_size > 1,
-        objective=config.objective,
-    )
+    return pack_samples(samples, config, parallel)
 
 
 def _questions(path: Path | None) -> tuple[Question, ...]:
@@ -164,7 +154,5 @@ def _is_checkpoint_due(step: int, config: RunConfig) -> bool:
 
 
 def _save(config: RunConfig, policy: Policy, parallel: ParallelState, step: int) -> None:
-    state = checkpoint.TrainingState(step=step, seed=config.seed)
-    checkpoint.save_checkpoint(
-        config.run_dir / "checkpoints", policy, state, parallel, keep=config.checkpoint.keep_last
-    )
+    state = checkpoint.TrainingState(step=step)
+    checkpoint.save_checkpoint(config.run_dir / "checkpoints", policy, state, parallel, config)

@@ -71,7 +71,8 @@ class Network:
         hf_config = load_hf_config(config.model.hf_dir)
         gpt = build_model(hf_config, config.model, parallel)
         load_hf_weights(gpt, config.model.hf_dir, hf_config, parallel)
-        return cls(gpt, hf_config, config.model, parallel, config.rollout.temperature)
+        temperature = config.rollout.temperature if config.train.mode == "rl" else 1.0
+        return cls(gpt, hf_config, config.model, parallel, temperature)
 
     def row_logits(self, hidden: Tensor) -> RowLogits:
         """Logits on demand for the rows of one packed microbatch."""
@@ -109,7 +110,6 @@ class Policy(Network):
 
     def __init__(self, network: Network, optimizer: OptimizerConfig, model: ModelConfig, num_updates: int) -> None:
         super().__init__(network.gpt, network.hf_config, model, network.parallel, network.temperature)
-        self._has_grad_norm = optimizer.clip_grad > 0
         self.ddp = DistributedDataParallel(
             config=self.gpt.config,
             ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
@@ -125,7 +125,14 @@ class Policy(Network):
     @classmethod
     def build(cls, config: RunConfig, parallel: ParallelState) -> Policy:
         """The policy at ``model.hf_dir``'s weights with a fresh optimizer."""
-        return cls(Network.load(config, parallel), config.optimizer, config.model, num_updates(config))
+        return cls(Network.load(config, parallel), config.optimizer, config.model, config.num_updates)
+
+    def load_training_state(self, optimizer: Any, scheduler: Any) -> None:
+        """Take over moments and counters of a checkpoint; rates stay those of this run's configuration."""
+        self.optimizer.load_state_dict(optimizer)
+        for group in self.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = self.scheduler.max_lr, self.scheduler.min_lr
+        self.scheduler.load_state_dict(scheduler)
 
     def update(self, minibatch: Minibatch, loss: RowLoss) -> UpdateResult:
         """One optimizer step on the gradient of ``loss`` summed over the global minibatch.
@@ -185,15 +192,6 @@ def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
     return merged
 
 
-def num_updates(config: RunConfig) -> int:
-    """Optimizer updates of the whole run, for the learning-rate schedule."""
-    if config.train.mode == "warm_start":
-        return config.train.num_steps
-    trajectories = config.data.questions_per_step * config.rollout.group_size
-    per_step = math.ceil(trajectories / (config.train.trajectories_per_minibatch or trajectories))
-    return config.train.num_steps * per_step
-
-
 def _megatron_optimizer_config(config: OptimizerConfig, model: Any) -> MegatronOptimizerConfig:
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -212,14 +210,17 @@ def _megatron_optimizer_config(config: OptimizerConfig, model: Any) -> MegatronO
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, num_updates: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / (config.warmup_steps + 1),  # an update at a rate of 0 would waste a step's rollouts
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.warmup_steps, num_updates - 1),
+        lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=num_updates,
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its configuration; by default the checkpoint's schedule would win without a word.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

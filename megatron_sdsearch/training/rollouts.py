@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RetrievalConfig, RunConfig
@@ -31,9 +32,7 @@ def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
 class DistributedRollouts:
     """This rank's engine and collector, and the exchange of what they produce."""
 
-    def __init__(
-        self, config: RunConfig, parallel: ParallelState, on_progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, parallel: ParallelState) -> None:
         assert config.retrieval is not None  # RunConfig has checked it
         self._config = config
         self._parallel = parallel
@@ -41,7 +40,7 @@ class DistributedRollouts:
         self._profile = get_profile(config.data.prompt_profile)
         self._retriever = open_retriever(config.retrieval)
         self.engine = _embedded_engine(config, self.renderer, parallel)
-        self._collector = RolloutCollector(self.engine, self._retriever, self.renderer, config, on_progress)
+        self._collector = RolloutCollector(self.engine, self._retriever, self.renderer, config)
 
     def collect(self, questions: Sequence[Question], *, step: int) -> list[HindsightGroup]:
         """Groups of all questions with their hindsight, in question order, on every rank."""
@@ -86,7 +85,9 @@ class DistributedRollouts:
 
 
 def _embedded_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> EmbeddedEngine:
-    model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir)).to(parallel.device).eval()
+    dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
+    model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir), dtype=dtype)
+    model.to(parallel.device).eval()
     # The probe asks with the teacher's prompt, which is longer by the block.
     limit = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
     return EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, limit)

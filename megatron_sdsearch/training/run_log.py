@@ -128,6 +128,7 @@ def _evaluation_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _probe_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
+    shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
+    return dict.fromkeys(shares) | {
         name.removeprefix("probe/"): value for row in rows for name, value in row.items() if name.startswith("probe/")
     }

@@ -26,6 +26,7 @@ def of_step(groups: Sequence[HindsightGroup], results: Sequence[UpdateResult], c
         names.REWARD: sum(rewards) / len(rewards),
         "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
+        **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, "train/"),
     }
@@ -41,7 +42,7 @@ def of_probe(result: ProbeResult) -> Values:
     """Hit rates of queries sampled from teacher and student."""
     shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
     known = {name: getattr(result, name) for name in shares}
-    counts = {"num_turns": result.num_turns, "num_turns_mixed": result.num_turns_mixed}
+    counts = {"num_turns": result.num_turns, "num_turns_mixed": result.num_turns_mixed, "num_failed": result.num_failed}
     return {f"probe/{name}": value for name, value in (known | counts).items() if value is not None}
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig
 from megatron_sdsearch.loss.objective import (
     DistillRows,
@@ -16,13 +17,29 @@ from megatron_sdsearch.loss.objective import (
     TeacherTarget,
     sd_search_loss,
 )
+from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch
-from megatron_sdsearch.records import TrainBatch
+from megatron_sdsearch.records import TrainBatch, TrainingSample
 from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Network, Policy, UpdateResult
 from megatron_sdsearch.training.teacher import HindsightTeacher
 
 T = TypeVar("T")
+
+
+def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel: ParallelState) -> TrainBatch:
+    """This rank's part of a step's samples, as configured; a warm start learns from all of them at once."""
+    is_rl = config.train.mode == "rl"
+    return pack(
+        samples,
+        num_ranks=parallel.dp_size,
+        rank=parallel.dp_rank,
+        trajectories_per_minibatch=config.train.trajectories_per_minibatch if is_rl else None,
+        max_tokens=config.train.max_tokens_per_microbatch,
+        alignment=parallel.alignment,
+        equal_lengths=parallel.pp_size > 1,
+        objective=config.objective,
+    )
 
 
 class Learner:

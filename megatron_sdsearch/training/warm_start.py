@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.batching.samples import next_token_aligned
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSampler, read_demonstrations
@@ -16,6 +15,7 @@ from megatron_sdsearch.parallel.schedule import DeviceMicrobatch
 from megatron_sdsearch.records import Minibatch, TrainingSample
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.policy import Policy, UpdateResult
+from megatron_sdsearch.training.updates import pack_samples
 
 
 class WarmStart:
@@ -38,16 +38,7 @@ class WarmStart:
         """The step's demonstrations, packed."""
         budget = self._config.train.max_tokens_per_microbatch
         samples = [demonstration_sample(row, self.renderer, budget) for row in self._sampler.batch(step)]
-        batch = pack(
-            samples,
-            num_ranks=self._parallel.dp_size,
-            rank=self._parallel.dp_rank,
-            trajectories_per_minibatch=None,
-            max_tokens=budget,
-            alignment=self._parallel.alignment,
-            equal_lengths=self._parallel.pp_size > 1,
-            objective=self._config.objective,
-        )
+        batch = pack_samples(samples, self._config, self._parallel)
         return batch.minibatches[0]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -17,7 +19,7 @@ from megatron_sdsearch.errors import CheckpointError, TrainingError
 from megatron_sdsearch.loss.objective import policy_logprobs
 from megatron_sdsearch.model.checkpoint import TrainingState, export_hf_folder, load_latest, save_checkpoint
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import TrainBatch
+from megatron_sdsearch.records import TrainBatch, TrainingSample
 from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
@@ -62,8 +64,11 @@ class Run:
         return [result.grad_norm for result in self.learner.learn(self.batch(step), step, PhaseTimer())]
 
     def batch(self, step: int) -> TrainBatch:
+        return self.pack(make_samples(10, seed=step))
+
+    def pack(self, samples: list[TrainingSample]) -> TrainBatch:
         return pack(
-            make_samples(10, seed=step),
+            samples,
             num_ranks=self.parallel.dp_size,
             rank=self.parallel.dp_rank,
             trajectories_per_minibatch=self.config.train.trajectories_per_minibatch,
@@ -117,23 +122,28 @@ def test_three_steps_give_the_same_weights_on_every_layout(folder: Path, single:
                 assert gap < 5e-6, f"{layout} {name}: {gap:.2e}, where weights moved by up to {moved:.2e}"
 
 
+def _steps(config: RunConfig, num_steps: int) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"num_steps": num_steps})})
+
+
 def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     root = folder / "checkpoints"
     config = _config(folder, {"tensor": 2})
     first = Run(config)
     first.step(0)
     first.step(1)
-    save_checkpoint(root, first.policy, TrainingState(step=2, seed=1), first.parallel, keep=1)
+    save_checkpoint(root, first.policy, TrainingState(step=2), first.parallel, config)
     first.step(2)
     uninterrupted = first.weights()
     first.end()
 
     second = Run(config)
-    step = load_latest(root, second.policy, second.parallel, seed=1)
+    step = load_latest(root, second.policy, second.parallel, config)
     second.step(step)
     resumed = second.weights()
-    with pytest.raises(CheckpointError, match="seed"):
-        load_latest(root, second.policy, second.parallel, seed=2)
+    for other, named in ((config.model_copy(update={"seed": 2}), "seed = 1"), (_steps(config, 1), "train.num_steps")):
+        with pytest.raises(CheckpointError, match=named):
+            load_latest(root, second.policy, second.parallel, other)
     export_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
     microbatch = second.batch(0).minibatches[0].student[0]
     logprobs = second.policy.collect(
@@ -163,6 +173,37 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_export_loads(folder: Pat
         mask = torch.as_tensor(batch.loss_mask[start:end])
         expected.append(logp[mask].gather(1, torch.as_tensor(batch.labels[start:end])[mask, None])[:, 0])
     torch.testing.assert_close(result["logprobs"], torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def nothing_to_learn(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    config = _config(folder, {"tensor": 2}, weight_decay=0.0)
+    run = Run(config.model_copy(update={"objective": config.objective.model_copy(update={"entropy_coef": 0.0})}))
+    start = run.weights()
+    samples = [
+        replace(sample, query_mask=np.zeros_like(sample.query_mask), teacher_prompt_ids=(), advantage=0.0)
+        for sample in make_samples(5)
+    ]
+    results = {
+        "no query, no contrast": run.learner.learn(run.pack(samples), 1, PhaseTimer()),
+        "no token": run.learner.learn(
+            run.pack([replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples]),
+            2,
+            PhaseTimer(),
+        ),
+        "no sample": run.learner.learn(run.pack([]), 3, PhaseTimer()),
+    }
+    moved = max(float((run.weights()[name] - weight).abs().max()) for name, weight in start.items())
+    run.end()
+    return {"moved": moved, "norms": {name: [r.grad_norm for r in rs] for name, rs in results.items()}}
+
+
+def test_steps_with_nothing_to_learn_do_nothing_and_do_not_crash(folder: Path) -> None:
+    for result in run_distributed(nothing_to_learn, 2, folder, timeout_s=240):
+        # At the start policy and reference are equal: no advantage, no divergence, no KL, but for the rounding of k3.
+        assert result["norms"]["no query, no contrast"][0] < 1e-4
+        assert result["norms"]["no token"] == [0.0]
+        assert result["norms"]["no sample"] == []
+        assert result["moved"] < 1e-5
 
 
 def refuse_what_is_not_finite(rank: int, world_size: int, folder: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_heldout_subjects_start_no_training_question_and_no_demonstration(
 def test_every_gold_passage_leads_on_and_the_last_holds_the_answer(world: World) -> None:
     contents = {p.passage_id: p.contents for p in world.passages}
     for question in (*world.train, *world.heldout):
-        told = [re.fullmatch(r'"(\w+)"\nThe \w+ is (\w+)\.', contents[p]) for p in question.gold_passage_ids]
+        told = [re.fullmatch(r'"(\w+)"\nThe \w+ of \1 is (\w+)\.', contents[p]) for p in question.gold_passage_ids]
         hops = [(m.group(1), m.group(2)) for m in told if m]
         assert len(hops) == len(question.gold_passage_ids)
         assert hops[0][0] == subject_of(question.text)
@@ -100,7 +100,7 @@ def test_each_fact_has_one_telling_passage_and_three_traps_without_a_name(world:
             for passage_id, text in found.items():
                 words = set(re.findall(r"\w+", text.partition("\n")[2]))
                 is_house = passage_id.endswith(f".{house}")
-                assert words & names == ({answer} if is_house else set()), passage_id
+                assert words & names == ({subject, answer} if is_house else {subject}), passage_id
         break  # one relation of ~100 subjects is enough for the names; the next test covers all traps
 
 
@@ -110,7 +110,7 @@ def test_traps_hold_nothing_but_their_word(world: World) -> None:
     assert len(traps) == 3 * len(world.passages) / 4
     for trap in traps:
         subject, _, word = trap.passage_id.split(".")
-        assert trap.contents == f'"{subject}"\nThe {word} is unrecorded.'
+        assert trap.contents == f'"{subject}"\nThe {word} of {subject} is unrecorded.'
 
 
 def test_no_question_tells_a_house_word() -> None:
@@ -150,7 +150,8 @@ def test_demonstrations_are_well_formed(demonstrations: list[Demonstration]) -> 
         for search, observation in zip(turns[::2], turns[1::2], strict=True):
             assert re.fullmatch(r"<search> [a-z]+ \w+</search>", search["text"])
             assert re.fullmatch(
-                r"\n\n<information>Doc 1\(Title: \w+\) The \w+ is \w+\.\n</information>\n\n", observation["text"]
+                r"\n\n<information>Doc 1\(Title: (\w+)\) The \w+ of \1 is \w+\.\n</information>\n\n",
+                observation["text"],
             )
 
 

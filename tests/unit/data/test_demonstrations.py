@@ -1,0 +1,93 @@
+"""Demonstration files, and the order in which demonstrations are learned from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSampler, read_demonstrations
+from megatron_sdsearch.errors import DataError
+
+ROW: dict[str, Any] = {
+    "demonstration_id": "d0",
+    "prompt": "Question: é?",
+    "spans": [
+        {"kind": "sampled", "text": "<search> é </search>"},
+        {"kind": "observation", "text": "\nfound\n"},
+        {"kind": "sampled", "text": "<answer> ok </answer>"},
+    ],
+}
+
+
+def write(path: Path, lines: list[str]) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def demonstrations(count: int) -> tuple[Demonstration, ...]:
+    return tuple(Demonstration.model_validate(ROW | {"demonstration_id": str(index)}) for index in range(count))
+
+
+def test_rows_come_in_file_order_with_their_spans_untouched(tmp_path: Path) -> None:
+    rows = [ROW, ROW | {"demonstration_id": "d1"}]
+    read = read_demonstrations(write(tmp_path / "d.jsonl", [json.dumps(row, ensure_ascii=False) for row in rows]))
+    assert [row.model_dump() for row in read] == [row | {"spans": tuple(ROW["spans"])} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("{", "the row"),
+        ("[]", "the row"),
+        ("", "the row"),
+        (json.dumps({name: value for name, value in ROW.items() if name != "prompt"}), "prompt"),
+        (json.dumps(ROW | {"prompt": ""}), "prompt"),
+        (json.dumps(ROW | {"spans": []}), "spans"),
+        (json.dumps(ROW | {"spans": [ROW["spans"][0], {"kind": "thought", "text": "x"}]}), "spans.1.kind"),
+        (json.dumps(ROW | {"spans": [{"kind": "sampled", "text": ""}]}), "spans.0.text"),
+        (json.dumps(ROW | {"extra": 1}), "extra"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, line: str, field: str) -> None:
+    path = write(tmp_path / "d.jsonl", [json.dumps(ROW), line])
+    with pytest.raises(DataError) as caught:
+        read_demonstrations(path)
+    assert str(caught.value).startswith(f"{path}:2: {field}: ")
+    assert str(caught.value).endswith("mend or remove the row")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [])
+    with pytest.raises(DataError, match=r"d\.jsonl holds no demonstration: write at least one row"):
+        read_demonstrations(path)
+
+
+@given(count=st.integers(1, 12), per_step=st.integers(1, 30), seed=st.integers(0, 5))
+def test_each_epoch_shows_every_demonstration_once(count: int, per_step: int, seed: int) -> None:
+    sampler = DemonstrationSampler(demonstrations(count), seed, per_step)
+    num_steps = -(-3 * count // per_step)
+    shown = [row.demonstration_id for step in range(num_steps) for row in sampler.batch(step)]
+    assert len(shown) == num_steps * per_step
+    for start in range(0, len(shown) - count + 1, count):
+        assert Counter(shown[start : start + count]) == Counter(str(index) for index in range(count))
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    rows = demonstrations(50)
+    straight = DemonstrationSampler(rows, 3, 8)
+    batches = [straight.batch(step) for step in range(10)]
+    for step in (9, 0, 5, 5):
+        assert DemonstrationSampler(rows, 3, 8).batch(step) == batches[step], "no state is carried from step to step"
+    assert DemonstrationSampler(rows, 4, 8).batch(0) != batches[0]
+    assert batches[0] != rows[:8], "the file's order is not the order of learning"
+
+
+def test_epochs_differ_in_order() -> None:
+    sampler = DemonstrationSampler(demonstrations(50), 1, 50)
+    assert sampler.batch(0) != sampler.batch(1)

@@ -1,0 +1,258 @@
+"""Which models and layouts are taken, which are refused, and attention over packed sequences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from transformers import Qwen2Config, Qwen3Config
+
+from megatron_sdsearch.config import ModelConfig, ParallelConfig
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.model.architecture import (
+    PackedAttention,
+    RMSNorm,
+    check_layout,
+    head_dim,
+    load_hf_config,
+    padded_vocab_size,
+    transformer_config,
+)
+from megatron_sdsearch.parallel.groups import ParallelState
+
+# megatron warns of an option that it sets itself.
+pytestmark = pytest.mark.filterwarnings("ignore:full scope is deprecated:UserWarning")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = Qwen2Config(**SIZES).to_dict()
+    return tree | changes
+
+
+def qwen3(**changes: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = Qwen3Config(**SIZES, head_dim=16).to_dict()
+    return tree | changes
+
+
+def place(**changes: Any) -> ParallelState:
+    """A single process without groups, as far as a config is concerned."""
+    single = {"rank": 0, "world_size": 1, "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1}
+    rest = {"dp_rank": 0, "dp_size": 1, "sequence_parallel": False, "tp_group": None, "pp_group": None}
+    return ParallelState(**(single | rest | {"device": torch.device("cpu")} | changes))
+
+
+# What is taken and what is refused
+
+
+@pytest.mark.parametrize("tree", [qwen2(), qwen3()], ids=["qwen2", "qwen3"])
+def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> None:
+    config = load_hf_config(write_config(tmp_path, tree))
+    assert config.model_type == tree["model_type"]
+    assert config.intermediate_size == 96
+
+
+@pytest.mark.parametrize(
+    ("tree", "told", "mend"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported", "use one of qwen2, qwen3"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported", "use one of qwen2, qwen3"),
+        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported", "use one of qwen2, qwen3"),
+        (
+            qwen2(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
+            "rope_type 'yarn' is not supported",
+            "default RoPE",
+        ),
+        (
+            qwen3(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "rope_type 'linear' is not supported",
+            "default RoPE",
+        ),
+        (qwen2(hidden_act="gelu"), "hidden_act 'gelu' is not supported", "use silu"),
+        (qwen2(use_sliding_window=True), "some layers use sliding windows", "set use_sliding_window to false"),
+        (qwen3(use_sliding_window=True), "some layers use sliding windows", "set use_sliding_window to false"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, tree: dict[str, Any], told: str, mend: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_hf_config(write_config(tmp_path, tree))
+    assert caught.value.field == "model.hf_dir"
+    assert told in str(caught.value)
+    assert mend in caught.value.mend
+
+
+def test_rope_scaling_in_the_older_spelling_is_refused_too(tmp_path: Path) -> None:
+    tree = qwen2(rope_scaling={"type": "yarn", "factor": 4.0}, rope_theta=1e6)
+    del tree["rope_parameters"]
+    with pytest.raises(ConfigError, match="rope_type 'yarn'"):
+        load_hf_config(write_config(tmp_path, tree))
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.json") as caught:
+        load_hf_config(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "no-such-family"}'])
+def test_a_config_that_transformers_cannot_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError):
+        load_hf_config(tmp_path)
+
+
+def test_biases_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="attention_bias"):
+        load_hf_config(write_config(tmp_path, qwen3(attention_bias=True)))
+
+
+# Layouts
+
+
+@given(tensor=st.integers(1, 8), pipeline=st.integers(1, 8))
+def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline: int) -> None:
+    hf_config = Qwen2Config(**SIZES | {"num_key_value_heads": 6})
+    divides = 6 % tensor == 0 and 96 % tensor == 0 and 4 % pipeline == 0
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    if divides:
+        check_layout(hf_config, layout)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_layout(hf_config, layout)
+    assert caught.value.field == ("parallel.pipeline" if 6 % tensor == 0 and 96 % tensor == 0 else "parallel.tensor")
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "told"),
+    [
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 6},
+            {"tensor": 4},
+            "4 does not divide .* num_attention_heads = 6",
+        ),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, {"tensor": 4}, "4 .* num_key_value_heads = 2"),
+        ({"intermediate_size": 95}, {"tensor": 2}, "2 .* intermediate_size = 95"),
+        ({"num_hidden_layers": 4}, {"pipeline": 3}, "3 .* num_hidden_layers = 4"),
+    ],
+)
+def test_a_layout_that_does_not_divide_names_both_figures(
+    changes: dict[str, Any], layout: dict[str, int], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_layout(Qwen2Config(**SIZES | changes), ParallelConfig.model_validate(layout))
+    assert caught.value.field == f"parallel.{next(iter(layout))}"
+    assert caught.value.mend == "choose a divisor"
+
+
+@given(vocab_size=st.integers(1, 300_000), tp_size=st.integers(1, 16))
+def test_the_padded_vocabulary_is_the_smallest_that_divides(vocab_size: int, tp_size: int) -> None:
+    padded = padded_vocab_size(vocab_size, tp_size)
+    assert padded % tp_size == 0
+    assert vocab_size <= padded < vocab_size + tp_size
+
+
+def test_head_dim_is_the_configured_one_or_follows_from_the_width() -> None:
+    assert head_dim(Qwen3Config(**SIZES, head_dim=16)) == 16
+    assert head_dim(Qwen2Config(**SIZES)) == 8
+
+
+# megatron's config
+
+
+def test_the_families_differ_in_bias_and_norm_of_queries() -> None:
+    two = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), place())
+    three = transformer_config(Qwen3Config(**SIZES, head_dim=16), ModelConfig(hf_dir=Path("m")), place())
+    assert (two.add_qkv_bias, two.qk_layernorm, two.kv_channels) == (True, False, 8)
+    assert (three.add_qkv_bias, three.qk_layernorm, three.kv_channels) == (False, True, 16)
+
+
+def test_megatrons_config_follows_the_models_and_the_layout() -> None:
+    hf_config = Qwen2Config(**SIZES, rms_norm_eps=1e-5)
+    layout = place(tp_size=2, pp_size=2, sequence_parallel=True)
+    config = transformer_config(hf_config, ModelConfig(hf_dir=Path("m"), recompute="full"), layout)
+    sizes = (config.num_layers, config.hidden_size, config.ffn_hidden_size)
+    assert sizes == (4, 48, 96)
+    assert (config.num_attention_heads, config.num_query_groups) == (6, 2)
+    assert config.layernorm_epsilon == 1e-5
+    parallel = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.sequence_parallel)
+    assert parallel == (2, 2, True)
+    assert (config.recompute_granularity, config.params_dtype) == ("full", torch.float32)
+    assert (config.hidden_dropout, config.attention_dropout) == (0.0, 0.0), "old and new log-probabilities must agree"
+
+
+def test_norms_mark_their_weight_for_sequence_parallel() -> None:
+    layout = place(tp_size=2, sequence_parallel=True)
+    sharded = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), layout)
+    whole = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), place())
+    assert RMSNorm(sharded, 48).weight.sequence_parallel is True  # type: ignore[attr-defined]
+    assert RMSNorm(whole, 48).weight.sequence_parallel is False  # type: ignore[attr-defined]
+
+
+# Attention over packed sequences
+
+
+def attend(inputs: list[Tensor], lengths: list[int]) -> Tensor:
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    attention = PackedAttention(SimpleNamespace())  # it only keeps its config
+    return attention(*inputs, None, packed)  # type: ignore[no-any-return]
+
+
+def oracle(inputs: list[Tensor], lengths: list[int]) -> Tensor:
+    """One sequence and one head at a time, with a mask written out."""
+    query, key, value = inputs
+    repeats = query.shape[1] // key.shape[1]
+    rows, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        heads = []
+        for head in range(query.shape[1]):
+            scores = query[part, head] @ key[part, head // repeats].T / query.shape[2] ** 0.5
+            heads.append(F.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value[part, head // repeats])
+        rows.append(torch.cat(heads, dim=1))
+        start += length
+    return torch.cat(rows)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    groups=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    seed=st.integers(0, 100),
+)
+def test_packed_attention_is_causal_attention_of_each_sequence_alone(
+    lengths: list[int], groups: int, repeats: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    total, width = sum(lengths), 4
+    shapes = [(total, groups * repeats, width), (total, groups, width), (total, groups, width)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    output, expected = attend(inputs, lengths), oracle(inputs, lengths)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.randn(expected.shape, generator=random, dtype=torch.float64)
+    gradients = torch.autograd.grad((output * weights).sum(), inputs)
+    for gradient, other in zip(gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,229 @@
+"""The numbers of a step, computed by hand from a few trajectories and updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.query_probe import ProbeResult
+from megatron_sdsearch.records import (
+    Action,
+    ContextSpan,
+    HindsightBlock,
+    Question,
+    RolloutGroup,
+    SampledSpan,
+    Score,
+    Trajectory,
+    TrajectoryId,
+    TrajectoryStatus,
+)
+from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
+from megatron_sdsearch.training.rollouts import HindsightGroup
+from megatron_sdsearch.training.step_metrics import of_evaluation, of_probe, of_step, of_updates
+
+ANSWERED, FAILED = TrajectoryStatus.ANSWERED, TrajectoryStatus.RETRIEVAL_FAILED
+
+
+def config(rho: float = 0.0) -> RunConfig:
+    tree: dict[str, Any] = {"run_dir": "r", "model": {"hf_dir": "m"}, "data": {"train": "t"}}
+    return parse_config(tree | {"retrieval": {"corpus": "c"}, "hindsight": {"rho": rho}})
+
+
+def sampled(num_tokens: int, action: Action) -> SampledSpan:
+    return SampledSpan(
+        token_ids=(7,) * num_tokens,
+        logprobs=(-0.1,) * num_tokens,
+        text="",
+        action=action,
+        argument="x",
+        query_positions=(),
+        policy_version=0,
+        finish_reason="stop",
+    )
+
+
+def attempt(sibling: int, *, shown: str = "wrong", status: TrajectoryStatus = ANSWERED) -> Trajectory:
+    """Searches once with 3 tokens and is shown one passage, then answers with 2."""
+    return Trajectory(
+        trajectory_id=TrajectoryId(step=0, question_id="q", sibling=sibling),
+        spans=(
+            ContextSpan(kind="prompt", token_ids=(1, 2)),
+            sampled(3, Action.SEARCH),
+            ContextSpan(kind="observation", token_ids=(3, 4, 5, 6), passage_ids=(shown,)),
+            sampled(2, Action.ANSWER),
+        ),
+        status=status,
+    )
+
+
+def group(f1: list[float], *, shown: str = "wrong", statuses: list[TrajectoryStatus] | None = None) -> RolloutGroup:
+    statuses = statuses or [ANSWERED] * len(f1)
+    return RolloutGroup(
+        question=Question(question_id="q", text="?", gold_answers=("a",), gold_passage_ids=("hop", "gold")),
+        trajectories=tuple(attempt(i, shown=shown, status=status) for i, status in enumerate(statuses)),
+        scores=tuple(Score(f1=f, em=float(f == 1), reward=f / 2) for f in f1),
+    )
+
+
+def with_blocks(rollout: RolloutGroup, leaks: tuple[int, ...] = (), dropped: tuple[int, ...] = ()) -> HindsightGroup:
+    block = HindsightBlock(text="", teacher_prompt_ids=(1,), sources=(), dropped=dropped, leaks=leaks)
+    return rollout, [block] * len(rollout.trajectories)
+
+
+def update(grad_norm: float = 1.0, learning_rate: float = 0.1, **metrics: float) -> UpdateResult:
+    return UpdateResult(metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate)
+
+
+STEP = [
+    with_blocks(group([1.0, 0.0], shown="gold"), leaks=(1,), dropped=(0,)),
+    with_blocks(group([0.0, 0.0], statuses=[ANSWERED, FAILED])),
+    with_blocks(group([1.0, 0.5])),
+    with_blocks(group([0.25, 0.0])),
+]
+
+
+def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None:
+    assert of_step(STEP, [], config()) == {
+        names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 8),
+        names.EM: pytest.approx(2 / 8),
+        names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 8),
+        names.HIT_RATE: pytest.approx(2 / 8),
+        names.NUM_SEARCHES: 1,
+        "train/response_tokens": 5,
+        "train/num_trajectories": 8,
+        "train/num_retrieval_failed": 1,
+        "train/status/answered": 7 / 8,
+        "train/status/retrieval_failed": 1 / 8,
+        "train/share_all_correct": 0.25,
+        "train/share_all_wrong": 0.25,
+        "train/share_mixed": 0.5,
+        "hindsight/num_leaks": 1,
+        names.LEAK_SHARE: pytest.approx(1 / 8),
+        "hindsight/dropped_per_block": pytest.approx(2 / 8),
+    }
+
+
+def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
+    values = of_step(STEP, [], config(rho=0.5))
+    shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
+    assert shares == [0.0, 0.5, 0.5]
+
+
+def test_of_step_adds_the_updates() -> None:
+    values = of_step(STEP, [update(policy_loss=2.0, grad_norm=3.0)], config())
+    assert (values[names.POLICY_LOSS], values[names.GRAD_NORM]) == (2.0, 3.0)
+    assert values["train/num_trajectories"] == 8
+
+
+def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
+    rollout = group([1.0])
+    question = Question(question_id="q", text="?", gold_answers=("a",))
+    unknown = RolloutGroup(question=question, trajectories=rollout.trajectories, scores=rollout.scores)
+    assert names.HIT_RATE not in of_step([with_blocks(unknown)], [], config())
+
+
+def test_of_evaluation_has_names_of_its_own() -> None:
+    assert of_evaluation([group([1.0], shown="gold"), group([0.0])]) == {
+        names.EVAL_EM: 0.5,
+        names.EVAL_F1: 0.5,
+        names.EVAL_HIT_RATE: 0.5,
+        names.EVAL_NUM_SEARCHES: 1,
+        "eval/response_tokens": 5,
+    }
+
+
+def test_of_updates_means_losses_and_takes_maxima_of_maxima() -> None:
+    updates = [
+        update(loss=1.0, policy_loss=2.0, kl=0.5, ratio_max=1.5, grad_norm=1.0, learning_rate=0.1),
+        update(loss=3.0, policy_loss=4.0, kl=0.0, ratio_max=9.0, grad_norm=2.0, learning_rate=0.2),
+        update(loss=5.0, policy_loss=6.0, kl=1.0, ratio_max=2.0, grad_norm=6.0, learning_rate=0.3),
+    ]
+    assert of_updates(updates) == {
+        "loss/total": 3.0,
+        names.POLICY_LOSS: 4.0,
+        names.KL: 0.5,
+        "loss/ratio_max": 9.0,
+        names.GRAD_NORM: 3.0,
+        "optimizer/learning_rate": 0.3,
+    }
+
+
+def test_of_updates_leaves_out_updates_that_learned_nothing() -> None:
+    idle = update(grad_norm=0.0, learning_rate=0.9)
+    assert of_updates([idle, idle]) == {}
+    values = of_updates([update(loss=2.0, grad_norm=4.0, learning_rate=0.1), idle])
+    assert values == {"loss/total": 2.0, names.GRAD_NORM: 4.0, "optimizer/learning_rate": 0.1}
+
+
+def test_of_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
+    values = of_updates([update(loss=1.0), update(loss=1.0, jsd=0.2), update(loss=1.0, jsd=0.4)])
+    assert values[names.JSD] == pytest.approx(0.3)
+
+
+def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
+    values = of_updates(
+        [
+            update(jsd=0.5, jsd_mixed=0.1, jsd_mixed_weight=0.25, jsd_all_wrong=0.0, jsd_all_wrong_weight=0.0),
+            update(jsd=0.5, jsd_mixed=0.3, jsd_mixed_weight=0.5, jsd_all_wrong=0.2, jsd_all_wrong_weight=0.5),
+        ]
+    )
+    assert values[f"{names.JSD_BY_CLASS_PREFIX}mixed"] == pytest.approx((0.4 + 0.6) / 2)
+    assert values[f"{names.JSD_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.4), "only one update had such a token"
+    assert f"{names.JSD_BY_CLASS_PREFIX}all_correct" not in values
+    assert not [name for name in values if name.endswith("_weight")]
+
+
+def test_of_probe_reports_shares_and_counts() -> None:
+    result = ProbeResult(
+        num_turns=10,
+        student_hits=4,
+        teacher_hits=6,
+        num_turns_mixed=5,
+        student_hits_mixed=1,
+        teacher_hits_mixed=3,
+        num_failed=2,
+    )
+    assert of_probe(result) == {
+        "probe/student_hit": 0.4,
+        "probe/teacher_hit": 0.6,
+        "probe/student_hit_mixed": 0.2,
+        "probe/teacher_hit_mixed": 0.6,
+        "probe/num_turns": 10,
+        "probe/num_turns_mixed": 5,
+        "probe/num_failed": 2,
+    }
+
+
+def test_of_probe_without_a_turn_has_no_share() -> None:
+    assert of_probe(ProbeResult()) == {"probe/num_turns": 0, "probe/num_turns_mixed": 0, "probe/num_failed": 0}
+
+
+metrics = st.dictionaries(st.sampled_from(["loss", "kl", "ratio_max"]), st.integers(-9, 9).map(float))
+
+
+@given(st.lists(metrics, max_size=5))
+def test_merge_metrics_sums_by_name_and_takes_maxima(parts: list[dict[str, float]]) -> None:
+    merged = merge_metrics(parts)
+    assert set(merged) == {name for part in parts for name in part}
+    for name, value in merged.items():
+        column = [part[name] for part in parts if name in part]
+        assert value == (max(column) if name == "ratio_max" else sum(column))
+
+
+@given(st.lists(metrics, max_size=3), st.lists(metrics, max_size=3))
+def test_merging_merged_parts_is_merging_all_of_them(
+    left: list[dict[str, float]], right: list[dict[str, float]]
+) -> None:
+    assert merge_metrics([merge_metrics(left), merge_metrics(right)]) == merge_metrics([*left, *right])
+
+
+def test_merging_leaves_the_parts_as_they_are() -> None:
+    parts = [{"loss": 1.0}, {"loss": 2.0}]
+    merge_metrics(parts)
+    assert parts == [{"loss": 1.0}, {"loss": 2.0}]

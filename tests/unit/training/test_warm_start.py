@@ -1,0 +1,73 @@
+"""From a demonstration to a training sample: every span encoded once, learned where it is the policy's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSpan
+from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.warm_start import demonstration_sample
+
+spans = st.builds(
+    DemonstrationSpan, kind=st.sampled_from(["sampled", "observation"]), text=st.text("ab <>/hé\n", min_size=1)
+)
+demonstrations = st.builds(
+    Demonstration,
+    demonstration_id=st.just("d7"),
+    prompt=st.text("abc ?", min_size=1),
+    spans=st.lists(spans, min_size=1, max_size=5).map(tuple),
+)
+LESSON = Demonstration(
+    demonstration_id="d7",
+    prompt="where is it?",
+    spans=(
+        DemonstrationSpan(kind="sampled", text="<search> author </search>"),
+        DemonstrationSpan(kind="observation", text="\nLisbon is the capital\n"),
+        DemonstrationSpan(kind="sampled", text="<answer> Lisbon </answer>"),
+    ),
+)
+
+
+@given(demonstrations)
+def test_the_loss_is_on_exactly_the_tokens_of_sampled_spans(renderer: Renderer, lesson: Demonstration) -> None:
+    sample = demonstration_sample(lesson, renderer, 10_000)
+    prompt = renderer.prompt_ids(lesson.prompt)
+    pieces = [(span.kind, renderer.encode(span.text)) for span in lesson.spans]
+    assert sample.token_ids.tolist() == [*prompt, *(token for _, piece in pieces for token in piece)]
+    assert sample.prompt_length == len(prompt)
+    learned = [token for kind, piece in pieces if kind == "sampled" for token in piece]
+    assert sample.labels[sample.loss_mask].tolist() == learned
+    # Entry i speaks of token i + 1: where the mask is True, that token is a sampled one.
+    owners = ["prompt"] * len(prompt) + [kind for kind, piece in pieces for _ in piece]
+    assert [owners[place + 1] for place in np.flatnonzero(sample.loss_mask)] == ["sampled"] * len(learned)
+    assert not sample.loss_mask[-1], "nothing follows the last token"
+
+
+def test_nothing_is_distilled_and_no_advantage_is_made_up(renderer: Renderer) -> None:
+    sample = demonstration_sample(LESSON, renderer, 10_000)
+    assert sample.sample_id == "d7"
+    assert sample.loss_mask.any()
+    assert not sample.query_mask.any()
+    assert sample.teacher_prompt_ids == ()
+    assert (sample.advantage, sample.rollout_logprobs.tolist()) == (0.0, [0.0] * len(sample))
+
+
+def test_what_an_observation_says_is_read_and_not_learned(renderer: Renderer) -> None:
+    sample = demonstration_sample(LESSON, renderer, 10_000)
+    text = renderer.decode(sample.labels[sample.loss_mask].tolist())
+    assert text == "<search> author </search><answer> Lisbon </answer>"
+
+
+def test_a_demonstration_of_exactly_the_budget_fits_and_one_more_token_does_not(renderer: Renderer) -> None:
+    length = len(demonstration_sample(LESSON, renderer, 10_000))
+    assert len(demonstration_sample(LESSON, renderer, length)) == length
+    with pytest.raises(DataError) as caught:
+        demonstration_sample(LESSON, renderer, length - 1)
+    told = str(caught.value)
+    assert f"demonstration d7 has {length} tokens" in told
+    assert f"train.max_tokens_per_microbatch = {length - 1}" in told
+    assert told.endswith("shorten it or raise the budget")
