@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import SDSearchError
+from megatron_sdsearch.errors import ConfigError, SDSearchError
 from megatron_sdsearch.report.page import write_page
 from megatron_sdsearch.telemetry import final_table
 
@@ -55,7 +55,12 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     common = [f"seed={seed}"]
     reinforce = [str(HERE / "config.yaml"), f"run_dir={out}", *common, *overrides]
     load_config(Path(reinforce[0]), reinforce[1:])  # a wrong override is said now, not after the warm start
-    if not (out / "world" / "facts.json").is_file():
+    facts = out / "world" / "facts.json"
+    if facts.is_file() and json.loads(facts.read_text())["seed"] != seed:
+        raise ConfigError(
+            "--out", f"{out} holds a world of another seed than {seed}", "take another folder or its seed"
+        )
+    if not facts.is_file():
         _call(
             "world",
             [sys.executable, "-m", "examples.tiny.build_world", "--out", f"{out / 'world'}", "--seed", f"{seed}"],
