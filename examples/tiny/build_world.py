@@ -16,7 +16,7 @@ from examples.tiny.world import World, build_world
 from megatron_sdsearch.errors import SDSearchError
 from megatron_sdsearch.records import Question
 
-NUM_DEMONSTRATIONS = 24_000
+NUM_DEMONSTRATIONS = 44_000
 
 
 def main() -> None:
