@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from megatron_sdsearch.errors import ConfigError, SDSearchError
 from megatron_sdsearch.telemetry import final_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+_HEAD_START_S = 5.0
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
 OverridesArgument = Annotated[
@@ -90,12 +93,18 @@ def _run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _is_first_to_fail() -> bool:
-    """True on one rank only, the first to ask; before the ranks have met on one rank of each node."""
+    """True on one rank only, the first to ask.
+
+    Before the ranks have met there is nobody to ask. A node's first rank speaks at once; the others wait, for torchrun
+    ends all ranks when one exits, and speak only if nobody has ended them: then the failure is theirs alone.
+    """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_HEAD_START_S)
+        return True
     try:
         return bool(distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)
     except RuntimeError:  # the store went down with its host: better said twice than not at all

@@ -48,7 +48,7 @@ def main(
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     page = write_page(out)
     console.print(final_table(summary))
-    console.print(f"summary: {out / 'summary.json'}   page: {page}")
+    console.print(f"summary: {out / 'summary.json'}   page: {page}", soft_wrap=True)
 
 
 def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:

@@ -36,15 +36,18 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
     Raises:
         DataError: a row is malformed, naming file, line and field; or there is none.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(Demonstration.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                field = ".".join(str(part) for part in first["loc"]) or "the row"
-                raise DataError(f"{path}:{number}: {field}: {first['msg']}; mend or remove the row") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(Demonstration.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the row"
+            raise DataError(f"{path}:{number}: {field}: {first['msg']}; mend or remove the row") from error
     if not rows:
         raise DataError(f"{path} holds no demonstration: write at least one row")
     return tuple(rows)

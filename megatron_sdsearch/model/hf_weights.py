@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -242,7 +242,10 @@ class SafetensorsFolder:
         if file not in self._open:
             if not (self._dir / file).is_file():
                 raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
-            self._open[file] = self._stack.enter_context(safe_open(self._dir / file, framework="pt"))
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(self._dir / file, framework="pt"))
+            except SafetensorError as error:
+                raise DataError(f"{self._dir / file} is no safetensors file ({error}): fetch it again") from error
         return self._open[file]
 
 

@@ -113,7 +113,7 @@ def oracle(
         if any(sample is other for other in distilled):
             loss = loss + config.alpha * _jsd(model, sample, logits, config.topk).mean() / len(distilled)
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _logits(model: PreTrainedModel, token_ids: np.ndarray) -> Tensor:
