@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import (
     Action,
@@ -153,7 +154,8 @@ def _bench(arguments: argparse.Namespace, folder: Path) -> None:
                 publish(policy, engine, version=step)
             with timer.phase("rollout"):
                 own = range(parallel.rank, arguments.questions, parallel.world_size)
-                groups = runner.run(_roll_out(engine, own, step, config, arguments.query_tokens))
+                with without_cpu_layer():
+                    groups = runner.run(_roll_out(engine, own, step, config, arguments.query_tokens))
                 groups = [group for share in parallel.all_gather_object(groups) for group in share]
             with timer.phase("pack"):
                 batch = _pack(groups, config, parallel)

@@ -9,7 +9,8 @@ Nothing is patched when CUDA is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,3 +67,16 @@ def install_cpu_layer() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _mode = _CudaMeansCpu()
     _mode.__enter__()  # type: ignore[no-untyped-call]  # for good: megatron is called from everywhere below
+
+
+@contextmanager
+def without_cpu_layer() -> Iterator[None]:
+    """Leave the mode for work that calls no megatron: it costs every torch call a detour through Python."""
+    if _mode is None:
+        yield
+        return
+    _mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        _mode.__enter__()  # type: ignore[no-untyped-call]

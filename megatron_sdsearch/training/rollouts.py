@@ -12,6 +12,7 @@ from megatron_sdsearch.config import RetrievalConfig, RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup
@@ -44,12 +45,15 @@ class DistributedRollouts:
 
     def collect(self, questions: Sequence[Question], *, step: int) -> list[HindsightGroup]:
         """Groups of all questions with their hindsight, in question order, on every rank."""
-        groups = self._collector.collect(self._share(questions), step=step, policy_version=step)
+        with without_cpu_layer():
+            groups = self._collector.collect(self._share(questions), step=step, policy_version=step)
         return self._exchange([(group, self._hindsight(group)) for group in groups])
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order, on every rank."""
-        return self._exchange(self._collector.evaluate(self._share(questions), step=step))
+        with without_cpu_layer():
+            groups = self._collector.evaluate(self._share(questions), step=step)
+        return self._exchange(groups)
 
     def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
         """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
