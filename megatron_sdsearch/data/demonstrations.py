@@ -37,9 +37,11 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
         DataError: a row is malformed, naming file, line and field; or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
+    # Not splitlines: JSON strings may hold characters such as U+2028, at which it would cut a row in two.
+    lines = text.removesuffix("\n").split("\n") if text else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -91,3 +91,15 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 def test_epochs_differ_in_order() -> None:
     sampler = DemonstrationSampler(demonstrations(50), 1, 50)
     assert sampler.batch(0) != sampler.batch(1)
+
+
+def test_a_row_is_not_cut_at_unicode_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    row = '{"demonstration_id": "a", "prompt": "one\u2028two", "spans": [{"kind": "sampled", "text": "b"}]}'
+    path.write_text(row + "\n", encoding="utf-8")
+    assert [demonstration.prompt for demonstration in read_demonstrations(path)] == ["one\u2028two"]
+
+
+def test_a_file_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_demonstrations(tmp_path / "nowhere.jsonl")
