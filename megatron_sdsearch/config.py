@@ -74,10 +74,47 @@ class DataConfig(Section):
     questions_per_step: PositiveInt = 256
 
 
+class SGLangConfig(Section):
+    """SGLang servers: how they are started or reached, and how they get the policy's weights."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that somebody else runs, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` of our own."""
+    num_servers: PositiveInt = 1
+    """Started by the first rank, on its node."""
+    tensor: PositiveInt = 1
+    """GPUs of each started server."""
+    command: tuple[str, ...] = ("python3", "-m", "sglang.launch_server")
+    """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
+    arguments: tuple[str, ...] = ()
+    """Further flags of a started server, e.g. ``["--mem-fraction-static", "0.8"]``."""
+    environment: dict[str, str] = {}
+    """Added to a started server's environment."""
+    start_timeout_s: PositiveFloat = 900.0
+    """From start to serving; compiling kernels counts."""
+    request_timeout_s: PositiveFloat = 600.0
+    """One generation; then the server counts as hung."""
+    down_timeout_s: PositiveFloat = 300.0
+    """No server has been usable for so long: the run stops."""
+    max_restarts: NonNegativeInt = 3
+    """Of each started server."""
+    max_concurrency: PositiveInt = 256
+    """Requests that one rank has open at one server."""
+    weight_sync: Literal["disk", "tensor", "distributed"] = "disk"
+    """``disk``: a safetensors folder in ``run_dir`` that every server can read. ``tensor``: through HTTP, in buckets.
+    ``distributed``: a process group of trainer and servers (NCCL, gloo without GPUs)."""
+    weight_bucket_mb: PositiveInt = 512
+    """Weights travel in buckets of so many MiB."""
+    verify_every: NonNegativeInt = 1
+    """Publishes between proofs that the servers hold the trainer's very weights; 0 never."""
+    colocated: bool = False
+    """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
+
+
 class RolloutConfig(Section):
     """Sampling of trajectories; AutoRefine's lengths."""
 
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
+    sglang: SGLangConfig = SGLangConfig()
     group_size: PositiveInt = 5
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -93,6 +130,11 @@ class RolloutConfig(Section):
     """Of a whole trajectory."""
     max_failed_search_share: UnitFloat = 0.2
     """Above this share of trajectories lost to failed searches, a step raises."""
+    oversample: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
+    """So many times ``data.questions_per_step`` are begun; when that many groups are complete the rest is given up."""
+    max_refills: NonNegativeInt = 0
+    """A group whose siblings are all right or all wrong (F1 > ``hindsight.rho``) gives way to another question, at most
+    so many times; the last one stays. It has no advantage, and nothing to tell the teacher."""
 
 
 class RetrievalConfig(Section):
@@ -144,6 +186,10 @@ class ObjectiveConfig(Section):
     """k3 KL to the starting policy; 0 keeps no reference model."""
     entropy_coef: NonNegativeFloat = 0.0
     """AutoRefine uses 0.001."""
+    importance_correction: Literal["none", "truncate", "mask"] = "none"
+    """For engines whose log-probabilities differ from the trainer's, with r = exp(old - rollout) per token:
+    ``truncate`` weighs tokens by min(r, cap); ``mask`` drops those outside [1/cap, cap]."""
+    importance_cap: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 2.0
     normalize_advantage_std: bool = True
     """Divide by the group's unbiased standard deviation + 1e-6, as well as subtract its mean."""
     reward: Literal["f1", "em", "autorefine"] = "autorefine"
