@@ -188,8 +188,9 @@ class ObjectiveConfig(Section):
     """AutoRefine uses 0.001."""
     importance_correction: Literal["none", "truncate", "mask"] = "none"
     """For engines whose log-probabilities differ from the trainer's, with r = exp(old - rollout) per token:
-    ``truncate`` weighs tokens by min(r, cap); ``mask`` drops those outside [1/cap, cap]."""
+    ``truncate`` weighs tokens by min(r, cap); ``mask`` by r, dropping those outside [1/cap, cap]."""
     importance_cap: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 2.0
+    """Not read without a correction."""
     normalize_advantage_std: bool = True
     """Divide by the group's unbiased standard deviation + 1e-6, as well as subtract its mean."""
     reward: Literal["f1", "em", "autorefine"] = "autorefine"

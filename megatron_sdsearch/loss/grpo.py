@@ -26,7 +26,7 @@ class GRPOTerms:
 
     Attributes:
         loss: ``policy_loss + kl_coefficient * kl - entropy_coefficient * entropy``; the only one with a gradient.
-        policy_loss: the clipped surrogate, negated.
+        policy_loss: the clipped surrogate, negated; with importance weights where there are any.
         kl: k3 estimate of KL(policy || reference), nats; 0 without a reference.
         entropy: mean entropy of the policy, nats; 0 without entropies.
         ratio: mean of policy / old; stays near 1.
@@ -55,8 +55,17 @@ def grpo_loss(
     kl_coefficient: float = 0.0,
     entropy: Tensor | None = None,
     entropy_coefficient: float = 0.0,
+    importance_weights: Tensor | None = None,
 ) -> GRPOTerms:
-    """Sum over tokens of ``weight * (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
+    """Sum over tokens of ``weight * (-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
+
+    The importance weight w stands at the surrogate alone: that is an expectation over the trainer's policy which the
+    engine sampled, and w makes good for it. Entropy, and the divergence of ``objective.py``, are taken over the whole
+    distribution at a position; no sampled token enters them. The k3 term does hold the sampled token and is left alone
+    all the same: a token that w masks has gone astray, and must still be pulled to the reference.
+
+    w changes no denominator: ``weights`` stay what they were, so that a masked token counts as 0, and the same batch
+    gives the same loss however it is cut into microbatches and ranks.
 
     Args:
         policy_logprobs: [N] nats, with gradient.
@@ -69,6 +78,7 @@ def grpo_loss(
         kl_coefficient: weight of the k3 term; needs ``ref_logprobs`` unless 0.
         entropy: [N] nats, with gradient if it is to have an effect.
         entropy_coefficient: weight of the entropy bonus; needs ``entropy`` unless 0.
+        importance_weights: [N], at least 0, a constant; None is 1 everywhere (``correction.py``).
 
     Returns:
         The terms, in fp32, or float64 if the policy's log-probabilities are. N = 0 gives zeros, with a gradient path.
@@ -79,18 +89,19 @@ def grpo_loss(
     Source: GRPO, arXiv 2402.03300, section 4.1, with the separate clip bounds of DAPO, arXiv 2503.14476; the k3
     estimator ``exp(d) - d - 1``, ``d = ref - policy``, of J. Schulman, "Approximating KL divergence" (2020).
     """
-    _check_shapes(policy_logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy)
+    _check_shapes(policy_logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy, importance_weights)
     _check_options(clip_low, clip_high)
     _check_partner("kl_coefficient", kl_coefficient, "ref_logprobs", ref_logprobs)
     _check_partner("entropy_coefficient", entropy_coefficient, "entropy", entropy)
 
     policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
     log_ratio = policy - old_logprobs.detach()
-    ratio = _safe_exp(log_ratio)
+    ratio = safe_exp(log_ratio)
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
 
-    policy_loss = -(weights * torch.minimum(surrogate, clipped)).sum()
+    surrogate_weights = weights if importance_weights is None else weights * importance_weights.detach()
+    policy_loss = -(surrogate_weights * torch.minimum(surrogate, clipped)).sum()
     kl = (weights * k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
     mean_entropy = (weights * entropy).sum() if entropy is not None else policy.new_zeros(())
     return GRPOTerms(
@@ -104,7 +115,7 @@ def grpo_loss(
     )
 
 
-def _safe_exp(log_ratio: Tensor) -> Tensor:
+def safe_exp(log_ratio: Tensor) -> Tensor:
     """exp that cannot overflow; a token beyond the limit gets no gradient rather than one that drowns all others."""
     return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
 
@@ -116,7 +127,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def _check_shapes(policy_logprobs: Tensor, *others: Tensor | None) -> None:
-    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "entropy")
+    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "entropy", "importance_weights")
     if policy_logprobs.dim() != 1:
         raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")
     for name, tensor in zip(names, others, strict=True):

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.loss.grpo import grpo_loss, k3
+from megatron_sdsearch.loss.correction import agreement, importance_weights
+from megatron_sdsearch.loss.grpo import grpo_loss
 from megatron_sdsearch.loss.jsd import TopKDistribution, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.parallel.vocab import VocabShard
@@ -117,10 +118,14 @@ def sd_search_loss(
     """GRPO plus alpha times the divergence from the teacher, each a sum with global weights.
 
     Returns:
-        A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks.
+        A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks; of those whose name
+        ends in ``_max`` the maximum is to be taken.
     """
     current, entropy, divergence = _read_rows(logits, policy, distill, config)
     old = current.detach() if policy.old_logprobs is None else policy.old_logprobs
+    importance, is_cut = importance_weights(
+        old, policy.rollout_logprobs, config.importance_correction, config.importance_cap
+    )
     terms = grpo_loss(
         current,
         old,
@@ -132,9 +137,12 @@ def sd_search_loss(
         kl_coefficient=config.kl_coef if policy.ref_logprobs is not None else 0.0,
         entropy=entropy,
         entropy_coefficient=config.entropy_coef,
+        importance_weights=importance,
     )
     loss = terms.loss
     values = {name: getattr(terms, name) for name in ("policy_loss", "kl", "entropy", "clip_fraction", "old_kl")}
+    if importance is not None:
+        values["importance_cut_share"] = (policy.weights * is_cut).sum()
     if distill is not None:
         values["jsd"] = (distill.weights * divergence).sum()
         loss = loss + distill.alpha * values["jsd"]
@@ -142,7 +150,7 @@ def sd_search_loss(
     if distill is not None:
         values |= _by_class(divergence.detach(), distill)
     metrics = {name: float(value.detach()) for name, value in values.items()}
-    return loss, metrics | _agreement(old, policy)
+    return loss, metrics | agreement(old, policy.rollout_logprobs, policy.weights)
 
 
 def supervised_loss(logits: RowLogits, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
@@ -196,13 +204,3 @@ def _by_class(divergence: Tensor, distill: DistillRows) -> dict[str, Tensor]:
     weights = {name: distill.weights * (distill.classes == index) for index, name in enumerate(GROUP_CLASSES)}
     sums = {f"jsd_{name}": (weight * divergence).sum() for name, weight in weights.items()}
     return sums | {f"jsd_{name}_weight": weight.sum() for name, weight in weights.items()}
-
-
-def _agreement(old: Tensor, policy: PolicyRows) -> Metrics:
-    """How far the engine's log-probabilities are from the trainer's: mean and largest gap, k3 estimate of the KL."""
-    gap = old.detach() - policy.rollout_logprobs
-    return {
-        "rollout_gap": float((policy.weights * gap.abs()).sum()),
-        "rollout_gap_max": float(gap.abs().max()) if len(gap) else 0.0,
-        "rollout_k3": float((policy.weights * k3(gap)).sum()),
-    }

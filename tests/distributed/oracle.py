@@ -68,7 +68,8 @@ def _make_sample(random: np.random.Generator, index: int, num_samples: int) -> T
         labels=np.append(token_ids[1:], 0),
         loss_mask=shifted > 0,
         query_mask=(shifted == 2) & has_query,
-        rollout_logprobs=np.where(shifted > 0, -random.random(len(kind)), 0.0),
+        # Around the log-probabilities of a random model, log 101 = 4.6: ratios fall on both sides of a cap of 2.
+        rollout_logprobs=np.where(shifted > 0, -3.2 - 2.8 * random.random(len(kind)), 0.0),
         advantage=float(random.normal()),
         prompt_length=prompt_length,
         teacher_prompt_ids=tuple(random.integers(0, VOCAB_SIZE, prompt_length + 5).tolist()) if has_teacher else (),
@@ -91,12 +92,13 @@ def make_config(hf_dir: Path, run_dir: Path, objective: dict[str, object], **sec
 
 def oracle(
     hf_dir: Path, reference_dir: Path, samples: Sequence[TrainingSample], config: ObjectiveConfig
-) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient by Hugging Face name of one update with ratio 1, straight from the formulas."""
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Loss and agreement with the engine, and gradient by Hugging Face name, of one update with ratio 1."""
     model, reference = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64) for d in (hf_dir, reference_dir))
     num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
     distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompt_ids]
     loss = torch.zeros((), dtype=torch.float64)
+    gaps = []
     for sample in samples:
         logits = _logits(model, sample.token_ids)
         mask = torch.as_tensor(sample.loss_mask)
@@ -108,12 +110,31 @@ def oracle(
         ratio = (chosen - chosen.detach()).exp()
         k3 = (ref - chosen).exp() - (ref - chosen) - 1
         entropy = -(logp.exp() * logp).sum(-1)
-        token_loss = -ratio * sample.advantage + config.kl_coef * k3 - config.entropy_coef * entropy
+        gaps.append(chosen.detach() - torch.as_tensor(sample.rollout_logprobs)[mask])
+        token_loss = -_importance(gaps[-1].exp(), config) * ratio * sample.advantage
+        token_loss = token_loss + config.kl_coef * k3 - config.entropy_coef * entropy
         loss = loss + token_loss.sum() / num_tokens
         if any(sample is other for other in distilled):
             loss = loss + config.alpha * _jsd(model, sample, logits, config.topk).mean() / len(distilled)
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gap = torch.cat(gaps)
+    metrics = {
+        "loss": loss.detach(),
+        "rollout_gap": gap.abs().mean(),
+        "rollout_gap_max": gap.abs().max(),
+        "rollout_gap_share": (gap.abs() > 0.1).double().mean(),
+        "rollout_k3": (gap.exp() - gap - 1).mean(),
+    }
+    return {name: float(value) for name, value in metrics.items()}, {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def _importance(ratio: Tensor, config: ObjectiveConfig) -> Tensor:
+    cap = config.importance_cap
+    is_inside = (ratio >= 1 / cap) & (ratio <= cap)
+    forms = {"none": torch.ones_like(ratio), "truncate": ratio.clamp(max=cap), "mask": ratio * is_inside}
+    return forms[config.importance_correction]
 
 
 def _logits(model: PreTrainedModel, token_ids: np.ndarray) -> Tensor:

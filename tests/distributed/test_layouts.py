@@ -23,6 +23,7 @@ from tests.distributed.oracle import make_config, make_model, make_samples, orac
 
 TOPK: dict[str, object] = {"alpha": 0.7, "kl_coef": 0.3, "entropy_coef": 0.2, "topk": 20, "alpha_warmup_steps": 0}
 WHOLE: dict[str, object] = {**TOPK, "topk": None}
+Outcome = tuple[dict[str, float], dict[str, Tensor]]
 # fp32 against float64; gradients are of the order of 1e-2 to 1.
 RTOL, ATOL = 1e-4, 2e-6
 
@@ -41,6 +42,11 @@ class Case:
     is_topk: bool = True
     recompute: str = "none"
     num_groups: int = 2
+    correction: str = "none"
+
+    @property
+    def objective(self) -> dict[str, object]:
+        return {**(TOPK if self.is_topk else WHOLE), "importance_correction": self.correction}
 
     @property
     def model(self) -> str:
@@ -56,12 +62,14 @@ CASES = {
     ],
     2: [
         Case("tp2", "qwen2", is_tied=False, tensor=2),
+        Case("tp2 truncate", "qwen2", is_tied=False, tensor=2, correction="truncate"),
         Case("tp2 tied sequence", "qwen2", is_tied=True, tensor=2, sequence=True),
         Case("tp2 qwen3", "qwen3", is_tied=True, tensor=2, is_topk=False),
         Case("tp2 qwen3 sequence", "qwen3", is_tied=False, tensor=2, sequence=True, recompute="full"),
         Case("pp2", "qwen3", is_tied=False, pipeline=2),
         Case("pp2 tied", "qwen2", is_tied=True, pipeline=2),
         Case("dp2", "qwen2", is_tied=True),
+        Case("dp2 mask", "qwen2", is_tied=True, correction="mask"),
         Case("dp2 one microbatch", "qwen3", is_tied=False, max_tokens=1000),
     ],
     4: [
@@ -74,13 +82,13 @@ CASES = {
 }
 
 
-def worker(rank: int, world_size: int, cases: list[Case], folder: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
+def worker(rank: int, world_size: int, cases: list[Case], folder: Path) -> dict[str, Outcome]:
     return {case.name: _loss_and_gradient(case, folder) for case in cases}
 
 
-def _loss_and_gradient(case: Case, folder: Path) -> tuple[float, dict[str, Tensor]]:
+def _loss_and_gradient(case: Case, folder: Path) -> Outcome:
     layout: dict[str, object] = {"tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence}
-    config = make_config(folder / case.model, folder, TOPK if case.is_topk else WHOLE, parallel=layout)
+    config = make_config(folder / case.model, folder, case.objective, parallel=layout)
     config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": case.recompute})})
     parallel = ParallelState.initialize(config.parallel, seed=1)
     policy = Policy.build(config, parallel)
@@ -94,7 +102,7 @@ def _loss_and_gradient(case: Case, folder: Path) -> tuple[float, dict[str, Tenso
             parameter.copy_(parameter.main_grad)  # so that the export names and joins gradients as it does weights
     gradients = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     parallel_state.destroy_model_parallel()
-    return metrics["loss"], gradients
+    return metrics, gradients
 
 
 def _with_model(config: RunConfig, hf_dir: Path) -> RunConfig:
@@ -131,13 +139,13 @@ def test_every_layout_gives_the_oracle_s_loss_and_gradient(world_size: int, fold
     cases = CASES[world_size]
     by_rank: list[dict[str, Any]] = run_distributed(worker, world_size, cases, folder, timeout_s=300)
     for case in cases:
-        config = make_config(folder / case.model, folder, TOPK if case.is_topk else WHOLE)
-        loss, gradient = oracle(
+        config = make_config(folder / case.model, folder, case.objective)
+        metrics, gradient = oracle(
             folder / case.model, folder / f"{case.model}-reference", make_samples(9), config.objective
         )
         for results in by_rank:
-            measured_loss, measured = results[case.name]
-            assert measured_loss == pytest.approx(loss, rel=1e-5), case.name
+            measured_metrics, measured = results[case.name]
+            assert {name: measured_metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-5), case.name
             assert set(measured) == set(gradient), case.name
             for name, expected in gradient.items():
                 gap = (measured[name].double() - expected).abs()

@@ -149,6 +149,7 @@ def test_bf16_is_computed_in_fp32() -> None:
         ({"advantages": torch.zeros(2, 1)}, r"advantages must be \[2\], got \[2, 1\]"),
         ({"weights": torch.zeros(3)}, r"weights must be \[2\]"),
         ({"policy_logprobs": torch.zeros(1, 2)}, r"policy_logprobs must be \[N\]"),
+        ({"importance_weights": torch.zeros(1)}, r"importance_weights must be \[2\], got \[1\]"),
         ({"clip_low": 1.0}, "clip_low must be in"),
         ({"clip_low": -0.1}, "clip_low must be in"),
         ({"clip_high": math.nan}, "clip_high must be at least 0"),
