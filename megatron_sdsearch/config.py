@@ -131,10 +131,13 @@ class RolloutConfig(Section):
     max_failed_search_share: UnitFloat = 0.2
     """Above this share of trajectories lost to failed searches, a step raises."""
     oversample: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
-    """So many times ``data.questions_per_step`` are begun; when that many groups are complete the rest is given up."""
+    """Each rank begins so many times its share of ``data.questions_per_step``; when the share is complete the rest is
+    given up. Which groups those are depends on timing, unless the engine's does not, and short rollouts are favoured:
+    the step's groups are no fair sample of its questions any more."""
     max_refills: NonNegativeInt = 0
-    """A group whose siblings are all right or all wrong (F1 > ``hindsight.rho``) gives way to another question, at most
-    so many times; the last one stays. It has no advantage, and nothing to tell the teacher."""
+    """A group whose siblings are all right or all wrong (F1 > ``hindsight.rho``, of those that count in training) gives
+    way to another question, at most so many times; the last one stays. It tells the teacher nothing, and has no
+    advantage but what a shaped reward makes of it (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2)."""
 
 
 class RetrievalConfig(Section):

@@ -1,10 +1,10 @@
-"""Group-relative advantages, and what kind of group it is. Leaves rewards to ``data/scoring.py``."""
+"""Group-relative advantages. Leaves rewards and classes of groups to ``data/scoring.py``."""
 
 from __future__ import annotations
 
 import statistics
 
-from megatron_sdsearch.records import GroupClass, RolloutGroup
+from megatron_sdsearch.records import RolloutGroup
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation, as Search-R1 and AutoRefine do."""
@@ -31,16 +31,3 @@ def group_advantages(group: RolloutGroup, normalize_std: bool) -> list[float]:
     mean = statistics.fmean(rewards)
     scale = statistics.stdev(rewards) + STD_EPSILON if normalize_std else 1.0
     return [(score.reward - mean) / scale if trajectory.is_trainable else 0.0 for trajectory, score in pairs]
-
-
-def group_class(group: RolloutGroup, rho: float) -> GroupClass:
-    """Whether a group holds a contrast to learn from: by answer F1 > ``rho`` over its trainable trajectories.
-
-    F1 and not the reward: a shaped reward above 0 would let groups without any right answer pass for mixed ones. A
-    group with no trainable trajectory is ``all_wrong``.
-    """
-    pairs = zip(group.trajectories, group.scores, strict=True)
-    outcomes = {score.f1 > rho for trajectory, score in pairs if trajectory.is_trainable}
-    if outcomes == {True}:
-        return "all_correct"
-    return "mixed" if len(outcomes) == 2 else "all_wrong"

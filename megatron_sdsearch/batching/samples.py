@@ -12,8 +12,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sdsearch.batching.advantages import group_class
 from megatron_sdsearch.config import ObjectiveConfig
+from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.errors import AlignmentError
 from megatron_sdsearch.records import (
     BoolArray,

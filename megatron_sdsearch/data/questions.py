@@ -183,7 +183,7 @@ def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Ro
 
 
 class QuestionSampler:
-    """Which questions each step gets: a pure function of (seed, step), so that a resumed run needs no state.
+    """Which questions each step gets: pure functions of (seed, step), so that a resumed run needs no state.
 
     Questions come in epochs, each a shuffle of all of them; batches run on across the border of two epochs.
     """
@@ -204,14 +204,43 @@ class QuestionSampler:
         self._seed = seed
         self._questions_per_step = questions_per_step
         self._orders: list[IntArray] = []  # of epochs 0, 1, ...: a cache, recomputed at will
+        self._spare_order: IntArray | None = None
+        self._fresh: tuple[int, IntArray] | None = None  # the last step asked for, and its order: a cache as well
 
     def batch(self, step: int) -> tuple[Question, ...]:
         """The ``questions_per_step`` questions of that step (0-based), no two the same."""
+        return tuple(self._questions[index] for index in self._batch_indices(step))
+
+    def fresh(self, step: int, index: int) -> tuple[Question, int]:
+        """The ``index``-th (0-based) question of an endless list that a step may ask beside its batch.
+
+        The list goes round all questions that are not in the batch (all there are, where none is left), in an order of
+        its own: a pure function of (seed, step, index).
+
+        Returns:
+            The question, and how often batch and list have held it before that place.
+        """
+        if self._fresh is None or self._fresh[0] != step:
+            self._fresh = step, self._fresh_order(step)
+        order = self._fresh[1]
+        rounds, place = divmod(index, len(order))
+        is_in_batch = len(order) == len(self._questions)
+        return self._questions[order[place]], rounds + is_in_batch
+
+    def _fresh_order(self, step: int) -> IntArray:
+        if self._spare_order is None:
+            self._spare_order = self._shuffled("fresh")
+        # Steps begin where their predecessor might have ended, so that no question is everybody's first choice.
+        rotated = np.roll(self._spare_order, -step * self._questions_per_step)
+        is_fresh = ~np.isin(rotated, self._batch_indices(step))
+        return rotated[is_fresh] if is_fresh.any() else rotated
+
+    def _batch_indices(self, step: int) -> IntArray:
         epoch, offset = divmod(step * self._questions_per_step, len(self._questions))
         chosen = self._order(epoch)[offset : offset + self._questions_per_step]
         if missing := self._questions_per_step - len(chosen):
             chosen = np.concatenate([chosen, self._order(epoch + 1)[:missing]])
-        return tuple(self._questions[index] for index in chosen)
+        return chosen
 
     def _order(self, epoch: int) -> IntArray:
         while len(self._orders) <= epoch:
@@ -231,7 +260,7 @@ class QuestionSampler:
         head = np.flatnonzero(is_fresh)[:num_missing]
         return np.concatenate([order[head], np.delete(order, head)])
 
-    def _shuffled(self, epoch: int) -> IntArray:
+    def _shuffled(self, epoch: int | str) -> IntArray:
         # Sorting by hash, not a library's generator: the order outlives numpy versions and changes of the file's order.
         def rank(index: int) -> bytes:
             key = f"{self._seed}/{epoch}/{self._questions[index].question_id}"

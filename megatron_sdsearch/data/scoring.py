@@ -1,7 +1,7 @@
 """How an answer compares with the gold answers: SQuAD normalisation, exact match, F1, and the shaped rewards.
 
-Owns the numbers in ``records.Score``. Which trajectories count as correct is ``hindsight/``'s business; advantages are
-``batching/``'s.
+Owns the numbers in ``records.Score``, and the class of a group by them. Labels in the teacher's context are
+``hindsight/``'s business; advantages are ``batching/``'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_sdsearch.records import Question, Score, Trajectory
+from megatron_sdsearch.records import GroupClass, Question, RolloutGroup, Score, Trajectory
 
 RewardKind = Literal["f1", "em", "autorefine"]
 
@@ -69,6 +69,19 @@ def score_trajectory(trajectory: Trajectory, question: Question, kind: RewardKin
     f1 = f1_score(trajectory.answer, question.gold_answers)
     em = exact_match(trajectory.answer, question.gold_answers)
     return Score(f1=f1, em=em, reward=_reward(kind, f1, em, trajectory, question))
+
+
+def group_class(group: RolloutGroup, rho: float) -> GroupClass:
+    """Whether a group holds a contrast to learn from: by answer F1 > ``rho`` over its trainable trajectories.
+
+    F1 and not the reward: a shaped reward above 0 would let groups without any right answer pass for mixed ones. A
+    group with no trainable trajectory is ``all_wrong``.
+    """
+    pairs = zip(group.trajectories, group.scores, strict=True)
+    outcomes = {score.f1 > rho for trajectory, score in pairs if trajectory.is_trainable}
+    if outcomes == {True}:
+        return "all_correct"
+    return "mixed" if len(outcomes) == 2 else "all_wrong"
 
 
 def _reward(kind: RewardKind, f1: float, em: float, trajectory: Trajectory, question: Question) -> float:

@@ -13,6 +13,13 @@ F1: Final = "train/f1"
 HIT_RATE: Final = "train/hit_rate"
 """Share of trajectories that were shown the passage holding the answer; absent when the data set does not name it."""
 NUM_SEARCHES: Final = "train/num_searches"
+NUM_WITHOUT_CONTRAST: Final = "train/num_without_contrast"
+"""Groups learned from whose siblings are all right or all wrong by F1; over all ranks, as are the next two."""
+NUM_REFILLED: Final = "train/num_refilled"
+"""Groups without contrast that gave way to another question. They are in no other number of the step: with refills
+EM, F1 and reward are those of the groups that stayed, and no measure of the policy."""
+NUM_ABANDONED: Final = "train/num_abandoned"
+"""Groups begun by over-sampling that the step did not wait for. They are in no other number of the step."""
 LEAK_SHARE: Final = "hindsight/leak_share"
 """Share of trajectories with a gold answer inside a query."""
 

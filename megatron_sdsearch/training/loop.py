@@ -92,7 +92,8 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
             if step == config.train.num_steps:
                 break
             with phase("rollout"):
-                groups = rollouts.collect(questions.batch(step), step=step)
+                collected = rollouts.collect(questions, step=step)
+                groups = collected.groups
             probe = {}
             if config.telemetry.query_probe and step == config.objective.first_distilling_step:
                 with phase("probe"):
@@ -103,7 +104,7 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
             results = learner.learn(batch, step, log.timer)
             step += 1
             log.trajectories(step, [g for g, _ in groups], advantages, [b for _, b in groups])
-            log.step(step, step_metrics.of_step(groups, results, config) | probe, batch.num_policy_tokens)
+            log.step(step, step_metrics.of_step(collected, results, config) | probe, batch.num_policy_tokens)
             if _is_checkpoint_due(step, config):
                 with phase("checkpoint"):
                     _save(config, policy, parallel, step)

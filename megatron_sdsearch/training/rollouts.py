@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -10,19 +11,29 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RetrievalConfig, RunConfig
 from megatron_sdsearch.data.prompts import get_profile
+from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.model.architecture import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
-from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup
+from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
+from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRollouts:
+    """Groups with their hindsight, and what it took to get them: of one rank, or of all."""
+
+    groups: list[HindsightGroup]
+    counts: CollectionCounts
 
 
 def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
@@ -43,17 +54,22 @@ class DistributedRollouts:
         self.engine = _embedded_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self.engine, self._retriever, self.renderer, config)
 
-    def collect(self, questions: Sequence[Question], *, step: int) -> list[HindsightGroup]:
-        """Groups of all questions with their hindsight, in question order, on every rank."""
+    def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
+        """The step's groups with their hindsight, in the order of their places, on every rank."""
+        rank, world_size = self._parallel.rank, self._parallel.world_size
+        supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with without_cpu_layer():
-            groups = self._collector.collect(self._share(questions), step=step, policy_version=step)
-        return self._exchange([(group, self._hindsight(group)) for group in groups])
+            collected = self._collector.collect(supply, policy_version=step)
+        own = StepRollouts(groups=[(g, self._hindsight(g)) for g in collected.groups], counts=collected.counts)
+        parts = self._parallel.all_gather_object(own)
+        counts = sum((part.counts for part in parts), CollectionCounts())
+        return StepRollouts(groups=_in_turn([part.groups for part in parts]), counts=counts)
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order, on every rank."""
         with without_cpu_layer():
             groups = self._collector.evaluate(self._share(questions), step=step)
-        return self._exchange(groups)
+        return _in_turn(self._parallel.all_gather_object(groups))
 
     def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
         """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
@@ -82,10 +98,11 @@ class DistributedRollouts:
     def _share(self, items: Sequence[T]) -> Sequence[T]:
         return items[self._parallel.rank :: self._parallel.world_size]
 
-    def _exchange(self, own: list[T]) -> list[T]:
-        shares = self._parallel.all_gather_object(own)
-        total = sum(len(share) for share in shares)
-        return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """What ``items[rank::world_size]`` took apart, together again."""
+    total = sum(len(share) for share in shares)
+    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
 
 
 def _embedded_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> EmbeddedEngine:

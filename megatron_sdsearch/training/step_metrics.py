@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_sdsearch.batching.advantages import group_class
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.evaluation import Metrics, summarize
 from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import GROUP_CLASSES, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult
-from megatron_sdsearch.training.rollouts import HindsightGroup
+from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
 
 Values = dict[str, float | int]
 
 
-def of_step(groups: Sequence[HindsightGroup], results: Sequence[UpdateResult], config: RunConfig) -> Values:
+def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: RunConfig) -> Values:
     """Rollouts, hindsight and updates of one step."""
+    groups, counts = collected.groups, collected.counts
     rollouts = [group for group, _ in groups]
     metrics = summarize(rollouts).overall
     rewards = [score.reward for group in rollouts for score in group.scores]
@@ -26,6 +27,9 @@ def of_step(groups: Sequence[HindsightGroup], results: Sequence[UpdateResult], c
         names.REWARD: sum(rewards) / len(rewards),
         "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
+        names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
+        names.NUM_REFILLED: counts.num_refilled,
+        names.NUM_ABANDONED: counts.num_abandoned,
         **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, "train/"),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sdsearch.batching.advantages import group_advantages, group_class
+from megatron_sdsearch.batching.advantages import group_advantages
+from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,

@@ -181,6 +181,35 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
     assert len(first_epochs | epochs) == 9
 
 
+@given(SIZES, st.integers(0, 5), st.integers(0, 20))
+def test_fresh_questions_go_round_all_that_are_not_in_the_batch(sizes: tuple[int, int], seed: int, step: int) -> None:
+    size, per_step = sizes
+    sampler = QuestionSampler(pool(size), seed, per_step)
+    seen = Counter(question.question_id for question in sampler.batch(step)) if per_step == size else Counter[str]()
+    num_others = size - per_step or size
+    for index in range(3 * num_others):
+        question, num_before = sampler.fresh(step, index)
+        assert num_before == seen[question.question_id]
+        seen[question.question_id] += 1
+    assert len(seen) == num_others
+    assert per_step == size or not seen.keys() & {question.question_id for question in sampler.batch(step)}
+
+
+@given(SIZES, st.integers(0, 5), st.integers(0, 20), st.integers(0, 50))
+def test_fresh_depends_on_seed_step_and_index_alone(sizes: tuple[int, int], seed: int, step: int, index: int) -> None:
+    size, per_step = sizes
+    warm, backwards = QuestionSampler(pool(size), seed, per_step), QuestionSampler(pool(size)[::-1], seed, per_step)
+    for earlier in (step + 3, 0, step):
+        warm.fresh(earlier, index + 1)
+        warm.batch(earlier)
+    assert warm.fresh(step, index) == backwards.fresh(step, index)
+
+
+def test_steps_begin_with_other_fresh_questions() -> None:
+    sampler = QuestionSampler(pool(40), 1, 4)
+    assert len({sampler.fresh(step, 0)[0].question_id for step in range(8)}) > 4
+
+
 @pytest.mark.parametrize("questions_per_step", [0, 4])
 def test_batch_larger_than_the_pool_is_a_config_error(questions_per_step: int) -> None:
     with pytest.raises(ConfigError, match=r"data\.questions_per_step: .* from 3; set it between 1 and 3"):

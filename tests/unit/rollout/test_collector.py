@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
-from megatron_sdsearch.records import Passage, Question, TrajectoryStatus
+from megatron_sdsearch.records import Passage, Question, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
+from megatron_sdsearch.rollout.supply import exactly
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.conftest import ModelFactory
 from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
@@ -43,13 +44,23 @@ def _config(**rollout: Any) -> RunConfig:
 Build = Callable[..., RolloutCollector]
 
 
+def collect(
+    collector: RolloutCollector,
+    questions: Sequence[Question] = QUESTIONS,
+    *,
+    step: int = 0,
+    policy_version: int = 0,
+    group_size: int = 2,
+) -> tuple[RolloutGroup, ...]:
+    supply = exactly(questions, step=step, group_size=group_size)
+    return collector.collect(supply, policy_version=policy_version).groups
+
+
 @pytest.fixture
 def build(renderer: Renderer, request: pytest.FixtureRequest) -> Build:
-    def build(
-        engine: Engine, retriever: DictRetriever | None = None, on_progress: Any = None, **rollout: Any
-    ) -> RolloutCollector:
+    def build(engine: Engine, retriever: DictRetriever | None = None, **rollout: Any) -> RolloutCollector:
         retriever = retriever or DictRetriever({"book": (PASSAGE,)})
-        collector = RolloutCollector(engine, retriever, renderer, _config(**rollout), on_progress)
+        collector = RolloutCollector(engine, retriever, renderer, _config(**rollout))
         request.addfinalizer(collector.close)
         return collector
 
@@ -58,9 +69,7 @@ def build(renderer: Renderer, request: pytest.FixtureRequest) -> Build:
 
 def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [SEARCH, ANSWER], by_sibling={1: [WRONG]}, policy_version=7)
-    progress: list[tuple[int, int]] = []
-    collector = build(engine, on_progress=lambda done, total: progress.append((done, total)))
-    groups = collector.collect(QUESTIONS, step=7, policy_version=7)
+    groups = collect(build(engine), step=7, policy_version=7)
     assert [group.question for group in groups] == QUESTIONS
     for group in groups:
         assert [str(t.trajectory_id) for t in group.trajectories] == [
@@ -68,7 +77,6 @@ def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer
         ]
         assert [score.em for score in group.scores] == [1.0, 0.0]
         assert [t.retrieved_passage_ids for t in group.trajectories] == [("p1",), ()]
-    assert progress == [(done, 6) for done in range(1, 7)]
     assert len(engine.released) == 6
 
 
@@ -81,23 +89,23 @@ def test_evaluation_is_greedy_and_one_trajectory_each(build: Build, renderer: Re
 
 def test_training_samples_as_configured(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ANSWER])
-    build(engine, temperature=1.3, top_p=0.5).collect(QUESTIONS[:1], step=0, policy_version=0)
+    collect(build(engine, temperature=1.3, top_p=0.5), QUESTIONS[:1])
     assert {(r.params.temperature, r.params.top_p, r.seed) for r in engine.requests} == {(1.3, 0.5, 1)}
 
 
 def test_a_question_asked_twice_makes_two_groups_of_distinct_trajectories(build: Build, renderer: Renderer) -> None:
-    groups = build(ScriptedEngine(renderer, [ANSWER])).collect([QUESTIONS[0]] * 2, step=0, policy_version=0)
+    groups = collect(build(ScriptedEngine(renderer, [ANSWER])), [QUESTIONS[0]] * 2)
     assert [t.trajectory_id.sibling for group in groups for t in group.trajectories] == [0, 1, 2, 3]
 
 
 def test_no_questions_give_no_groups(build: Build, renderer: Renderer) -> None:
-    assert build(ScriptedEngine(renderer, [])).collect([], step=0, policy_version=0) == []
+    assert collect(build(ScriptedEngine(renderer, [])), []) == ()
 
 
 def test_failed_searches_up_to_the_limit_are_part_of_the_groups(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
     retriever = DictRetriever({"book": None})
-    groups = build(engine, retriever, max_failed_search_share=0.5).collect(QUESTIONS, step=0, policy_version=0)
+    groups = collect(build(engine, retriever, max_failed_search_share=0.5))
     assert [group.trajectories[1].status for group in groups] == [TrajectoryStatus.RETRIEVAL_FAILED] * 3
 
 
@@ -106,20 +114,18 @@ def test_more_failed_searches_raise_with_rate_limit_and_cause(build: Build, rend
     collector = build(engine, DictRetriever({"book": None}), max_failed_search_share=0.4)
     message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
     with pytest.raises(RetrievalError, match=message):
-        collector.collect(QUESTIONS, step=0, policy_version=0)
+        collect(collector)
 
 
 def test_aborted_trajectories_stay_in_their_group(build: Build, renderer: Renderer) -> None:
-    groups = build(ScriptedEngine(renderer, [ANSWER], by_sibling={0: [ABORT]})).collect(
-        QUESTIONS, step=0, policy_version=0
-    )
+    groups = collect(build(ScriptedEngine(renderer, [ANSWER], by_sibling={0: [ABORT]})))
     assert [group.trajectories[0].status for group in groups] == [TrajectoryStatus.ABORTED] * 3
 
 
 def test_another_policy_version_is_an_error(build: Build, renderer: Renderer) -> None:
     collector = build(ScriptedEngine(renderer, [ANSWER], policy_version=3))
     with pytest.raises(EngineError, match=r"versions \[3\] instead of 4"):
-        collector.collect(QUESTIONS, step=4, policy_version=4)
+        collect(collector, step=4, policy_version=4)
 
 
 class _OneFails:
@@ -149,9 +155,9 @@ class _OneFails:
 def test_an_exception_cancels_the_rest_and_comes_out_as_it_is(build: Build) -> None:
     error = ZeroDivisionError("a bug")
     engine = _OneFails(error)
-    collector = build(engine, group_size=4)
+    collector = build(engine)
     with pytest.raises(ZeroDivisionError) as caught:
-        collector.collect(QUESTIONS[:1], step=0, policy_version=0)
+        collect(collector, QUESTIONS[:1], group_size=4)
     assert caught.value is error
     assert engine.num_cancelled == 3
 
@@ -189,9 +195,9 @@ def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: Mod
 def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFactory, renderer: Renderer) -> None:
     engine = EmbeddedEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 500)
     collector = build(engine)
-    first = collector.collect(QUESTIONS, step=0, policy_version=0)
-    again = collector.collect(QUESTIONS[::-1], step=0, policy_version=0)[::-1]
-    other = collector.collect(QUESTIONS, step=1, policy_version=0)
+    first = collect(collector)
+    again = collect(collector, QUESTIONS[::-1])[::-1]
+    other = collect(collector, step=1)
     ids = [[t.token_ids.tolist() for g in groups for t in g.trajectories] for groups in (first, again, other)]
     assert ids[0] == ids[1]
     assert all(one != another for one, another in zip(ids[0], ids[2], strict=True))

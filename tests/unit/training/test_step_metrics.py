@@ -12,6 +12,7 @@ from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import (
     Action,
+    CollectionCounts,
     ContextSpan,
     HindsightBlock,
     Question,
@@ -24,7 +25,7 @@ from megatron_sdsearch.records import (
 )
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
-from megatron_sdsearch.training.rollouts import HindsightGroup
+from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
 from megatron_sdsearch.training.step_metrics import of_evaluation, of_probe, of_step, of_updates
 
 ANSWERED, FAILED = TrajectoryStatus.ANSWERED, TrajectoryStatus.RETRIEVAL_FAILED
@@ -88,8 +89,12 @@ STEP = [
 ]
 
 
+def step(groups: list[HindsightGroup], **counts: int) -> StepRollouts:
+    return StepRollouts(groups=groups, counts=CollectionCounts(**counts))
+
+
 def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None:
-    assert of_step(STEP, [], config()) == {
+    assert of_step(step(STEP, num_refilled=3, num_abandoned=2), [], config()) == {
         names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 8),
         names.EM: pytest.approx(2 / 8),
         names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 8),
@@ -98,6 +103,9 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
         "train/response_tokens": 5,
         "train/num_trajectories": 8,
         "train/num_retrieval_failed": 1,
+        names.NUM_WITHOUT_CONTRAST: 2,
+        names.NUM_REFILLED: 3,
+        names.NUM_ABANDONED: 2,
         "train/status/answered": 7 / 8,
         "train/status/retrieval_failed": 1 / 8,
         "train/share_all_correct": 0.25,
@@ -110,13 +118,13 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
 
 
 def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
-    values = of_step(STEP, [], config(rho=0.5))
+    values = of_step(step(STEP), [], config(rho=0.5))
     shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
     assert shares == [0.0, 0.5, 0.5]
 
 
 def test_of_step_adds_the_updates() -> None:
-    values = of_step(STEP, [update(policy_loss=2.0, grad_norm=3.0)], config())
+    values = of_step(step(STEP), [update(policy_loss=2.0, grad_norm=3.0)], config())
     assert (values[names.POLICY_LOSS], values[names.GRAD_NORM]) == (2.0, 3.0)
     assert values["train/num_trajectories"] == 8
 
@@ -125,7 +133,7 @@ def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
     rollout = group([1.0])
     question = Question(question_id="q", text="?", gold_answers=("a",))
     unknown = RolloutGroup(question=question, trajectories=rollout.trajectories, scores=rollout.scores)
-    assert names.HIT_RATE not in of_step([with_blocks(unknown)], [], config())
+    assert names.HIT_RATE not in of_step(step([with_blocks(unknown)]), [], config())
 
 
 def test_of_evaluation_has_names_of_its_own() -> None:
