@@ -1,4 +1,4 @@
-"""Group-relative advantages and group classes."""
+"""Group-relative advantages."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sdsearch.batching.advantages import group_advantages
-from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -22,7 +21,7 @@ from megatron_sdsearch.records import (
 )
 
 
-def group_of(rewards: Sequence[float], f1: Sequence[float] | None = None, failed: Sequence[int] = ()) -> RolloutGroup:
+def group_of(rewards: Sequence[float], failed: Sequence[int] = ()) -> RolloutGroup:
     answer = SampledSpan(
         token_ids=(2,),
         logprobs=(-1.0,),
@@ -43,9 +42,7 @@ def group_of(rewards: Sequence[float], f1: Sequence[float] | None = None, failed
             )
             for i in range(len(rewards))
         ),
-        scores=tuple(
-            Score(f1=score, em=0.0, reward=reward) for reward, score in zip(rewards, f1 or rewards, strict=True)
-        ),
+        scores=tuple(Score(f1=reward, em=0.0, reward=reward) for reward in rewards),
     )
 
 
@@ -88,21 +85,3 @@ def test_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards: list[floa
         for a, x in zip(rewards, advantages, strict=True)
         for b, y in zip(rewards, advantages, strict=True)
     )
-
-
-@pytest.mark.parametrize(
-    ("f1", "rho", "expected"),
-    [
-        ([0.2, 1.0], 0.0, "all_correct"),
-        ([0.0, 0.0], 0.0, "all_wrong"),
-        ([0.2, 0.0], 0.0, "mixed"),
-        ([0.2, 1.0], 0.2, "mixed"),  # rho itself is not above rho
-    ],
-)
-def test_the_class_goes_by_f1_and_never_by_the_shaped_reward(f1: list[float], rho: float, expected: str) -> None:
-    assert group_class(group_of([0.1, 0.1], f1=f1), rho) == expected
-
-
-def test_the_class_ignores_untrainable_trajectories() -> None:
-    assert group_class(group_of([1.0, 0.0], failed=[1]), 0.0) == "all_correct"
-    assert group_class(group_of([1.0], failed=[0]), 0.0) == "all_wrong"

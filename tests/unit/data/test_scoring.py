@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.data.scoring import contains_answer, exact_match, f1_score, normalize_answer, score_trajectory
+from megatron_sdsearch.data.scoring import (
+    contains_answer,
+    exact_match,
+    f1_score,
+    group_class,
+    normalize_answer,
+    score_trajectory,
+)
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
     Question,
+    RolloutGroup,
     SampledSpan,
     Score,
     Trajectory,
@@ -163,3 +172,31 @@ def test_score_holds_f1_and_em_whatever_the_reward() -> None:
 def test_refinement_inside_an_observation_earns_nothing() -> None:
     shown = trajectory("start", "end", answer="canal", observation="<refine>salt works</refine>")
     assert score_trajectory(shown, QUESTION, "autorefine").reward == 0.0
+
+
+def group_of(f1: list[float], *, failed: tuple[int, ...] = ()) -> RolloutGroup:
+    member = trajectory("<answer>x</answer>", answer="x")
+    lost = replace(member, status=TrajectoryStatus.RETRIEVAL_FAILED)
+    return RolloutGroup(
+        question=QUESTION,
+        trajectories=tuple(lost if i in failed else member for i in range(len(f1))),
+        scores=tuple(Score(f1=score, em=0.0, reward=0.1) for score in f1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("f1", "rho", "expected"),
+    [
+        ([0.2, 1.0], 0.0, "all_correct"),
+        ([0.0, 0.0], 0.0, "all_wrong"),
+        ([0.2, 0.0], 0.0, "mixed"),
+        ([0.2, 1.0], 0.2, "mixed"),  # rho itself is not above rho
+    ],
+)
+def test_the_class_goes_by_f1_and_never_by_the_shaped_reward(f1: list[float], rho: float, expected: str) -> None:
+    assert group_class(group_of(f1), rho) == expected
+
+
+def test_the_class_ignores_untrainable_trajectories() -> None:
+    assert group_class(group_of([1.0, 0.0], failed=(1,)), 0.0) == "all_correct"
+    assert group_class(group_of([1.0], failed=(0,)), 0.0) == "all_wrong"

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
-from megatron_sdsearch.records import Passage, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.records import CollectionCounts, Passage, Question, RolloutGroup, TrajectoryId, TrajectoryStatus
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
-from megatron_sdsearch.rollout.supply import exactly
+from megatron_sdsearch.rollout.supply import exactly, supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.conftest import ModelFactory
 from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
@@ -41,6 +42,7 @@ def _config(**rollout: Any) -> RunConfig:
     )
 
 
+MANY = [Question(question_id=f"toy:more:{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(20)]
 Build = Callable[..., RolloutCollector]
 
 
@@ -115,6 +117,16 @@ def test_more_failed_searches_raise_with_rate_limit_and_cause(build: Build, rend
     message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
     with pytest.raises(RetrievalError, match=message):
         collect(collector)
+
+
+def test_failed_searches_of_replaced_groups_count_as_well(build: Build, renderer: Renderer) -> None:
+    """The sibling that is left has no contrast alone, so that every group gives way: no outage hides behind refills."""
+    engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
+    settings = {"max_failed_search_share": 0.4, "max_refills": 1}
+    collector = build(engine, DictRetriever({"book": None}), **settings)
+    supply = supply_of(QuestionSampler(MANY, 1, 3), _config(**settings).rollout, step=0)
+    with pytest.raises(RetrievalError, match=r"6 of 12 trajectories \(50%\)"):
+        collector.collect(supply, policy_version=0)
 
 
 def test_aborted_trajectories_stay_in_their_group(build: Build, renderer: Renderer) -> None:
@@ -201,3 +213,59 @@ def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFac
     ids = [[t.token_ids.tolist() for g in groups for t in g.trajectories] for groups in (first, again, other)]
     assert ids[0] == ids[1]
     assert all(one != another for one, another in zip(ids[0], ids[2], strict=True))
+
+
+class _Watched(EmbeddedEngine):
+    """Remembers who was begun and who was released."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.begun: set[TrajectoryId] = set()
+        self.released: list[TrajectoryId] = []
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        self.begun.add(request.trajectory_id)
+        return await super().generate(request)
+
+    async def release(self, trajectory_id: TrajectoryId) -> None:
+        self.released.append(trajectory_id)
+        await super().release(trajectory_id)
+
+
+def test_the_engine_drops_the_rows_of_abandoned_groups(
+    build: Build, make_model: ModelFactory, renderer: Renderer
+) -> None:
+    model = make_model()
+    engine = _Watched(model, renderer.token_bytes, renderer.eos_ids, 500)
+    collector = build(engine, oversample=3.0)
+    sampler, rollout = QuestionSampler(MANY, 1, 2), _config(oversample=3.0).rollout
+    collected = collector.collect(supply_of(sampler, rollout, step=0), policy_version=0)
+    assert collected.counts == CollectionCounts(num_abandoned=4)
+    assert [len(group.trajectories) for group in collected.groups] == [2, 2]
+    assert len(engine.begun) == 6 * 2
+    assert sorted(map(str, engine.released)) == sorted(map(str, engine.begun))
+    engine.load_weights(model.state_dict().items(), 1)  # refused while a generation is under way
+    # Who was there before has left nothing behind: the same groups come out of a new engine.
+    questions = [group.question for group in collected.groups]
+    groups = collect(build(_Watched(make_model(), renderer.token_bytes, renderer.eos_ids, 500)), questions)
+    by_id = {t.trajectory_id: t.token_ids.tolist() for g in groups for t in g.trajectories}
+    assert {t.trajectory_id: t.token_ids.tolist() for g in collected.groups for t in g.trajectories} == by_id
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_refilled_groups_are_the_same_on_any_number_of_processes(
+    build: Build, make_model: ModelFactory, renderer: Renderer, world_size: int
+) -> None:
+    sampler, rollout = QuestionSampler(MANY, 1, 4), _config(max_refills=1).rollout
+
+    def roll_out(rank: int, world_size: int) -> list[list[Any]]:
+        collector = build(EmbeddedEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 500), max_refills=1)
+        collected = collector.collect(
+            supply_of(sampler, rollout, step=5, rank=rank, world_size=world_size), policy_version=0
+        )
+        assert collected.counts.num_refilled == len(collected.groups), "a random policy is always wrong"
+        return [[(str(t.trajectory_id), t.token_ids.tolist()) for t in g.trajectories] for g in collected.groups]
+
+    alone = roll_out(0, 1)
+    shares = [roll_out(rank, world_size) for rank in range(world_size)]
+    assert [shares[i % world_size][i // world_size] for i in range(4)] == alone
