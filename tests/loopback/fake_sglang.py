@@ -71,6 +71,7 @@ class FakeSGLang:
         version: what it calls them.
         faults: taken from the left, one per /generate; ``always`` is for all of them.
         token_delay_s: per token.
+        num_late_tokens: sampled after what ends a generation, as speculative decoding may.
         requests: bodies of all /generate calls, in order; ``calls``: (route, body) of all others.
         max_running: most requests that ever ran at once; ``num_aborted``: by /abort_request; ``num_gone``: whose
             client closed the connection.
@@ -90,8 +91,10 @@ class FakeSGLang:
         self.is_old = is_old
         self.max_total_tokens = max_total_tokens
         self.token_delay_s = token_delay_s
+        self.num_late_tokens = 0
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
+        self.replies: dict[str, Json] = {}  # sent with status 200 by a control route that would answer otherwise
         self.is_sick = False  # /health_generate fails
         self.requests: list[Json] = []
         self.calls: list[tuple[str, Json]] = []
@@ -104,7 +107,7 @@ class FakeSGLang:
         self._groups: set[str] = set()
         self._seen: list[tuple[int, ...]] = []
         self._runner: web.AppRunner | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
@@ -120,7 +123,7 @@ class FakeSGLang:
 
     async def __aexit__(self, *error: object) -> None:
         await self.die()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     async def start(self) -> None:
         """Listen, at the port of before if there was one."""
@@ -131,7 +134,9 @@ class FakeSGLang:
         for route, handler in self._controls().items():
             app.router.add_post(route, self._control(route, handler))
         # As SGLang does, a request ends when its client is gone.
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01, access_log=None)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, shutdown_timeout=0.01, keepalive_timeout=0.05, access_log=None
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
@@ -233,7 +238,7 @@ class FakeSGLang:
             new.append(token_id)
             logprobs.append(logprob)
             versions.append(self.version)
-            matched = _matched(params, new)
+            matched = _matched(params, new[: len(new) - self.num_late_tokens])
             if matched is not None:
                 finish = {"type": "stop", "matched": matched}
                 break
@@ -272,6 +277,8 @@ class FakeSGLang:
             content = await http.read()
             body = json.loads(content) if content else {}
             self.calls.append((route, body))
+            if route in self.replies:
+                return web.json_response(self.replies[route])
             answer = handler(body)
             if answer is None:
                 return web.Response()
@@ -383,7 +390,7 @@ class FakeSGLang:
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
-        self._tasks.add(task)
+        self.tasks.add(task)
 
 
 def _matched(params: Json, new: Sequence[int]) -> int | str | None:
@@ -394,7 +401,7 @@ def _matched(params: Json, new: Sequence[int]) -> int | str | None:
             return str(stop)
     if params.get("ignore_eos"):
         return None
-    return new[-1] if new[-1] in {EOS_ID, *(params.get("stop_token_ids") or ())} else None
+    return new[-1] if new and new[-1] in {EOS_ID, *(params.get("stop_token_ids") or ())} else None
 
 
 def _spans(versions: Sequence[str]) -> list[Json]:
