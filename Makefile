@@ -28,7 +28,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
-	@echo "make test   unit, distributed and end-to-end tests"
+	@echo "make test   unit, loopback, distributed and end-to-end tests"
 	@echo "make check  format, lint, types, import floors, shell scripts"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
@@ -38,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.tiny.run --out $(OUT) --seed $(SEED)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/distributed tests/e2e
+	$(BIN)/python -m pytest tests/unit tests/loopback tests/distributed tests/e2e
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,8 @@ SDSearchError
 |-- DataError               a file with questions, passages or weights is wrong: names the file and line
 |-- RetrievalError          the search engine failed (never: it found nothing)
 |-- EngineError             the rollout engine failed or refused a request
+|   |-- ServerRefusedError      a server answered no: the same request would be refused again
+|   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
 |-- AlignmentError          teacher and student disagree about a response token: a bug, never data
 |-- TrainingError           the update cannot go on (loss not finite, too many failed searches)
 `-- CheckpointError         a checkpoint is missing, incomplete or does not fit
@@ -39,6 +41,30 @@ class RetrievalError(SDSearchError):
 
 class EngineError(SDSearchError):
     """The rollout engine failed or was given a request it must refuse."""
+
+
+class ServerRefusedError(EngineError):
+    """A sampling server understood and said no; never retried.
+
+    Attributes:
+        status: of the HTTP answer; 200 when its body says that it did not succeed.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerUnavailableError(EngineError):
+    """A sampling server could not be reached, failed, or answered with something that is no answer.
+
+    Attributes:
+        is_timeout: it did not answer in time, so that it may still be at work on the request.
+    """
+
+    def __init__(self, message: str, *, is_timeout: bool = False) -> None:
+        super().__init__(message)
+        self.is_timeout = is_timeout
 
 
 class AlignmentError(SDSearchError):

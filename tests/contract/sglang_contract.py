@@ -1,0 +1,278 @@
+"""What the client relies on in a server's JSON; run on the fake and on a real SGLang, so that the fake stays honest.
+
+Nothing is assumed about the model but what the subject says. Usage::
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_contract(check): asyncio.run(run_check(check, url, prompt_ids=..., vocab_size=...))
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from megatron_sdsearch.errors import ServerRefusedError
+from megatron_sdsearch.rollout.sglang_api import SGLangServer
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A server and what must be known of it.
+
+    Attributes:
+        server: its routes.
+        prompt_ids: any prompt of at least two ids.
+        vocab_size: of its model.
+        num_long_tokens: a generation that takes a second or more; fits the context.
+        has_sessions: whether it knows /begin_weight_update: since 0.5.21.
+    """
+
+    server: SGLangServer
+    prompt_ids: tuple[int, ...]
+    vocab_size: int
+    num_long_tokens: int = 512
+    has_sessions: bool = True
+
+    def request(self, max_new_tokens: int = 16, *, rid: str | None = None, **sampling: Any) -> Json:
+        """A greedy request that only its length, or ``sampling``, ends."""
+        defaults = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return {
+            "input_ids": list(self.prompt_ids),
+            "sampling_params": {**defaults, "skip_special_tokens": False, **sampling},
+            "return_logprob": True,
+            "rid": rid or uuid4().hex,
+        }
+
+
+async def check_ids_and_logprobs_agree(subject: Subject) -> None:
+    answer = await subject.server.generate(subject.request(16, temperature=1.0))
+    ids, meta = answer["output_ids"], answer["meta_info"]
+    assert len(ids) == 16
+    assert all(0 <= token_id < subject.vocab_size for token_id in ids)
+    assert [entry[1] for entry in meta["output_token_logprobs"]] == ids
+    assert all(entry[0] <= 0.0 for entry in meta["output_token_logprobs"])
+    assert meta["finish_reason"] == {"type": "length", "length": 16}
+    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(subject.prompt_ids), 16)
+    assert 0 <= meta["cached_tokens"] < len(subject.prompt_ids)
+
+
+async def check_greedy_is_repeatable(subject: Subject) -> None:
+    first = await subject.server.generate(subject.request())
+    second = await subject.server.generate(subject.request())
+    assert first["output_ids"] == second["output_ids"]
+
+
+async def check_the_rid_is_echoed(subject: Subject) -> None:
+    answer = await subject.server.generate(subject.request(1, rid="the-contract"))
+    assert answer["meta_info"]["id"] == "the-contract"
+
+
+async def check_stop_strings_keep_their_ids(subject: Subject) -> None:
+    """With or without no_stop_trim: that changes the text alone."""
+    free = await subject.server.generate(subject.request(32))
+    stop = next(character for character in free["text"] if character.isascii() and character.isprintable())
+    kept = await subject.server.generate(subject.request(32, stop=[stop], no_stop_trim=True))
+    trimmed = await subject.server.generate(subject.request(32, stop=[stop]))
+    for answer in (kept, trimmed):
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+        assert answer["output_ids"] == free["output_ids"][: len(answer["output_ids"])]
+        assert len(answer["meta_info"]["output_token_logprobs"]) == len(answer["output_ids"])
+    assert kept["output_ids"] == trimmed["output_ids"]
+    assert stop in kept["text"]
+    assert stop not in trimmed["text"]
+
+
+async def check_stop_ids_are_kept(subject: Subject) -> None:
+    free = await subject.server.generate(subject.request(8))
+    wanted = free["output_ids"][4]
+    answer = await subject.server.generate(subject.request(8, stop_token_ids=[wanted], ignore_eos=False))
+    assert answer["output_ids"] == free["output_ids"][: len(answer["output_ids"])]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": answer["output_ids"][-1]}
+
+
+async def check_neutral_sampling_fields_are_known(subject: Subject) -> None:
+    """All that the client sends."""
+    fields: Json = {
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+    }
+    request = subject.request(4, temperature=1.0, top_p=0.9, sampling_seed=7, stop=["\0never"], **fields)
+    assert len((await subject.server.generate(request))["output_ids"]) == 4
+
+
+async def check_an_aborted_request_answers_with_what_it_has(subject: Subject) -> None:
+    request = subject.request(subject.num_long_tokens)
+    task = asyncio.create_task(subject.server.generate(request))
+    await asyncio.sleep(0.3)
+    await subject.server.abort(request["rid"])
+    answer = await task
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert len(answer["output_ids"]) < subject.num_long_tokens
+    entries = answer["meta_info"].get("output_token_logprobs") or []
+    assert [entry[1] for entry in entries] == answer["output_ids"]
+
+
+async def check_aborting_nothing_is_no_error(subject: Subject) -> None:
+    await subject.server.abort(uuid4().hex)
+
+
+async def check_requests_wait_while_paused(subject: Subject) -> None:
+    await subject.server.pause("retract")
+    task = asyncio.create_task(subject.server.generate(subject.request(4)))
+    try:
+        await asyncio.sleep(0.3)
+        assert not task.done()
+        await subject.server.model_info()
+    finally:
+        await subject.server.continue_()
+    assert len((await task)["output_ids"]) == 4
+
+
+async def check_pause_abort_ends_running_requests(subject: Subject) -> None:
+    task = asyncio.create_task(subject.server.generate(subject.request(subject.num_long_tokens)))
+    await asyncio.sleep(0.3)
+    await subject.server.pause("abort")
+    try:
+        answer = await task
+    finally:
+        await subject.server.continue_()
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+async def check_flush_is_refused_while_busy(subject: Subject) -> None:
+    await subject.server.flush_cache()
+    request = subject.request(subject.num_long_tokens)
+    task = asyncio.create_task(subject.server.generate(request))
+    await asyncio.sleep(0.3)
+    try:
+        with pytest.raises(ServerRefusedError, match="HTTP 400"):
+            await subject.server.flush_cache()
+    finally:
+        await subject.server.abort(request["rid"])
+        await task
+
+
+async def check_the_weight_version_is_reported(subject: Subject) -> None:
+    version = await subject.server.weight_version()
+    meta = (await subject.server.generate(subject.request(4)))["meta_info"]
+    assert meta["weight_version"] == version
+    if subject.has_sessions:
+        assert meta["weight_versions"] == [{"version": version, "start": 0, "end": 4}]
+
+
+async def _refused(subject: Subject, request: Json) -> None:
+    with pytest.raises(ServerRefusedError) as info:
+        await subject.server.generate(request)
+    assert info.value.status == 400
+    await subject.server.generate(subject.request(1))  # it lives on
+
+
+async def check_empty_ids_are_refused(subject: Subject) -> None:
+    await _refused(subject, {**subject.request(), "input_ids": []})
+
+
+async def check_an_unknown_sampling_field_is_refused(subject: Subject) -> None:
+    await _refused(subject, subject.request(no_such_field=1))
+
+
+async def check_a_negative_temperature_is_refused(subject: Subject) -> None:
+    await _refused(subject, subject.request(temperature=-1.0))
+
+
+async def check_a_duplicate_rid_is_refused(subject: Subject) -> None:
+    request = subject.request(subject.num_long_tokens)
+    task = asyncio.create_task(subject.server.generate(request))
+    await asyncio.sleep(0.3)
+    try:
+        await _refused(subject, request)
+    finally:
+        await subject.server.abort(request["rid"])
+        await task
+
+
+async def check_a_bad_path_keeps_the_old_weights(subject: Subject) -> None:
+    version = await subject.server.weight_version()
+    before = await subject.server.generate(subject.request())
+    with pytest.raises(ServerRefusedError) as info:
+        await subject.server.update_weights_from_disk("/no/such/folder", "never")
+    assert info.value.status == 400
+    assert await subject.server.weight_version() == version
+    after = await subject.server.generate(subject.request())
+    assert after["output_ids"] == before["output_ids"]
+
+
+async def check_update_sessions(subject: Subject) -> None:
+    assert await subject.server.begin_weight_update() is subject.has_sessions
+    if subject.has_sessions:
+        with pytest.raises(ServerRefusedError, match="already open"):
+            await subject.server.begin_weight_update()
+    await subject.server.end_weight_update()
+    if subject.has_sessions:
+        with pytest.raises(ServerRefusedError, match="no weight-update session"):
+            await subject.server.end_weight_update()
+
+
+async def check_leaving_no_group_is_refused(subject: Subject) -> None:
+    with pytest.raises(ServerRefusedError):
+        await subject.server.destroy_weights_update_group("no-such-group")
+
+
+async def check_checksums_name_tensors(subject: Subject) -> None:
+    first = await subject.server.weights_checker()
+    second = await subject.server.weights_checker()
+    checksums = [rank["checksums"] for rank in first["ranks"]]
+    assert checksums == [rank["checksums"] for rank in second["ranks"]]
+    assert all(checksums)
+
+
+async def check_memory_can_be_released(subject: Subject) -> None:
+    await subject.server.release_memory_occupation(["kv_cache"])
+    await subject.server.resume_memory_occupation(["kv_cache"])
+    assert len((await subject.server.generate(subject.request(2)))["output_ids"]) == 2
+
+
+async def check_health_generate(subject: Subject) -> None:
+    await subject.server.health_generate()
+
+
+Check = Callable[[Subject], Awaitable[None]]
+CHECKS: tuple[Check, ...] = (
+    check_ids_and_logprobs_agree,
+    check_greedy_is_repeatable,
+    check_the_rid_is_echoed,
+    check_stop_strings_keep_their_ids,
+    check_stop_ids_are_kept,
+    check_neutral_sampling_fields_are_known,
+    check_an_aborted_request_answers_with_what_it_has,
+    check_aborting_nothing_is_no_error,
+    check_requests_wait_while_paused,
+    check_pause_abort_ends_running_requests,
+    check_flush_is_refused_while_busy,
+    check_the_weight_version_is_reported,
+    check_empty_ids_are_refused,
+    check_an_unknown_sampling_field_is_refused,
+    check_a_negative_temperature_is_refused,
+    check_a_duplicate_rid_is_refused,
+    check_a_bad_path_keeps_the_old_weights,
+    check_update_sessions,
+    check_leaving_no_group_is_refused,
+    check_checksums_name_tensors,
+    check_memory_can_be_released,
+    check_health_generate,
+)
+
+
+async def run_check(check: Check, url: str, *, timeout_s: float = 60.0, **about: Any) -> None:
+    """Run one check on the server at ``url``; ``about`` are the further fields of ``Subject``."""
+    async with SGLangServer.connect(url, timeout_s=timeout_s) as server:
+        await check(Subject(server=server, **about))
