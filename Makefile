@@ -18,17 +18,19 @@ SEED ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-SHELL_FILES = $(wildcard .ci/run slurm/*.sh)
+SGLANG := .sglang/.installed
+SHELL_FILES = $(wildcard .ci/run slurm/*.sh tools/*/*.sh)
 
 # Ranks of one test share the machine's few cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-sglang check format bench clean
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
 	@echo "make test   unit, loopback, distributed and end-to-end tests"
+	@echo "make test-sglang  tests with real SGLang servers on the CPU (installs them into .sglang, 2.4 GB)"
 	@echo "make check  format, lint, types, import floors, shell scripts"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
@@ -39,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests/unit tests/loopback tests/distributed tests/e2e
+
+test-sglang: $(STAMP) $(SGLANG)
+	$(BIN)/python -m pytest tests/integration/sglang
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -55,7 +60,7 @@ bench: $(STAMP)
 	for bench in tools/bench_*.py; do $(BIN)/python "$$bench"; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
+	rm -rf .venv .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -63,3 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	touch $@
+
+# SGLang wants other versions of the trainer's libraries, so it has an environment of its own.
+$(SGLANG): tools/sglang_cpu/install.sh tools/sglang_cpu/requirements.txt
+	TORCH="$(TORCH)" tools/sglang_cpu/install.sh .sglang

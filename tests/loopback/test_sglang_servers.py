@@ -1,0 +1,291 @@
+"""The supervisor with servers that are processes, but not SGLang: how they start, die, hang, come back and end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.errors import ConfigError, EngineError
+from megatron_sdsearch.rollout.server_process import read_model_info
+from megatron_sdsearch.rollout.sglang_servers import Patience, ServerSupervisor
+from tests.loopback.fake_server_process import segment_prefix
+
+FAKE = Path(__file__).with_name("fake_server_process.py")
+ROOT = Path(__file__).parents[2]
+TORCHRUN_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+IMPATIENT = Patience(poll_s=0.05, answer_s=0.5, hang_s=1.0, backoff_s=0.05, max_backoff_s=0.2, grace_s=0.5)
+
+
+class World:
+    """A folder of one test, and the supervisors that it made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.weights = folder / "weights"
+        self.weights.mkdir()
+        self.supervisors: list[ServerSupervisor] = []
+
+    def config(self, **settings: object) -> SGLangConfig:
+        faults = {name: str(value) for name, value in settings.items() if name.startswith("FAKE_")}
+        rest = {name: value for name, value in settings.items() if name not in faults}
+        environment = {"FAKE_STATE": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **faults}
+        defaults = {"command": (sys.executable, str(FAKE)), "start_timeout_s": 20.0, "environment": environment}
+        return SGLangConfig.model_validate(defaults | rest)
+
+    def supervise(self, *, gpus: Sequence[str] = (), **settings: object) -> ServerSupervisor:
+        supervisor = ServerSupervisor(
+            self.config(**settings),
+            model_path=self.folder,
+            log_dir=self.folder / "logs",
+            seed=5,
+            gpus=gpus,
+            patience=IMPATIENT,
+        )
+        self.supervisors.append(supervisor)
+        return supervisor
+
+    @property
+    def events(self) -> list[str]:
+        return (self.folder / "events").read_text().splitlines()
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "logs" / "server_0.log").read_text()
+
+    def kill_server(self) -> None:
+        os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
+
+    def leftovers(self) -> list[object]:
+        """Processes that know this test's folder, and files in shared memory of those that ever lived."""
+        found: list[object] = []
+        for process in psutil.process_iter():
+            try:
+                is_ours = process.environ().get("FAKE_STATE") == str(self.folder)
+            except psutil.Error:
+                continue
+            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process.pid, process.cmdline()))
+        return found + list(Path("/dev/shm").glob(segment_prefix(self.folder) + "*"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    for supervisor in world.supervisors:
+        supervisor.close()
+    assert world.leftovers() == []
+
+
+def wait_until(is_reached: Callable[[], bool], limit_s: float = 15.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not is_reached():
+        assert time.monotonic() < deadline, f"not reached within {limit_s} s"
+        time.sleep(0.02)
+
+
+def version(supervisor: ServerSupervisor) -> str | None:
+    info = read_model_info(supervisor.urls[0], 0.5)
+    return None if info is None else str(info["weight_version"])
+
+
+def restarts(supervisor: ServerSupervisor) -> int:
+    return sum(supervisor.snapshot().values())
+
+
+def test_starts_servers_with_their_flags_and_without_torchruns_environment(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in TORCHRUN_NAMES:
+        monkeypatch.setenv(name, "1")
+    supervisor = world.supervise(num_servers=2, tensor=2, gpus=["4", "5", "6", "7"])
+    supervisor.start()
+    assert [read_model_info(url, 1.0) for url in supervisor.urls] == [{"weight_version": "default"}] * 2
+    for index, url in enumerate(supervisor.urls):
+        log = (world.folder / "logs" / f"server_{index}.log").read_text().splitlines()
+        flags = next(line for line in log if line.startswith("arguments"))
+        port = url.rsplit(":", 1)[1]
+        address = f"--host 127.0.0.1 --port {port}"
+        assert flags == f"arguments --model-path {world.folder} {address} --random-seed {5 + index} --tp-size 2"
+        environment = json.loads(next(line[11:] for line in log if line.startswith("environment")))
+        assert environment["CUDA_VISIBLE_DEVICES"] == ("4,5", "6,7")[index]
+        assert not {*TORCHRUN_NAMES} & set(environment)
+    assert restarts(supervisor) == 0
+    supervisor.check()
+    assert len(world.leftovers()) >= 6  # so that the fixture's look for leftovers can find some
+    supervisor.close()
+    assert world.leftovers() == []
+
+
+def test_too_few_gpus_is_a_wrong_setting(world: World) -> None:
+    with pytest.raises(ConfigError, match=r"2 servers x 2 GPUs are more than the 3 given"):
+        world.supervise(num_servers=2, tensor=2, gpus=["0", "1", "2"])
+
+
+def test_death_is_followed_by_a_restart_that_announces_only_the_published_version(world: World) -> None:
+    supervisor = world.supervise()
+    supervisor.start()
+    supervisor.set_weights(world.weights, 3)
+    wait_until(lambda: version(supervisor) == "3")  # a server that is behind is brought up, restarted or not
+    seen = len(world.events)
+    world.kill_server()
+    wait_until(lambda: restarts(supervisor) == 1)
+    wait_until(lambda: version(supervisor) == "3")
+    assert [event for event in world.events[seen:] if event in ("start", "version 3") or "loaded" in event][:3] == [
+        "start",
+        f"loaded {world.weights}",
+        "version 3",
+    ]
+    assert "exit code 137" in world.log
+    assert world.log.count("supervisor: start") == 2
+    supervisor.check()
+
+
+def test_without_a_folder_a_restarted_server_stays_at_its_old_version(world: World) -> None:
+    supervisor = world.supervise()
+    supervisor.start()
+    supervisor.set_weights(None, 3)
+    world.kill_server()
+    wait_until(lambda: restarts(supervisor) == 1 and version(supervisor) is not None)
+    time.sleep(0.3)
+    assert version(supervisor) == "default"
+    supervisor.set_weights(world.weights, 4)
+    wait_until(lambda: version(supervisor) == "4")
+
+
+def test_a_server_that_is_ahead_is_left_alone(world: World) -> None:
+    """A publish reaches servers before the supervisor is told of it."""
+    supervisor = world.supervise()
+    supervisor.start()
+    supervisor.set_weights(world.weights, 7)
+    wait_until(lambda: version(supervisor) == "7")
+    supervisor.set_weights(world.folder, 6)
+    time.sleep(0.3)
+    assert version(supervisor) == "7"
+    assert f"loaded {world.folder}" not in world.events
+
+
+def test_a_hanging_server_is_restarted(world: World) -> None:
+    supervisor = world.supervise(FAKE_HANG_AFTER_S=0.5, FAKE_IGNORE_SIGTERM=1)
+    supervisor.start()
+    supervisor.set_weights(world.weights, 2)
+    wait_until(lambda: restarts(supervisor) == 1)
+    wait_until(lambda: version(supervisor) == "2")
+    assert "does not answer /model_info since 1 s" in world.log
+
+
+def test_used_up_restarts_are_an_error_with_the_end_of_the_log(world: World) -> None:
+    supervisor = world.supervise(FAKE_DIE_AFTER_S=0.4, max_restarts=1)
+    supervisor.start()
+
+    def is_over() -> bool:
+        try:
+            supervisor.check()
+        except EngineError:
+            return True
+        return False
+
+    wait_until(is_over)
+    with pytest.raises(
+        EngineError, match=r"(?s)server 0 .*exit code 7 \(restarts: 1\); .*server_0\.log ends with:\n.*argum"
+    ):
+        supervisor.check()
+    assert restarts(supervisor) == 1
+    assert world.events.count("start") == 2
+
+
+def test_weights_that_cannot_be_loaded_count_as_a_death(world: World) -> None:
+    supervisor = world.supervise(max_restarts=0)
+    supervisor.start()
+    supervisor.set_weights(world.folder / "missing", 1)
+    with pytest.raises(EngineError, match=r"loading .*missing failed: 400 .*no such folder"):
+        wait_until(lambda: supervisor.check() is not None)  # type: ignore[func-returns-value]
+
+
+def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again(world: World) -> None:
+    supervisor = world.supervise(FAKE_DIE_AT_START=1)
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=r"(?s)exit code 1 at its start; .*unknown flag --frobnicate"):
+        supervisor.start()
+    assert time.monotonic() - begin < 5
+    assert world.events.count("start") == 1
+
+
+def test_a_command_that_does_not_exist_is_reported_at_once(world: World) -> None:
+    supervisor = world.supervise(command=("no-such-program", "--flag"), num_servers=2)
+    with pytest.raises(
+        EngineError, match=r"(?s)exit code 127 at its start.*cannot start no-such-program: .*No such file"
+    ):
+        supervisor.start()
+
+
+def test_a_server_that_does_not_serve_in_time_is_reported(world: World) -> None:
+    supervisor = world.supervise(command=(sys.executable, "-c", "import time; time.sleep(60)"), start_timeout_s=0.5)
+    with pytest.raises(EngineError, match=r"does not answer /model_info since 0\.5 s at its start"):
+        supervisor.start()
+
+
+def test_attached_servers_are_waited_for_and_left_alone(world: World) -> None:
+    own = world.supervise()
+    own.start()
+    attached = world.supervise(urls=own.urls)
+    attached.start()
+    assert (attached.urls, attached.snapshot()) == (own.urls, {})
+    attached.close()
+    assert version(own) == "default"
+    missing = world.supervise(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/model_info does not answer"):
+        missing.start()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.rollout.sglang_servers import Patience, ServerSupervisor
+supervisor = ServerSupervisor(
+    SGLangConfig.model_validate_json(sys.argv[1]),
+    model_path=Path(sys.argv[2]), log_dir=Path(sys.argv[2]) / "logs", patience=Patience(poll_s=0.05, grace_s=0.5),
+)
+supervisor.start()
+print("serving", flush=True)
+if sys.argv[3] == "return":
+    sys.exit()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None])
+def test_servers_end_with_their_owner_however_it_ends(world: World, number: signal.Signals | None) -> None:
+    """None: it returns without a close."""
+    config = world.config(num_servers=2, FAKE_IGNORE_SIGTERM=1).model_dump_json()
+    command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay" if number else "return"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "serving\n"
+        if number is not None:
+            assert len(world.leftovers()) >= 6
+            owner.send_signal(number)
+        owner.wait(10)
+    wait_until(lambda: world.leftovers() == [], limit_s=5.0)
+
+
+def test_ctrl_c_during_the_start_ends_the_servers(world: World) -> None:
+    config = world.config(command=(sys.executable, "-c", "import time; time.sleep(600)")).model_dump_json()
+    command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        wait_until(lambda: len(world.leftovers()) == 1)
+        owner.send_signal(signal.SIGINT)
+        _, errors = owner.communicate(timeout=10)
+    assert "KeyboardInterrupt" in errors
+    wait_until(lambda: world.leftovers() == [], limit_s=5.0)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# install.sh DIR: make DIR/venv with SGLang for the CPU, 2.4 GB, a few minutes of download. A second call does nothing.
+# Environment: PYTHON (3.11), TORCH (arguments of pip: the PyPI wheel is the large CUDA build, which works too).
+set -euo pipefail
+
+if [ $# -ne 1 ]; then
+  echo "usage: install.sh DIR" >&2
+  exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+stamp=$1/.installed
+python=${PYTHON:-python3.11}
+read -r -a torch <<< "${TORCH:-torch==2.13.0}"
+
+wanted=$(cat "$here/requirements.txt" - <<< "${torch[*]}" | sha256sum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+  exit 0
+fi
+mkdir -p "$1"
+rm -f "$stamp" # an install that breaks off leaves none
+test -x "$1/venv/bin/python" || "$python" -m venv "$1/venv"
+# torch first and alone: whatever depends on it would choose another build.
+"$1/venv/bin/python" -m pip install --quiet "${torch[@]}"
+"$1/venv/bin/python" -m pip install --quiet --no-deps -r "$here/requirements.txt"
+printf '%s\n' "$wanted" > "$stamp"

@@ -1,0 +1,35 @@
+"""Lets SGLang be imported on a CPU without AMX, for which no build of sgl_kernel is published.
+
+Such a CPU runs SGLang's own torch code; what it still imports from sgl_kernel are names of speculative decoding and of
+moves in the KV cache. They are here to be imported only: a call raises. Nothing is registered under
+``torch.ops.sgl_kernel``, so SGLang's probes for kernels answer "absent", which is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+__version__ = "0.0.0+importonly"
+
+_NAMES = (
+    "assign_draft_cache_locs_contiguous_cpu",
+    "assign_extend_cache_locs_cpu",
+    "assign_req_to_token_pool_cpu",
+    "build_tree_kernel_efficient_cpu",
+    "copy_all_layer_kv_cache_cpu",
+    "fill_accept_out_cache_loc_cpu",
+    "fill_bonus_tokens_cpu",
+    "rotate_input_ids_cpu",
+    "verify_tree_greedy_cpu",
+)
+
+
+def _refusal(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_args: object, **_kwargs: object) -> NoReturn:
+        raise NotImplementedError(f"sgl_kernel.{name}: this build for CPUs has no kernels")
+
+    return refuse
+
+
+globals().update({name: _refusal(name) for name in _NAMES})
