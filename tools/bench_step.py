@@ -5,6 +5,9 @@
 The work of a step: publish the weights to the engine, sample ``group`` continuations of each prompt, one GRPO update on
 all of them. With ``--query-tokens`` the first so many sampled tokens count as a query, and the teacher pass and the JSD
 join in. Starts its own processes; nothing is written outside a temporary folder.
+
+With ``--trl PYTHON``, an interpreter that has trl and datasets, TRL's GRPO trainer does the same work in the same run,
+before and after, with as many threads as there are ranks here; the smaller of its two medians is reported.
 """
 
 from __future__ import annotations
@@ -71,10 +74,38 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         _make_model(Path(folder), arguments.vocab)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={arguments.tensor * arguments.pipeline * arguments.data}", *sys.argv]
-        environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+        trl = [_trl_step_s(arguments, folder)] if arguments.trl else []
+        report = _own_report(arguments, folder)
+        if arguments.trl:
+            report["trl_s_per_step"] = round(min(*trl, _trl_step_s(arguments, folder)), 4)
+        print(json.dumps(report))
+
+
+def _own_report(arguments: argparse.Namespace, folder: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={_num_ranks(arguments)}", *sys.argv]
+    environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    report: dict[str, object] = json.loads(done.stdout)
+    return report
+
+
+def _trl_step_s(arguments: argparse.Namespace, folder: str) -> float:
+    script = Path(__file__).with_name("bench_step_trl.py")
+    names = ("questions", "group", "new_tokens", "prompt_tokens", "steps")
+    sizes = [str(getattr(arguments, name)) for name in names]
+    command = [arguments.trl, str(script), folder, *sizes, str(_num_ranks(arguments))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_ranks(arguments))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"--trl {arguments.trl} failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["s_per_step"])
+
+
+def _num_ranks(arguments: argparse.Namespace) -> int:
+    return int(arguments.tensor * arguments.pipeline * arguments.data)
 
 
 def _arguments() -> argparse.Namespace:
@@ -93,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     }
     for name, (default, text) in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--trl", metavar="PYTHON", help="interpreter with trl and datasets, to measure TRL as well")
     arguments = parser.parse_args()
     for name in sizes:
         least = 0 if name == "query-tokens" else 2 if name == "group" else 1

@@ -195,12 +195,21 @@ class EmbeddedEngine:
         self._running = running
 
     def _prefill(self, rows: list[_Row]) -> None:
-        """Compute keys and values of all new prompt tokens but the last, which the next decode step takes."""
+        """Compute keys and values of all new prompt tokens but the last, which the next decode step takes.
+
+        Siblings that start together share one computation of their prompt.
+        """
         todo = []
+        siblings: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
             start = self._cache.keep_prefix(row.slot, row.request.prompt_ids)
-            if start < len(row.request.prompt_ids) - 1:
-                todo.append((row.slot, start, row.request.prompt_ids[start:-1]))
+            new_ids = row.request.prompt_ids[start:-1]
+            if start == 0 and new_ids in siblings:
+                siblings[new_ids].append(row.slot)
+            elif new_ids:
+                todo.append((row.slot, start, new_ids))
+                if start == 0:
+                    siblings[new_ids] = []
         for part in _batches(todo):
             width = max(len(ids) for _, _, ids in part)
             slots = self._tensor([slot for slot, _, _ in part])
@@ -209,8 +218,10 @@ class EmbeddedEngine:
             positions = starts[:, None] + torch.arange(width, device=starts.device)
             visible = self._cache.point_at(slots, slots[:, None], positions)
             self._forward(self._model.base_model, ids, positions, visible)
-            for slot, _, new_ids in part:
+            for slot, start, new_ids in part:
                 self._cache.token_ids[slot] += new_ids
+                if start == 0:
+                    self._cache.copy_prefix(slot, siblings[new_ids], len(new_ids))
 
     def _close_ranks(self) -> None:
         """Move running rows together when fewer than half of the rows a step would compute are running."""
@@ -268,9 +279,9 @@ class EmbeddedEngine:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
 
-def _batches(todo: Sequence[tuple[int, int, Sequence[int]]]) -> Iterator[list[tuple[int, int, Sequence[int]]]]:
+def _batches(todo: Sequence[tuple[int, int, tuple[int, ...]]]) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
     """Parts of (slot, start, new ids), alike in length, each within the padded-token budget (or a single row)."""
-    part: list[tuple[int, int, Sequence[int]]] = []
+    part: list[tuple[int, int, tuple[int, ...]]] = []
     for item in sorted(todo, key=lambda item: len(item[2])):
         if part and (len(part) + 1) * len(item[2]) > _MAX_PREFILL_TOKENS:
             yield part

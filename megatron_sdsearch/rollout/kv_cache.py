@@ -76,6 +76,13 @@ class SlotCache(Cache):
         self._free = [other if slot == one else one if slot == other else slot for slot in self._free]
         heapq.heapify(self._free)
 
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give ``targets`` the first ``length`` keys and values of ``source``."""
+        for block in (*self._keys, *self._values):
+            block[targets, :, :length] = block[source, :, :length]
+        for target in targets:
+            self.token_ids[target] = self.token_ids[source][:length]
+
     def point_at(self, slots: Tensor | slice, rows: Tensor, positions: Tensor) -> int:
         """Say where the next forward pass writes, and make room for it.
 

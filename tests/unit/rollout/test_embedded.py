@@ -142,6 +142,21 @@ def test_a_second_turn_prefills_new_tokens_only(build: Callable[..., EmbeddedEng
     assert widths == [len(request.prompt_ids) - 1, 1, 1, 1, 4, 1]
 
 
+def test_siblings_that_start_together_share_one_prefill(build: Callable[..., EmbeddedEngine]) -> None:
+    engine, shapes = build(), []
+    engine._model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    shared, other = [7, 8, 9] * 6, [7, 8, 9] * 5 + [11, 12, 13]
+    requests = [_request(name, shared, temperature=1.0) for name in "abc"] + [_request("d", other, temperature=1.0)]
+    together = _run(engine, requests)
+    assert shapes[0] == (2, len(shared) - 1)
+    for request, generation in zip(requests, together, strict=True):
+        (alone,) = _run(build(), [request])
+        assert generation.token_ids == alone.token_ids
+        assert generation.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
 def test_a_changed_prefix_is_computed_again(build: Callable[..., EmbeddedEngine]) -> None:
     engine, prompt = build(), list(range(10, 40))
     _run(engine, [_request("a", prompt)])
