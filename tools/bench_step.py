@@ -50,7 +50,6 @@ from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
-from megatron_sdsearch.training.weight_sync import publish
 
 BLOCK_TOKENS = 32
 NUM_WARMUP_STEPS = 2
@@ -183,7 +182,7 @@ def _bench(arguments: argparse.Namespace, folder: Path) -> None:
     with asyncio.Runner() as runner:
         for step in range(NUM_WARMUP_STEPS + arguments.steps):
             with timer.phase("publish"):
-                publish(policy, engine, version=step)
+                engine.load_weights(policy.hf_weights(), step)
             with timer.phase("rollout"):
                 own = range(parallel.rank, arguments.questions, parallel.world_size)
                 with without_cpu_layer():

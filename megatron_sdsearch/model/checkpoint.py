@@ -1,4 +1,4 @@
-"""Resumable checkpoints through megatron's dist_checkpointing, and the Hugging Face export.
+"""Resumable checkpoints through megatron's dist_checkpointing.
 
 Layout: ``root/step_000040/`` with the shards and ``manifest.json``; ``root/latest`` names the newest complete one and
 is moved only after every rank has written.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +19,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from safetensors.torch import save_file
-from torch import Tensor
 
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import RunConfig, flatten
@@ -173,33 +170,3 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def export_hf_folder(weights: Iterator[tuple[str, Tensor]], source: Path, target: Path, *, is_writer: bool) -> None:
-    """Write a Hugging Face folder: new weights, everything else (config, tokenizer, template) carried over.
-
-    Args:
-        weights: whole tensors; a collective that every rank exhausts.
-        source: the folder that the run started from.
-        target: replaced as a whole once it is complete.
-        is_writer: this rank keeps the tensors and writes.
-    """
-    tensors = {}
-    for name, tensor in weights:
-        if is_writer:
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
-    if not is_writer:
-        return
-    partial = target.with_name(f".partial_{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(("model.safetensors", "model-", "pytorch_model")):
-            shutil.copy2(file, partial / file.name)
-    hf_config = json.loads((partial / "config.json").read_text())
-    hf_config.pop("torch_dtype", None)  # the name of older versions
-    hf_config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)

@@ -6,11 +6,11 @@ The same rules serve the initial load, the export, and the publishing of weights
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from megatron_sdsearch.model.architecture import ARCHITECTURES, head_dim, padded
 from megatron_sdsearch.parallel.groups import ParallelState
 
 Pieces = list[Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +259,43 @@ def export_hf_weights(gpt: GPTModel, config: PretrainedConfig, parallel: Paralle
         if place.stage == parallel.pp_rank:
             pieces = place.layout.join(_all_gather(_parameter(parameters, place.megatron), parallel), config)
         yield from zip(place.hf, _broadcast(pieces, place.stage, parallel), strict=True)
+
+
+def exhaust(stream: Iterable[T], take: Callable[[T], object], *, before: Callable[[], object] = lambda: None) -> None:
+    """``take`` everything of a stream that is a collective.
+
+    When that fails, go through the rest without it, for peers wait in the collectives; then raise.
+
+    Args:
+        stream: one of the exports.
+        take: called with each item.
+        before: called first, as if it were the first ``take``.
+    """
+    failure: Exception | None = None
+    try:
+        before()
+    except Exception as error:  # noqa: BLE001  # raised below
+        failure = error
+    for item in stream:
+        if failure is None:
+            try:
+                take(item)
+            except Exception as error:  # noqa: BLE001  # raised below
+                failure = error
+    if failure is not None:
+        raise failure
+
+
+@torch.no_grad()
+def export_stage_weights(
+    gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors of this rank's pipeline stage; a collective over its tensor-parallel group."""
+    parameters = dict(gpt.named_parameters())
+    for place in placements(config, parallel.pp_size):
+        if place.stage == parallel.pp_rank:
+            shards = _all_gather(_parameter(parameters, place.megatron), parallel)
+            yield from zip(place.hf, place.layout.join(shards, config), strict=True)
 
 
 def _all_gather(shard: Tensor, parallel: ParallelState) -> Pieces:

@@ -18,6 +18,7 @@ from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model import checkpoint
 from megatron_sdsearch.model.architecture import check_layout, load_hf_config
+from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.training import step_metrics
@@ -27,7 +28,6 @@ from megatron_sdsearch.training.run_log import RunLog, write_summary
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
-from megatron_sdsearch.training.weight_sync import publish
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -55,9 +55,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     else:
         _reinforce(config, parallel, policy)
     if config.checkpoint.export_hf:
-        checkpoint.export_hf_folder(
-            policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main
-        )
+        write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
     summary = write_summary(config, parallel, time.monotonic() - start)
     parallel.shutdown()
     return summary
@@ -85,7 +83,7 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
         phase = log.timer.phase
         while True:
             with phase("publish"):
-                publish(policy, rollouts.engine, version=step)
+                rollouts.publish(policy, version=step)
             if _is_evaluation_due(step, config):
                 with phase("evaluate"):
                     log.add(step, step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step)))
@@ -98,6 +96,7 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
             if config.telemetry.query_probe and step == config.objective.first_distilling_step:
                 with phase("probe"):
                     probe = step_metrics.of_probe(rollouts.probe(groups))
+            rollouts.rest()
             advantages = [group_advantages(g, config.objective.normalize_advantage_std) for g, _ in groups]
             with phase("pack"):
                 batch = _pack(groups, advantages, config.objective.alpha_at(step), config, parallel)

@@ -23,7 +23,7 @@ from megatron_sdsearch.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import RowLogits, policy_logprobs
 from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
-from megatron_sdsearch.model.hf_weights import export_hf_weights, load_hf_weights
+from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, Metrics, forward_backward, forward_collect
 from megatron_sdsearch.records import Microbatch, Minibatch
@@ -103,6 +103,10 @@ class Network:
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors under their Hugging Face names, on every rank; all ranks must exhaust it."""
         return export_hf_weights(self.gpt, self.hf_config, self.parallel)
+
+    def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of this rank's pipeline stage; all ranks of its tensor-parallel group must exhaust it."""
+        return export_stage_weights(self.gpt, self.hf_config, self.parallel)
 
 
 class Policy(Network):

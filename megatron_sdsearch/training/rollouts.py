@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from megatron_sdsearch.config import RetrievalConfig, RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.hindsight.block import build_hindsight
-from megatron_sdsearch.model.architecture import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
-from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.engines import start_engine
+from megatron_sdsearch.training.policy import Policy
 
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
@@ -30,10 +27,17 @@ HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRollouts:
-    """Groups with their hindsight, and what it took to get them: of one rank, or of all."""
+    """Groups with their hindsight, and what it took to get them: of one rank, or of all.
+
+    Attributes:
+        groups: in the order of their places.
+        counts: of the collection.
+        engine_counts: of the engine, under names of metrics.
+    """
 
     groups: list[HindsightGroup]
     counts: CollectionCounts
+    engine_counts: dict[str, int]
 
 
 def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
@@ -51,8 +55,16 @@ class DistributedRollouts:
         self.renderer = Renderer.from_folder(config.model.hf_dir)
         self._profile = get_profile(config.data.prompt_profile)
         self._retriever = open_retriever(config.retrieval)
-        self.engine = _embedded_engine(config, self.renderer, parallel)
-        self._collector = RolloutCollector(self.engine, self._retriever, self.renderer, config)
+        self._source = start_engine(config, self.renderer, parallel)
+        self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config)
+
+    def publish(self, policy: Policy, *, version: int) -> None:
+        """From here on rollouts come from exactly this policy."""
+        self._source.publish(policy, version)
+
+    def rest(self) -> None:
+        """No rollouts until the next publish."""
+        self._source.rest()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
         """The step's groups with their hindsight, in the order of their places, on every rank."""
@@ -60,10 +72,14 @@ class DistributedRollouts:
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with without_cpu_layer():
             collected = self._collector.collect(supply, policy_version=step)
-        own = StepRollouts(groups=[(g, self._hindsight(g)) for g in collected.groups], counts=collected.counts)
+        groups = [(group, self._hindsight(group)) for group in collected.groups]
+        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=self._source.take_counts())
         parts = self._parallel.all_gather_object(own)
-        counts = sum((part.counts for part in parts), CollectionCounts())
-        return StepRollouts(groups=_in_turn([part.groups for part in parts]), counts=counts)
+        return StepRollouts(
+            groups=_in_turn([part.groups for part in parts]),
+            counts=sum((part.counts for part in parts), CollectionCounts()),
+            engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
+        )
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order, on every rank."""
@@ -85,12 +101,15 @@ class DistributedRollouts:
             rho=self._config.hindsight.rho,
         )
         members = [group for group, _ in share], [blocks for _, blocks in share]
-        work = probe_queries(*members, self.engine, self._retriever, self.renderer, params)
+        work = probe_queries(*members, self._source.engine, self._retriever, self.renderer, params)
         return merge(self._parallel.all_gather_object(self._collector.run(work)))
 
     def close(self) -> None:
-        """Close engine, retriever and event loop."""
-        self._collector.close()
+        """Close engine, retriever and event loop, and end servers."""
+        try:
+            self._collector.close()
+        finally:
+            self._source.close()
 
     def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
         return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)
@@ -103,12 +122,3 @@ def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
     """What ``items[rank::world_size]`` took apart, together again."""
     total = sum(len(share) for share in shares)
     return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
-
-
-def _embedded_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> EmbeddedEngine:
-    dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
-    model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir), dtype=dtype)
-    model.to(parallel.device).eval()
-    # The probe asks with the teacher's prompt, which is longer by the block.
-    limit = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
-    return EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, limit)

@@ -30,6 +30,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.NUM_REFILLED: counts.num_refilled,
         names.NUM_ABANDONED: counts.num_abandoned,
+        **collected.engine_counts,
         **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, "train/"),

@@ -17,7 +17,8 @@ from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, TrainingError
 from megatron_sdsearch.loss.objective import policy_logprobs
-from megatron_sdsearch.model.checkpoint import TrainingState, export_hf_folder, load_latest, save_checkpoint
+from megatron_sdsearch.model.checkpoint import TrainingState, load_latest, save_checkpoint
+from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainBatch, TrainingSample
 from megatron_sdsearch.telemetry import PhaseTimer
@@ -144,7 +145,7 @@ def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, A
     for other, named in ((config.model_copy(update={"seed": 2}), "seed = 1"), (_steps(config, 1), "train.num_steps")):
         with pytest.raises(CheckpointError, match=named):
             load_latest(root, second.policy, second.parallel, other)
-    export_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
+    write_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
     microbatch = second.batch(0).minibatches[0].student[0]
     logprobs = second.policy.collect(
         [microbatch], lambda logits, batch: policy_logprobs(logits, batch.policy_rows, batch.policy_labels)

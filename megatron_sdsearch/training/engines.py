@@ -1,0 +1,166 @@
+"""The rollout engine of a run on one rank, together with what brings the policy's weights to it."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.rollout.embedded import EmbeddedEngine
+from megatron_sdsearch.rollout.engine import Engine
+from megatron_sdsearch.rollout.sglang_client import SGLangEngine
+from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
+from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.weight_sync.agreement import together
+from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
+
+Counts = dict[str, int]
+
+
+class PolicyEngine(Protocol):
+    """An engine that samples from the policy. Every rank has one; all methods are called on all ranks together.
+
+    Attributes:
+        engine: for this rank's rollouts; whoever collects with it closes it.
+    """
+
+    engine: Engine
+
+    def publish(self, policy: Policy, version: int) -> None:
+        """After it the engine samples from exactly this policy, and calls it ``version``.
+
+        Raises:
+            EngineError: on every rank, when that cannot be.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is sampled until the next publish."""
+        ...
+
+    def take_counts(self) -> Counts:
+        """What happened on this rank since the last call, under names of metrics; adds up over ranks."""
+        ...
+
+    def close(self) -> None:
+        """End what was started, but for ``engine``."""
+        ...
+
+
+def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> PolicyEngine:
+    """The engine that ``rollout.engine`` names, ready for the first publish.
+
+    Raises:
+        EngineError: on every rank: servers do not start, or do not answer.
+    """
+    if config.rollout.engine == "embedded":
+        return EmbeddedPolicyEngine(config, renderer, parallel)
+    return SGLangPolicyEngine(config, renderer, parallel)
+
+
+def _max_tokens(config: RunConfig) -> int:
+    """Of one sequence: the query probe asks with the teacher's prompt, which is longer by the block."""
+    return config.rollout.max_total_tokens + config.hindsight.max_block_tokens
+
+
+class EmbeddedPolicyEngine:
+    """A transformers model in this very process. Implements ``PolicyEngine``."""
+
+    def __init__(self, config: RunConfig, renderer: Renderer, parallel: ParallelState) -> None:
+        dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
+        model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir), dtype=dtype)
+        model.to(parallel.device).eval()
+        self._embedded = EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, _max_tokens(config))
+        self.engine: Engine = self._embedded
+
+    def publish(self, policy: Policy, version: int) -> None:
+        """Copy whole tensors, one at a time."""
+        self._embedded.load_weights(policy.hf_weights(), version)
+
+    def rest(self) -> None:
+        """Nothing to give back."""
+
+    def take_counts(self) -> Counts:
+        """Nothing to count."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class SGLangPolicyEngine:
+    """SGLang servers, started by the first rank or somebody else's. Implements ``PolicyEngine``."""
+
+    def __init__(self, config: RunConfig, renderer: Renderer, parallel: ParallelState) -> None:
+        sglang = config.rollout.sglang
+        self._parallel = parallel
+        self._supervisor = _supervisor(config) if parallel.is_main else None
+        supervisor = self._supervisor
+        together(parallel, supervisor.start if supervisor is not None else lambda: None)
+        urls = next(u for u in parallel.all_gather_object(supervisor.urls if supervisor is not None else ()) if u)
+        self._client = SGLangEngine(
+            urls,
+            renderer.token_bytes,
+            renderer.eos_ids,
+            load_hf_config(config.model.hf_dir).vocab_size,
+            _max_tokens(config),
+            sglang,
+            deterministic=parallel.device.type == "cuda",
+        )
+        self.engine: Engine = self._client
+        self._publisher = WeightPublisher(urls, choose_transport(config, parallel), parallel, sglang, supervisor)
+
+    def publish(self, policy: Policy, version: int) -> None:
+        """See ``WeightPublisher``."""
+        self._publisher.publish(policy, version)
+        self._client.set_policy_version(version)
+
+    def rest(self) -> None:
+        """Colocated servers give their memory up."""
+        self._publisher.release_memory()
+
+    def take_counts(self) -> Counts:
+        """Retries and moves of this rank's client; restarts so far, by the first rank."""
+        stats = self._client.take_stats()
+        counts = {
+            "engine/num_retries": stats.num_retries,
+            "engine/num_moved": stats.num_moved,
+            "engine/num_wrong_version": stats.num_wrong_version,
+            "engine/num_prompt_tokens": sum(server.num_prompt_tokens for server in stats.servers),
+            "engine/num_cached_tokens": sum(server.num_cached_tokens for server in stats.servers),
+        }
+        restarts = sum(self._supervisor.snapshot().values()) if self._supervisor is not None else 0
+        return counts | {"engine/num_restarts": restarts}
+
+    def close(self) -> None:
+        """Close the publisher's connections, and end own servers."""
+        self._publisher.close()
+        if self._supervisor is not None:
+            self._supervisor.close()
+
+
+def _supervisor(config: RunConfig) -> ServerSupervisor:
+    sglang = config.rollout.sglang
+    started = sglang.model_copy(update={"arguments": ("--dtype", config.model.dtype, *sglang.arguments)})
+    return ServerSupervisor(
+        started,
+        model_path=config.model.hf_dir.resolve(),
+        log_dir=config.run_dir / "logs",
+        seed=config.seed,
+        gpus=_gpus(sglang.colocated),
+    )
+
+
+def _gpus(is_colocated: bool) -> tuple[str, ...]:
+    """This node's GPUs for servers: the trainer's own, or those that its local ranks leave over."""
+    num_gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = tuple(visible.split(",")) if visible else tuple(str(index) for index in range(num_gpus))
+    num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return names[:num_trainers] if is_colocated else names[num_trainers:num_gpus]

@@ -1,0 +1,24 @@
+"""Work that any rank may fail at, with all ranks knowing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.parallel.groups import ParallelState
+
+
+def together(parallel: ParallelState, work: Callable[[], None]) -> None:
+    """Run ``work`` on every rank, and wait for all.
+
+    Raises:
+        EngineError: on every rank, when ``work`` raised EngineError or OSError on any; with all their words.
+    """
+    failure = ""
+    try:
+        work()
+    except (EngineError, OSError) as error:
+        failure = str(error) or repr(error)
+    failures = [f"rank {rank}: {words}" for rank, words in enumerate(parallel.all_gather_object(failure)) if words]
+    if failures:
+        raise EngineError("; ".join(failures))
