@@ -107,6 +107,7 @@ class FakeSGLang:
         self._groups: set[str] = set()
         self._seen: list[tuple[int, ...]] = []
         self._runner: web.AppRunner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -127,6 +128,7 @@ class FakeSGLang:
 
     async def start(self) -> None:
         """Listen, at the port of before if there was one."""
+        self._loop = asyncio.get_running_loop()
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health_generate", self._health_generate)
@@ -134,9 +136,7 @@ class FakeSGLang:
         for route, handler in self._controls().items():
             app.router.add_post(route, self._control(route, handler))
         # As SGLang does, a request ends when its client is gone.
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, shutdown_timeout=0.01, keepalive_timeout=0.05, access_log=None
-        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
@@ -149,12 +149,21 @@ class FakeSGLang:
             return
         for site in list(runner.sites):
             await site.stop()
+        self._reset_connections(runner)
+        await runner.cleanup()
+        self._running.clear()
+
+    def drop_connections(self) -> None:
+        """Reset whatever is open, idle connections too; may be called from another thread."""
+        if self._runner is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._reset_connections, self._runner)
+
+    @staticmethod
+    def _reset_connections(runner: web.AppRunner) -> None:
         assert runner.server is not None
         for connection in list(runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        await runner.cleanup()
-        self._running.clear()
 
     async def come_back(self, version: str | None = None) -> None:
         """A new start: with the weights of its first one, unless somebody has brought it to ``version``."""

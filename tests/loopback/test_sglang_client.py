@@ -298,8 +298,26 @@ def test_a_hung_server_is_left_and_comes_back_when_it_samples() -> None:
         assert not engine.take_stats().servers[0].is_usable
         hung.always, hung.is_sick = None, False
         await until(lambda: engine.take_stats().servers[0].is_usable)
+        num_proofs = routes(hung).count("/health_generate")
+        for fake in (hung, other):  # a failure that is none of hanging needs no such proof
+            fake.faults.append("500")
+        await asyncio.gather(*(engine.generate(request(i)) for i in range(10, 14)))
+        await until(lambda: engine.take_stats().servers[0].is_usable)
+        assert routes(hung).count("/health_generate") == num_proofs
 
     on([hung, other], talk, request_timeout_s=0.15)
+
+
+def test_who_waits_for_a_slot_of_a_hung_server_moves_on() -> None:
+    hung, other = FakeSGLang(), FakeSGLang()
+    hung.always, hung.is_sick = "hang", True
+
+    async def talk(engine: SGLangEngine) -> None:
+        answers = await asyncio.gather(*(engine.generate(request(i)) for i in range(8)))
+        assert {answer.token_ids for answer in answers} == {expected()}
+        assert len(hung.requests) == 1
+
+    on([hung, other], talk, request_timeout_s=0.15, max_concurrency=1)
 
 
 # Versions
@@ -400,16 +418,15 @@ def test_a_released_trajectory_counts_no_longer() -> None:
     fakes = [FakeSGLang(), FakeSGLang()]
 
     async def talk(engine: SGLangEngine) -> None:
-        await engine.generate(request(0))
-        first = 0 if fakes[0].requests else 1
-        await engine.generate(request(1))
-        assert len(fakes[1 - first].requests) == 1
-        await engine.release(request(0).trajectory_id)
+        for number in range(4):
+            await engine.generate(request(number, (*PROMPT, number)))
+        assert [len(fake.requests) for fake in fakes] == [2, 2]
+        for body in list(fakes[0].requests):
+            await engine.release(request(body["input_ids"][-1]).trajectory_id)
         await engine.release(request(99).trajectory_id)  # unknown
-        await engine.generate(request(2))
-        await engine.generate(request(3))
-        assert len(fakes[first].requests) + len(fakes[1 - first].requests) == 4
-        assert len(fakes[first].requests) == 2  # number 0 and one of 2, 3
+        await engine.generate(request(4))
+        await engine.generate(request(5))
+        assert [len(fake.requests) for fake in fakes] == [4, 2]
 
     on(fakes, talk)
 
@@ -602,7 +619,8 @@ def test_the_event_loop_may_rest() -> None:
         engine = make_engine([fake])
         for _ in range(3):
             assert runner.run(engine.generate(request())).token_ids == expected()
-            time.sleep(0.15)
+            fake.drop_connections()
+            time.sleep(0.05)
         assert engine.take_stats().num_retries == 0
         runner.run(engine.close())
 
