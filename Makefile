@@ -71,4 +71,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 # SGLang wants other versions of the trainer's libraries, so it has an environment of its own.
 $(SGLANG): tools/sglang_cpu/install.sh tools/sglang_cpu/requirements.txt
-	TORCH="$(TORCH)" tools/sglang_cpu/install.sh .sglang
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/sglang_cpu/install.sh .sglang

@@ -29,9 +29,9 @@ import psutil  # type: ignore[import-untyped]
 POLL_S = 0.2
 SCAN_S = 5.0
 SHARED_MEMORY = Path("/dev/shm")
-# SGLang's own names, with random parts: only the memory map of a process tells whose a file is. Files of NCCL and CUDA
-# are not here: they may be shared with the trainer.
-SEGMENT_PREFIXES = ("sglang_", "sgl_")
+# SGLang's load snapshots and buffers; Python's semaphores, whose cleaner SGLang kills when it shuts down. The rest of a
+# name is random. Files of NCCL and CUDA are not here: they may be shared with the trainer.
+SEGMENT_PREFIXES = ("sglang_", "sgl_", "sem.mp-")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +46,7 @@ class Guardian:
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.is_asked_to_end = False
-        self._segments: set[Path] = set()
+        self._segments: set[int] = set()  # inodes
         self._next_scan = 0.0
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,8 +81,7 @@ class Guardian:
                 for process in living:
                     _send(process, signal.SIGKILL)
             time.sleep(0.05)
-        for segment in self._segments:
-            segment.unlink(missing_ok=True)
+        self._remove_segments()
         code = self._server.wait()
         return 128 - code if code < 0 else code
 
@@ -99,13 +98,23 @@ class Guardian:
         return list(this.children(recursive=True))
 
     def _note_segments(self) -> None:
+        """Remember what the server's processes map: that alone tells whose a file in shared memory is.
+
+        By inode, for a semaphore is mapped under a name that it has no longer.
+        """
         for process in self._living():
             try:
                 maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
             except OSError:  # it ended meanwhile
                 continue
-            paths = {Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line}
-            self._segments |= {path for path in paths if path.name.startswith(SEGMENT_PREFIXES)}
+            self._segments |= {int(line.split()[4]) for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line}
+
+    def _remove_segments(self) -> None:
+        for path in SHARED_MEMORY.iterdir():
+            if path.name.startswith(SEGMENT_PREFIXES):
+                with suppress(FileNotFoundError):  # somebody else's, gone since the look
+                    if path.stat().st_ino in self._segments:
+                        path.unlink()
 
 
 def _send(process: psutil.Process, number: int) -> None:

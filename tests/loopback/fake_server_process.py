@@ -66,23 +66,36 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def segment_prefix(folder: Path) -> str:
-    """Of the names in shared memory; the folder's digest keeps tests that run side by side apart."""
-    return f"sglang_loads_{zlib.crc32(str(folder).encode()):08x}_"
+def segment_names(folder: Path) -> str:
+    """A pattern for files in shared memory; the folder's digest keeps tests that run side by side apart."""
+    return f"*_{zlib.crc32(str(folder).encode()):08x}_*"
 
 
-def spawn_escaping_child(segment: Path) -> None:
-    """A child in a session of its own, deaf to SIGTERM, that maps a file in shared memory."""
+def spawn_escaping_child(folder: Path) -> None:
+    """A child in a session of its own, deaf to SIGTERM, that maps two files in shared memory.
+
+    One has its name from the beginning, as SGLang's load snapshots; one gets it later, as semaphores do.
+    """
+    name = segment_names(folder).strip("*") + str(os.getpid())
+    snapshot, semaphore = (Path("/dev/shm") / f"{kind}{name}" for kind in ("sglang_loads", "sem.mp-"))
+    unnamed = semaphore.with_name(f"sem.{os.getpid()}")
+    ready, done = os.pipe()
     if os.fork() == 0:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        with segment.open("w+b") as stream:
-            stream.truncate(4096)
-            mapped = mmap.mmap(stream.fileno(), 4096)
-        while len(mapped) == 4096:
+        mapped = [map_new_file(path) for path in (snapshot, unnamed)]
+        os.link(unnamed, semaphore)
+        unnamed.unlink()
+        os.write(done, b"x")
+        while mapped:
             time.sleep(3600)
-    while not segment.exists() or segment.stat().st_size == 0:
-        time.sleep(0.01)
+    os.read(ready, 1)
+
+
+def map_new_file(path: Path) -> mmap.mmap:
+    with path.open("w+b") as stream:
+        stream.truncate(4096)
+        return mmap.mmap(stream.fileno(), 4096)
 
 
 def main() -> None:
@@ -101,7 +114,7 @@ def main() -> None:
         sys.exit("unknown flag --frobnicate")
     if environment.get("FAKE_IGNORE_SIGTERM"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    spawn_escaping_child(Path(f"/dev/shm/{segment_prefix(state.folder)}{os.getpid()}.shm"))
+    spawn_escaping_child(state.folder)
     if "FAKE_DIE_AFTER_S" in environment:
         threading.Timer(float(environment["FAKE_DIE_AFTER_S"]), lambda: os._exit(7)).start()
     if "FAKE_HANG_AFTER_S" in environment and num_starts == 1:  # the first life only

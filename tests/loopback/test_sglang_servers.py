@@ -17,8 +17,9 @@ import pytest
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.rollout.server_process import read_model_info
-from megatron_sdsearch.rollout.sglang_servers import Patience, ServerSupervisor
-from tests.loopback.fake_server_process import segment_prefix
+from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
+from megatron_sdsearch.rollout.supervised_server import Patience
+from tests.loopback.fake_server_process import segment_names
 
 FAKE = Path(__file__).with_name("fake_server_process.py")
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,7 @@ class World:
                 continue
             if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append((process.pid, process.cmdline()))
-        return found + list(Path("/dev/shm").glob(segment_prefix(self.folder) + "*"))
+        return found + list(Path("/dev/shm").glob(segment_names(self.folder)))
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_starts_servers_with_their_flags_and_without_torchruns_environment(
         assert not {*TORCHRUN_NAMES} & set(environment)
     assert restarts(supervisor) == 0
     supervisor.check()
-    assert len(world.leftovers()) >= 6  # so that the fixture's look for leftovers can find some
+    assert len(world.leftovers()) == 8  # so that the fixture's look for leftovers can find some
     supervisor.close()
     assert world.leftovers() == []
 
@@ -252,7 +253,8 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from megatron_sdsearch.config import SGLangConfig
-from megatron_sdsearch.rollout.sglang_servers import Patience, ServerSupervisor
+from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
+from megatron_sdsearch.rollout.supervised_server import Patience
 supervisor = ServerSupervisor(
     SGLangConfig.model_validate_json(sys.argv[1]),
     model_path=Path(sys.argv[2]), log_dir=Path(sys.argv[2]) / "logs", patience=Patience(poll_s=0.05, grace_s=0.5),
@@ -274,7 +276,7 @@ def test_servers_end_with_their_owner_however_it_ends(world: World, number: sign
         assert owner.stdout is not None
         assert owner.stdout.readline() == "serving\n"
         if number is not None:
-            assert len(world.leftovers()) >= 6
+            assert len(world.leftovers()) == 8
             owner.send_signal(number)
         owner.wait(10)
     wait_until(lambda: world.leftovers() == [], limit_s=5.0)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install.sh DIR: make DIR/venv with SGLang for the CPU, 2.4 GB, a few minutes of download. A second call does nothing.
-# Environment: PYTHON (3.11), TORCH (arguments of pip: the PyPI wheel is the large CUDA build, which works too).
+# Environment: PYTHON (3.11 was tried), TORCH (arguments of pip for torch, see the head of the Makefile).
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -14,6 +14,7 @@ read -r -a torch <<< "${TORCH:-torch==2.13.0}"
 
 wanted=$(cat "$here/requirements.txt" - <<< "${torch[*]}" | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+  touch "$stamp" # make looks at its age
   exit 0
 fi
 mkdir -p "$1"
