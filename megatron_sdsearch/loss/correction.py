@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_sdsearch.loss.grpo import k3, safe_exp
+from megatron_sdsearch.loss.grpo import k3
 
 Correction = Literal["none", "truncate", "mask"]
 
@@ -43,7 +43,7 @@ def importance_weights(
     log_ratio = old_logprobs.detach() - rollout_logprobs
     if correction == "none":
         return None, torch.zeros_like(log_ratio, dtype=torch.bool)
-    ratio, limit = safe_exp(log_ratio), math.log(cap)
+    ratio, limit = log_ratio.exp(), math.log(cap)
     if correction == "truncate":
         return ratio.clamp(max=cap), log_ratio > limit
     is_outside = log_ratio.abs() > limit

@@ -96,7 +96,7 @@ def grpo_loss(
 
     policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
     log_ratio = policy - old_logprobs.detach()
-    ratio = safe_exp(log_ratio)
+    ratio = _safe_exp(log_ratio)
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
 
@@ -115,7 +115,7 @@ def grpo_loss(
     )
 
 
-def safe_exp(log_ratio: Tensor) -> Tensor:
+def _safe_exp(log_ratio: Tensor) -> Tensor:
     """exp that cannot overflow; a token beyond the limit gets no gradient rather than one that drowns all others."""
     return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
 

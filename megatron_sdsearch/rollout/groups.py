@@ -84,12 +84,12 @@ async def _as_completed(
     try:
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            # All results before the first is shown: the caller may leave with it, and a failure must not go unheard.
-            for result in [(place_of[task], task.result()) for task in sorted(done, key=place_of.__getitem__)]:
-                yield result
+            for task in sorted(done, key=place_of.__getitem__):
+                yield place_of[task], task.result()
     except GeneratorExit:
+        # The caller has enough. What broke beside the last result, or breaks on its way out, is heard all the same.
         for failure in await _end(place_of):
-            raise failure from None  # what is given up may still break on its way out
+            raise failure from None
         raise
     finally:
         await _end(place_of)

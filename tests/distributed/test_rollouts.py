@@ -1,0 +1,94 @@
+"""The rollouts of a step on one process and on two: the same groups, refills included, and counts of all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from megatron_sdsearch.config import ParallelConfig
+from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import CollectionCounts, Question
+from megatron_sdsearch.training.rollouts import DistributedRollouts
+from tests.distributed.launch import run_distributed
+from tests.distributed.oracle import make_config
+from tests.unit.conftest import train_tokenizer
+
+PER_STEP, STEP = 3, 2
+ROLLOUT: dict[str, object] = {
+    "group_size": 2,
+    "max_turns": 1,
+    "max_prompt_tokens": 300,
+    "max_response_tokens": 8,
+    "max_observation_tokens": 60,
+    "max_total_tokens": 400,
+}
+
+
+REFILLED: dict[str, object] = {"max_refills": 2}
+OVERSAMPLED: dict[str, object] = {"oversample": 1.5}
+Outcome = tuple[list[list[tuple[str, list[int]]]], CollectionCounts]
+
+
+def worker(rank: int, world_size: int, folder: Path, cases: list[dict[str, object]]) -> list[Outcome]:
+    parallel = ParallelState.initialize(ParallelConfig(), seed=1)
+    return [_collect(parallel, folder, rollout) for rollout in cases]
+
+
+def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) -> Outcome:
+    config = make_config(
+        folder / "hf",
+        folder / "run",
+        {},
+        data={"train": "unused", "prompt_profile": "plain"},
+        retrieval={"corpus": str(folder / "corpus.jsonl")},
+        hindsight={"max_block_tokens": 100},
+        rollout=ROLLOUT | rollout,
+    )
+    rollouts = DistributedRollouts(config, parallel)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    rollouts.engine.load_weights(model.state_dict().items(), STEP)
+    pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
+    step = rollouts.collect(QuestionSampler(pool, 1, PER_STEP), step=STEP)
+    rollouts.close()
+    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
+    return ids, step.counts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rollouts")
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(folder / "hf")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "hf")
+    passage = {"id": "p1", "contents": '"Lisbon"\nLisbon is the capital of Portugal.'}
+    (folder / "corpus.jsonl").write_text(json.dumps(passage) + "\n")
+    return folder
+
+
+def test_two_processes_give_the_groups_of_one_and_count_together(folder: Path) -> None:
+    ((alone,),) = run_distributed(worker, 1, folder, [REFILLED])
+    first, second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
+    assert first == second, "all ranks see all groups"
+    assert first[0] == alone
+    ids, counts = alone
+    assert len(ids) == PER_STEP
+    assert counts == CollectionCounts(num_refilled=2 * PER_STEP), "a random policy is always wrong"
+    ids, counts = first[1]
+    assert len(ids) == PER_STEP
+    assert counts == CollectionCounts(num_abandoned=1 + 1), "each rank over-samples its own share: 3 for 2, 2 for 1"
