@@ -90,7 +90,7 @@ STEP = [
 
 
 def step(groups: list[HindsightGroup], **counts: int) -> StepRollouts:
-    return StepRollouts(groups=groups, counts=CollectionCounts(**counts))
+    return StepRollouts(groups=groups, counts=CollectionCounts(**counts), engine_counts={})
 
 
 def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None:
