@@ -31,6 +31,7 @@ class Subject:
         prompt_ids: any prompt of at least two ids.
         vocab_size: of its model.
         num_long_tokens: a generation that takes a second or more; fits the context.
+        start_s: after which a request that was sent is running.
         has_sessions: whether it knows /begin_weight_update: since 0.5.21.
     """
 
@@ -38,6 +39,7 @@ class Subject:
     prompt_ids: tuple[int, ...]
     vocab_size: int
     num_long_tokens: int = 512
+    start_s: float = 0.3
     has_sessions: bool = True
 
     def request(self, max_new_tokens: int = 16, *, rid: str | None = None, **sampling: Any) -> Json:
@@ -113,7 +115,7 @@ async def check_neutral_sampling_fields_are_known(subject: Subject) -> None:
 async def check_an_aborted_request_answers_with_what_it_has(subject: Subject) -> None:
     request = subject.request(subject.num_long_tokens)
     task = asyncio.create_task(subject.server.generate(request))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(subject.start_s)
     await subject.server.abort(request["rid"])
     answer = await task
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
@@ -130,7 +132,7 @@ async def check_requests_wait_while_paused(subject: Subject) -> None:
     await subject.server.pause("retract")
     task = asyncio.create_task(subject.server.generate(subject.request(4)))
     try:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(subject.start_s)
         assert not task.done()
         await subject.server.model_info()
     finally:
@@ -140,7 +142,7 @@ async def check_requests_wait_while_paused(subject: Subject) -> None:
 
 async def check_pause_abort_ends_running_requests(subject: Subject) -> None:
     task = asyncio.create_task(subject.server.generate(subject.request(subject.num_long_tokens)))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(subject.start_s)
     await subject.server.pause("abort")
     try:
         answer = await task
@@ -153,7 +155,7 @@ async def check_flush_is_refused_while_busy(subject: Subject) -> None:
     await subject.server.flush_cache()
     request = subject.request(subject.num_long_tokens)
     task = asyncio.create_task(subject.server.generate(request))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(subject.start_s)
     try:
         with pytest.raises(ServerRefusedError, match="HTTP 400"):
             await subject.server.flush_cache()
@@ -192,7 +194,7 @@ async def check_a_negative_temperature_is_refused(subject: Subject) -> None:
 async def check_a_duplicate_rid_is_refused(subject: Subject) -> None:
     request = subject.request(subject.num_long_tokens)
     task = asyncio.create_task(subject.server.generate(request))
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(subject.start_s)
     try:
         await _refused(subject, request)
     finally:

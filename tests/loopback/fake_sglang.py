@@ -72,9 +72,10 @@ class FakeSGLang:
         faults: taken from the left, one per /generate; ``always`` is for all of them.
         token_delay_s: per token.
         num_late_tokens: sampled after what ends a generation, as speculative decoding may.
-        requests: bodies of all /generate calls, in order; ``calls``: (route, body) of all others.
-        max_running: most requests that ever ran at once; ``num_aborted``: by /abort_request; ``num_gone``: whose
-            client closed the connection.
+        requests: bodies of all /generate calls, in order; ``client_ports``: where each came from.
+        calls: (route, body) of all other calls, in order.
+        max_running: most requests that ever ran at once.
+        num_aborted: requests ended by /abort_request; ``num_gone``: by a client that closed the connection.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class FakeSGLang:
         self.replies: dict[str, Json] = {}  # sent with status 200 by a control route that would answer otherwise
         self.is_sick = False  # /health_generate fails
         self.requests: list[Json] = []
+        self.client_ports: list[int] = []
         self.calls: list[tuple[str, Json]] = []
         self.max_running = self.num_aborted = self.num_gone = 0
         self.port = 0
@@ -107,7 +109,6 @@ class FakeSGLang:
         self._groups: set[str] = set()
         self._seen: list[tuple[int, ...]] = []
         self._runner: web.AppRunner | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -128,7 +129,6 @@ class FakeSGLang:
 
     async def start(self) -> None:
         """Listen, at the port of before if there was one."""
-        self._loop = asyncio.get_running_loop()
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health_generate", self._health_generate)
@@ -149,21 +149,12 @@ class FakeSGLang:
             return
         for site in list(runner.sites):
             await site.stop()
-        self._reset_connections(runner)
-        await runner.cleanup()
-        self._running.clear()
-
-    def drop_connections(self) -> None:
-        """Reset whatever is open, idle connections too; may be called from another thread."""
-        if self._runner is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._reset_connections, self._runner)
-
-    @staticmethod
-    def _reset_connections(runner: web.AppRunner) -> None:
         assert runner.server is not None
         for connection in list(runner.server.connections):
             if connection.transport is not None:
                 connection.transport.abort()
+        await runner.cleanup()
+        self._running.clear()
 
     async def come_back(self, version: str | None = None) -> None:
         """A new start: with the weights of its first one, unless somebody has brought it to ``version``."""
@@ -183,6 +174,8 @@ class FakeSGLang:
     async def _generate(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
         self.requests.append(body)
+        assert http.transport is not None
+        self.client_ports.append(http.transport.get_extra_info("peername")[1])
         fault = self.faults.popleft() if self.faults else self.always
         if fault == "500":
             return web.json_response({"error": {"message": "CUDA error: an illegal memory access"}}, status=500)
@@ -195,7 +188,6 @@ class FakeSGLang:
             self._later(self.die())  # as the real one does, of an index outside the embedding
             fault = "hang"
         if fault == "drop":
-            assert http.transport is not None
             response = web.StreamResponse(headers={"Content-Length": "1000"})
             await response.prepare(http)
             await response.write(b'{"text": "half of')
@@ -275,6 +267,7 @@ class FakeSGLang:
     # Health and control
 
     async def _model_info(self, http: web.Request) -> web.Response:
+        self.calls.append(("/model_info", {}))
         return web.json_response({"model_path": "toy", "is_generation": True, "weight_version": self.version})
 
     async def _health_generate(self, http: web.Request) -> web.Response:

@@ -15,7 +15,7 @@ from tests.loopback.fake_sglang import VOCAB_SIZE, FakeSGLang
 def test_contract(check: Check, is_old: bool) -> None:
     async def run() -> None:
         async with FakeSGLang(is_old=is_old, token_delay_s=0.001) as fake:
-            about = {"prompt_ids": (5, 6, 7), "vocab_size": VOCAB_SIZE, "num_long_tokens": 800}
+            about = {"prompt_ids": (5, 6, 7), "vocab_size": VOCAB_SIZE, "num_long_tokens": 800, "start_s": 0.1}
             await run_check(check, fake.url, timeout_s=10.0, has_sessions=not is_old, **about)
 
     asyncio.run(run())

@@ -305,7 +305,7 @@ def test_a_hung_server_is_left_and_comes_back_when_it_samples() -> None:
         await until(lambda: engine.take_stats().servers[0].is_usable)
         assert routes(hung).count("/health_generate") == num_proofs
 
-    on([hung, other], talk, request_timeout_s=0.15)
+    on([hung, other], talk, request_timeout_s=0.4)
 
 
 def test_who_waits_for_a_slot_of_a_hung_server_moves_on() -> None:
@@ -317,7 +317,7 @@ def test_who_waits_for_a_slot_of_a_hung_server_moves_on() -> None:
         assert {answer.token_ids for answer in answers} == {expected()}
         assert len(hung.requests) == 1
 
-    on([hung, other], talk, request_timeout_s=0.15, max_concurrency=1)
+    on([hung, other], talk, request_timeout_s=0.4, max_concurrency=1)
 
 
 # Versions
@@ -358,7 +358,7 @@ def test_a_mixed_generation_is_sampled_anew() -> None:
         )
         stats = engine.take_stats()
         assert (stats.num_wrong_version, stats.num_retries) == (1, 1)
-        assert stats.servers[0].is_usable  # it holds the right weights
+        assert "/model_info" not in routes(fake)  # it holds the right weights and never went down
 
     on([fake], talk)
 
@@ -486,7 +486,7 @@ def test_all_dead_ends_every_call_in_time() -> None:
             await fake.die()
         start = time.monotonic()
         results = await asyncio.gather(*(engine.generate(request(i)) for i in range(8)), return_exceptions=True)
-        assert 0.3 <= time.monotonic() - start < 2.0
+        assert 0.3 <= time.monotonic() - start < 4.0
         for result in results:
             assert isinstance(result, EngineError)
             assert "none of 2 SGLang servers was usable for 0.3 s" in str(result)
@@ -614,14 +614,12 @@ def test_an_engine_that_was_never_used_closes() -> None:
 
 
 def test_the_event_loop_may_rest() -> None:
-    """Servers close idle connections while the trainer trains; that is no failure."""
+    """Between calls nobody notices that a server closes an idle connection: so there must be none."""
     with running_in_thread(FakeSGLang()) as fake, asyncio.Runner() as runner:
         engine = make_engine([fake])
         for _ in range(3):
             assert runner.run(engine.generate(request())).token_ids == expected()
-            fake.drop_connections()
-            time.sleep(0.05)
-        assert engine.take_stats().num_retries == 0
+        assert len(set(fake.client_ports)) == 3
         runner.run(engine.close())
 
 
