@@ -11,6 +11,7 @@ import random
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sdsearch.config import SGLangConfig
@@ -47,7 +48,7 @@ class ServerSupervisor:
             log_dir: ``server_{i}.log`` goes here, appended over restarts.
             seed: server i samples with ``seed + i``.
             host: address that servers listen on and that every rank reaches.
-            gpus: as in CUDA_VISIBLE_DEVICES; ``config.tensor`` for each server in turn. Empty: servers choose.
+            gpus: as in CUDA_VISIBLE_DEVICES; ``config.tensor`` for each server in turn. Empty: no GPU is assigned.
             patience: time limits other than ``config.start_timeout_s``; None takes the usual ones.
 
         Raises:
@@ -60,24 +61,17 @@ class ServerSupervisor:
         self._servers: list[SupervisedServer] = []
         if config.urls:
             return
-        if gpus and config.num_servers * config.tensor > len(gpus):
-            problem = f"{config.num_servers} servers x {config.tensor} GPUs are more than the {len(gpus)} given"
-            raise ConfigError("rollout.sglang.num_servers", problem, "lower it, or rollout.sglang.tensor")
+        devices = _split_gpus(gpus, config)
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(_free_ports(config.num_servers, host)):
             flags = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
-            flags += ["--random-seed", str(seed + index)]
-            environment = dict(config.environment)
-            if gpus:
-                flags += ["--tp-size", str(config.tensor)]
-                mine = gpus[index * config.tensor : (index + 1) * config.tensor]
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            flags += ["--random-seed", str(seed + index), *devices[index].flags]
             self._servers.append(
                 SupervisedServer(
                     index,
                     url=f"http://{host}:{port}",
                     command=[*config.command, *flags, *config.arguments],
-                    environment=environment,
+                    environment=config.environment | devices[index].environment,
                     log=log_dir / f"server_{index}.log",
                     config=config,
                     patience=self._patience,
@@ -151,6 +145,26 @@ class ServerSupervisor:
                         f"{url}/model_info does not answer: no SGLang server, or none reachable from here"
                     )
                 time.sleep(self._patience.poll_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Devices:
+    """What tells one server which GPUs are its own."""
+
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[_Devices]:
+    wanted = config.num_servers * config.tensor
+    if not gpus and config.tensor == 1:
+        return [_Devices()] * config.num_servers
+    if wanted > len(gpus):
+        problem = f"{config.num_servers} servers x {config.tensor} GPUs are more than the {len(gpus)} given"
+        raise ConfigError("rollout.sglang.num_servers", problem, "lower it, or rollout.sglang.tensor")
+    shares = [gpus[start : start + config.tensor] for start in range(0, wanted, config.tensor)]
+    flags = ("--tp-size", str(config.tensor))
+    return [_Devices(flags=flags, environment={"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
 
 
 def _free_ports(num_ports: int, host: str) -> list[int]:

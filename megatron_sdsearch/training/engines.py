@@ -16,7 +16,7 @@ from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.sglang_client import SGLangEngine
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
 
@@ -32,7 +32,7 @@ class PolicyEngine(Protocol):
 
     engine: Engine
 
-    def publish(self, policy: Policy, version: int) -> None:
+    def publish(self, policy: Network, version: int) -> None:
         """After it the engine samples from exactly this policy, and calls it ``version``.
 
         Raises:
@@ -79,7 +79,7 @@ class EmbeddedPolicyEngine:
         self._embedded = EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, _max_tokens(config))
         self.engine: Engine = self._embedded
 
-    def publish(self, policy: Policy, version: int) -> None:
+    def publish(self, policy: Network, version: int) -> None:
         """Copy whole tensors, one at a time."""
         self._embedded.load_weights(policy.hf_weights(), version)
 
@@ -116,7 +116,7 @@ class SGLangPolicyEngine:
         self.engine: Engine = self._client
         self._publisher = WeightPublisher(urls, choose_transport(config, parallel), parallel, sglang, supervisor)
 
-    def publish(self, policy: Policy, version: int) -> None:
+    def publish(self, policy: Network, version: int) -> None:
         """See ``WeightPublisher``."""
         self._publisher.publish(policy, version)
         self._client.set_policy_version(version)

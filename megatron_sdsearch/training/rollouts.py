@@ -19,7 +19,7 @@ from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
@@ -58,7 +58,7 @@ class DistributedRollouts:
         self._source = start_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config)
 
-    def publish(self, policy: Policy, *, version: int) -> None:
+    def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
         self._source.publish(policy, version)
 

@@ -13,6 +13,7 @@ from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.rollouts import DistributedRollouts
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_config
@@ -50,8 +51,7 @@ def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) 
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel)
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
-    rollouts.engine.load_weights(model.state_dict().items(), STEP)
+    rollouts.publish(Network.load(config, parallel), version=STEP)
     pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
     step = rollouts.collect(QuestionSampler(pool, 1, PER_STEP), step=STEP)
     rollouts.close()

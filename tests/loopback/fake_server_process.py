@@ -110,7 +110,7 @@ def main() -> None:
     sys.stdout.write(f"arguments {' '.join(sys.argv[1:])}\n")
     sys.stdout.write(f"environment {json.dumps(dict(environment))}\n")
     sys.stdout.flush()
-    if environment.get("FAKE_DIE_AT_START"):
+    if environment.get("FAKE_DIE_AT_START") == arguments.random_seed:
         sys.exit("unknown flag --frobnicate")
     if environment.get("FAKE_IGNORE_SIGTERM"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
 
 
@@ -35,7 +35,7 @@ class DiskTransport:
         """Where restarted servers find the weights."""
         return self._folder(version)
 
-    def send(self, policy: Policy, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         """See ``Transport``."""
         folder = self._folder(version)
         write_hf_folder(

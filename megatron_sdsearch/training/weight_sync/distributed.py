@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: i
 from megatron_sdsearch.errors import ServerUnavailableError
 from megatron_sdsearch.model.hf_weights import exhaust
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
@@ -49,7 +49,7 @@ class DistributedTransport:
         """None: a restarted server waits for the next publish."""
         return None
 
-    def send(self, policy: Policy, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         """See ``Transport``."""
         parallel = self._parallel
 
@@ -69,7 +69,7 @@ class DistributedTransport:
         """Forget the groups: after a failure nobody knows who is still in them."""
         self._group = None
 
-    def _send_stage(self, policy: Policy, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
+    def _send_stage(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         if self._parallel.tp_rank > 0:
             exhaust(policy.stage_weights(), lambda _: None)
             return

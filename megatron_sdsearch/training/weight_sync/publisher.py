@@ -15,7 +15,7 @@ from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.disk import DiskTransport
 from megatron_sdsearch.training.weight_sync.distributed import DistributedTransport
@@ -31,7 +31,7 @@ _POLL_S = 1.0
 class Transport(Protocol):
     """A way for weights to travel."""
 
-    def send(self, policy: Policy, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         """Give ``urls`` the policy's weights, under the name ``version``. Called on all ranks.
 
         A rank that fails still takes part in the collectives that gather the weights.
@@ -91,7 +91,7 @@ class WeightPublisher:
         self._num_published = 0
         self._has_released = False
 
-    def publish(self, policy: Policy, version: int) -> None:
+    def publish(self, policy: Network, version: int) -> None:
         """After it every server that answers holds exactly ``policy``, under the name ``version``.
 
         Raises:
@@ -122,7 +122,7 @@ class WeightPublisher:
         """Close connections; the servers are somebody else's."""
         self._fleet.close()
 
-    def _send(self, policy: Policy, urls: Sequence[str], version: int) -> None:
+    def _send(self, policy: Network, urls: Sequence[str], version: int) -> None:
         # Nothing is being sampled now, but for requests that a client gave up and the server does not know yet.
         together(self._parallel, lambda: self._on_main(urls, lambda server: server.pause("abort")))
         if self._has_released:

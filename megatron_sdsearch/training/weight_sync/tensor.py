@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sdsearch.model.hf_weights import exhaust
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets, serialize
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
 
@@ -30,7 +30,7 @@ class TensorTransport:
         """None: a restarted server waits for the next publish."""
         return None
 
-    def send(self, policy: Policy, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
+    def send(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         """See ``Transport``."""
         if not self._parallel.is_main:
             exhaust(policy.hf_weights(), lambda _: None)

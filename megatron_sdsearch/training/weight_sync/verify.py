@@ -21,7 +21,7 @@ from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.loss.objective import policy_logprobs
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainingSample
-from megatron_sdsearch.training.policy import Policy
+from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
 
 NUM_PROBE_TOKENS = 64
@@ -32,7 +32,7 @@ _FUSED = ((re.compile(r"\.[qkv]_proj\."), ".qkv_proj."), (re.compile(r"\.(gate|u
 
 
 def verify(
-    policy: Policy, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState, *, server_tp_size: int
+    policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState, *, server_tp_size: int
 ) -> None:
     """Compare what every server holds with the policy, on all ranks together.
 
@@ -63,7 +63,7 @@ def expected_hashes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
 
 
-def _verify_hashes(policy: Policy, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+def _verify_hashes(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
     expected = expected_hashes(policy.hf_weights())
     if not parallel.is_main:
         return
@@ -77,7 +77,7 @@ def _verify_hashes(policy: Policy, fleet: ServerFleet, urls: Sequence[str], para
             )
 
 
-def _verify_logprobs(policy: Policy, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+def _verify_logprobs(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
     ids = probe_ids(policy.hf_config.vocab_size)
     expected = trainer_logprobs(policy, ids, parallel)
     if not parallel.is_main:
@@ -103,7 +103,7 @@ def probe_ids(vocab_size: int) -> list[int]:
     return [int(i) for i in np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, NUM_PROBE_TOKENS)]
 
 
-def trainer_logprobs(policy: Policy, ids: Sequence[int], parallel: ParallelState) -> list[float]:
+def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelState) -> list[float]:
     """Log-probabilities (nats, temperature 1) of all ids but the first under the policy, on every rank."""
     array = np.array(ids)
     is_label = np.arange(len(ids)) < len(ids) - 1
