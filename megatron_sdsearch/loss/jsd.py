@@ -1,16 +1,8 @@
 """The distillation loss of SD-Search: how far the student's next-token distribution is from the teacher's.
 
-Owns the divergences (the JSD, and the three that the paper's ablation puts in its place), over the full vocabulary and
-over the teacher's top-k, without ever gathering logits. Leaves the choice of positions, the mean over them and alpha to
-``objective.py``. Source: L_SD of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
-
-Every divergence here is a sum ``J = sum_e f(p_e, q_e)`` over entries ``e``, where ``p`` is the teacher and ``q`` the
-student. An entry is a vocabulary id, or everything outside the top-k taken together. With ``h_e = q_e df/dq_e``,
-
-    dJ/dz_i = h_i - q_i sum_e h_e        for an entry that is one id
-
-so that once ``sum_e h_e`` is known everywhere, each rank finishes its own columns alone. ``h`` and not ``df/dq`` is
-what the code carries: for the forward KL ``h = -p``, whereas ``df/dq = -p/q`` overflows.
+Owns the divergences over the full vocabulary and over the teacher's top-k, without ever gathering logits; their forms
+are ``divergences.py``'s. Leaves the choice of positions, the mean over them and alpha to ``objective.py``. Source: L_SD
+of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
 """
 
 from __future__ import annotations
@@ -18,23 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sdsearch.loss.divergences import Divergence, DivergenceName, check_choice
 from megatron_sdsearch.loss.logprobs import (
     LogNormalizer,
     check_temperature,
     compute_dtype,
     log_normalizers,
     row_blocks,
-    times_log,
 )
 from megatron_sdsearch.parallel.vocab import VocabShard
 
-DivergenceName = Literal["jsd", "forward_kl", "reverse_kl", "mse"]
 Tail = Literal["bucket", "renormalize", "drop"]
 
 
@@ -86,7 +77,7 @@ def vocab_parallel_jsd(
     _check_rows("teacher_logits", teacher_logits, student_logits)
     check_temperature(temperature)
     values: Tensor = _FullDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, teacher_logits.detach(), shard, _Divergence(divergence, beta), temperature
+        student_logits, teacher_logits.detach(), shard, Divergence(divergence, beta), temperature
     )
     return values
 
@@ -151,59 +142,17 @@ def vocab_parallel_topk_jsd(
     shard.check_logits(student_logits, "student_logits")
     _check_topk(topk, student_logits)
     check_temperature(temperature)
-    _check_choice("tail", tail, Tail)
+    check_choice("tail", tail, Tail)
     values: Tensor = _TopKDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits, topk, shard, _Divergence(divergence, beta), tail, temperature
+        student_logits, topk, shard, Divergence(divergence, beta), tail, temperature
     )
     return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Divergence:
-    """One divergence as ``f(p, q)`` per entry, together with ``h = q df/dq``."""
-
-    name: DivergenceName
-    beta: float
-
-    def __post_init__(self) -> None:
-        _check_choice("divergence", self.name, DivergenceName)
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta must lie inside (0, 1), got {self.beta}")
-
-    def terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """``f`` and ``h`` of each entry. -inf is welcome: an entry without mass contributes its limit, not a NaN."""
-        if self.name == "jsd":
-            return self._jsd_terms(log_p, log_q)
-        p, q = log_p.exp(), log_q.exp()
-        if self.name == "forward_kl":
-            return times_log(p, log_p - log_q), -p
-        if self.name == "reverse_kl":
-            value = times_log(q, log_q - log_p)
-            return value, value + q
-        return (p - q).square(), 2 * q * (q - p)
-
-    def _jsd_terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        # log m is taken relative to the larger of p and q. Unlike logaddexp, this is exact at p = q, where the loss and
-        # its gradient have to vanish, and keeps its relative precision near it.
-        gap = log_q - log_p
-        # Not where(.., 1 - beta, beta): of two Python numbers torch makes fp32, whatever the type of the rest.
-        weight_of_smaller = torch.full_like(gap, self.beta).masked_fill_(gap <= 0, 1 - self.beta)
-        log_m_over_larger = torch.log1p(weight_of_smaller * torch.expm1(-gap.abs()))
-        log_p_over_m = -gap.clamp(min=0) - log_m_over_larger
-        log_q_over_m = gap.clamp(max=0) - log_m_over_larger
-        slope = (1 - self.beta) * times_log(log_q.exp(), log_q_over_m)
-        return self.beta * times_log(log_p.exp(), log_p_over_m) + slope, slope
-
-    def summed(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For entries that are all at hand: ``J`` [Q], and ``h_e - q_e sum h``, its gradient by ``log q_e``."""
-        value, slope = self.terms(log_p, log_q)
-        return value.sum(-1), slope - log_q.exp() * slope.sum(-1, keepdim=True)
 
 
 class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, shard: VocabShard, divergence: _Divergence, temperature: float
+        ctx: Any, student: Tensor, teacher: Tensor, shard: VocabShard, divergence: Divergence, temperature: float
     ) -> Tensor:
         normalizers = log_normalizers([student, teacher], shard, temperature)
         sums = torch.zeros_like(torch.stack([each.maximum for each in normalizers]))
@@ -238,7 +187,7 @@ class _TopKDivergence(torch.autograd.Function):
         student: Tensor,
         topk: TopKDistribution,
         shard: VocabShard,
-        divergence: _Divergence,
+        divergence: Divergence,
         tail: Tail,
         temperature: float,
     ) -> Tensor:
@@ -313,7 +262,7 @@ class _HeadAndTail:
         return ((self.head - self.head.amax(-1, keepdim=True)) / self.temperature).log_softmax(-1)
 
 
-def _entry_gradient(log_p: Tensor, student: _HeadAndTail, divergence: _Divergence, tail: Tail) -> tuple[Tensor, Tensor]:
+def _entry_gradient(log_p: Tensor, student: _HeadAndTail, divergence: Divergence, tail: Tail) -> tuple[Tensor, Tensor]:
     """``J`` [Q] and its gradient [Q, k + 1] by the logit of each entry, the tail being one entry in every form."""
     if tail == "bucket":
         return divergence.summed(log_p, student.logprobs())
@@ -397,8 +346,3 @@ def _check_topk(topk: TopKDistribution, student_logits: Tensor) -> None:
     if topk.logprobs.shape != topk.ids.shape or topk.log_tail.shape != topk.ids.shape[:1]:
         shapes = [list(tensor.shape) for tensor in (topk.ids, topk.logprobs, topk.log_tail)]
         raise ValueError(f"topk.ids, topk.logprobs and topk.log_tail do not fit together: {shapes}")
-
-
-def _check_choice(name: str, value: str, literal: Any) -> None:
-    if value not in get_args(literal):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdsearch.loss.jsd import DivergenceName, Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.divergences import DivergenceName
+from megatron_sdsearch.loss.jsd import Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.parallel.vocab import VocabShard
 from tests.distributed.launch import WorkerFailed, run_distributed
