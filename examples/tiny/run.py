@@ -55,6 +55,10 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     common = [f"seed={seed}"]
     reinforce = [str(HERE / "config.yaml"), f"run_dir={out}", *common, *overrides]
     load_config(Path(reinforce[0]), reinforce[1:])  # a wrong override is said now, not after the warm start
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", f"{out} cannot be made: {error.strerror}", "give a folder to write to") from error
     facts = out / "world" / "facts.json"
     if facts.is_file() and json.loads(facts.read_text())["seed"] != seed:
         raise ConfigError(
