@@ -10,7 +10,7 @@ import itertools
 import json
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,20 @@ class Servers:
         return [p for p in members if p.status() != psutil.STATUS_ZOMBIE]
 
     def segments(self) -> set[Path]:
-        """Files in shared memory that they have mapped now, under whatever name."""
-        lines = [line for p in self.processes() for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
-        inodes = {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
-        return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
+        """Files in shared memory that they have mapped now."""
+        return segments_of(self.processes())
+
+
+def segments_of(processes: Sequence[psutil.Process]) -> set[Path]:
+    """Files in shared memory that are mapped now, under whatever name: a semaphore is mapped without its own."""
+    inodes = set()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except OSError:  # it ended meanwhile
+            continue
+        inodes |= {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
+    return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
 
 
 def tiny_config(vocab_size: int, *, is_tied: bool = True) -> Qwen2Config:
@@ -144,6 +154,13 @@ def untied_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 def servers(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Two servers that start from the first tied model."""
     with serving(models[0], tmp_path_factory.mktemp("logs"), 2) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def untied_servers(untied_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One, for a running server takes no other architecture. Nobody gives its supervisor weights: it reloads none."""
+    with serving(untied_models[0], tmp_path_factory.mktemp("logs"), 1) as servers:
         yield servers
 
 
