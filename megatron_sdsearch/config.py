@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_sdsearch.errors import ConfigError
 
@@ -108,6 +109,25 @@ class SGLangConfig(Section):
     """Publishes between proofs that the servers hold the trainer's very weights; 0 never."""
     colocated: bool = False
     """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        """Without slashes at their ends: urls are compared, and routes appended to them."""
+        for url in urls:
+            if not is_server_url(url):
+                raise ConfigError("rollout.sglang.urls", f"{url!r} is not a server's", "write http://host:port")
+        stripped = tuple(url.rstrip("/") for url in urls)
+        if len(set(stripped)) < len(stripped):
+            raise ConfigError("rollout.sglang.urls", f"{list(urls)} names a server twice", "name each once")
+        return stripped
+
+    @field_validator("command")
+    @classmethod
+    def _check_command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        if not command:
+            raise ConfigError("rollout.sglang.command", "empty", "give what starts a server")
+        return command
 
 
 class RolloutConfig(Section):
@@ -353,6 +373,15 @@ class RunConfig(Section):
         trajectories = self.data.questions_per_step * self.rollout.group_size
         per_step = math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
         return self.train.num_steps * per_step
+
+
+def is_server_url(url: str) -> bool:
+    """Whether it is ``http://host:port`` or the like."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def _known(path: Path | None) -> Path:

@@ -7,7 +7,9 @@ server holds the current version; a restart keeps the url. One server is `superv
 
 from __future__ import annotations
 
+import logging
 import random
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -16,8 +18,10 @@ from pathlib import Path
 
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError
-from megatron_sdsearch.rollout.server_process import read_model_info
+from megatron_sdsearch.rollout.server_process import find_obstacle
 from megatron_sdsearch.rollout.supervised_server import Patience, Published, SupervisedServer
+
+_log = logging.getLogger(__name__)
 
 # Below Linux's ephemeral ports: between two lives no outgoing connection can take a server's port.
 PORTS = range(20_000, 32_000)
@@ -52,7 +56,7 @@ class ServerSupervisor:
             patience: time limits other than ``config.start_timeout_s``; None takes the usual ones.
 
         Raises:
-            ConfigError: too few GPUs.
+            ConfigError: too few GPUs, or there is no program of the command's name.
             EngineError: no free port.
         """
         self._config = config
@@ -61,6 +65,7 @@ class ServerSupervisor:
         self._servers: list[SupervisedServer] = []
         if config.urls:
             return
+        _check_program(config)
         devices = _split_gpus(gpus, config)
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(_free_ports(config.num_servers, host)):
@@ -89,6 +94,7 @@ class ServerSupervisor:
         Raises:
             EngineError: one died, or does not serve within ``config.start_timeout_s``, with the end of its log. A first
                 start is not tried again. All servers are ended.
+            ConfigError: where an attached one should be, there is something else, or no such host.
         """
         if self._attached:
             self._wait_for_attached()
@@ -119,11 +125,11 @@ class ServerSupervisor:
         """Call often: a server that cannot be helped ends the run.
 
         Raises:
-            EngineError: a server did not start or has used up its restarts, with the end of its log.
+            EngineError: servers did not start or have used up their restarts, with the ends of their logs.
         """
-        for server in self._servers:
-            if server.failure is not None:
-                raise EngineError(server.failure)
+        failures = [server.failure for server in self._servers if server.failure is not None]
+        if failures:
+            raise EngineError("\n".join(failures))
 
     def snapshot(self) -> dict[str, int]:
         """Restarts so far by url, of own servers."""
@@ -139,11 +145,14 @@ class ServerSupervisor:
     def _wait_for_attached(self) -> None:
         deadline = time.monotonic() + self._config.start_timeout_s
         for url in self._attached:
-            while read_model_info(url, self._patience.answer_s) is None:
+            is_said = False
+            while obstacle := find_obstacle(url, self._patience.answer_s):
+                words = f"{url}/model_info does not answer: {obstacle}"
                 if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{url}/model_info does not answer: no SGLang server, or none reachable from here"
-                    )
+                    raise EngineError(f"{words}; see rollout.sglang.urls")
+                if not is_said:  # a mistyped port looks like a server that is still starting
+                    _log.warning("%s; waiting up to %g s (rollout.sglang)", words, self._config.start_timeout_s)
+                    is_said = True
                 time.sleep(self._patience.poll_s)
 
 
@@ -153,6 +162,13 @@ class _Devices:
 
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+
+
+def _check_program(config: SGLangConfig) -> None:
+    program = config.command[0]
+    if shutil.which(program, path=config.environment.get("PATH")) is None:
+        mend = "give the python of an environment that has sglang, and what starts a server with it"
+        raise ConfigError("rollout.sglang.command", f"there is no program {program!r} here", mend)
 
 
 def _split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[_Devices]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_sdsearch.config import ObjectiveConfig, RunConfig, load_config, parse_config
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig, flatten, load_config, parse_config
 from megatron_sdsearch.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_servers_urls_lose_their_last_slash() -> None:
+    config = parse_config(merged(RL, {"rollout.sglang.urls": ["http://a:1/", "http://b:2"]}))
+    assert config.rollout.sglang.urls == ("http://a:1", "http://b:2")
+
+
 @pytest.mark.parametrize("base", [RL, WARM_START], ids=["rl", "warm_start"])
 def test_a_right_config_parses(base: dict[str, Any]) -> None:
     assert parse_config(base).run_dir == Path("runs/x")
@@ -87,6 +92,9 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
+        ({"rollout.sglang.urls": ["host:30000"]}, "rollout.sglang.urls", "'host:30000'", "http://host:port"),
+        ({"rollout.sglang.urls": ["http://a:1", "http://a:1/"]}, "rollout.sglang.urls", "twice", "each once"),
+        ({"rollout.sglang.command": []}, "rollout.sglang.command", "empty", "give what starts a server"),
         ({"parallel.sequence": True}, "parallel.sequence", "parallel.tensor=1", "parallel.tensor >= 2"),
         ({"parallel.tensor": 0}, "parallel.tensor", "0", "greater than or equal to 1"),
         ({"model.dtype": "float16"}, "model.dtype", "'float16'", "'float32' or 'bfloat16'"),
@@ -375,13 +383,9 @@ def test_there_are_examples_to_parse() -> None:
 def test_every_shipped_config_parses_and_keeps_what_it_says(path: Path) -> None:
     config = load_config(path)
     written: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    parsed = config.model_dump(mode="json")
-    for section, settings in written.items():
-        if not isinstance(settings, dict):
-            assert parsed[section] == settings
-            continue
-        for name, value in settings.items():
-            assert parsed[section][name] == value, f"{section}.{name}"
+    parsed = flatten(config.model_dump(mode="json"))
+    for name, value in flatten(written).items():
+        assert parsed[name] == value, name
 
 
 @given(alpha=st.floats(0, 10), warmup=st.integers(0, 20), step=st.integers(0, 60))

@@ -89,7 +89,7 @@ def segments_of(processes: Sequence[psutil.Process]) -> set[Path]:
 
 
 def tiny_config(vocab_size: int, *, is_tied: bool = True) -> Qwen2Config:
-    """2 layers, grouped queries; sharp enough that greedy choices are not ties. 4 MiB: several of the smallest buckets."""
+    """2 layers, grouped queries; sharp enough that greedy choices are no ties; 4 MiB: some of the smallest buckets."""
     return Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=128,

@@ -1,4 +1,4 @@
-"""Real trainers give their weights to real servers, in every way that there is, and find out servers that hold others."""
+"""Real trainers give their weights to real servers in every way there is, and find out servers that hold others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Case:
             self.model,
             self.folder / "run",
             {"alpha": 0.0, "kl_coef": 0.0},
-            parallel=self.layout,
+            parallel=dict(self.layout),
             rollout={"engine": "sglang", "sglang": sglang},
             optimizer={"lr": 1e-2},
         )
@@ -119,9 +119,7 @@ async def _load(url: str, folder: Path, version: int) -> None:
 
 def assert_published(servers: Servers, model: Path, folder: Path, layout: dict[str, int], weight_sync: str) -> None:
     first, second = servers.next_version(), servers.next_version()
-    case = Case(
-        urls=servers.urls, model=model, folder=folder, version=first, layout=layout, weight_sync=weight_sync
-    )
+    case = Case(urls=servers.urls, model=model, folder=folder, version=first, layout=layout, weight_sync=weight_sync)
     assert min(run_distributed(publish_twice, 2, case)) >= 3
     for url in servers.urls:
         assert weight_version(url) == str(second)
@@ -152,9 +150,7 @@ def test_a_server_with_other_weights_under_the_right_version_is_found_out(
     servers: Servers, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     version = servers.next_version()
-    case = Case(
-        urls=servers.urls, model=models[0], folder=tmp_path, version=version, layout=TP, weight_sync="tensor"
-    )
+    case = Case(urls=servers.urls, model=models[0], folder=tmp_path, version=version, layout=TP, weight_sync="tensor")
     for words in run_distributed(publish_and_be_deceived, 2, case, models[1]):
         for said, what in zip(words, ("tensors differ", "log-probabilities differ"), strict=True):
             assert f"{servers.urls[1]} does not hold the published weights" in said
