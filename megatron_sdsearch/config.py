@@ -110,6 +110,13 @@ class SGLangConfig(Section):
     colocated: bool = False
     """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
 
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _check_is_list(cls, urls: object) -> object:
+        if isinstance(urls, str):
+            raise ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")
+        return urls
+
     @field_validator("urls")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:

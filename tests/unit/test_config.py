@@ -92,6 +92,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
+        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "no list", "write [http://a:1]"),
         ({"rollout.sglang.urls": ["host:30000"]}, "rollout.sglang.urls", "'host:30000'", "http://host:port"),
         ({"rollout.sglang.urls": ["http://a:1", "http://a:1/"]}, "rollout.sglang.urls", "twice", "each once"),
         ({"rollout.sglang.command": []}, "rollout.sglang.command", "empty", "give what starts a server"),

@@ -80,18 +80,26 @@ class Trainer:
 
 
 def publish_twice(_rank: int, _world_size: int, case: Case) -> int:
-    """Publish, learn, publish, export; the number of buckets of one publish."""
+    """Publish, learn, publish after an attempt that broke off, export; the number of buckets of one publish."""
     trainer = Trainer(case)
     trainer.publisher.publish(trainer.policy, case.version)
     trainer.learn()
-    trainer.publisher.publish(trainer.policy, case.version + 1)
     fleet = ServerFleet(case.urls, timeout_s=60.0)
+    if trainer.parallel.is_main:
+        fleet.call(case.urls, be_interrupted)
+    trainer.publisher.publish(trainer.policy, case.version + 1)
     verify_logprobs(trainer.policy, fleet, case.urls, trainer.parallel)
     fleet.close()
     trainer.publisher.close()
     weights, target = trainer.policy.hf_weights(), case.folder / "new"
     write_hf_folder(weights, case.model, target, is_writer=trainer.parallel.is_main)
     return len(list(buckets(trainer.policy.hf_weights(), case.config.rollout.sglang.weight_bucket_mb << 20)))
+
+
+async def be_interrupted(server: SGLangServer) -> None:
+    """What a publish leaves behind when another server dies half-way, or its trainer does."""
+    await server.pause("abort")
+    await server.begin_weight_update()
 
 
 def publish_and_be_deceived(_rank: int, _world_size: int, case: Case, other_model: Path) -> list[str]:
