@@ -137,12 +137,14 @@ class ServerSupervisor:
             server.join()
 
     def _wait_for_attached(self) -> None:
-        deadline = time.monotonic() + self._config.start_timeout_s
+        limit_s = self._config.start_timeout_s
+        deadline = time.monotonic() + limit_s
         for url in self._attached:
             while read_model_info(url, self._patience.answer_s) is None:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{url}/model_info does not answer: no SGLang server, or none reachable from here"
+                        f"{url}/model_info does not answer within {limit_s:g} s: no SGLang server, or none reachable from here; correct rollout.sglang.urls, or raise "
+                        "rollout.sglang.start_timeout_s if it is still starting"
                     )
                 time.sleep(self._patience.poll_s)
 

@@ -248,7 +248,9 @@ def test_attached_servers_are_waited_for_and_left_alone(world: World) -> None:
     attached.close()
     assert version(own) == "default"
     missing = world.supervise(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
-    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/model_info does not answer"):
+    with pytest.raises(
+        EngineError, match=r"127\.0\.0\.1:9/model_info does not answer within 0\.2 s.*rollout\.sglang\.urls"
+    ):
         missing.start()
 
 
