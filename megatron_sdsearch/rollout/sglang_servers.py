@@ -143,8 +143,9 @@ class ServerSupervisor:
             while read_model_info(url, self._patience.answer_s) is None:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{url}/model_info does not answer within {limit_s:g} s: no SGLang server, or none reachable from here; correct rollout.sglang.urls, or raise "
-                        "rollout.sglang.start_timeout_s if it is still starting"
+                        f"{url}/model_info does not answer within {limit_s:g} s: no SGLang server, or none reachable "
+                        "from here; correct rollout.sglang.urls, or, if it is still starting, raise "
+                        "rollout.sglang.start_timeout_s"
                     )
                 time.sleep(self._patience.poll_s)
 
