@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -56,7 +55,7 @@ class ServerSupervisor:
             patience: time limits other than ``config.start_timeout_s``; None takes the usual ones.
 
         Raises:
-            ConfigError: too few GPUs, or there is no program of the command's name.
+            ConfigError: too few GPUs.
             EngineError: no free port.
         """
         self._config = config
@@ -65,7 +64,6 @@ class ServerSupervisor:
         self._servers: list[SupervisedServer] = []
         if config.urls:
             return
-        _check_program(config)
         devices = _split_gpus(gpus, config)
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(_free_ports(config.num_servers, host)):
@@ -143,15 +141,19 @@ class ServerSupervisor:
             server.join()
 
     def _wait_for_attached(self) -> None:
-        deadline = time.monotonic() + self._config.start_timeout_s
+        limit_s = self._config.start_timeout_s
+        deadline = time.monotonic() + limit_s
         for url in self._attached:
             is_said = False
             while obstacle := find_obstacle(url, self._patience.answer_s):
                 words = f"{url}/model_info does not answer: {obstacle}"
                 if time.monotonic() > deadline:
-                    raise EngineError(f"{words}; see rollout.sglang.urls")
+                    raise EngineError(
+                        f"{words} within {limit_s:g} s; correct rollout.sglang.urls, or, if it is still starting, "
+                        "raise rollout.sglang.start_timeout_s"
+                    )
                 if not is_said:  # a mistyped port looks like a server that is still starting
-                    _log.warning("%s; waiting up to %g s (rollout.sglang)", words, self._config.start_timeout_s)
+                    _log.warning("%s; waiting up to %g s (rollout.sglang.start_timeout_s)", words, limit_s)
                     is_said = True
                 time.sleep(self._patience.poll_s)
 
@@ -162,13 +164,6 @@ class _Devices:
 
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def _check_program(config: SGLangConfig) -> None:
-    program = config.command[0]
-    if shutil.which(program, path=config.environment.get("PATH")) is None:
-        mend = "give the python of an environment that has sglang, and what starts a server with it"
-        raise ConfigError("rollout.sglang.command", f"there is no program {program!r} here", mend)
 
 
 def _split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[_Devices]:

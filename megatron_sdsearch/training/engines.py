@@ -167,7 +167,9 @@ class SGLangPolicyEngine:
 
 def _supervisor(config: RunConfig) -> ServerSupervisor:
     sglang = config.rollout.sglang
-    started = sglang.model_copy(update={"arguments": ("--dtype", config.model.dtype, *sglang.arguments)})
+    # Without the second flag a server answers that it has released its memory, and keeps it.
+    flags = ("--dtype", config.model.dtype, *(("--enable-memory-saver",) if sglang.colocated else ()))
+    started = sglang.model_copy(update={"arguments": (*flags, *sglang.arguments)})
     return ServerSupervisor(
         started,
         model_path=config.model.hf_dir.resolve(),

@@ -231,12 +231,6 @@ def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again
     assert world.leftovers() == []  # the first one neither
 
 
-def test_a_command_that_does_not_exist_is_reported_at_once(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"there is no program 'no-such-program'") as caught:
-        world.supervise(command=("no-such-program", "--flag"))
-    assert caught.value.field == "rollout.sglang.command"
-
-
 def test_a_command_that_cannot_be_started_is_reported_at_once(world: World) -> None:
     program = world.folder / "no_program"
     program.write_text("#!/no/such/interpreter\n")
