@@ -197,7 +197,7 @@ def test_a_run_survives_the_death_of_a_server_in_mid_step(start: Start) -> None:
     assert any(row["engine/num_cached_tokens"] > 0 for row in rows), "which share their prefix"
     assert run.log(1).count("supervisor: start, restart") == 2
     assert run.log(0).count("supervisor: start, restart") == 1
-    assert f"{run.url(1)} is back with weight version" in run.output or num_done > KILLED_AFTER + 1
+    assert f"{run.url(1)} is back with weight version" in run.output
 
 
 def test_without_servers_a_run_ends_soon_and_says_which_failed(start: Start) -> None:
