@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_sdsearch.errors import ConfigError
 
@@ -82,7 +84,7 @@ class SGLangConfig(Section):
     num_servers: PositiveInt = 1
     """Started by the first rank, on its node."""
     tensor: PositiveInt = 1
-    """GPUs of each started server."""
+    """Tensor-parallel GPUs of each server; of attached ones it must be said, too."""
     command: tuple[str, ...] = ("python3", "-m", "sglang.launch_server")
     """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
     arguments: tuple[str, ...] = ()
@@ -108,6 +110,18 @@ class SGLangConfig(Section):
     """Publishes between proofs that the servers hold the trainer's very weights; 0 never."""
     colocated: bool = False
     """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _check_is_list(cls, urls: object) -> object:
+        if isinstance(urls, str):
+            raise ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")
+        return urls
+
+    @field_validator("urls")
+    @classmethod
+    def _without_last_slash(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(url.rstrip("/") for url in urls)  # one server has one name
 
 
 class RolloutConfig(Section):
@@ -308,7 +322,7 @@ class RunConfig(Section):
         return self
 
     def check_files(self) -> None:
-        """Every path that will be read exists.
+        """Every path that will be read, and every program that will be started, exists.
 
         Raises:
             ConfigError: naming the first field whose path does not.
@@ -325,6 +339,8 @@ class RunConfig(Section):
         for field, path in paths.items():
             if not path.exists():
                 raise ConfigError(field.strip(), f"{path} does not exist", "give a path that exists")
+        if self.samples_from_sglang and not self.rollout.sglang.urls:
+            _check_command(self.rollout.sglang)
 
     def check_world(self, world_size: int, has_gpu: bool) -> None:
         """The layout fits the processes that were started and the hardware.
@@ -344,6 +360,13 @@ class RunConfig(Section):
         if self.model.dtype != wanted:
             reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
             raise ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+        if self.samples_from_sglang and not has_gpu:
+            _check_without_gpu(self.rollout.sglang)
+
+    @property
+    def samples_from_sglang(self) -> bool:
+        """``rollout.sglang`` is read at all."""
+        return self.train.mode == "rl" and self.rollout.engine == "sglang"
 
     @property
     def num_updates(self) -> int:
@@ -365,8 +388,53 @@ def _require(field: str, value: object, reason: str) -> None:
         raise ConfigError(field, f"missing, and {reason}", f"set {field}")
 
 
+def is_server_url(url: str) -> bool:
+    """Whether it is ``http://host:port``, or https, or without a port."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    field = "rollout.sglang.urls"
+    for url in urls:
+        if not is_server_url(url):
+            raise ConfigError(field, f"{url!r} is not the url of a server", "write it as http://host:port")
+        if urls.count(url) > 1:
+            raise ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
+
+
+def _check_command(sglang: SGLangConfig) -> None:
+    field = "rollout.sglang.command"
+    if not sglang.command:
+        raise ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
+    # The server is started with this environment, and found by its PATH.
+    program, path = sglang.command[0], sglang.environment.get("PATH")
+    if shutil.which(program, path=path) is None:
+        raise ConfigError(
+            f"{field}[0]",
+            f"{program} is no program" + (f" in {path}" if path else " here"),
+            "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls",
+        )
+
+
+def _check_without_gpu(sglang: SGLangConfig) -> None:
+    if sglang.colocated:
+        raise ConfigError(
+            "rollout.sglang.colocated", "true without a GPU, where there is no memory to share", "set it to false"
+        )
+    if sglang.tensor > 1 and not sglang.urls:
+        raise ConfigError(
+            "rollout.sglang.tensor", f"{sglang.tensor} GPUs of a server, and there is none", "set it to 1"
+        )
+
+
 def _check_rollout(config: RunConfig) -> None:
     rollout = config.rollout
+    if config.samples_from_sglang:
+        _check_urls(rollout.sglang.urls)
     if rollout.group_size < 2:
         raise ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
     least = rollout.max_prompt_tokens + rollout.max_response_tokens

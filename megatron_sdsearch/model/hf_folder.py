@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -90,7 +91,11 @@ class _ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._tensors, self._file(len(self._names)), metadata={"format": "pt"})
+        file = self._file(len(self._names))
+        try:
+            save_file(self._tensors, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # what a full disk is to it
+            raise OSError(f"{file}: {error}") from error
         self._names.append(list(self._tensors))
         self._total_bytes += self._num_bytes
         self._tensors, self._num_bytes = {}, 0
@@ -115,5 +120,10 @@ def _replace(target: Path, complete: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    complete.rename(target)
+    try:
+        complete.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.rollout import server_guardian
 
 # What torchrun tells its workers. A server that reads them would join the trainer's rendezvous instead of its own.
@@ -100,6 +101,29 @@ def read_model_info(url: str, timeout_s: float) -> dict[str, Any] | None:
         return _call(url + "/model_info", None, timeout_s)
     except (OSError, http.client.HTTPException, ValueError):
         return None
+
+
+def find_obstacle(url: str, timeout_s: float) -> str:
+    """Why a server that somebody else runs does not answer /model_info yet; empty when it does.
+
+    Raises:
+        ConfigError: waiting is of no use: the host has no address, or something else than SGLang answers.
+    """
+    mend = "give the url of an SGLang server"
+    try:
+        _call(url + "/model_info", None, timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            raise ConfigError("rollout.sglang.urls", f"{url}/model_info answers HTTP {error.code}", mend) from error
+        return f"HTTP {error.code}"
+    except ValueError as error:
+        raise ConfigError("rollout.sglang.urls", f"{url}/model_info does not answer with JSON", mend) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
+            raise ConfigError("rollout.sglang.urls", f"{url}: {reason.strerror}", mend) from error
+        return str(reason) or type(reason).__name__
+    return ""
 
 
 def load_weights(url: str, path: Path, version: int, timeout_s: float) -> None:

@@ -13,10 +13,10 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from megatron_sdsearch.config import is_server_url
 from megatron_sdsearch.errors import EngineError, ServerRefusedError, ServerUnavailableError
 
 Json = dict[str, Any]
@@ -301,12 +301,7 @@ def check_url(url: str) -> None:
     Raises:
         EngineError: it is not.
     """
-    try:
-        parts = urlsplit(url)
-        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_good = False
-    if not is_good:
+    if not is_server_url(url):
         raise EngineError(f"{url!r} is not the url of a server; write it as http://host:port")
 
 

@@ -7,6 +7,7 @@ server holds the current version; a restart keeps the url. One server is `superv
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError
-from megatron_sdsearch.rollout.server_process import read_model_info
+from megatron_sdsearch.rollout.server_process import find_obstacle
 from megatron_sdsearch.rollout.supervised_server import Patience, Published, SupervisedServer
+
+_log = logging.getLogger(__name__)
 
 # Below Linux's ephemeral ports: between two lives no outgoing connection can take a server's port.
 PORTS = range(20_000, 32_000)
@@ -89,6 +92,7 @@ class ServerSupervisor:
         Raises:
             EngineError: one died, or does not serve within ``config.start_timeout_s``, with the end of its log. A first
                 start is not tried again. All servers are ended.
+            ConfigError: where an attached one should be, there is something else, or no such host.
         """
         if self._attached:
             self._wait_for_attached()
@@ -119,11 +123,11 @@ class ServerSupervisor:
         """Call often: a server that cannot be helped ends the run.
 
         Raises:
-            EngineError: a server did not start or has used up its restarts, with the end of its log.
+            EngineError: servers did not start or have used up their restarts, with the ends of their logs.
         """
-        for server in self._servers:
-            if server.failure is not None:
-                raise EngineError(server.failure)
+        failures = [server.failure for server in self._servers if server.failure is not None]
+        if failures:
+            raise EngineError("\n".join(failures))
 
     def snapshot(self) -> dict[str, int]:
         """Restarts so far by url, of own servers."""
@@ -137,13 +141,20 @@ class ServerSupervisor:
             server.join()
 
     def _wait_for_attached(self) -> None:
-        deadline = time.monotonic() + self._config.start_timeout_s
+        limit_s = self._config.start_timeout_s
+        deadline = time.monotonic() + limit_s
         for url in self._attached:
-            while read_model_info(url, self._patience.answer_s) is None:
+            is_said = False
+            while obstacle := find_obstacle(url, self._patience.answer_s):
+                words = f"{url}/model_info does not answer: {obstacle}"
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{url}/model_info does not answer: no SGLang server, or none reachable from here"
+                        f"{words} within {limit_s:g} s; correct rollout.sglang.urls, or, if it is still starting, "
+                        "raise rollout.sglang.start_timeout_s"
                     )
+                if not is_said:  # a mistyped port looks like a server that is still starting
+                    _log.warning("%s; waiting up to %g s (rollout.sglang.start_timeout_s)", words, limit_s)
+                    is_said = True
                 time.sleep(self._patience.poll_s)
 
 

@@ -169,7 +169,8 @@ class SupervisedServer:
         return None
 
     def _give_up(self, cause: str) -> None:
-        tries = f" (restarts: {self.num_restarts})" if self.has_served.is_set() else " at its start"
+        at_start = " at its start (see rollout.sglang.command and .arguments)"
+        tries = f" (restarts: {self.num_restarts})" if self.has_served.is_set() else at_start
         self.failure = (
             f"SGLang server {self._index} ({self.url}) {cause}{tries}; {self._log} ends with:\n{read_tail(self._log)}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
 
 Counts = dict[str, int]
+_HEAD_START_S = 5.0
 
 
 class PolicyEngine(Protocol):
@@ -42,6 +44,14 @@ class PolicyEngine(Protocol):
 
     def rest(self) -> None:
         """Nothing is sampled until the next publish."""
+        ...
+
+    def explain(self) -> None:
+        """The engine has failed on this rank, which may know better than the engine why; called by that rank alone.
+
+        Raises:
+            EngineError: the cause.
+        """
         ...
 
     def take_counts(self) -> Counts:
@@ -86,6 +96,9 @@ class EmbeddedPolicyEngine:
     def rest(self) -> None:
         """Nothing to give back."""
 
+    def explain(self) -> None:
+        """The engine has said it all."""
+
     def take_counts(self) -> Counts:
         """Nothing to count."""
         return {}
@@ -125,6 +138,13 @@ class SGLangPolicyEngine:
         """Colocated servers give their memory up."""
         self._publisher.release_memory()
 
+    def explain(self) -> None:
+        """The first rank has the servers' logs; the others let it speak first, for it starves when they do."""
+        if self._supervisor is not None:
+            self._supervisor.check()
+        else:
+            time.sleep(_HEAD_START_S)
+
     def take_counts(self) -> Counts:
         """Retries and moves of this rank's client; restarts so far, by the first rank."""
         stats = self._client.take_stats()
@@ -147,7 +167,9 @@ class SGLangPolicyEngine:
 
 def _supervisor(config: RunConfig) -> ServerSupervisor:
     sglang = config.rollout.sglang
-    started = sglang.model_copy(update={"arguments": ("--dtype", config.model.dtype, *sglang.arguments)})
+    # Without the second flag a server answers that it has released its memory, and keeps it.
+    flags = ("--dtype", config.model.dtype, *(("--enable-memory-saver",) if sglang.colocated else ()))
+    started = sglang.model_copy(update={"arguments": (*flags, *sglang.arguments)})
     return ServerSupervisor(
         started,
         model_path=config.model.hf_dir.resolve(),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_sdsearch.config import RetrievalConfig, RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
@@ -70,7 +72,7 @@ class DistributedRollouts:
         """The step's groups with their hindsight, in the order of their places, on every rank."""
         rank, world_size = self._parallel.rank, self._parallel.world_size
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
-        with without_cpu_layer():
+        with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
         groups = [(group, self._hindsight(group)) for group in collected.groups]
         own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=self._source.take_counts())
@@ -83,7 +85,7 @@ class DistributedRollouts:
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order, on every rank."""
-        with without_cpu_layer():
+        with self._sampling():
             groups = self._collector.evaluate(self._share(questions), step=step)
         return _in_turn(self._parallel.all_gather_object(groups))
 
@@ -102,7 +104,9 @@ class DistributedRollouts:
         )
         members = [group for group, _ in share], [blocks for _, blocks in share]
         work = probe_queries(*members, self._source.engine, self._retriever, self.renderer, params)
-        return merge(self._parallel.all_gather_object(self._collector.run(work)))
+        with self._sampling():
+            result = self._collector.run(work)
+        return merge(self._parallel.all_gather_object(result))
 
     def close(self) -> None:
         """Close engine, retriever and event loop, and end servers."""
@@ -110,6 +114,15 @@ class DistributedRollouts:
             self._collector.close()
         finally:
             self._source.close()
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        with without_cpu_layer():
+            try:
+                yield
+            except EngineError:
+                self._source.explain()
+                raise
 
     def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
         return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)

@@ -83,7 +83,7 @@ class Run:
     def ranks(self) -> dict[int, Any]:
         """The workers that torchrun started, as psutil processes by rank."""
         by_rank = {}
-        for process in self._descendants():
+        for process in self.descendants():
             try:
                 rank = process.environ().get("RANK")
             except psutil.Error:  # it ended meanwhile
@@ -109,7 +109,7 @@ class Run:
 
     def kill(self) -> None:
         """SIGKILL to the group, and to each worker's group: torchrun gives every worker a session of its own."""
-        members = self._descendants()
+        members = self.descendants()
         for leader in (self._process.pid, *(process.pid for process in members)):
             try:
                 if os.getpgid(leader) == leader:
@@ -119,7 +119,12 @@ class Run:
         psutil.wait_procs(members, timeout=10)
         self._process.wait(10)
 
-    def _descendants(self) -> list[Any]:
+    def interrupt(self) -> None:
+        """Ctrl-C at the terminal: SIGINT to the group of torchrun."""
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    def descendants(self) -> list[Any]:
+        """All that run now, below torchrun."""
         try:
             return list(self._root.children(recursive=True))
         except psutil.NoSuchProcess:

@@ -12,20 +12,24 @@ import math
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from aiohttp import web
 
+from tests.loopback.fake_weights import FakeWeights
+
 Json = dict[str, Any]
 Model = Callable[[int, Sequence[int]], tuple[int, float]]
 """(number of the weights, all ids so far) -> (next id, its log-probability)."""
+Handler = Callable[[Json], Awaitable[Json | None] | Json | str | None]
 Fault = Literal["500", "400", "hang", "drop", "garbage", "abort", "swap", "die", "mismatch"]
 
 VOCAB_SIZE = 200
 EOS_ID = 3
+_MEMORY = ("kv_cache", "weights", "cuda_graph")
 _PROBS = (0.5, 0.3, 0.15, 0.05)
 _SAMPLING_FIELDS = {
     "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop", "stop_token_ids", "skip_special_tokens",
@@ -76,6 +80,9 @@ class FakeSGLang:
         calls: (route, body) of all other calls, in order.
         max_running: most requests that ever ran at once.
         num_aborted: requests ended by /abort_request; ``num_gone``: by a client that closed the connection.
+        model_weights: really receives tensors, when given; else an update changes the number of the weights alone.
+        dies_at: routes; the next call of one is not answered, and kills it.
+        offloaded: memory that it has given up; taking back what it has not given up kills it.
     """
 
     def __init__(
@@ -87,7 +94,11 @@ class FakeSGLang:
         is_old: bool = False,
         max_total_tokens: int = 1000,
         token_delay_s: float = 0.0,
+        model_weights: FakeWeights | None = None,
     ) -> None:
+        self.model_weights = model_weights
+        self.dies_at: set[str] = set()
+        self.offloaded: set[str] = set()
         self.weights, self.version, self.model = weights, version, model
         self.is_old = is_old
         self.max_total_tokens = max_total_tokens
@@ -161,7 +172,7 @@ class FakeSGLang:
         self.weights, self.version = self._first_state
         if version is not None:
             self.version = version
-        self._seen, self._has_session = [], False
+        self._seen, self._has_session, self._pause_mode, self.offloaded = [], False, "", set()
         await self.start()
 
     def hold(self, weights: int, version: str) -> None:
@@ -274,14 +285,23 @@ class FakeSGLang:
         self.calls.append(("/health_generate", {}))
         return web.Response(status=503 if self.is_sick else 200)
 
-    def _control(self, route: str, handler: Callable[[Json], Json | str | None]) -> Any:
+    async def _crash(self) -> None:
+        self._later(self.die())
+        await asyncio.sleep(60)
+
+    def _control(self, route: str, handler: Handler) -> Any:
         async def respond(http: web.Request) -> web.Response:
             content = await http.read()
             body = json.loads(content) if content else {}
             self.calls.append((route, body))
+            if route in self.dies_at:
+                self.dies_at.remove(route)
+                await self._crash()
             if route in self.replies:
                 return web.json_response(self.replies[route])
             answer = handler(body)
+            if isinstance(answer, Awaitable):
+                answer = await answer
             if answer is None:
                 return web.Response()
             if isinstance(answer, str):
@@ -290,9 +310,9 @@ class FakeSGLang:
 
         return respond
 
-    def _controls(self) -> dict[str, Callable[[Json], Json | str | None]]:
+    def _controls(self) -> dict[str, Handler]:
         """Handlers: None is an empty 200, a text a bare 400, a JSON object carries its success."""
-        controls: dict[str, Callable[[Json], Json | str | None]] = {
+        controls: dict[str, Handler] = {
             "/abort_request": self._abort,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
@@ -303,8 +323,8 @@ class FakeSGLang:
             "/update_weights_from_distributed": self._from_distributed,
             "/destroy_weights_update_group": self._destroy_group,
             "/weights_checker": self._checksum,
-            "/release_memory_occupation": lambda body: None,
-            "/resume_memory_occupation": lambda body: None,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._resume,
         }
         if not self.is_old:
             controls["/begin_weight_update"] = self._begin
@@ -327,6 +347,17 @@ class FakeSGLang:
         self._pause_mode = ""
         return {"message": "Generation continued successfully.", "status": "ok"}
 
+    async def _release(self, body: Json) -> None:
+        if self._running:  # the real one asserts that it is idle
+            await self._crash()
+        self.offloaded |= set(body.get("tags") or _MEMORY)
+
+    async def _resume(self, body: Json) -> None:
+        tags = set(body.get("tags") or _MEMORY)
+        if not tags <= self.offloaded:
+            await self._crash()
+        self.offloaded -= tags
+
     def _flush(self, body: Json) -> str | None:
         if self._running and self._pause_mode != "retract":
             return "Flush cache failed: requests are running."
@@ -347,21 +378,29 @@ class FakeSGLang:
         files = sorted(Path(body["model_path"]).glob("*.safetensors"))
         if not files:
             return _failure(f"Failed to get weights iterator: {body['model_path']} is not a folder with weights")
+        if self.model_weights is not None:
+            self.model_weights.load_folder(Path(body["model_path"]))
         return self._take(body, zlib.crc32(b"".join(file.read_bytes() for file in files)))
 
     def _from_tensor(self, body: Json) -> Json:
         if not self._has_session and not self.is_old:
             return _failure("no weight-update session is open")
+        if self.model_weights is not None:
+            self.model_weights.load_serialized(body)
         return self._take(body, zlib.crc32("".join(body["serialized_named_tensors"]).encode()))
 
-    def _from_distributed(self, body: Json) -> Json:
+    async def _from_distributed(self, body: Json) -> Json:
         if not self._has_session and not self.is_old:
             return _failure("no weight-update session is open")
         if body["group_name"] not in self._groups:
             return _failure(f"group {body['group_name']} not found")
+        if self.model_weights is not None:
+            await asyncio.to_thread(self.model_weights.receive, body)
         return self._take(body, zlib.crc32("".join(body["names"]).encode()))
 
-    def _init_group(self, body: Json) -> Json:
+    async def _init_group(self, body: Json) -> Json:
+        if self.model_weights is not None:
+            await asyncio.to_thread(self.model_weights.join, body)
         self._groups.add(body["group_name"])
         return {"success": True, "message": "Succeeded to initialize custom process group."}
 
@@ -387,7 +426,8 @@ class FakeSGLang:
         if body.get("action") != "checksum":
             return _failure(f"unknown action {body.get('action')}")
         value = f"{self.weights:08x}"
-        rank = {"checksums": {"toy.weight": value}, "per_gpu_checksum": value}
+        checksums = {"toy.weight": value} if self.model_weights is None else self.model_weights.checksums()
+        rank = {"checksums": checksums, "per_gpu_checksum": value}
         return {"success": True, "message": "Success", "ranks": [rank], "per_engine_checksum": value}
 
     def _later(self, work: Any) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -218,19 +222,37 @@ def test_weights_that_cannot_be_loaded_count_as_a_death(world: World) -> None:
 def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again(world: World) -> None:
     supervisor = world.supervise(num_servers=2, FAKE_DIE_AT_START=6)  # the second one's seed
     begin = time.monotonic()
-    with pytest.raises(EngineError, match=r"(?s)server 1 .*exit code 1 at its start; .*unknown flag --frobnicate"):
+    with pytest.raises(
+        EngineError, match=r"(?s)server 1 .*exit code 1 at its start .*arguments.*unknown flag --frobnicate"
+    ):
         supervisor.start()
     assert time.monotonic() - begin < 10
     assert world.events.count("start") <= 2
     assert world.leftovers() == []  # the first one neither
 
 
-def test_a_command_that_does_not_exist_is_reported_at_once(world: World) -> None:
-    supervisor = world.supervise(command=("no-such-program", "--flag"), num_servers=2)
-    with pytest.raises(
-        EngineError, match=r"(?s)exit code 127 at its start.*cannot start no-such-program: .*No such file"
-    ):
+def test_a_command_that_cannot_be_started_is_reported_at_once(world: World) -> None:
+    program = world.folder / "no_program"
+    program.write_text("#!/no/such/interpreter\n")
+    program.chmod(0o755)
+    supervisor = world.supervise(command=(str(program),), num_servers=2)
+    with pytest.raises(EngineError, match=r"(?s)exit code 127 at its start.*cannot start .*no_program: .*No such file"):
         supervisor.start()
+
+
+def test_all_servers_that_are_lost_are_named(world: World) -> None:
+    supervisor = world.supervise(num_servers=2, FAKE_DIE_AFTER_S=0.4, max_restarts=0)
+    with suppress(EngineError):  # the first one to die may do so before the second one serves
+        supervisor.start()
+
+    def are_named() -> bool:
+        try:
+            supervisor.check()
+        except EngineError as error:
+            return all(f"SGLang server {index} (" in str(error) for index in (0, 1))
+        return False
+
+    wait_until(are_named)
 
 
 def test_a_server_that_does_not_serve_in_time_is_reported(world: World) -> None:
@@ -247,9 +269,37 @@ def test_attached_servers_are_waited_for_and_left_alone(world: World) -> None:
     assert (attached.urls, attached.snapshot()) == (own.urls, {})
     attached.close()
     assert version(own) == "default"
+
+
+def test_an_attached_server_that_is_not_there_is_said_at_once_and_waited_for(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     missing = world.supervise(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
-    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/model_info does not answer"):
+    words = r"http://127\.0\.0\.1:9/model_info does not answer: .*Connection refused"
+    with pytest.raises(EngineError, match=words + r".*rollout\.sglang\.urls"):
         missing.start()
+    (record,) = caplog.records
+    assert re.match(words + r"; waiting up to 0\.2 s", record.getMessage())
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [(b"HTTP/1.0 404 Not Found\r\n\r\n", "answers HTTP 404"), (b"HTTP/1.0 200 OK\r\n\r\n<p>", "not answer with JSON")],
+)
+def test_something_else_than_sglang_is_not_waited_for(world: World, answer: bytes, problem: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def serve() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ConfigError, match=f"rollout.sglang.urls: {url}/model_info .*{problem}"):
+            world.supervise(urls=(url,)).start()
+        thread.join()
 
 
 OWNER = """

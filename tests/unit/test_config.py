@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_sdsearch.config import ObjectiveConfig, RunConfig, load_config, parse_config
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig, flatten, load_config, parse_config
 from megatron_sdsearch.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,19 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.group_size": 1}, "rollout.group_size", "1", "at least 2"),
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
+        ({"rollout.engine": "vllm"}, "rollout.engine", "'vllm'", "'embedded' or 'sglang'"),
+        ({"rollout.oversample": 0.9}, "rollout.oversample", "0.9", "greater than or equal to 1"),
+        ({"rollout.oversample": float("inf")}, "rollout.oversample", "inf", "finite"),
+        ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "greater than or equal to 0"),
+        ({"rollout.sglang.weight_sync": "nccl"}, "rollout.sglang.weight_sync", "'nccl'", "'disk', 'tensor' or"),
+        ({"rollout.sglang.num_server": 2}, "rollout.sglang.num_server", "unknown key", "did you mean num_servers?"),
+        ({"rollout.sglang.num_servers": 0}, "rollout.sglang.num_servers", "0", "greater than or equal to 1"),
+        ({"rollout.sglang.start_timeout_s": 0}, "rollout.sglang.start_timeout_s", "0", "greater than 0"),
+        ({"rollout.sglang.verify_every": -1}, "rollout.sglang.verify_every", "-1", "greater than or equal to 0"),
+        ({"objective.importance_cap": 1.0}, "objective.importance_cap", "1.0", "greater than 1"),
+        ({"objective.importance_correction": "clip"}, "objective.importance_correction", "'clip'", "'truncate' or"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
+        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "no list", "write [http://a:1]"),
         ({"parallel.sequence": True}, "parallel.sequence", "parallel.tensor=1", "parallel.tensor >= 2"),
         ({"parallel.tensor": 0}, "parallel.tensor", "0", "greater than or equal to 1"),
         ({"model.dtype": "float16"}, "model.dtype", "'float16'", "'float32' or 'bfloat16'"),
@@ -109,6 +121,33 @@ def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: st
     assert mend in error.mend
     assert str(error).endswith(error.mend)
     assert "\n" not in str(error)
+
+
+SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
+
+
+@pytest.mark.parametrize(
+    ("urls", "told", "mend"),
+    [
+        (["10.0.0.7:30000"], "'10.0.0.7:30000' is not the url", "http://host:port"),
+        (["http://a:1", "http:///x"], "'http:///x' is not the url", "http://host:port"),
+        (["http://a:port"], "'http://a:port' is not the url", "http://host:port"),
+        (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 stands there 2 times", "once"),
+    ],
+)
+def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], told: str, mend: str) -> None:
+    changes = {"rollout.sglang.urls": urls}
+    error = error_of(merged(SGLANG, changes))
+    assert error.field == "rollout.sglang.urls"
+    assert told in str(error)
+    assert mend in error.mend
+    parse_config(merged(RL, changes))  # the embedded engine reads none of it
+    parse_config(merged(WARM_START, {"rollout.engine": "sglang", **changes}))
+
+
+def test_a_server_has_one_name_with_or_without_a_slash() -> None:
+    config = parse_config(merged(SGLANG, {"rollout.sglang.urls": ["http://a:1/", "http://b"]}))
+    assert config.rollout.sglang.urls == ("http://a:1", "http://b")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +319,45 @@ def test_a_missing_file_is_named_with_its_field(tmp_path: Path, field: str, name
     assert str(tmp_path / name) in str(caught.value)
 
 
+def sglang_config(folder: Path, **sglang: Any) -> RunConfig:
+    for name in ("model/config.json", "t.jsonl", "h.jsonl", "c.jsonl"):
+        write(folder / name)
+    tree = rl_config(folder).model_dump(mode="json")
+    return parse_config(merged(tree, {"rollout.engine": "sglang", "rollout.sglang": sglang}))
+
+
+def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> None:
+    program = write(tmp_path / "bin/serve")
+    program.chmod(0o755)
+    sglang_config(tmp_path, command=[str(program), "--flag"]).check_files()
+    sglang_config(tmp_path, command=["serve"], environment={"PATH": str(program.parent)}).check_files()
+    for wrong in ({"command": [str(tmp_path / "nowhere")]}, {"command": ["serve"]}, {"command": [str(tmp_path)]}):
+        with pytest.raises(ConfigError, match="is no program") as caught:
+            sglang_config(tmp_path, **wrong).check_files()
+        assert caught.value.field == "rollout.sglang.command[0]"
+        assert str(wrong["command"][0]) in str(caught.value)
+        sglang_config(tmp_path, urls=["http://a:1"], **wrong).check_files()  # nothing is started
+        parse_config(
+            merged(sglang_config(tmp_path, **wrong).model_dump(), {"rollout.engine": "embedded"})
+        ).check_files()
+    with pytest.raises(ConfigError, match="is empty"):
+        sglang_config(tmp_path, command=[]).check_files()
+
+
+@pytest.mark.parametrize("sglang", [{"colocated": True}, {"tensor": 2}])
+def test_what_needs_gpus_is_refused_without(tmp_path: Path, sglang: dict[str, Any]) -> None:
+    config = sglang_config(tmp_path, **sglang)
+    with pytest.raises(ConfigError) as caught:
+        config.check_world(1, has_gpu=False)
+    assert caught.value.field == f"rollout.sglang.{next(iter(sglang))}"
+    parse_config(merged(config.model_dump(), {"rollout.engine": "embedded"})).check_world(1, has_gpu=False)
+    parse_config(merged(config.model_dump(), {"model.dtype": "bfloat16"})).check_world(1, has_gpu=True)
+
+
+def test_attached_servers_may_have_gpus_where_the_trainer_has_none(tmp_path: Path) -> None:
+    sglang_config(tmp_path, tensor=2, urls=["http://a:1"]).check_world(1, has_gpu=False)
+
+
 def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
     write(tmp_path / "model/config.json")
     paths = {"model.hf_dir": str(tmp_path / "model"), "train.demonstrations": str(tmp_path / "d.jsonl")}
@@ -375,13 +453,9 @@ def test_there_are_examples_to_parse() -> None:
 def test_every_shipped_config_parses_and_keeps_what_it_says(path: Path) -> None:
     config = load_config(path)
     written: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    parsed = config.model_dump(mode="json")
-    for section, settings in written.items():
-        if not isinstance(settings, dict):
-            assert parsed[section] == settings
-            continue
-        for name, value in settings.items():
-            assert parsed[section][name] == value, f"{section}.{name}"
+    parsed = flatten(config.model_dump(mode="json"))
+    for name, value in flatten(written).items():
+        assert parsed[name] == value, name
 
 
 @given(alpha=st.floats(0, 10), warmup=st.integers(0, 20), step=st.integers(0, 60))

@@ -6,5 +6,6 @@ disk.py          strategy: a safetensors folder
 tensor.py        strategy: buckets through HTTP
 distributed.py   strategy: a process group of trainer and servers
 verify.py        proof that the servers hold what the trainer holds
+memory.py        what colocated servers give up and take back
 publisher.py     the order of it all: pause, send, verify, continue
 """

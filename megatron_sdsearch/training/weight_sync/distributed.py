@@ -7,7 +7,7 @@ tensors one at a time and broadcasts them in buckets, in a group of its own with
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: i
 from megatron_sdsearch.errors import ServerUnavailableError
 from megatron_sdsearch.model.hf_weights import exhaust
 from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.rollout.sglang_api import SGLangServer
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets
-from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
+from megatron_sdsearch.training.weight_sync.fleet import ServerFleet, open_update
 
 
 class DistributedTransport:
@@ -53,17 +54,17 @@ class DistributedTransport:
         """See ``Transport``."""
         parallel = self._parallel
 
-        def on_main(route: str) -> None:
+        def on_main(work: Callable[[SGLangServer], Awaitable[None]]) -> None:
             if parallel.is_main:
-                fleet.call(urls, lambda server: getattr(server, route)())
+                fleet.call(urls, work)
 
-        together(parallel, lambda: on_main("begin_weight_update"))
+        together(parallel, lambda: on_main(open_update))
         for stage in range(parallel.pp_size):
             if parallel.dp_rank == 0 and parallel.pp_rank == stage:
                 together(parallel, lambda: self._send_stage(policy, fleet, urls, version))
             else:
                 together(parallel, lambda: None)
-        together(parallel, lambda: on_main("end_weight_update"))
+        together(parallel, lambda: on_main(lambda server: server.end_weight_update()))
 
     def reset(self) -> None:
         """Forget the groups: after a failure nobody knows who is still in them."""
@@ -130,7 +131,7 @@ class _Group:
         self._timeout = timedelta(seconds=timeout_s)
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._group: Any = None
-        host = _own_address(urls[0])
+        host = _own_address(urls)
         store = TCPStore(host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
         offsets = {url: 1 + index * server_tp_size for index, url in enumerate(urls)}
         fleet.call(
@@ -178,9 +179,12 @@ class _Group:
         self._group = group
 
 
-def _own_address(url: str) -> str:
-    """This host's address as the server's host reaches it."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing: it only picks the route
-        return str(probe.getsockname()[0])
+def _own_address(urls: Sequence[str]) -> str:
+    """This host's address as the servers' hosts reach it: the loopback's only where all of them are here."""
+    addresses = []
+    for url in urls:
+        parts = urlsplit(url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((parts.hostname, parts.port or 80))  # sends nothing: it only picks the route
+            addresses.append(str(probe.getsockname()[0]))
+    return min(addresses, key=lambda address: address.startswith("127."))

@@ -69,6 +69,17 @@ class ServerFleet:
         self._runner.close()
 
 
+async def open_update(server: SGLangServer) -> None:
+    """Begin a weight update, also where an earlier one was not ended: its sender may have failed, or died."""
+    try:
+        await server.begin_weight_update()
+    except ServerRefusedError as error:
+        if "already open" not in str(error):
+            raise
+        await server.end_weight_update()
+        await server.begin_weight_update()
+
+
 async def _open_session() -> aiohttp.ClientSession:
     return new_session()
 

@@ -20,6 +20,7 @@ from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.disk import DiskTransport
 from megatron_sdsearch.training.weight_sync.distributed import DistributedTransport
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
+from megatron_sdsearch.training.weight_sync.memory import CACHE, WEIGHTS, ColocatedMemory
 from megatron_sdsearch.training.weight_sync.tensor import TensorTransport
 from megatron_sdsearch.training.weight_sync.verify import verify
 
@@ -89,7 +90,7 @@ class WeightPublisher:
         self._config = config
         self._supervisor = supervisor
         self._num_published = 0
-        self._has_released = False
+        self._memory = ColocatedMemory(self._fleet, supervisor.snapshot if supervisor is not None else dict)
 
     def publish(self, policy: Network, version: int) -> None:
         """After it every server that answers holds exactly ``policy``, under the name ``version``.
@@ -115,8 +116,7 @@ class WeightPublisher:
     def release_memory(self) -> None:
         """Colocated servers give their memory to the trainer until the next publish."""
         if self._config.colocated:
-            together(self._parallel, lambda: self._on_main(self._fleet.urls, _release))
-            self._has_released = True
+            together(self._parallel, self._memory.release if self._parallel.is_main else lambda: None)
 
     def close(self) -> None:
         """Close connections; the servers are somebody else's."""
@@ -125,17 +125,19 @@ class WeightPublisher:
     def _send(self, policy: Network, urls: Sequence[str], version: int) -> None:
         # Nothing is being sampled now, but for requests that a client gave up and the server does not know yet.
         together(self._parallel, lambda: self._on_main(urls, lambda server: server.pause("abort")))
-        if self._has_released:
-            together(self._parallel, lambda: self._on_main(urls, _resume_weights))
+        self._resume(urls, WEIGHTS)
         together(self._parallel, lambda: self._transport.send(policy, self._fleet, urls, version))
-        if self._has_released:
-            together(self._parallel, lambda: self._on_main(urls, _resume_cache))
-            self._has_released = False
+        self._resume(urls, CACHE)
         together(self._parallel, lambda: self._on_main(urls, lambda server: server.continue_()))
         every = self._config.verify_every
         if every and self._num_published % every == 0:
             tp_size = self._config.tensor
             together(self._parallel, lambda: verify(policy, self._fleet, urls, self._parallel, server_tp_size=tp_size))
+
+    def _resume(self, urls: Sequence[str], tags: Sequence[str]) -> None:
+        if self._config.colocated:
+            is_main = self._parallel.is_main
+            together(self._parallel, lambda: self._memory.resume(urls, tags) if is_main else None)
 
     def _targets(self) -> tuple[str, ...]:
         """Servers that answer; waits for the first one."""
@@ -162,17 +164,3 @@ class WeightPublisher:
     def _on_main(self, urls: Sequence[str], work: Callable[[SGLangServer], Awaitable[object]]) -> None:
         if self._parallel.is_main:
             self._fleet.call(urls, work)
-
-
-async def _release(server: SGLangServer) -> None:
-    await server.flush_cache()
-    await server.release_memory_occupation()
-
-
-async def _resume_weights(server: SGLangServer) -> None:
-    await server.resume_memory_occupation(["weights"])
-
-
-async def _resume_cache(server: SGLangServer) -> None:
-    """After the weights: their buckets and the cache need not fit at the same time."""
-    await server.resume_memory_occupation(["kv_cache"])

@@ -9,7 +9,7 @@ from megatron_sdsearch.model.hf_weights import exhaust
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets, serialize
-from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
+from megatron_sdsearch.training.weight_sync.fleet import ServerFleet, open_update
 
 
 class TensorTransport:
@@ -38,7 +38,7 @@ class TensorTransport:
         exhaust(
             buckets(policy.hf_weights(), self._bucket_bytes),
             lambda bucket: self._post(fleet, urls, bucket, version),
-            before=lambda: fleet.call(urls, lambda server: server.begin_weight_update()),
+            before=lambda: fleet.call(urls, open_update),
         )
         fleet.call(urls, lambda server: server.end_weight_update())
 

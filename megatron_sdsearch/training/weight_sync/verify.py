@@ -40,9 +40,9 @@ def verify(
         EngineError: on the first rank: a server holds something else.
     """
     if parallel.device.type == "cpu" and server_tp_size == 1:
-        _verify_hashes(policy, fleet, urls, parallel)
+        verify_hashes(policy, fleet, urls, parallel)
     else:
-        _verify_logprobs(policy, fleet, urls, parallel)
+        verify_logprobs(policy, fleet, urls, parallel)
 
 
 def expected_hashes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -63,7 +63,8 @@ def expected_hashes(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
 
 
-def _verify_hashes(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+def verify_hashes(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+    """By SGLang's own hashes of all its tensors: exact, for servers on a CPU and of one rank. Raises as ``verify``."""
     expected = expected_hashes(policy.hf_weights())
     if not parallel.is_main:
         return
@@ -77,7 +78,8 @@ def _verify_hashes(policy: Network, fleet: ServerFleet, urls: Sequence[str], par
             )
 
 
-def _verify_logprobs(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+def verify_logprobs(policy: Network, fleet: ServerFleet, urls: Sequence[str], parallel: ParallelState) -> None:
+    """By what they compute on a fixed sequence, within ``TOLERANCE``: for any server. Raises as ``verify``."""
     ids = probe_ids(policy.hf_config.vocab_size)
     expected = trainer_logprobs(policy, ids, parallel)
     if not parallel.is_main:

@@ -10,7 +10,8 @@ import itertools
 import json
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from megatron_sdsearch.rollout.supervised_server import Patience
 from tests.unit.conftest import train_tokenizer
 
 ROOT = Path(__file__).parents[3]
+PROMPTS = [[5, 9, 33, 60, 7], [300, 4, 81], list(range(40, 120))]
+NUM_NEW = 24
 COMMAND = (str(ROOT / ".sglang/venv/bin/python"), str(ROOT / "tools/sglang_cpu/launch.py"))
 
 
@@ -61,27 +64,41 @@ class Servers:
         return next(p for p in self.processes() if p.cmdline()[1:2] == [COMMAND[1]] and port in p.cmdline())
 
     def processes(self) -> list[psutil.Process]:
-        """All that live, guardians included: whatever this process has started."""
-        return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        """All that live, guardians included."""
+        ports = {url.rsplit(":", 1)[1] for url in self.urls}
+        own = psutil.Process().children()
+        guardians = [p for p in own if ports & {word for c in p.children() for word in c.cmdline()}]
+        members = [p for guardian in guardians for p in (guardian, *guardian.children(recursive=True))]
+        return [p for p in members if p.status() != psutil.STATUS_ZOMBIE]
 
     def segments(self) -> set[Path]:
-        """Files in shared memory that they have mapped now, under whatever name."""
-        lines = [line for p in self.processes() for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
-        inodes = {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
-        return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
+        """Files in shared memory that they have mapped now."""
+        return segments_of(self.processes())
 
 
-def tiny_config(vocab_size: int) -> Qwen2Config:
-    """2 layers, grouped queries, tied embeddings; sharp enough that greedy choices are not ties."""
+def segments_of(processes: Sequence[psutil.Process]) -> set[Path]:
+    """Files in shared memory that are mapped now, under whatever name: a semaphore is mapped without its own."""
+    inodes = set()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except OSError:  # it ended meanwhile
+            continue
+        inodes |= {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
+    return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
+
+
+def tiny_config(vocab_size: int, *, is_tied: bool = True) -> Qwen2Config:
+    """2 layers, grouped queries; sharp enough that greedy choices are no ties; 4 MiB: some of the smallest buckets."""
     return Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=128,
+        intermediate_size=1024,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
+        max_position_embeddings=4096,  # room for a generation of some seconds
+        tie_word_embeddings=is_tied,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=2,
@@ -89,27 +106,25 @@ def tiny_config(vocab_size: int) -> Qwen2Config:
     )
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def save_models(folder: Path, *, is_tied: bool) -> tuple[Path, Path]:
     """Two folders of one architecture with different random weights, and a tokenizer in each."""
     tokenizer = train_tokenizer()
-    folders = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp(f"model_{seed}")
+    # More rows than tokens, as real embeddings have, and no multiple of the 64 to which SGLang pads.
+    config = tiny_config(len(tokenizer) + 8, is_tied=is_tied)
+    assert config.vocab_size % 64
+    folders = folder / "first", folder / "second"
+    for seed, target in enumerate(folders):
         torch.manual_seed(seed)
-        Qwen2ForCausalLM(tiny_config(len(tokenizer) + 8)).save_pretrained(folder)  # padded, as real embeddings are
-        tokenizer.save_pretrained(folder)
-        folders.append(folder)
-    return folders[0], folders[1]
+        Qwen2ForCausalLM(config).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return folders
 
 
-@pytest.fixture(scope="session")
-def servers(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Two servers that start from the first model; at the end nothing of them may be left."""
-    config = SGLangConfig(num_servers=2, command=COMMAND, start_timeout_s=400.0)
-    supervisor = ServerSupervisor(
-        config, model_path=models[0], log_dir=tmp_path_factory.mktemp("logs"), patience=Patience(poll_s=0.2)
-    )
+@contextmanager
+def serving(model: Path, log_dir: Path, num_servers: int) -> Iterator[Servers]:
+    """Servers that start from a model; at the end nothing of them may be left."""
+    config = SGLangConfig(num_servers=num_servers, command=COMMAND, start_timeout_s=400.0)
+    supervisor = ServerSupervisor(config, model_path=model, log_dir=log_dir, patience=Patience(poll_s=0.2))
     servers = Servers(supervisor)
     supervisor.start()
     try:
@@ -117,10 +132,36 @@ def servers(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         processes, segments = servers.processes(), servers.segments()
     finally:
         supervisor.close()
-    assert len(processes) >= 8  # of each server: guardian, main process, scheduler, detokenizer
-    assert len(segments) >= 4  # of each server: its load snapshot, a semaphore
+    assert len(processes) >= 4 * num_servers  # guardian, main process, scheduler, detokenizer
+    assert len(segments) >= 2 * num_servers  # its load snapshot, a semaphore
     assert [process for process in processes if process.is_running()] == []
     assert [segment for segment in segments if segment.exists()] == []
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """With tied embeddings."""
+    return save_models(tmp_path_factory.mktemp("tied"), is_tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """With an output layer of their own."""
+    return save_models(tmp_path_factory.mktemp("untied"), is_tied=False)
+
+
+@pytest.fixture(scope="session")
+def servers(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two servers that start from the first tied model."""
+    with serving(models[0], tmp_path_factory.mktemp("logs"), 2) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def untied_servers(untied_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One, for a running server takes no other architecture. Nobody gives its supervisor weights: it reloads none."""
+    with serving(untied_models[0], tmp_path_factory.mktemp("logs"), 1) as servers:
+        yield servers
 
 
 def weight_version(url: str) -> str | None:
@@ -149,3 +190,22 @@ def reference_logprobs(folder: Path, token_ids: list[int], temperature: float) -
     with torch.no_grad():
         logits = model(torch.tensor([token_ids])).logits[0]
     return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def generate(url: str, prompts: list[list[int]], temperature: float) -> list[tuple[list[int], list[float]]]:
+    """Sampled ids and their log-probabilities, for each prompt."""
+    params = {"temperature": temperature, "max_new_tokens": NUM_NEW, "ignore_eos": True}
+    answers = post(url + "/generate", {"input_ids": prompts, "sampling_params": params, "return_logprob": True})
+    triples = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
+    return [([t[1] for t in each], [t[0] for t in each]) for each in triples]
+
+
+def assert_equals_transformers(url: str, folder: Path, temperature: float) -> None:
+    """Greedy ids are the reference's argmax at each place, and log-probabilities agree to 1e-4."""
+    for prompt, (ids, logprobs) in zip(PROMPTS, generate(url, PROMPTS, temperature), strict=True):
+        assert len(ids) == NUM_NEW
+        reference = reference_logprobs(folder, prompt + ids[:-1], temperature or 1.0)[len(prompt) - 1 :]
+        if temperature == 0:
+            assert ids == reference.argmax(-1).tolist()
+        expected = reference.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)

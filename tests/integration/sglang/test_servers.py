@@ -6,32 +6,17 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.integration.sglang.conftest import Servers, post, reference_logprobs, wait_until, weight_version
+from tests.integration.sglang.conftest import (
+    PROMPTS,
+    Servers,
+    assert_equals_transformers,
+    generate,
+    wait_until,
+    weight_version,
+)
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the servers
-PROMPTS = [[5, 9, 33, 60, 7], [300, 4, 81], list(range(40, 120))]
-NUM_NEW = 24
-
-
-def generate(url: str, prompts: list[list[int]], temperature: float) -> list[tuple[list[int], list[float]]]:
-    """Sampled ids and their log-probabilities, for each prompt."""
-    params = {"temperature": temperature, "max_new_tokens": NUM_NEW, "ignore_eos": True}
-    answers = post(url + "/generate", {"input_ids": prompts, "sampling_params": params, "return_logprob": True})
-    triples = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
-    return [([t[1] for t in each], [t[0] for t in each]) for each in triples]
-
-
-def assert_equals_transformers(url: str, folder: Path, temperature: float) -> None:
-    """Greedy ids are the reference's argmax at each place, and log-probabilities agree to 1e-4."""
-    for prompt, (ids, logprobs) in zip(PROMPTS, generate(url, PROMPTS, temperature), strict=True):
-        assert len(ids) == NUM_NEW
-        reference = reference_logprobs(folder, prompt + ids[:-1], temperature or 1.0)[len(prompt) - 1 :]
-        if temperature == 0:
-            assert ids == reference.argmax(-1).tolist()
-        expected = reference.gather(-1, torch.tensor(ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
