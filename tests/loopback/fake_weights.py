@@ -73,7 +73,8 @@ class FakeWeights:
         flat = torch.empty(sum(sizes), dtype=torch.uint8)
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        self._groups[body["group_name"]].broadcast([flat], options).wait()
+        group: Any = self._groups[body["group_name"]]  # its stub lacks the inherited methods
+        group.broadcast([flat], options).wait()
         parts = [
             part.clone().view(dtype).reshape(shape)
             for part, dtype, shape in zip(flat.split(sizes), dtypes, body["shapes"], strict=True)
