@@ -42,6 +42,7 @@ class StepRollouts:
 
 def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
     """The configured search engine; the index stands beside the corpus."""
+    assert config.corpus is not None  # RetrievalConfig has checked it
     return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
 
 
