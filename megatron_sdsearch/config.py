@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from megatron_sdsearch.errors import ConfigError
 
@@ -154,14 +154,92 @@ class RolloutConfig(Section):
     advantage but what a shaped reward makes of it (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2)."""
 
 
+class ElasticsearchConfig(Section):
+    """A cluster, and how it is asked."""
+
+    urls: tuple[str, ...] = ("http://127.0.0.1:9200",)
+    index: str = "wiki-18"
+    """Index or alias."""
+    mode: Literal["bm25", "dense", "hybrid"] = "bm25"
+    fields: Literal["contents", "title_and_text"] = "contents"
+    """What BM25 matches: the whole passage, or title and text as two fields."""
+    dfs: bool = False
+    """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
+    for ``dense``, nor where the server fuses: they have none."""
+    encoder: Path | None = None
+    """Folder of an E5 model, for ``dense`` and ``hybrid``."""
+    username: str | None = None
+    """Else ELASTICSEARCH_USERNAME."""
+    password: SecretStr | None = None
+    """Else ELASTICSEARCH_PASSWORD."""
+    api_key: SecretStr | None = None
+    """Else ELASTICSEARCH_API_KEY."""
+    ca_file: Path | None = None
+    """Certificate of the authority that signed the cluster's; the system's authorities by default."""
+    timeout_s: PositiveFloat = 30.0
+    """One request."""
+    max_attempts: PositiveInt = 5
+    down_timeout_s: PositiveFloat = 120.0
+    """Nothing was answered for so long: the run stops."""
+    max_requests: PositiveInt = 16
+    """Open at one time by one rank; fewer while the cluster is overloaded."""
+    batch_queries: PositiveInt = 64
+    """Per request."""
+    batch_window_ms: NonNegativeFloat = 5.0
+    """How long a query waits for company."""
+
+
+class RetrieveServerConfig(Section):
+    """A server that speaks Search-R1's /retrieve."""
+
+    url: str = "http://127.0.0.1:8000/retrieve"
+    timeout_s: PositiveFloat = 30.0
+    max_attempts: PositiveInt = 5
+    down_timeout_s: PositiveFloat = 120.0
+    max_requests: PositiveInt = 16
+    batch_queries: PositiveInt = 64
+    batch_window_ms: NonNegativeFloat = 5.0
+
+
+class ReplayConfig(Section):
+    """What was searched before."""
+
+    mode: Literal["off", "cache", "only"] = "off"
+    """``cache``: known queries are served from the store, others asked and stored. ``only``: an unknown query is an
+    error, and the engine is never asked."""
+    store: Path | None = None
+    """A file that ranks, and runs, may share."""
+    max_mb: PositiveInt = 4096
+    """The oldest entries go when the store is larger."""
+
+
 class RetrievalConfig(Section):
     """The search engine."""
 
-    engine: Literal["tantivy"] = "tantivy"
-    corpus: Path
-    """JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
+    engine: Literal["tantivy", "elasticsearch", "http"] = "tantivy"
+    corpus: Path | None = None
+    """tantivy: JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
     analyzer: Literal["standard", "english"] = "standard"
+    """Of tantivy; an Elasticsearch index has its own."""
     top_k: PositiveInt = 3
+    elasticsearch: ElasticsearchConfig = ElasticsearchConfig()
+    http: RetrieveServerConfig = RetrieveServerConfig()
+    replay: ReplayConfig = ReplayConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "tantivy" and self.corpus is None:
+            raise ConfigError(
+                "retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set retrieval.corpus"
+            )
+        if self.replay.mode != "off" and self.replay.store is None:
+            raise ConfigError("retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set it")
+        dense = self.elasticsearch.mode != "bm25"
+        if self.engine == "elasticsearch" and dense and self.elasticsearch.encoder is None:
+            raise ConfigError(
+                "retrieval.elasticsearch.encoder", f"missing, and mode is {self.elasticsearch.mode}", "set it"
+            )
+        return self
 
 
 class HindsightConfig(Section):
@@ -334,7 +412,7 @@ class RunConfig(Section):
             paths["data.train"] = _known(self.data.train)
         if self.data.heldout is not None:
             paths["data.heldout"] = self.data.heldout
-        if self.retrieval is not None:
+        if self.retrieval is not None and self.retrieval.corpus is not None:
             paths["retrieval.corpus"] = self.retrieval.corpus
         for field, path in paths.items():
             if not path.exists():
