@@ -214,7 +214,9 @@ class RetrievalConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.engine == "tantivy" and self.corpus is None:
-            raise ConfigError("retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set it")
+            raise ConfigError(
+                "retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set retrieval.corpus"
+            )
         if self.replay.mode != "off" and self.replay.store is None:
             raise ConfigError("retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set it")
         dense = self.elasticsearch.mode != "bm25"
