@@ -149,6 +149,10 @@ class TantivyRetriever:
             RetrievalError: tantivy failed.
             ValueError: ``top_k`` is less than 1.
         """
+        return self.search_now(query, top_k)
+
+    def search_now(self, query: str, top_k: int) -> Sequence[Passage]:
+        """As ``search``, without an event loop; any number of threads may call it at the same time."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         terms = self._analyze(query)
