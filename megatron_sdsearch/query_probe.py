@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_sdsearch.errors import EngineError, RetrievalError
+from megatron_sdsearch.errors import EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -236,6 +236,8 @@ class _Prober:
             return 0
         try:
             passages = await self._retriever.search(query, top_k=self._params.top_k)
+        except RetrievalDownError:
+            raise
         except RetrievalError:
             return None
         return int(any(passage.passage_id in turn.wanted for passage in passages))

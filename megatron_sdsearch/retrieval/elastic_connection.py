@@ -7,6 +7,7 @@ comes back.
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import re
 import ssl
@@ -68,11 +69,22 @@ class Credentials:
         """For messages."""
         return "an API key" if self.api_key else "a username and password" if self.basic else "no credentials"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """For a request beside the client."""
+        if self.api_key:
+            return {"authorization": f"ApiKey {self.api_key}"}
+        return {"authorization": f"Basic {self._encoded}"} if self.basic else {}
+
+    @property
+    def _encoded(self) -> str:
+        return base64.b64encode(":".join(self.basic or ()).encode()).decode()
+
     def strike_out(self, text: str) -> str:
         """``text`` without any secret, in whatever form it may have been echoed."""
         secrets = [self.api_key] if self.api_key else []
         if self.basic:
-            secrets += [self.basic[1], base64.b64encode(":".join(self.basic).encode()).decode()]
+            secrets += [self.basic[1], self._encoded]
         for secret in secrets:
             text = text.replace(secret, "***")
         return text
@@ -87,6 +99,8 @@ def connect(config: ElasticsearchConfig, credentials: Credentials) -> AsyncElast
     is_tls = [_check_url(url) == "https" for url in config.urls]
     if not is_tls:
         raise ConfigError(f"{SECTION}.urls", "empty", "name at least one node, e.g. http://127.0.0.1:9200")
+    # On DEBUG the client logs whole answers, and a proxy in between may echo the header that it refuses.
+    logging.getLogger("elastic_transport.node").setLevel(logging.INFO)
     tls: dict[str, Any] = {}
     if config.ca_file is not None:
         if not all(is_tls):

@@ -143,7 +143,9 @@ class Inspection:
 
     async def _wrong_version(self) -> ConfigError:
         try:
-            plain = await self._client.perform_request("GET", "/", headers={"accept": "application/json"})
+            # Below the client, which would write its major into the header again.
+            headers = {"accept": "application/json", **self._credentials.headers}
+            plain = await self._client.transport.perform_request("GET", "/", headers=headers)
             version = str(plain.body["version"]["number"])
         except (ApiError, TransportError, KeyError, TypeError):
             version = "unknown"

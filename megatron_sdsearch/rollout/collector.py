@@ -1,8 +1,8 @@
 """All trajectories of one step at once, as complete groups in the order of their places.
 
-Owns the event loop on which engine and retriever live, and the limit on failed searches. What is asked is
-``supply.py``'s, refills and early ends are ``groups.py``'s, what one trajectory does is ``episode.py``'s, what a score
-means is ``data/scoring.py``'s.
+Owns the event loop on which engine and retriever live, and the count of failed searches; the limit on them is for
+whoever knows all processes (``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are
+``groups.py``'s, what one trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
 """
 
 from __future__ import annotations
@@ -28,16 +28,54 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SearchLosses:
+    """Trajectories that ended because a search failed; adds up over processes.
+
+    Attributes:
+        num_ended: trajectories that ended in whatever way, those of replaced and abandoned groups included.
+        num_lost: of them, to failed searches.
+        first_cause: of the first loss; empty without one.
+    """
+
+    num_ended: int = 0
+    num_lost: int = 0
+    first_cause: str = ""
+
+    def __add__(self, other: SearchLosses) -> SearchLosses:
+        return SearchLosses(
+            num_ended=self.num_ended + other.num_ended,
+            num_lost=self.num_lost + other.num_lost,
+            first_cause=self.first_cause or other.first_cause,
+        )
+
+    def check(self, limit: float) -> None:
+        """Hold the losses to ``rollout.max_failed_search_share``.
+
+        Raises:
+            RetrievalError: there are more.
+        """
+        if self.num_lost > limit * self.num_ended:
+            raise RetrievalError(
+                f"{self.num_lost} of {self.num_ended} trajectories ({self.num_lost / self.num_ended:.0%}) were lost to "
+                f"failed searches, more than rollout.max_failed_search_share = {limit:.0%}; first cause: "
+                f"{self.first_cause}",
+                cause=self.first_cause,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """One process's part of a step.
 
     Attributes:
         groups: complete, in the order of their places.
         counts: what it took beside them.
+        losses: to failed searches.
     """
 
     groups: tuple[RolloutGroup, ...]
     counts: CollectionCounts
+    losses: SearchLosses
 
 
 class RolloutCollector:
@@ -49,6 +87,7 @@ class RolloutCollector:
         renderer: of the engine's tokenizer.
         config: ``seed``, ``data.prompt_profile``, ``rollout``, ``retrieval.top_k``, ``hindsight.rho`` and
             ``objective.reward`` are read.
+        runner: of the event loop on which the retriever was opened, where that matters; the collector's from now on.
 
     Raises:
         ConfigError: there is no retrieval section, or an observation cannot hold its tags.
@@ -60,6 +99,7 @@ class RolloutCollector:
         retriever: Retriever,
         renderer: Renderer,
         config: RunConfig,
+        runner: asyncio.Runner | None = None,
     ) -> None:
         if config.retrieval is None:
             raise ConfigError("retrieval", "missing, and rollouts search", "set retrieval")
@@ -70,7 +110,7 @@ class RolloutCollector:
         self._top_k = config.retrieval.top_k
         self._profile = get_profile(config.data.prompt_profile)
         ObservationWriter(renderer, self._profile, config.rollout.max_observation_tokens)  # raises before any rollout
-        self._runner = asyncio.Runner()
+        self._runner = runner or asyncio.Runner()
         self._is_closed = False
 
     @property
@@ -86,8 +126,7 @@ class RolloutCollector:
             policy_version: which every token must have been sampled from.
 
         Raises:
-            RetrievalError: more trajectories than ``rollout.max_failed_search_share`` were lost to failed searches, of
-                all that ended, those of replaced and abandoned groups included.
+            RetrievalDownError: the search engine answers nobody. A search that failed alone is counted instead.
             EngineError: the engine failed, or serves another policy version.
         """
         rollout = self._config.rollout
@@ -97,9 +136,9 @@ class RolloutCollector:
             raise EngineError(f"sampled from policy versions {sorted(versions)} instead of {policy_version}")
         return collected
 
-    def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
+    def evaluate(self, questions: Sequence[Question], *, step: int) -> Collected:
         """One greedy trajectory of every question, as groups of one; raises as ``collect`` does."""
-        return list(self._roll_out(exactly(questions, step=step, group_size=1), 0.0, 1.0).groups)
+        return self._roll_out(exactly(questions, step=step, group_size=1), 0.0, 1.0)
 
     def run(self, work: Coroutine[None, None, T]) -> T:
         """Do other work that needs the engine or the retriever, on the loop where they live."""
@@ -142,16 +181,9 @@ class RolloutCollector:
 
         collection = GroupCollection(supply, roll_out, self._score, self._config.hindsight.rho)
         groups, counts = self._runner.run(collection.run())
-        self._check_failed_searches(len(ended), causes)
-        return Collected(groups=tuple(groups), counts=counts)
+        first_cause = str(causes[0]) if causes else ""
+        losses = SearchLosses(num_ended=len(ended), num_lost=len(causes), first_cause=first_cause)
+        return Collected(groups=tuple(groups), counts=counts, losses=losses)
 
     def _score(self, trajectory: Trajectory, question: Question) -> Score:
         return score_trajectory(trajectory, question, self._config.objective.reward)
-
-    def _check_failed_searches(self, num_ended: int, causes: Sequence[RetrievalError]) -> None:
-        limit = self._config.rollout.max_failed_search_share
-        if len(causes) > limit * num_ended:
-            raise RetrievalError(
-                f"{len(causes)} of {num_ended} trajectories ({len(causes) / num_ended:.0%}) were lost to failed "
-                f"searches, more than rollout.max_failed_search_share = {limit:.0%}; first cause: {causes[0]}"
-            ) from causes[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_sdsearch.config import RolloutConfig
 from megatron_sdsearch.data.prompts import PromptProfile
-from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -200,6 +200,7 @@ async def run_episode(
     Raises:
         ConfigError: ``rollout.max_observation_tokens`` does not hold the profile's tags.
         EngineError: the engine failed or refused a request.
+        RetrievalDownError: the search engine answers nobody, so that no trajectory can go on.
     """
     prompt_ids = renderer.prompt_ids(profile.user_text(question.text))
     if len(prompt_ids) > rollout.max_prompt_tokens:
@@ -218,6 +219,8 @@ async def run_episode(
     )
     try:
         status = await episode.run(retriever, writer, top_k)
+    except RetrievalDownError:
+        raise
     except RetrievalError as error:
         _log.warning("%s: search failed: %s", trajectory_id, error)
         on_failed_search(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_sdsearch.evaluation import summarize
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.rollouts import open_retriever
+from megatron_sdsearch.training.retrievers import open_retriever
 
 
 def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no held-out set, no search engine, or no model.
+        RetrievalError: too many searches failed.
     """
     if config.data.heldout is None or config.retrieval is None:
         raise ConfigError(
@@ -40,9 +42,12 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     model.to(device)
     renderer = Renderer.from_folder(model_dir)
     engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)
-    collector = RolloutCollector(engine, open_retriever(config.retrieval), renderer, config)
+    runner = asyncio.Runner()
+    collector = RolloutCollector(engine, runner.run(open_retriever(config.retrieval)), renderer, config, runner)
     questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
     try:
-        return {"model": str(model_dir), **summarize(collector.evaluate(questions, step=0)).to_dict()}
+        collected = collector.evaluate(questions, step=0)
+        collected.losses.check(config.rollout.max_failed_search_share)
+        return {"model": str(model_dir), **summarize(collected.groups).to_dict()}
     finally:
         collector.close()

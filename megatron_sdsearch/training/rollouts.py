@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_sdsearch.config import RetrievalConfig, RunConfig
+from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.hindsight.block import build_hindsight
@@ -14,12 +15,12 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
-from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
 from megatron_sdsearch.training.policy import Network
+from megatron_sdsearch.training.retrievers import open_retriever
 
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
@@ -40,12 +41,6 @@ class StepRollouts:
     engine_counts: dict[str, int]
 
 
-def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
-    """The configured search engine; the index stands beside the corpus."""
-    assert config.corpus is not None  # RetrievalConfig has checked it
-    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
-
-
 class DistributedRollouts:
     """This rank's engine and collector, and the exchange of what they produce."""
 
@@ -55,9 +50,10 @@ class DistributedRollouts:
         self._parallel = parallel
         self.renderer = Renderer.from_folder(config.model.hf_dir)
         self._profile = get_profile(config.data.prompt_profile)
-        self._retriever = open_retriever(config.retrieval)
+        runner = asyncio.Runner()
+        self._retriever = runner.run(open_retriever(config.retrieval))
         self._source = start_engine(config, self.renderer, parallel)
-        self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config)
+        self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
 
     def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
@@ -68,14 +64,21 @@ class DistributedRollouts:
         self._source.rest()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
-        """The step's groups with their hindsight, in the order of their places, on every rank."""
+        """The step's groups with their hindsight, in the order of their places, on every rank.
+
+        Raises:
+            RetrievalError: on every rank: more of the step's trajectories than ``rollout.max_failed_search_share`` were
+                lost to failed searches, of all ranks together.
+        """
         rank, world_size = self._parallel.rank, self._parallel.world_size
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with without_cpu_layer():
             collected = self._collector.collect(supply, policy_version=step)
         groups = [(group, self._hindsight(group)) for group in collected.groups]
         own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=self._source.take_counts())
-        parts = self._parallel.all_gather_object(own)
+        gathered = self._parallel.all_gather_object((own, collected.losses))
+        self._check([losses for _, losses in gathered])
+        parts = [part for part, _ in gathered]
         return StepRollouts(
             groups=_in_turn([part.groups for part in parts]),
             counts=sum((part.counts for part in parts), CollectionCounts()),
@@ -83,10 +86,12 @@ class DistributedRollouts:
         )
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
-        """One greedy trajectory per question, in question order, on every rank."""
+        """One greedy trajectory per question, in question order, on every rank; raises as ``collect`` does."""
         with without_cpu_layer():
-            groups = self._collector.evaluate(self._share(questions), step=step)
-        return _in_turn(self._parallel.all_gather_object(groups))
+            collected = self._collector.evaluate(self._share(questions), step=step)
+        gathered = self._parallel.all_gather_object((collected.groups, collected.losses))
+        self._check([losses for _, losses in gathered])
+        return _in_turn([groups for groups, _ in gathered])
 
     def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
         """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
@@ -111,6 +116,9 @@ class DistributedRollouts:
             self._collector.close()
         finally:
             self._source.close()
+
+    def _check(self, losses: Sequence[SearchLosses]) -> None:
+        sum(losses, SearchLosses()).check(self._config.rollout.max_failed_search_share)
 
     def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
         return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)

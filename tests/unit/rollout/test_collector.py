@@ -11,9 +11,9 @@ import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.data.questions import QuestionSampler
-from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
+from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import CollectionCounts, Passage, Question, RolloutGroup, TrajectoryId, TrajectoryStatus
-from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
@@ -84,7 +84,7 @@ def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer
 
 def test_evaluation_is_greedy_and_one_trajectory_each(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ANSWER])
-    groups = build(engine, temperature=1.3, top_p=0.5).evaluate(QUESTIONS, step=2)
+    groups = build(engine, temperature=1.3, top_p=0.5).evaluate(QUESTIONS, step=2).groups
     assert [len(group.trajectories) for group in groups] == [1, 1, 1]
     assert {(r.params.temperature, r.params.top_p) for r in engine.requests} == {(0.0, 1.0)}
 
@@ -111,22 +111,59 @@ def test_failed_searches_up_to_the_limit_are_part_of_the_groups(build: Build, re
     assert [group.trajectories[1].status for group in groups] == [TrajectoryStatus.RETRIEVAL_FAILED] * 3
 
 
-def test_more_failed_searches_raise_with_rate_limit_and_cause(build: Build, renderer: Renderer) -> None:
+def test_losses_are_counted_with_their_first_cause(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
-    collector = build(engine, DictRetriever({"book": None}), max_failed_search_share=0.4)
+    collector = build(engine, DictRetriever({"book": None}))
+    losses = collector.collect(exactly(QUESTIONS, step=0, group_size=2), policy_version=0).losses
+    assert losses == SearchLosses(num_ended=6, num_lost=3, first_cause="no route to the engine for 'book'")
+    losses.check(0.5)
     message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
     with pytest.raises(RetrievalError, match=message):
-        collect(collector)
+        losses.check(0.4)
+
+
+def test_losses_add_up_and_the_share_is_that_of_all() -> None:
+    ranks = [SearchLosses(num_ended=8), SearchLosses(num_ended=8, num_lost=3, first_cause="a"), SearchLosses()]
+    total = sum(ranks, SearchLosses())
+    assert total == SearchLosses(num_ended=16, num_lost=3, first_cause="a")
+    total.check(0.2)
+    with pytest.raises(RetrievalError):
+        ranks[1].check(0.2)
+    SearchLosses().check(0.0)
 
 
 def test_failed_searches_of_replaced_groups_count_as_well(build: Build, renderer: Renderer) -> None:
     """The sibling that is left has no contrast alone, so that every group gives way: no outage hides behind refills."""
     engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
-    settings = {"max_failed_search_share": 0.4, "max_refills": 1}
-    collector = build(engine, DictRetriever({"book": None}), **settings)
-    supply = supply_of(QuestionSampler(MANY, 1, 3), _config(**settings).rollout, step=0)
-    with pytest.raises(RetrievalError, match=r"6 of 12 trajectories \(50%\)"):
-        collector.collect(supply, policy_version=0)
+    collector = build(engine, DictRetriever({"book": None}), max_refills=1)
+    supply = supply_of(QuestionSampler(MANY, 1, 3), _config(max_refills=1).rollout, step=0)
+    losses = collector.collect(supply, policy_version=0).losses
+    assert (losses.num_lost, losses.num_ended) == (6, 12)
+
+
+class _Down(DictRetriever):
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        raise RetrievalDownError("nothing was answered for 120 s")
+
+
+def test_an_engine_that_is_down_ends_the_step_whatever_the_limit(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
+    with pytest.raises(RetrievalDownError, match="120 s"):
+        collect(build(engine, _Down(), max_failed_search_share=1.0))
+    assert len(engine.released) == len(set(engine.released))
+
+
+def test_engine_and_retriever_live_on_the_loop_that_is_given(renderer: Renderer) -> None:
+    runner = asyncio.Runner()
+    loop = runner.get_loop()
+    collector = RolloutCollector(ScriptedEngine(renderer, []), DictRetriever(), renderer, _config(), runner)
+
+    async def current() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    assert collector.run(current()) is loop
+    collector.close()
+    assert loop.is_closed()
 
 
 def test_aborted_trajectories_stay_in_their_group(build: Build, renderer: Renderer) -> None:
@@ -197,7 +234,7 @@ def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: Mod
     engines = [
         kind(make_model(), renderer.token_bytes, renderer.eos_ids, 500) for kind in (EmbeddedEngine, PlainEngine)
     ]
-    ours, plain = (build(engine).evaluate(QUESTIONS, step=0) for engine in engines)
+    ours, plain = (build(engine).evaluate(QUESTIONS, step=0).groups for engine in engines)
     assert [[t.token_ids.tolist() for t in g.trajectories] for g in ours] == [
         [t.token_ids.tolist() for t in g.trajectories] for g in plain
     ]

@@ -1,0 +1,40 @@
+"""The search engine of a run, by its section: the one place that knows all of them."""
+
+from __future__ import annotations
+
+from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+
+
+async def open_retriever(config: RetrievalConfig) -> Retriever:
+    """The configured engine, checked and ready; to be used on the event loop on which it is opened.
+
+    Raises:
+        ConfigError: a setting does not fit the engine, or its client is not installed.
+        DataError: the corpus has a bad row.
+        RetrievalError: the engine is down.
+    """
+    if config.engine == "elasticsearch":
+        return await _open_elastic(config.elasticsearch)
+    if config.engine == "tantivy":
+        assert config.corpus is not None  # RetrievalConfig has checked it
+        return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
+    raise ConfigError("retrieval.engine", f"{config.engine} is not there yet", "choose tantivy or elasticsearch")
+
+
+async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
+    try:
+        from megatron_sdsearch.retrieval.elastic import ElasticRetriever
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "retrieval.engine",
+            f"elasticsearch, and {error.name} is not installed",
+            "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version",
+        ) from error
+    if config.mode == "bm25" or config.encoder is None:
+        return await ElasticRetriever.open(config)
+    from megatron_sdsearch.retrieval.e5 import E5Encoder  # torch and transformers, for dense search alone
+
+    return await ElasticRetriever.open(config, E5Encoder.from_folder(config.encoder))
