@@ -165,7 +165,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # negative: of names
+        is_systems = error.errno is not None and error.errno > 0  # those of names are negative
+        reason = os.strerror(error.errno) if is_systems and error.errno else error.strerror
         mend = "give another --port or --host"
         raise ConfigError("--port", f"cannot listen at {host}:{port} ({reason})", mend) from error
 
