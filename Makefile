@@ -25,12 +25,13 @@ SHELL_FILES = $(wildcard .ci/run slurm/*.sh tools/*/*.sh)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-sglang check format bench clean
+.PHONY: help demo test test-sglang test-elasticsearch check format bench clean
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
 	@echo "make test   unit, loopback, distributed and end-to-end tests"
 	@echo "make test-sglang  tests with real SGLang servers on the CPU (installs them into .sglang, 2.4 GB)"
+	@echo "make test-elasticsearch  tests with a real server of Elasticsearch's protocol (noida-db, 12 MB, in .venv)"
 	@echo "make check  format, lint, types, import floors, shell scripts"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
@@ -44,6 +45,9 @@ test: $(STAMP)
 
 test-sglang: $(STAMP) $(SGLANG)
 	$(BIN)/python -m pytest tests/integration/sglang
+
+test-elasticsearch: $(STAMP)
+	$(BIN)/python -m pytest tests/integration/elasticsearch
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -150,7 +150,8 @@ class ElasticsearchConfig(Section):
     fields: Literal["contents", "title_and_text"] = "contents"
     """What BM25 matches: the whole passage, or title and text as two fields."""
     dfs: bool = False
-    """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip."""
+    """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
+    for ``dense``, nor where the server fuses: they have none."""
     encoder: Path | None = None
     """Folder of an E5 model, for ``dense`` and ``hybrid``."""
     username: str | None = None

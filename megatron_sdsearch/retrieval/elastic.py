@@ -132,13 +132,11 @@ class ElasticRetriever:
         lines: list[dict[str, Any]] = []
         for query, vector in zip(queries, vectors, strict=True):
             for body in self._plan.bodies(query, vector, top_k):
-                lines += [{}, body]
+                # Refused beside knn and retrievers, even in its default form.
+                is_global = self._config.dfs and "query" in body
+                lines += [{"search_type": "dfs_query_then_fetch"} if is_global else {}, body]
         try:
-            answer = await self._client.msearch(
-                searches=lines,
-                index=self._index.name,
-                search_type="dfs_query_then_fetch" if self._config.dfs else "query_then_fetch",
-            )
+            answer = await self._client.msearch(searches=lines, index=self._index.name)
         except (ApiError, TransportError) as error:
             return fault_of(error, self._credentials)
         responses = answer.body.get("responses") if isinstance(answer.body, dict) else None

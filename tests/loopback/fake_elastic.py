@@ -41,7 +41,7 @@ class FakeElastic:
         authorization: the header that it wants, if any.
         aliases: name -> indices.
         bodies: of all _msearch requests, in order, as lists of lines.
-        parameters: of the same, the URL's.
+        refuses: queries that it cannot parse.
         has_rrf: else the retriever is refused as an unlicensed cluster does it.
         is_dead: answers nobody.
     """
@@ -50,6 +50,7 @@ class FakeElastic:
         self.passages = dict(passages)
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
+        self.refuses: Callable[[str], bool] = lambda query: "unparseable" in query
         self.fault_of: Callable[[int], Fault | None] = lambda number: None
         self.version = "9.1.0"
         self.accepted_majors: Sequence[int] | None = None
@@ -58,7 +59,6 @@ class FakeElastic:
         self.aliases: dict[str, list[str]] = {INDEX: [INDEX], ALIAS: [INDEX]}
         self.properties: Json = {"contents": {"type": "text"}, "vector": {"type": "dense_vector", "dims": 2}}
         self.bodies: list[list[Json]] = []
-        self.parameters: list[dict[str, str]] = []
         self.has_rrf = True
         self.delay_s = 0.0
         self.is_dead = False
@@ -152,7 +152,6 @@ class FakeElastic:
     async def _msearch(self, request: web.Request) -> web.StreamResponse:
         lines = [json.loads(line) for line in (await request.text()).splitlines()]
         self.bodies.append(lines)
-        self.parameters.append(dict(request.query))
         fault = self.always or (self.faults.popleft() if self.faults else self.fault_of(len(self.bodies)))
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
@@ -202,7 +201,7 @@ class FakeElastic:
         if "knn" in body:  # the highest number is nearest to everything
             return self._answer(Counter({p: i + 1 for i, p in enumerate(self.passages)}), size)
         text = body["query"]["match"]["contents"]["query"]
-        if "unparseable" in text:
+        if self.refuses(text):
             return error_body(400, "parsing_exception", "cannot parse")
         words = Counter(text.lower().split())
         scores = {p: sum(words[w] for w in c.lower().split()) for p, c in self.passages.items()}

@@ -49,7 +49,6 @@ def talk(fake: FakeElastic, what: Talk, **changes: Any) -> None:
             encoder = ToyEncoder() if changes.get("mode", "bm25") != "bm25" else None
             retriever = await ElasticRetriever.open(config_of(fake, **changes), encoder)
             fake.bodies.clear()
-            fake.parameters.clear()
             try:
                 await what(retriever, fake)
             finally:
@@ -79,7 +78,6 @@ def test_a_wave_is_one_request_to_the_index_behind_the_alias() -> None:
     async def what(retriever: ElasticRetriever, fake: FakeElastic) -> None:
         assert first_ids(await ask_all(retriever, WORDS)) == list(PASSAGES)
         assert len(fake.bodies) == 1
-        assert fake.parameters == [{"search_type": "query_then_fetch"}]
         assert retriever.fingerprint.startswith("elasticsearch/clusteruuid/indexuuid/")
         assert retriever.num_passages == 6
 
@@ -91,11 +89,11 @@ def test_global_frequencies_are_a_switch_and_part_of_the_fingerprint() -> None:
 
     async def what(retriever: ElasticRetriever, fake: FakeElastic) -> None:
         await retriever.search("word1", top_k=1)
-        fingerprints.append((fake.parameters[0]["search_type"], retriever.fingerprint))
+        fingerprints.append((fake.bodies[0][0], retriever.fingerprint))
 
     for dfs in (False, True):
         talk(FakeElastic(), what, dfs=dfs)
-    assert [kind for kind, _ in fingerprints] == ["query_then_fetch", "dfs_query_then_fetch"]
+    assert [kind for kind, _ in fingerprints] == [{}, {"search_type": "dfs_query_then_fetch"}]
     assert fingerprints[0][1] != fingerprints[1][1]
 
 

@@ -1,0 +1,96 @@
+"""A real server of Elasticsearch's protocol for the unmodified official client: noida-db, one node, 300 documents.
+
+Nothing here skips: a server that does not start is an error of every test. It speaks 8.15 and takes a client of 9,
+which a cluster of 8 would not; it has no authentication and no second node: ``tests/loopback`` has what it cannot show.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from elasticsearch import ConnectionError as NoConnection
+from elasticsearch import Elasticsearch, helpers
+
+BINARY = Path(sys.executable).parent / "noida-db"
+MAX_DOCUMENTS = 300  # it scans linearly
+START_LIMIT_S = 30.0
+
+
+class Node:
+    """The server of this session.
+
+    Attributes:
+        url: where it listens.
+        client: the official one, for making indices.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = Elasticsearch(url)
+        self._names = (f"index-{number}" for number in itertools.count())
+
+    def index(
+        self, documents: Sequence[dict[str, Any]], properties: dict[str, Any], settings: dict[str, Any] | None = None
+    ) -> str:
+        """A new index with ``{"id", ...}`` documents, in their order, on one shard; returns its name."""
+        assert len(documents) <= MAX_DOCUMENTS
+        name = next(self._names)
+        self.client.indices.create(
+            index=name, mappings={"properties": properties}, settings={"number_of_shards": 1, **(settings or {})}
+        )
+        actions = (
+            {"_index": name, "_id": row["id"], "_source": {k: v for k, v in row.items() if k != "id"}}
+            for row in documents
+        )
+        helpers.bulk(self.client, actions, refresh=True)
+        return name
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Started once; ended, and seen to end, after the last test."""
+    assert BINARY.is_file(), f"{BINARY} is missing: make test-elasticsearch installs it"
+    folder = tmp_path_factory.mktemp("noida")
+    port = _free_port()
+    command = [str(BINARY), "start", "--data-dir", str(folder / "data"), "--only", "elasticsearch"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "--elasticsearch-port", str(port)], stdout=log, stderr=subprocess.STDOUT)
+    node = Node(f"http://127.0.0.1:{port}")
+    try:
+        _wait(node, process, folder / "log")
+        yield node
+    finally:
+        node.client.close()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+def _wait(node: Node, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        assert process.poll() is None, f"noida-db ended with {process.returncode}:\n{log.read_text()[-2000:]}"
+        try:
+            node.client.info()
+        except NoConnection:
+            assert time.monotonic() < deadline, f"noida-db is not there after {START_LIMIT_S} s:\n{log.read_text()}"
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
