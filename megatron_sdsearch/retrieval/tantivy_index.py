@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,8 @@ _LAYOUT = 1
 """Raise it when the meaning of an index folder changes: older folders are then built again."""
 
 _MANIFEST = "manifest.json"
+_COMPRESSION = 5
+"""Of prose in compressed files, at most."""
 _MIN_HEAP_BYTES, _MAX_HEAP_BYTES = 64 << 20, 4000 << 20
 
 
@@ -73,21 +75,22 @@ class TantivyRetriever:
         self._analyze = get_analyzer(manifest.analyzer)
 
     @classmethod
-    def build(cls, corpus: Path, index_dir: Path, analyzer: str) -> None:
+    def build(cls, corpus: Path, index_dir: Path, analyzer: str, on_passage: Callable[[], None] | None = None) -> None:
         """Make ``index_dir`` the index of that corpus; does nothing when it already is.
 
         The index appears whole or not at all, and any number of processes may call this at the same time.
 
         Args:
-            corpus: JSONL of ``{"id", "contents"}``; blank lines are skipped.
+            corpus: of ``corpus.read_corpus``.
             index_dir: replaced when its manifest does not fit.
             analyzer: ``standard`` or ``english``.
+            on_passage: called after each passage, for a display of progress.
 
         Raises:
             DataError: a bad row, an id that stands twice, no rows, or no such file.
             RetrievalError: tantivy could not write the index.
         """
-        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus))
+        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus), on_passage)
 
     @classmethod
     def open(cls, index_dir: Path) -> Self:
@@ -106,17 +109,24 @@ class TantivyRetriever:
     def open_or_build(cls, corpus: Path, analyzer: str, index_root: Path) -> Self:
         """Open the index of that corpus under ``index_root``, after building it if it is not there.
 
-        The folder is named after content and analyzer, so indices of different corpora live side by side.
+        What fits is used whatever its folder is called, so an index that ``tools/index_corpus.py`` put there is found.
+        A new folder is named after content and analyzer, so indices of different corpora live side by side.
 
         Raises:
             DataError: see ``build``.
             RetrievalError: see ``open``.
         """
         corpus_sha256 = sha256_of_corpus(corpus)
-        key = f"{_LAYOUT}/{_tantivy_version()}/{corpus_sha256}"
-        index_dir = index_root / f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        _build_once(corpus, index_dir, analyzer, corpus_sha256)
+        index_dir = _find_built(index_root, corpus_sha256, analyzer)
+        if index_dir is None:
+            index_dir = index_root / _folder_name(corpus_sha256, analyzer)
+            _build_once(corpus, index_dir, analyzer, corpus_sha256)
         return cls.open(index_dir)
+
+    @staticmethod
+    def default_dir(corpus: Path, analyzer: str) -> Path:
+        """Where training keeps the index of that corpus: beside it, in a folder named after content and analyzer."""
+        return default_root(corpus) / _folder_name(sha256_of_corpus(corpus), analyzer)
 
     @property
     def fingerprint(self) -> str:
@@ -139,6 +149,10 @@ class TantivyRetriever:
             RetrievalError: tantivy failed.
             ValueError: ``top_k`` is less than 1.
         """
+        return self.search_now(query, top_k)
+
+    def search_now(self, query: str, top_k: int) -> Sequence[Passage]:
+        """As ``search``, without an event loop; any number of threads may call it at the same time."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         terms = self._analyze(query)
@@ -184,7 +198,31 @@ def _tantivy_version() -> str:
     return importlib.metadata.version("tantivy")
 
 
-def _build_once(corpus: Path, index_dir: Path, analyzer: str, corpus_sha256: str) -> None:
+def default_root(corpus: Path) -> Path:
+    """The folder beside a corpus in which training keeps and looks for its indices."""
+    return corpus.parent / "index"
+
+
+def _folder_name(corpus_sha256: str, analyzer: str) -> str:
+    key = f"{_LAYOUT}/{_tantivy_version()}/{corpus_sha256}"
+    return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
+    """A folder in ``index_root``, or itself, that holds the very index; the own name first, others by theirs."""
+    own = index_root / _folder_name(corpus_sha256, analyzer)
+    # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.
+    others = sorted(path.parent for path in index_root.glob(f"[!.]*/{_MANIFEST}"))
+    return next((path for path in (own, index_root, *others) if _is_built(path, corpus_sha256, analyzer)), None)
+
+
+def _build_once(
+    corpus: Path,
+    index_dir: Path,
+    analyzer: str,
+    corpus_sha256: str,
+    on_passage: Callable[[], None] | None = None,
+) -> None:
     get_analyzer(analyzer)  # an unknown name raises before anything is written
     if _is_built(index_dir, corpus_sha256, analyzer):
         return
@@ -195,7 +233,7 @@ def _build_once(corpus: Path, index_dir: Path, analyzer: str, corpus_sha256: str
         temporary = index_dir.parent / f".{index_dir.name}.{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
-            _write_index(corpus, temporary, analyzer, corpus_sha256)
+            _write_index(corpus, temporary, analyzer, corpus_sha256, on_passage)
             _move_into_place(temporary, index_dir, corpus_sha256, analyzer)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -228,7 +266,9 @@ def _move_into_place(temporary: Path, index_dir: Path, corpus_sha256: str, analy
         os.rename(temporary, index_dir)
 
 
-def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str) -> None:
+def _write_index(
+    corpus: Path, folder: Path, analyzer: str, corpus_sha256: str, on_passage: Callable[[], None] | None
+) -> None:
     num_passages = 0
     analyze = get_analyzer(analyzer)
     with _failing_as(f"{folder}: cannot write the index"):
@@ -237,6 +277,8 @@ def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str) 
             for row in read_corpus(corpus):
                 writer.add_document(_document(row, analyze(row.contents)))
                 num_passages += 1
+                if on_passage is not None:
+                    on_passage()
             writer.commit()
         finally:
             # Joins the writer's threads, which would go on writing into a folder that is being moved or removed.
@@ -273,4 +315,7 @@ def _document(row: CorpusRow, terms: Sequence[str]) -> tantivy.Document:
 
 def _heap_bytes(corpus: Path) -> int:
     # A writer whose heap is full starts another segment, and equal scores then come in segment order, not corpus order.
-    return min(max(3 * corpus.stat().st_size, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)
+    num_bytes = corpus.stat().st_size
+    if corpus.suffix in {".gz", ".parquet"}:
+        num_bytes *= _COMPRESSION
+    return min(max(3 * num_bytes, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.retrieval.corpus import read_corpus, sha256_of_corpus
+from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
 
 
 def write(folder: Path, text: str) -> Path:
@@ -62,3 +70,111 @@ def test_missing_file_is_a_data_error(tmp_path: Path) -> None:
     for read in (sha256_of_corpus, lambda path: list(read_corpus(path))):
         with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\); give the path"):
             read(tmp_path / "absent.jsonl")
+
+
+ROWS = [{"id": "a", "contents": '"Canal"\nA waterway.'}, {"id": "7", "contents": "one line"}]
+
+
+def write_as(kind: str, folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / f"corpus.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if kind == "jsonl.gz" else lines)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_formats_hold_the_same_rows(tmp_path: Path, kind: str) -> None:
+    rows = list(read_corpus(write_as(kind, tmp_path, ROWS)))
+    assert [row.model_dump() for row in rows] == ROWS
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_other_names_of_the_columns(tmp_path: Path, kind: str) -> None:
+    (row,) = read_corpus(write_as(kind, tmp_path, [{"_id": 3, "title": "Canal", "text": "A waterway."}]))
+    assert row == CorpusRow(id="3", contents='"Canal"\nA waterway.')
+
+
+@pytest.mark.parametrize(
+    ("contents", "title", "text"),
+    [
+        ('"Canal"\nA waterway.\nWide.', "Canal", "A waterway.\nWide."),
+        ("Canal\nA waterway.", "Canal", "A waterway."),
+        ('"\nA waterway.', '"', "A waterway."),
+        ('""\nA waterway.', "", "A waterway."),
+        ("A waterway.", "", "A waterway."),
+        ('The "Canal"\nA waterway.', 'The "Canal"', "A waterway."),
+    ],
+)
+def test_title_and_text(contents: str, title: str, text: str) -> None:
+    assert CorpusRow(id="x", contents=contents).title_and_text() == (title, text)
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"id": "b", "contents": None}, "contents: Field required"),
+        ({"id": "b", "contents": ""}, "contents: String should have at least 1 character"),
+        ({"id": "a", "contents": "again"}, "id: 'a' stands twice"),
+    ],
+)
+def test_bad_parquet_row_names_its_number(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
+    path = write_as("parquet", tmp_path, [{"id": "a", "contents": "A"}, row])
+    with pytest.raises(DataError) as caught:
+        list(read_corpus(path))
+    assert str(caught.value).startswith(f"{path}: row 2: {complaint}")
+    assert "; give " in str(caught.value)
+
+
+def test_parquet_of_other_things_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: id: Field required; give the columns id and contents"):
+        list(read_corpus(write_as("parquet", tmp_path, [{"question": "who?"}])))
+    with pytest.raises(DataError, match="contents: Input should be a valid string"):
+        list(read_corpus(write_as("parquet", tmp_path, [{"id": 1, "contents": 2}])))
+
+
+def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
+    whole = write_as("jsonl.gz", tmp_path, ROWS).read_bytes()
+    for name, damaged, words in (
+        ("cut.jsonl.gz", whole[:-9], "is not whole, or not gzip"),
+        ("plain.jsonl.gz", b'{"id": "a", "contents": "A"}\n', "is not whole, or not gzip"),
+        ("x.parquet", b"PAR1 nonsense PAR1", "is not readable as parquet"),
+    ):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DataError, match=words):
+            list(read_corpus(tmp_path / name))
+    for name in ("absent.jsonl.gz", "absent.parquet"):
+        with pytest.raises(DataError, match=r"cannot be read \(No such file or directory\)"):
+            list(read_corpus(tmp_path / name))
+
+
+def test_rejects_are_told_and_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a", "contents": "A"}\nnonsense\n{"id": "a", "contents": "B"}\n')
+    rejects: list[tuple[str, str]] = []
+    rows = list(read_corpus(path, lambda place, problem: rejects.append((place, problem))))
+    assert [row.contents for row in rows] == ["A"]
+    assert [place for place, _ in rejects] == [f"{path}:2", f"{path}:3"]
+    assert rejects[0][1].startswith("row: Invalid JSON")
+    assert rejects[1][1] == "id: 'a' stands twice; give each passage an id of its own"
+
+
+@given(ids=st.lists(st.one_of(st.from_regex(r"[0-9]{1,10}", fullmatch=True), st.sampled_from(["x", "\u0663", "-1"]))))
+def test_ids_are_distinct_as_text(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "contents": "x"}) + "\n" for i in [*ids, "last"]), encoding="utf-8")
+    rows = [row.id for row in read_corpus(path, lambda place, problem: None)]
+    assert rows == list(dict.fromkeys([*ids, "last"]))
+
+
+def test_numbered_passages_take_a_bit_each(tmp_path: Path) -> None:
+    path = write(tmp_path, "".join(f'{{"id": {number}, "contents": "x"}}\n' for number in range(30_000)))
+    rows = read_corpus(path)
+    next(rows)
+    tracemalloc.start()
+    num_others = sum(1 for _ in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_others == 29_999
+    assert peak < 200_000  # a set of strings takes 2.9 MB

@@ -20,7 +20,7 @@ from megatron_sdsearch.errors import ConfigError, DataError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import analyze_standard
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "lucene_golden.json").read_text(encoding="utf-8"))
 LUCENE_LACKS = 2.2  # the factor k1 + 1, which Elasticsearch and tantivy keep
@@ -185,6 +185,27 @@ def test_index_is_built_once_per_content_and_analyzer(tmp_path: Path) -> None:
     }
     assert len(others | {first.fingerprint}) == 3
     assert len(folders()) == 3
+
+
+@pytest.mark.parametrize("folder", ["index/wiki", "index"])
+def test_training_finds_an_index_of_another_name(tmp_path: Path, folder: str) -> None:
+    corpus = write_corpus(tmp_path, ["canal"])
+    num_passages: list[None] = []
+    TantivyRetriever.build(corpus, tmp_path / folder, "standard", lambda: num_passages.append(None))
+    assert len(num_passages) == 1
+    before = sorted(tmp_path.rglob("*"))
+    retriever = TantivyRetriever.open_or_build(corpus, "standard", default_root(corpus))
+    assert search(retriever, "canal")[0].passage_id == "p0"
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was built
+    TantivyRetriever.open_or_build(corpus, "english", default_root(corpus))
+    assert TantivyRetriever.default_dir(corpus, "english").is_dir()
+
+
+def test_what_a_killed_builder_left_is_not_found(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, ["canal"])
+    TantivyRetriever.build(corpus, tmp_path / "index" / ".standard-0.0", "standard")
+    TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "index")
+    assert TantivyRetriever.default_dir(corpus, "standard").is_dir()
 
 
 @pytest.mark.parametrize(

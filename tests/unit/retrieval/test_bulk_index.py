@@ -1,0 +1,136 @@
+"""What loading a corpus keeps account of, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.retrieval.bulk_index import RejectFile, Watermark, pack, survey_corpus
+from megatron_sdsearch.retrieval.corpus import CorpusRow
+from megatron_sdsearch.retrieval.elastic_corpus import IndexSettings
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"id": f"p{i}", "contents": f'"T{i}"\ntext {i}'} for i in range(count)]
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=12), seed=st.integers(0, 9), start=st.integers(0, 3))
+def test_watermark_is_the_end_of_the_gapless_start(sizes: list[int], seed: int, start: int) -> None:
+    chunks = [(start + sum(sizes[:i]), start + sum(sizes[: i + 1])) for i in range(len(sizes))]
+    random.Random(seed).shuffle(chunks)
+    watermark = Watermark(start, 0)
+    done = set(range(start))
+    for first, end in chunks:
+        watermark.add(first, end, num_rejected=end - first)
+        done |= set(range(first, end))
+        gapless = next(i for i in range(len(done) + 1) if i not in done)
+        assert watermark.num_done == gapless
+        assert watermark.num_rejected == gapless - start
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10), limit=st.integers(50, 300))
+def test_chunks_hold_every_row_once_and_are_small(lengths: list[int], limit: int) -> None:
+    corpus = [CorpusRow(id=f"p{i}", contents="x" * length) for i, length in enumerate(lengths)]
+    chunks = list(pack(7, corpus, [None] * len(corpus), limit))
+    assert [passage_id for chunk in chunks for passage_id in chunk.ids] == [row.id for row in corpus]
+    assert [chunk.first for chunk in chunks] == [7 + sum(len(c.ids) for c in chunks[:i]) for i in range(len(chunks))]
+    for chunk in chunks:
+        assert len(chunk.ids) == len(chunk.lines) > 0
+        assert chunk.num_bytes == sum(map(len, chunk.lines))
+        assert chunk.num_bytes <= limit or len(chunk.ids) == 1
+
+
+def test_a_document_has_contents_title_text_and_vector() -> None:
+    (chunk,) = pack(0, [CorpusRow(id="a", contents='"Canal"\nwet')], [[0.5, 1.0]], 1000)
+    assert json.loads(chunk.lines[0]) == {
+        "contents": '"Canal"\nwet', "title": "Canal", "text": "wet", "vector": [0.5, 1.0]
+    }  # fmt: skip
+
+
+def test_survey_counts_and_draws_the_same_sample_every_time(tmp_path: Path) -> None:
+    path = write(tmp_path, rows(1000))
+    calls: list[None] = []
+    survey = survey_corpus(path, on_passage=lambda: calls.append(None))
+    assert (survey.num_passages, survey.num_rejected, len(calls)) == (1000, 0, 1000)
+    assert {"p0", "p999"} <= survey.sample.keys()
+    assert 200 <= len(survey.sample) <= 201
+    assert survey.sample["p0"] == '"T0"\ntext 0'
+    assert survey == survey_corpus(path)
+    middle = [int(passage_id[1:]) for passage_id in survey.sample]
+    assert 400 < sum(middle) / len(middle) < 600
+
+
+def test_survey_stops_at_a_bad_row_unless_it_may_tell_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path, [*rows(2), {"id": "x"}])
+    with pytest.raises(DataError, match=r"corpus\.jsonl:3: contents: Field required; write"):
+        survey_corpus(path)
+    told: list[tuple[str, str]] = []
+    survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))
+    assert (survey.num_passages, survey.num_rejected) == (2, 1)
+    assert told[0][0] == f"{path}:3"
+
+
+def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
+    rejects = RejectFile(tmp_path / "rejects.jsonl")
+    assert rejects.begin_load(0) == set()
+    rejects.add(place="corpus:3", reason="bad")
+    rejects.add(row=4, id="d", reason="refused")
+    rejects.add(row=9, id="i", reason="refused")
+    assert rejects.begin_load(9) == {"d"}
+    rejects.begin_survey()
+    lines = [json.loads(line) for line in rejects.path.read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"row": 4, "id": "d", "reason": "refused"}]
+    assert rejects.begin_load(0) == set()
+    assert not rejects.path.exists()
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\n")
+    with pytest.raises(DataError, match=r"notes\.txt: is no file of rejects"):
+        RejectFile(path).begin_survey()
+    assert path.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("name", ["", "Wiki", "-wiki", "a b", "a/b", "a*", ".", "a:b", "x" * 300])
+def test_a_name_that_elasticsearch_refuses_is_refused_first(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of an index; use lower case"):
+        IndexSettings(name=name)
+
+
+def test_the_indexs_name_depends_on_what_is_in_it() -> None:
+    settings = IndexSettings(name="wiki-18")
+    others = [
+        IndexSettings(name="wiki-18", analyzer="english").physical_name("a"),
+        IndexSettings(name="wiki-18", num_shards=2).physical_name("a"),
+        IndexSettings(name="wiki-18", encoder="e5-1", num_dims=4).physical_name("a"),
+        settings.physical_name("b"),
+    ]
+    assert len({settings.physical_name("a"), *others}) == 5
+    assert settings.physical_name("a") == IndexSettings(name="wiki-18", num_replicas=0).physical_name("a")
+    assert settings.physical_name("a").startswith("wiki-18-")
+    with pytest.raises(ConfigError, match="--shards: 0 is too few"):
+        IndexSettings(name="wiki", num_shards=0)
+
+
+def test_similarity_and_analyzers_are_said_aloud() -> None:
+    body = IndexSettings(name="wiki", analyzer="english", encoder="e5", num_dims=8).body()
+    assert body["settings"]["similarity"] == {"default": {"type": "BM25", "k1": 1.2, "b": 0.75}}
+    assert body["settings"]["number_of_shards"] == 1
+    fields = body["mappings"]["properties"]
+    assert {fields[name]["analyzer"] for name in ("contents", "title", "text")} == {"english"}
+    assert fields["vector"]["dims"] == 8
+    assert "vector" not in IndexSettings(name="wiki").body()["mappings"]["properties"]

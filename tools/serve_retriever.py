@@ -1,0 +1,110 @@
+"""Serve an index by Search-R1's /retrieve contract; works with the trainers of Search-R1, AutoRefine and this project.
+
+    python tools/serve_retriever.py --engine tantivy --index data/index/wiki --port 8000
+    python tools/serve_retriever.py --engine elasticsearch --url http://127.0.0.1:9200 --index wiki-18 --port 8000
+
+Listens on 127.0.0.1 alone unless --host says otherwise: there is no authentication. Prints one line of JSON with the
+URL once it answers, and ends at SIGINT or SIGTERM. Elasticsearch's credentials come from ELASTICSEARCH_API_KEY, or from
+ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD.
+
+Exit codes: 0 ended; 1 it failed; 2 the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_sdsearch.config import ElasticsearchConfig
+from megatron_sdsearch.errors import ConfigError, SDSearchError
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again at its end
+    try:
+        asyncio.run(run(arguments))
+    except SDSearchError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("tantivy", "elasticsearch"), required=True)
+    parser.add_argument("--index", required=True, help="tantivy: folder; elasticsearch: name of an index or alias")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes any")
+    parser.add_argument("--topk", type=int, default=3, help="for requests that name none (default 3)")
+    parser.add_argument("--threads", type=int, help="of tantivy (default: one per core)")
+    parser.add_argument("--url", action="append", help="of an Elasticsearch node; may be repeated")
+    parser.add_argument("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
+    parser.add_argument("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
+    parser.add_argument("--dfs", action="store_true", help="Elasticsearch: scores as of one shard")
+    parser.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model, for dense and hybrid")
+    parser.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
+    arguments = parser.parse_args()
+    if arguments.topk < 1:
+        parser.error("--topk must be at least 1")
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error("--threads must be at least 1")
+    return arguments
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    try:
+        from megatron_sdsearch.retrieval import server
+    except ImportError as error:
+        mend = "pip install 'megatron-sdsearch[retriever]'"
+        raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
+    # First, for opening an index takes a while: a port that is taken is known at once.
+    with server.listen(arguments.host, arguments.port) as listener:
+        retriever: Any
+        if arguments.engine == "tantivy":
+            retriever = server.InThreads(TantivyRetriever.open(Path(arguments.index)), arguments.threads)
+        else:
+            retriever = await open_elasticsearch(arguments)
+        app = server.create_app(
+            retriever, engine=arguments.engine, num_passages=retriever.num_passages, default_top_k=arguments.topk
+        )
+        host, port = listener.getsockname()[:2]
+        served = {"fingerprint": retriever.fingerprint, "num_passages": retriever.num_passages}
+        print(json.dumps({"url": f"http://{host}:{port}/retrieve", **served}), flush=True)
+        await server.new_server(app).serve(sockets=[listener])
+
+
+async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
+    try:
+        from megatron_sdsearch.retrieval.elastic import ElasticRetriever
+    except ImportError as error:
+        mend = "pip install 'megatron-sdsearch[elasticsearch]'"
+        raise ConfigError("--engine", f"elasticsearch needs {error.name}, which is not installed", mend) from error
+    config = ElasticsearchConfig(
+        urls=tuple(arguments.url or ElasticsearchConfig().urls),
+        index=arguments.index,
+        mode=arguments.mode,
+        fields=arguments.fields,
+        dfs=arguments.dfs,
+        encoder=arguments.encoder,
+        ca_file=arguments.ca_file,
+    )
+    encoder = None
+    if arguments.encoder is not None:
+        from megatron_sdsearch.retrieval.e5 import E5Encoder
+
+        encoder = E5Encoder.from_folder(arguments.encoder, "--encoder")
+    return await ElasticRetriever.open(config, encoder)
+
+
+if __name__ == "__main__":
+    main()
