@@ -14,6 +14,8 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
+from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.replay import replay_counts, with_replay
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.supply import supply_of
@@ -32,7 +34,7 @@ class StepRollouts:
     Attributes:
         groups: in the order of their places.
         counts: of the collection.
-        engine_counts: of the engine, under names of metrics.
+        engine_counts: of the engine and the replay store, under names of metrics.
     """
 
     groups: list[HindsightGroup]
@@ -40,8 +42,13 @@ class StepRollouts:
     engine_counts: dict[str, int]
 
 
-def open_retriever(config: RetrievalConfig) -> TantivyRetriever:
-    """The configured search engine; the index stands beside the corpus."""
+def open_retriever(config: RetrievalConfig) -> Retriever:
+    """The configured search engine, behind the store of ``retrieval.replay`` or replaced by it."""
+    return with_replay(config.replay, lambda: _open_engine(config))
+
+
+def _open_engine(config: RetrievalConfig) -> Retriever:
+    """The index stands beside the corpus."""
     assert config.corpus is not None  # RetrievalConfig has checked it
     return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
 
@@ -74,7 +81,8 @@ class DistributedRollouts:
         with without_cpu_layer():
             collected = self._collector.collect(supply, policy_version=step)
         groups = [(group, self._hindsight(group)) for group in collected.groups]
-        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=self._source.take_counts())
+        counts = self._source.take_counts() | replay_counts(self._retriever)
+        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
         parts = self._parallel.all_gather_object(own)
         return StepRollouts(
             groups=_in_turn([part.groups for part in parts]),
