@@ -60,8 +60,7 @@ def record(folder: Path, passages: dict[str, Sequence[Passage] | None], *queries
 
 
 def test_known_queries_are_not_asked_again_and_answers_are_equal(tmp_path: Path) -> None:
-    passages = {"capital": (LISBON, PORTO)}
-    assert record(tmp_path, passages, "capital", "nothing").queries == ["capital", "nothing"]
+    assert record(tmp_path, {"capital": (LISBON, PORTO)}, "capital", "nothing").queries == ["capital", "nothing"]
     engine = DictRetriever({"capital": (PORTO,)})  # would answer otherwise by now
     assert ask(recording(tmp_path, engine), "capital", "nothing") == [(LISBON, PORTO), ()]
     assert engine.queries == []
