@@ -4,6 +4,7 @@ SDSearchError
 |-- ConfigError             a setting is wrong: names the field, the value and the mend; exit code 2
 |-- DataError               a file with questions, passages or weights is wrong: names the file and line
 |-- RetrievalError          the search engine failed (never: it found nothing)
+|   `-- RetrievalDownError      it has answered nobody for long: the run stops
 |-- EngineError             the rollout engine failed or refused a request
 |   |-- ServerRefusedError      a server answered no: the same request would be refused again
 |   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
@@ -36,7 +37,23 @@ class DataError(SDSearchError):
 
 
 class RetrievalError(SDSearchError):
-    """The search engine failed. "No hits" is not an error and never looks like one."""
+    """The search engine failed. "No hits" is not an error and never looks like one.
+
+    Attributes:
+        query: that was not answered, whole; None when the error is not about one.
+        num_attempts: requests that carried it.
+        cause: of the last attempt; the message names it, too.
+    """
+
+    def __init__(self, message: str, *, query: str | None = None, num_attempts: int = 0, cause: str = "") -> None:
+        super().__init__(message)
+        self.query = query
+        self.num_attempts = num_attempts
+        self.cause = cause
+
+
+class RetrievalDownError(RetrievalError):
+    """The search engine has answered nobody for the configured time: not one trajectory's end, but the run's."""
 
 
 class EngineError(SDSearchError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
+from itertools import islice
 
 import regex
 from nltk.stem.porter import PorterStemmer
@@ -97,6 +98,13 @@ def analyze_english(text: str) -> list[str]:
     """Stems in order: words without possessive, lower case, without stop words, Porter (Lucene's EnglishAnalyzer)."""
     words = (_lower(_POSSESSIVE.sub("", token)) for token in _tokens(text))
     return [_stem(word) for word in words if word not in _STOP_WORDS]
+
+
+def first_tokens(text: str, count: int) -> str:
+    """``text`` up to the end of its ``count``-th token, or all of it; tokens as of the ``standard`` analyzer."""
+    pattern = _ASCII_TOKEN if text.isascii() else _TOKEN
+    ends = (match.end() for match in pattern.finditer(text))
+    return text[: next(islice(ends, count - 1, None), len(text))]
 
 
 def _tokens(text: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -376,12 +377,20 @@ def test_every_shipped_config_parses_and_keeps_what_it_says(path: Path) -> None:
     config = load_config(path)
     written: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     parsed = config.model_dump(mode="json")
-    for section, settings in written.items():
-        if not isinstance(settings, dict):
-            assert parsed[section] == settings
-            continue
-        for name, value in settings.items():
-            assert parsed[section][name] == value, f"{section}.{name}"
+    for key, value in leaves(written):
+        kept = parsed
+        for name in key.split("."):
+            kept = kept[name]
+        assert kept == value, key
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything but sections, however deep: a section may name some of its settings alone."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 @given(alpha=st.floats(0, 10), warmup=st.integers(0, 20), step=st.integers(0, 60))
