@@ -7,9 +7,9 @@ With ``only`` a run repeats bit for bit without its engine: passages and scores 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from megatron_sdsearch.config import ReplayConfig
@@ -39,17 +39,14 @@ def with_replay(config: ReplayConfig, open_engine: Callable[[], Retriever]) -> R
         ConfigError: the store cannot be used, or does not say which of its engines is meant.
         Exception: whatever ``open_engine`` raises.
     """
-    if config.mode == "off":
-        return open_engine()
-    assert config.store is not None  # RetrievalConfig has checked it
-    if config.mode == "only":
-        return _open_recorded(config.store, config.fingerprint)
-    store = ReplayStore.open(config.store, max_bytes=config.max_mb << 20)  # a wrong path shows before an engine starts
-    try:
-        return ReplayRetriever(store, engine=open_engine())
-    except BaseException:
-        store.close()
-        raise
+    with _stored(config) as stored:
+        return stored.alone or stored.before(open_engine())
+
+
+async def with_replay_async(config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]]) -> Retriever:
+    """``with_replay`` for an engine that has to be awaited."""
+    with _stored(config) as stored:
+        return stored.alone or stored.before(await open_engine())
 
 
 def replay_counts(retriever: Retriever) -> dict[str, int]:
@@ -57,10 +54,33 @@ def replay_counts(retriever: Retriever) -> dict[str, int]:
     return retriever.take_counts() if isinstance(retriever, ReplayRetriever) else {}
 
 
-def _open_recorded(path: Path, fingerprint: str | None) -> ReplayRetriever:
-    store = ReplayStore.open_readonly(path)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What there is before an engine is opened: a store, and with ``only`` the whole retriever."""
+
+    store: ReplayStore | None = None
+    alone: ReplayRetriever | None = None
+
+    def before(self, engine: Retriever) -> Retriever:
+        return ReplayRetriever(self.store, engine=engine) if self.store else engine
+
+
+@contextmanager
+def _stored(config: ReplayConfig) -> Iterator[_Stored]:
+    """Opened first, so that a wrong path shows before an engine starts; closed if anything goes wrong from here on."""
+    if config.mode == "off":
+        yield _Stored()
+        return
+    assert config.store is not None  # RetrievalConfig has checked it
+    is_alone = config.mode == "only"
+    store = (
+        ReplayStore.open_readonly(config.store)
+        if is_alone
+        else ReplayStore.open(config.store, max_bytes=config.max_mb << 20)
+    )
     try:
-        return ReplayRetriever(store, fingerprint=_choose(store, fingerprint))
+        fingerprint = _choose(store, config.fingerprint) if is_alone else ""
+        yield _Stored(store=store, alone=ReplayRetriever(store, fingerprint=fingerprint) if is_alone else None)
     except BaseException:
         store.close()
         raise
@@ -109,6 +129,11 @@ class ReplayRetriever:
     def fingerprint(self) -> str:
         """The engine's, whether it is there or not."""
         return self._engine.fingerprint if self._engine else self._fingerprint
+
+    @property
+    def engine(self) -> Retriever | None:
+        """Behind the store, with counts of its own; ``None`` with ``only``."""
+        return self._engine
 
     def take_counts(self) -> dict[str, int]:
         """Hits, misses and evictions since the last call, under names of metrics."""

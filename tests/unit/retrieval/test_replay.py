@@ -17,7 +17,15 @@ from megatron_sdsearch.config import ReplayConfig, RetrievalConfig, load_config
 from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.replay import EVICTIONS, HITS, MISSES, ReplayRetriever, replay_counts, with_replay
+from megatron_sdsearch.retrieval.replay import (
+    EVICTIONS,
+    HITS,
+    MISSES,
+    ReplayRetriever,
+    replay_counts,
+    with_replay,
+    with_replay_async,
+)
 from megatron_sdsearch.retrieval.replay_store import ReplayStore
 from megatron_sdsearch.training.rollouts import open_retriever
 from tests.unit.fakes import DictRetriever
@@ -88,6 +96,35 @@ def test_off_is_the_engine_itself(tmp_path: Path) -> None:
     engine = DictRetriever()
     assert with_replay(ReplayConfig(), lambda: engine) is engine
     assert replay_counts(engine) == {}
+
+
+def test_an_engine_that_has_to_be_awaited_is_wrapped_the_same_way(tmp_path: Path) -> None:
+    async def run() -> None:
+        engine = DictRetriever({"capital": (LISBON,)})
+
+        async def open_engine() -> Retriever:
+            return engine
+
+        assert await with_replay_async(ReplayConfig(), open_engine) is engine
+        retriever = await with_replay_async(settings(tmp_path, "cache"), open_engine)
+        assert isinstance(retriever, ReplayRetriever)
+        assert retriever.engine is engine
+        assert await retriever.search("capital", top_k=3) == (LISBON,)
+        await retriever.close()
+        alone = await with_replay_async(settings(tmp_path, "only"), lambda: pytest.fail("opened"))
+        assert await alone.search("capital", top_k=3) == (LISBON,)
+        await alone.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_does_not_open_leaves_no_store_open(tmp_path: Path) -> None:
+    def fail() -> Retriever:
+        raise RetrievalError("no route")
+
+    with pytest.raises(RetrievalError, match="no route"):
+        with_replay(settings(tmp_path, "cache"), fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["replay.db"], "no journal beside it: it was closed"
 
 
 def test_failures_are_not_stored(tmp_path: Path) -> None:
