@@ -5,9 +5,9 @@
     python tools/bench_retrieval.py --engine http --url http://127.0.0.1:8000/retrieve --queries queries.txt
 
 The engine is opened as a training run opens it, and asked by ``--concurrency`` coroutines of one process, as a rank
-asks. tantivy gets made-up passages of about 100 words: Zipf's law over the words of The World Factbook (real ones, the
-rare tail compounded of two); queries are 4 to 8 words of a passage that was drawn the same way. Credentials come from
-the environment, see docs/retrieval.md.
+asks. CPU times are this process's, and hold on a busy machine too. tantivy gets made-up passages of about 100 words:
+Zipf's law over the words of The World Factbook (real ones, the rare tail compounded of two); queries are 4 to 8 words
+of a passage that was drawn the same way. Credentials come from the environment, see docs/retrieval.md.
 """
 
 from __future__ import annotations
@@ -96,14 +96,7 @@ def main() -> None:
             report |= _write_corpus(corpus, prose, arguments.passages)
         try:
             config = RetrievalConfig.model_validate(_settings(arguments, corpus))
-            start = time.perf_counter()
-            retriever = open_retriever(config)
-            if arguments.engine == "tantivy":
-                report["build_s"] = round(time.perf_counter() - start, 2)
-                report["index_bytes"] = sum(
-                    p.stat().st_size for p in (corpus.parent / "index").rglob("*") if p.is_file()
-                )
-            report |= asyncio.run(_measure(retriever, queries, arguments.concurrency, arguments.top_k))
+            report |= asyncio.run(_run(config, queries, arguments))
         except SDSearchError as error:
             sys.exit(str(error))
     print(json.dumps(report))
@@ -128,10 +121,24 @@ def _write_corpus(path: Path, prose: Prose, num_passages: int) -> dict[str, obje
 
 
 def _read_queries(path: Path) -> list[str]:
+    if not path.is_file():
+        sys.exit(f"--queries {path}: does not exist")
     queries = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not queries:
         sys.exit(f"--queries {path}: holds none; write one per line")
     return queries
+
+
+async def _run(config: RetrievalConfig, queries: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:
+    report: dict[str, object] = {}
+    start, cpu_start = time.perf_counter(), time.process_time()
+    retriever = open_retriever(config)
+    if config.corpus is not None:
+        report["build_s"] = round(time.perf_counter() - start, 2)
+        report["build_cpu_s"] = round(time.process_time() - cpu_start, 2)
+        files = (config.corpus.parent / "index").rglob("*")
+        report["index_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
+    return report | await _measure(retriever, queries, arguments.concurrency, arguments.top_k)
 
 
 async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: int, top_k: int) -> dict[str, object]:
@@ -156,9 +163,9 @@ async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: in
     try:
         for query in queries[:NUM_WARM_UP]:
             await retriever.search(query, top_k=top_k)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         await asyncio.gather(*(ask_on() for _ in range(concurrency)))
-        elapsed = time.perf_counter() - start
+        elapsed, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     finally:
         await retriever.close()
     shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
@@ -168,6 +175,7 @@ async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: in
         "num_failed": num_failed,
         "num_empty": num_empty,
         "queries_per_s": round(len(latencies) / elapsed, 1),
+        "cpu_ms_per_query": round(1000 * cpu_s / len(queries), 3),
         **{
             name: round(1000 * float(np.quantile(latencies, q)), 3) if latencies else None for name, q in shares.items()
         },
