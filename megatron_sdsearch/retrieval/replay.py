@@ -180,7 +180,7 @@ class ReplayRetriever:
                 self._flights.pop(key, None)
 
     async def _answer(self, fingerprint: str, query: str, top_k: int) -> Sequence[Passage]:
-        # The store is called on the event loop, never in a thread: it takes a tenth of a millisecond, and a thread's
+        # The store is called on the event loop, never in a thread: it takes 0.03 to 0.15 ms, and a thread's
         # timing would decide which rollouts an in-process engine batches together, and so the last bits of its logits.
         stored = self._store.get(fingerprint, query, top_k)
         if stored is not None:
