@@ -211,6 +211,8 @@ class ReplayConfig(Section):
     """A file that ranks, and runs, may share."""
     max_mb: PositiveInt = 4096
     """The oldest entries go when the store is larger."""
+    fingerprint: str | None = None
+    """``only``: whose answers; needed when the store holds those of several engines."""
 
 
 class RetrievalConfig(Section):
@@ -228,18 +230,26 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.engine == "tantivy" and self.corpus is None:
+        if self.engine == "tantivy" and self.corpus is None and self.replay.mode != "only":
             raise ConfigError(
                 "retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set retrieval.corpus"
             )
         if self.replay.mode != "off" and self.replay.store is None:
-            raise ConfigError("retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set it")
+            raise ConfigError(
+                "retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set retrieval.replay.store"
+            )
         dense = self.elasticsearch.mode != "bm25"
         if self.engine == "elasticsearch" and dense and self.elasticsearch.encoder is None:
             raise ConfigError(
                 "retrieval.elasticsearch.encoder", f"missing, and mode is {self.elasticsearch.mode}", "set it"
             )
         return self
+
+    def files(self) -> dict[str, Path]:
+        """Every path that has to exist before a search, by its field."""
+        if self.replay.mode == "only":
+            return {"retrieval.replay.store": _known(self.replay.store)}  # the engine is not opened
+        return {} if self.corpus is None else {"retrieval.corpus": self.corpus}
 
 
 class HindsightConfig(Section):
@@ -412,8 +422,8 @@ class RunConfig(Section):
             paths["data.train"] = _known(self.data.train)
         if self.data.heldout is not None:
             paths["data.heldout"] = self.data.heldout
-        if self.retrieval is not None and self.retrieval.corpus is not None:
-            paths["retrieval.corpus"] = self.retrieval.corpus
+        if self.retrieval is not None:
+            paths |= self.retrieval.files()
         for field, path in paths.items():
             if not path.exists():
                 raise ConfigError(field.strip(), f"{path} does not exist", "give a path that exists")

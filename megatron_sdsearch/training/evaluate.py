@@ -32,8 +32,8 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
         )
     if not (model_dir / "config.json").is_file():
         raise ConfigError("--model", f"{model_dir} holds no config.json", "give a Hugging Face folder")
-    for field, path in (("data.heldout", config.data.heldout), ("retrieval.corpus", config.retrieval.corpus)):
-        if path is not None and not path.is_file():
+    for field, path in {"data.heldout": config.data.heldout, **config.retrieval.files()}.items():
+        if not path.is_file():
             raise ConfigError(field, f"{path} does not exist", "give a path that exists")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

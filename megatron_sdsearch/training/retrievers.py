@@ -5,23 +5,31 @@ from __future__ import annotations
 from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
+from megatron_sdsearch.retrieval.replay import with_replay_async
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
-    """The configured engine, checked and ready; to be used on the event loop on which it is opened.
+    """The configured engine, checked and ready, behind the store of ``retrieval.replay`` or replaced by it.
+
+    To be used on the event loop on which it is opened.
 
     Raises:
         ConfigError: a setting does not fit the engine, or its client is not installed.
         DataError: the corpus has a bad row.
         RetrievalError: the engine is down.
     """
+    return await with_replay_async(config.replay, lambda: _open_engine(config))
+
+
+async def _open_engine(config: RetrievalConfig) -> Retriever:
     if config.engine == "elasticsearch":
         return await _open_elastic(config.elasticsearch)
-    if config.engine == "tantivy":
-        assert config.corpus is not None  # RetrievalConfig has checked it
-        return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
-    raise ConfigError("retrieval.engine", f"{config.engine} is not there yet", "choose tantivy or elasticsearch")
+    if config.engine == "http":
+        return await RetrieveServerRetriever.open(config.http)
+    assert config.corpus is not None  # RetrievalConfig has checked it
+    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
 
 
 async def _open_elastic(config: ElasticsearchConfig) -> Retriever:

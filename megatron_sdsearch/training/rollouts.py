@@ -17,6 +17,7 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
+from megatron_sdsearch.retrieval.replay import replay_counts
 from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -35,7 +36,7 @@ class StepRollouts:
     Attributes:
         groups: in the order of their places.
         counts: of the collection.
-        engine_counts: of the engine, under names of metrics.
+        engine_counts: of the engine and the replay store, under names of metrics.
     """
 
     groups: list[HindsightGroup]
@@ -77,7 +78,8 @@ class DistributedRollouts:
         with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
         groups = [(group, self._hindsight(group)) for group in collected.groups]
-        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=self._source.take_counts())
+        counts = self._source.take_counts() | replay_counts(self._retriever)
+        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
         gathered = self._parallel.all_gather_object((own, collected.losses))
         self._check([losses for _, losses in gathered])
         parts = [part for part, _ in gathered]
