@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model.architecture import load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
@@ -147,6 +148,10 @@ class SGLangPolicyEngine:
 
 def _supervisor(config: RunConfig) -> ServerSupervisor:
     sglang = config.rollout.sglang
+    if not any(config.model.hf_dir.glob("*.safetensors")):
+        # It gets the policy's weights before the first request, but has to start from some.
+        told = f"{config.model.hf_dir} holds no weights, and servers start from it"
+        raise ConfigError("model.hf_dir", told, "give a folder with safetensors; model.megatron_dir may stay")
     started = sglang.model_copy(update={"arguments": ("--dtype", config.model.dtype, *sglang.arguments)})
     return ServerSupervisor(
         started,
