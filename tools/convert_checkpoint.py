@@ -69,9 +69,13 @@ def to_megatron(
 
 @app.command("to-hf")
 def to_hf(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="step_*, a run's folder, or a converted one.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="step_*, a run's folder, or a converted one.")
+    ],
     out: OutArgument,
-    hf_dir: Annotated[Path | None, typer.Option(help="Config and tokenizer; the run's model.hf_dir by default.")] = None,
+    hf_dir: Annotated[
+        Path | None, typer.Option(help="Config and tokenizer; the run's model.hf_dir by default.")
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the checkpoint's by default.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="MiB of one safetensors file, and of memory.")] = 4096,
     verify: VerifyOption = False,
@@ -147,6 +151,7 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or somebody else's GPU, is none of our business
+    os.environ.pop("RANK", None)  # one process, inside of a job as well
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="Please use DTensor")  # torch, of what megatron's checkpoints call

@@ -1,7 +1,8 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
-Owns the table of model families (how to add one: docs/adding-a-model.md), the choice of layer spec (transformer-engine with CUDA, our packed local spec without) and the refusal of whatever
-megatron would run silently wrong. Weights are ``hf_weights.py``'s.
+Owns the table of model families (how to add one: docs/adding-a-model.md), the choice of layer spec (transformer-engine
+with CUDA, our packed local spec without) and the refusal of whatever megatron would run silently wrong. Weights are
+``hf_weights.py``'s.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
     if parallel.is_last_stage:
         gpt.output_layer.__class__ = HiddenStates
     if hf_config.rope_parameters.get("rope_type", "default") != "default":
-        # megatron's own rope_scaling fixes all factors but one at Llama 3.1's (rotary_pos_embedding.py, _apply_scaling).
+        # megatron's rope_scaling fixes all factors but one at Llama 3.1's (rotary_pos_embedding.py, _apply_scaling).
         gpt.rotary_pos_emb.inv_freq = _scaled_frequencies(hf_config)
     return gpt.to(parallel.device)
 

@@ -118,7 +118,14 @@ def load_latest(root: Path, policy: Checkpointable, parallel: ParallelState, con
 
 # What may change between a run and its continuation: where things lie, what is written, the layout, the rates.
 _MAY_CHANGE = ("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps")
-_PATHS = ("model.hf_dir", "model.megatron_dir", "data.train", "data.heldout", "train.demonstrations", "retrieval.corpus")
+_PATHS = (
+    "model.hf_dir",
+    "model.megatron_dir",
+    "data.train",
+    "data.heldout",
+    "train.demonstrations",
+    "retrieval.corpus",
+)
 
 
 def _check_config(folder: Path, manifest: dict[str, Any], config: RunConfig) -> None:

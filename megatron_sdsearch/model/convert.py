@@ -1,7 +1,7 @@
 """Whole models between Hugging Face folders and megatron checkpoints, tensor by tensor, in one process.
 
-Everything that can be wrong with names and shapes is found before the first byte is written; whatever fails later leaves
-nothing behind. Memory: one megatron tensor to megatron, one shard to Hugging Face.
+Everything that can be wrong with names and shapes is found before the first byte is written; whatever fails later
+leaves nothing behind. Memory: one megatron tensor to megatron, one shard to Hugging Face.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def to_megatron(
     Args:
         hf_dir: safetensors, single or indexed.
         out: the new folder; config and tokenizer go to ``out/hf``.
-        tensor, pipeline: the layout that it is sharded and padded for: one file for each rank.
+        tensor: it is sharded and padded for so many tensor-parallel ranks,
+        pipeline: and so many stages: one file for each rank.
         check: of the result.
         progress: told after every tensor.
 
@@ -166,9 +167,7 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_hf(
-    tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: PretrainedConfig, hf_dir: Path
-) -> None:
+def _check_hf(tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: PretrainedConfig, hf_dir: Path) -> None:
     names = tensors.names()
     refuse_unknown(names, config, hf_dir)
     for name, wanted in shapes.items():
@@ -182,11 +181,11 @@ def _check_hf(
             if tensors.dtype(name) != tensors.dtype(other):
                 told = f"{name} is {tensors.dtype(name)} and {other} {tensors.dtype(other)}"
                 raise DataError(f"{hf_dir}: {told}: they become one tensor and must have one dtype")
-    if config.tie_word_embeddings and "lm_head.weight" in names:
-        # Some exports write the tied table twice. A head of its own would be lost.
-        if not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-            told = "config.json ties lm_head.weight to the embedding, and the two differ"
-            raise DataError(f"{hf_dir}: {told}: set tie_word_embeddings to false")
+    # Some exports write the tied table twice. A head of its own would be lost.
+    is_twice = config.tie_word_embeddings and "lm_head.weight" in names
+    if is_twice and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        told = "config.json ties lm_head.weight to the embedding, and the two differ"
+        raise DataError(f"{hf_dir}: {told}: set tie_word_embeddings to false")
 
 
 def _check_megatron(

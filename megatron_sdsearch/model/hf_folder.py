@@ -131,7 +131,8 @@ def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
     """Copy everything but weights: configs, tokenizer, chat templates, licence.
 
     Args:
-        source, target: existing folders.
+        source: an existing folder.
+        target: another one.
         dtype: of the new weights, for config.json, which is copied as it is where it says so already.
     """
     for file in source.iterdir():

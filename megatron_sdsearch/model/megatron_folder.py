@@ -38,15 +38,15 @@ class MegatronFolder:
         self._folder = folder
         self._config = config
         self._reader = TorchDistReader(folder)
+        self._keys = self._reader.keys()
         self._places = {name: place for place in placements(config, pp_size=1) for name in place.hf}
         self._joined: dict[str, Tensor] = {}
 
     def names(self) -> set[str]:
         """Hugging Face names of what is there, and the checkpoint's own of what no table knows."""
         known = {name: self._key(place)[0] for name, place in self._places.items()}
-        keys = self._reader.keys()
-        there = {name for name, key in known.items() if key in keys}
-        return there | {key for key in keys - set(known.values()) if not key.startswith(_NO_WEIGHTS)}
+        there = {name for name, key in known.items() if key in self._keys}
+        return there | {key for key in self._keys - set(known.values()) if not key.startswith(_NO_WEIGHTS)}
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor; those that share a megatron tensor (q, k and v) are read together once.
@@ -76,11 +76,12 @@ class MegatronFolder:
             raise DataError(f"{self._folder} has no tensor {name}")
         place = self._places[name]
         key, layer = self._key(place)
-        if key not in self._reader.keys():
+        if key not in self._keys:
             raise DataError(f"{self._folder} has no tensor {key}, of which {name} is made")
         shape = self._reader.shape(key)
-        if layer is not None and layer >= shape[0]:
-            raise DataError(f"{self._folder} has {shape[0]} layers of {key}, config.json has more: no {name}")
+        num_layers = self._config.num_hidden_layers
+        if layer is not None and shape[0] != num_layers:
+            raise DataError(f"{self._folder}: {key} has {shape[0]} layers, the model of config.json {num_layers}")
         if sources is None:
             return
         (wanted,) = place.layout.split(sources, 1, self._config)
@@ -96,9 +97,9 @@ class MegatronFolder:
 
     def _key(self, place: Placement) -> tuple[str, int | None]:
         """Stacked, as megatron saves layers that are alike; else under the layer's own name."""
-        if place.key in self._reader.keys():
+        if place.key in self._keys:
             return place.key, place.layer
-        own = [name for name in place.megatron if name in self._reader.keys()]
+        own = [name for name in place.megatron if name in self._keys]
         return (own[0], None) if own else (place.key, place.layer)
 
 

@@ -136,7 +136,9 @@ class TorchDistReader:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing: it holds part of {index.fqn}") from error
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged at {index.fqn}: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(
+                f"{path} is damaged at {index.fqn} ({type(error).__name__}): write it again"
+            ) from error
         if not isinstance(piece, Tensor) or tuple(piece.shape) != sizes:
             raise CheckpointError(f"{path} is damaged at {index.fqn}: no tensor of shape {sizes}")
         return piece

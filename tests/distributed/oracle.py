@@ -5,7 +5,7 @@ Owns tiny models and random samples as well, so that workers and oracle speak of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from megatron_sdsearch.batching.samples import teacher_sequence
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig, parse_config
 from megatron_sdsearch.records import TrainingSample
 
-CONFIGS: dict[str, type[PretrainedConfig]] = {
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
