@@ -11,11 +11,11 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.model.architecture import load_hf_config, padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Network
 from tests.distributed.launch import run_distributed
-from tests.distributed.oracle import make_config, make_model
+from tests.distributed.oracle import VOCAB_SIZE, make_config, make_model
 
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]
 # It knows the names of the transformer-engine spec alone.
@@ -45,7 +45,9 @@ def compare(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
         config = make_config(hf_dir, folder / "run", {}, parallel={"tensor": world_size})
         parallel = ParallelState.initialize(ParallelConfig(tensor=world_size), seed=1)
         gpt, bridge = Network.load(config, parallel).gpt, make_bridge(hf_dir)
-        bridge.vocab_size = bridge.padded_vocab_size = bridge.hf_config.vocab_size
+        # As its get_model would set them, which builds with transformer-engine.
+        bridge.vocab_size, bridge.make_vocab_size_divisible_by = VOCAB_SIZE, world_size
+        bridge.padded_vocab_size = padded_vocab_size(VOCAB_SIZE, world_size)
         expected = load_file(hf_dir / "model.safetensors")
         written = {name: tensor.clone() for name, tensor in bridge.export_weights([gpt])}
         different[f"{hf_dir.name} written"] = sorted(written.keys() ^ expected.keys()) + [
