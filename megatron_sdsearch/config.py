@@ -39,6 +39,9 @@ class ModelConfig(Section):
 
     hf_dir: Path
     """Hugging Face folder with config.json, weights and tokenizer; the starting point of training."""
+    megatron_dir: Path | None = None
+    """Megatron checkpoint whose weights take the place of ``hf_dir``'s, written for any layout: a folder of
+    ``tools/convert_checkpoint.py to-megatron``, or a ``checkpoints/step_*`` of another run. Weights alone: step 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; bfloat16 needs a GPU."""
     recompute: Literal["none", "full"] = "none"
@@ -424,6 +427,8 @@ class RunConfig(Section):
             paths["data.heldout"] = self.data.heldout
         if self.retrieval is not None:
             paths |= self.retrieval.files()
+        if self.model.megatron_dir is not None:
+            paths["model.megatron_dir"] = self.model.megatron_dir / ".metadata"
         for field, path in paths.items():
             if not path.exists():
                 raise ConfigError(field.strip(), f"{path} does not exist", "give a path that exists")

@@ -10,7 +10,8 @@ SDSearchError
 |   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
 |-- AlignmentError          teacher and student disagree about a response token: a bug, never data
 |-- TrainingError           the update cannot go on (loss not finite, too many failed searches)
-`-- CheckpointError         a checkpoint is missing, incomplete or does not fit
+|-- CheckpointError         a checkpoint is missing, incomplete or does not fit
+`-- VerificationError       a converted model does not compute what its source does
 """
 
 
@@ -94,3 +95,7 @@ class TrainingError(SDSearchError):
 
 class CheckpointError(SDSearchError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
+
+
+class VerificationError(SDSearchError):
+    """A converted model does not compute what its source does."""

@@ -1,7 +1,8 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
-Owns the choice of layer spec (transformer-engine with CUDA, our packed local spec without) and the refusal of whatever
-megatron would run silently wrong. Weights are ``hf_weights.py``'s.
+Owns the table of model families (how to add one: docs/adding-a-model.md), the choice of layer spec (transformer-engine
+with CUDA, our packed local spec without) and the refusal of whatever megatron would run silently wrong. Weights are
+``hf_weights.py``'s.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sdsearch.config import ModelConfig, ParallelConfig
 from megatron_sdsearch.errors import ConfigError
@@ -37,15 +39,25 @@ from megatron_sdsearch.parallel.vocab import VocabShard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What differs between the supported model families. Source: their modeling files in transformers."""
+    """What differs between the supported model families. Source: their modeling files in transformers.
 
-    has_qkv_bias: bool
-    has_qk_norm: bool
+    Attributes:
+        has_qkv_bias: query, key and value projections have biases; the others never do.
+        has_qk_norm: queries and keys are normalised per head.
+        has_window_switch: ``sliding_window`` counts only where ``use_sliding_window`` is true.
+    """
+
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    has_window_switch: bool = False
 
 
+# By model_type. Qwen2.5 is a qwen2; Llama 3, 3.1, 3.2 (text) and 3.3 are llama.
 ARCHITECTURES = {
-    "qwen2": Architecture(has_qkv_bias=True, has_qk_norm=False),
-    "qwen3": Architecture(has_qkv_bias=False, has_qk_norm=True),
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(has_qkv_bias=True, has_window_switch=True),
+    "qwen3": Architecture(has_qk_norm=True, has_window_switch=True),
 }
 
 
@@ -95,6 +107,10 @@ class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
         return input_, None
 
 
+# Those that change the frequencies alone: others scale the attention (yarn) or depend on the length (dynamic).
+_ROPE_TYPES = ("default", "llama3")
+
+
 def load_hf_config(hf_dir: Path) -> PretrainedConfig:
     """Read config.json.
 
@@ -111,19 +127,27 @@ def load_hf_config(hf_dir: Path) -> PretrainedConfig:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError("model.hf_dir", f"model_type {config.model_type!r} is not supported", f"use one of {known}")
+    architecture = ARCHITECTURES[config.model_type]
     rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError("model.hf_dir", f"rope_type {rope['rope_type']!r} is not supported", "use default RoPE")
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        told = f"rope_type {rope['rope_type']!r} is not supported"
+        raise ConfigError("model.hf_dir", told, "use default RoPE or llama3's")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("model.hf_dir", "partial_rotary_factor is not 1", "use a model that rotates whole heads")
     has_bias = getattr(config, "attention_bias", False)
-    if has_bias and not ARCHITECTURES[config.model_type].has_qkv_bias:
+    if has_bias and not architecture.has_qkv_bias:
         raise ConfigError("model.hf_dir", f"attention_bias is true in a {config.model_type}", "use one without")
+    if getattr(config, "mlp_bias", False):
+        raise ConfigError("model.hf_dir", f"mlp_bias is true in a {config.model_type}", "use one without")
     if config.hidden_act != "silu":
         raise ConfigError("model.hf_dir", f"hidden_act {config.hidden_act!r} is not supported", "use silu")
     is_full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
     if getattr(config, "use_sliding_window", False) or not is_full:
         raise ConfigError("model.hf_dir", "some layers use sliding windows", "set use_sliding_window to false")
+    window = None if architecture.has_window_switch else getattr(config, "sliding_window", None)
+    if window is not None:
+        told = f"sliding_window is {window}: attention would be computed without it"
+        raise ConfigError("model.hf_dir", told, "use a model where it is null")
     return config
 
 
@@ -222,7 +246,17 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
     )
     if parallel.is_last_stage:
         gpt.output_layer.__class__ = HiddenStates
+    if hf_config.rope_parameters.get("rope_type", "default") != "default":
+        # megatron's rope_scaling fixes all factors but one at Llama 3.1's (rotary_pos_embedding.py, _apply_scaling).
+        gpt.rotary_pos_emb.inv_freq = _scaled_frequencies(hf_config)
     return gpt.to(parallel.device)
+
+
+def _scaled_frequencies(hf_config: PretrainedConfig) -> Tensor:
+    """[head_dim / 2] rotary frequencies, by transformers itself."""
+    frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[hf_config.rope_parameters["rope_type"]](hf_config, "cpu")
+    assert attention_scaling == 1.0, "_ROPE_TYPES holds those without"
+    return frequencies
 
 
 def _layer_spec(config: TransformerConfig, parallel: ParallelState) -> ModuleSpec | TransformerBlockSubmodules:

@@ -97,6 +97,10 @@ def load_latest(root: Path, policy: Checkpointable, parallel: ParallelState, con
             f"point {pointer} at a complete step_* folder"
         )
     manifest = json.loads((folder / "manifest.json").read_text())
+    if "config" not in manifest:
+        raise CheckpointError(
+            f"{folder} holds weights alone: start a run from it with model.megatron_dir, nothing can be continued"
+        )
     _check_config(folder, manifest, config)
     content = _content(policy, parallel, is_loading=True)
     if manifest["layout"] != _layout(parallel):
@@ -114,7 +118,14 @@ def load_latest(root: Path, policy: Checkpointable, parallel: ParallelState, con
 
 # What may change between a run and its continuation: where things lie, what is written, the layout, the rates.
 _MAY_CHANGE = ("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps")
-_PATHS = ("model.hf_dir", "data.train", "data.heldout", "train.demonstrations", "retrieval.corpus")
+_PATHS = (
+    "model.hf_dir",
+    "model.megatron_dir",
+    "data.train",
+    "data.heldout",
+    "train.demonstrations",
+    "retrieval.corpus",
+)
 
 
 def _check_config(folder: Path, manifest: dict[str, Any], config: RunConfig) -> None:

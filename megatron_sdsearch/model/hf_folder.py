@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,7 +15,9 @@ from torch import Tensor
 from megatron_sdsearch.model.hf_weights import exhaust
 
 DEFAULT_SHARD_BYTES = 4 << 30
-_WEIGHTS = ("model.safetensors", "model-", "pytorch_model")
+# In any format: Llama's and Mistral's own files lie beside transformers'.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+_TEMPLATES = "additional_chat_templates"
 
 
 def write_hf_folder(
@@ -24,6 +27,7 @@ def write_hf_folder(
     *,
     is_writer: bool,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write new weights; everything else (config, tokenizer, template) is carried over from ``source``.
 
@@ -35,22 +39,44 @@ def write_hf_folder(
         target: of the new one.
         is_writer: this rank writes.
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        check: called by the writer with the complete new folder, before it takes ``target``'s place.
 
     Raises:
         OSError: on the writer, when the disk is full or the folder may not be written; ``target`` is as before.
     """
-    writer = _ShardWriter(target.with_name(f".partial_{target.name}"), shard_bytes)
     if not is_writer:
         exhaust(weights, lambda _: None)
         return
-    try:
+    writer = _ShardWriter(_partial(target), shard_bytes)
+    with _whole_or_nothing(target):
         exhaust(weights, writer.add, before=writer.start)
         writer.finish()
-        _carry_over(source, writer.folder, writer.dtype)
-        _replace(target, writer.folder)
+        carry_over(source, writer.folder, writer.dtype)
+        check(writer.folder)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes ``target``'s place at the end; nothing is left of it after an error."""
+    partial = _partial(target)
+    with _whole_or_nothing(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[None]:
+    try:
+        yield
+        _replace(target, _partial(target))
     except BaseException:
-        shutil.rmtree(writer.folder, ignore_errors=True)
+        shutil.rmtree(_partial(target), ignore_errors=True)
         raise
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".partial_{target.name}")
 
 
 class _ShardWriter:
@@ -96,6 +122,7 @@ class _ShardWriter:
             save_file(self._tensors, file, metadata={"format": "pt"})
         except SafetensorError as error:  # what a full disk is to it
             raise OSError(f"{file}: {error}") from error
+        file.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
         self._names.append(list(self._tensors))
         self._total_bytes += self._num_bytes
         self._tensors, self._num_bytes = {}, 0
@@ -104,12 +131,23 @@ class _ShardWriter:
         return self.folder / f"shard-{index}"
 
 
-def _carry_over(source: Path, target: Path, dtype: str) -> None:
+def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
+    """Copy everything but weights: configs, tokenizer, chat templates, licence.
+
+    Args:
+        source: an existing folder.
+        target: another one.
+        dtype: of the new weights, for config.json, which is copied as it is where it says so already.
+    """
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(_WEIGHTS):
+        if file.is_file() and not file.name.endswith(_WEIGHTS):
             shutil.copy2(file, target / file.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
     hf_config = json.loads((target / "config.json").read_text())
-    hf_config.pop("torch_dtype", None)  # the name of older versions
+    told = hf_config.pop("torch_dtype", None)  # the name of older versions
+    if dtype is None or hf_config.get("dtype", told) == dtype:
+        return
     hf_config["dtype"] = dtype
     (target / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
 

@@ -1,16 +1,16 @@
 """Weights between Hugging Face and megatron names, shapes and shards: one table, read in both directions.
 
-The same rules serve the initial load, the export, and the publishing of weights to rollout engines.
+The same rules serve the initial load, the export, the conversion of checkpoints (``convert.py``), and the publishing of
+weights to rollout engines. docs/adding-a-model.md says how to add an architecture.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,14 @@ class Layout:
     Attributes:
         split: (HF tensors, tp_size, config) -> one tensor per tensor-parallel rank.
         join: its inverse, padding removed.
+        dim: that shards are cut along, None when every rank holds all of it.
+        blocks: a shard holds its part of so many tensors one after another; in a checkpoint each of them is whole.
     """
 
     split: Callable[[Sequence[Tensor], int, PretrainedConfig], Pieces]
     join: Callable[[Sequence[Tensor], PretrainedConfig], Pieces]
+    dim: int | None = 0
+    blocks: int = 1
 
 
 def _chunks(tensor: Tensor, size: int, dim: int) -> Pieces:
@@ -74,11 +78,13 @@ def _join_gate_up(shards: Sequence[Tensor], config: PretrainedConfig) -> Pieces:
     return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
 
 
-REPLICATED = Layout(split=lambda t, size, _: [t[0]] * size, join=lambda shards, _: [shards[0]])
-ROW = Layout(split=lambda t, size, _: _chunks(t[0], size, 1), join=lambda shards, _: [torch.cat(list(shards), dim=1)])
+REPLICATED = Layout(split=lambda t, size, _: [t[0]] * size, join=lambda shards, _: [shards[0]], dim=None)
+ROW = Layout(
+    split=lambda t, size, _: _chunks(t[0], size, 1), join=lambda shards, _: [torch.cat(list(shards), dim=1)], dim=1
+)
 VOCAB = Layout(split=_split_vocab, join=lambda shards, config: [torch.cat(list(shards))[: config.vocab_size]])
 QKV = Layout(split=_split_qkv, join=_join_qkv)
-GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
+GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up, blocks=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,8 @@ class Rule:
     """One megatron tensor and its Hugging Face sources.
 
     Attributes:
-        megatron: its name inside a layer (or the model), under the local spec and under transformer-engine's.
+        megatron: its name inside a layer (or the model), under the local spec and under transformer-engine's; the last
+            one is its name in checkpoints, whatever the spec.
         hf: names of the sources inside a layer (or the model), in the order the layout expects.
         layout: how they are joined and sharded.
     """
@@ -132,9 +139,19 @@ def layer_rules(config: PretrainedConfig) -> list[Rule]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A rule applied at one place of the model: the pipeline stage that owns it, and full names."""
+    """A rule applied at one place of the model.
+
+    Attributes:
+        stage: the pipeline stage that owns it.
+        key: of the megatron checkpoint's tensor; those of all layers are stacked under one.
+        layer: its place in that stack; None outside of layers.
+        megatron, hf: full names on the stage, and in the folder.
+        layout: see ``Rule``.
+    """
 
     stage: int
+    key: str
+    layer: int | None
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
     layout: Layout
@@ -143,10 +160,11 @@ class Placement:
 def placements(config: PretrainedConfig, pp_size: int) -> Iterator[Placement]:
     """Every tensor of the model in Hugging Face order. A tied head is the embedding's tensor and has no entry."""
 
-    def at(stage: int, prefixes: tuple[str, str], rule: Rule) -> Placement:
+    def at(stage: int, prefixes: tuple[str, str], rule: Rule, layer: int | None = None) -> Placement:
         names = tuple(prefixes[0] + name for name in rule.megatron)
         sources = tuple(prefixes[1] + name for name in rule.hf)
-        return Placement(stage=stage, megatron=names, hf=sources, layout=rule.layout)
+        key = names[-1] if layer is None else "decoder.layers." + rule.megatron[-1]
+        return Placement(stage=stage, key=key, layer=layer, megatron=names, hf=sources, layout=rule.layout)
 
     table = Rule(megatron=("word_embeddings.weight",), hf=("embed_tokens.weight",), layout=VOCAB)
     yield at(0, ("embedding.", "model."), table)
@@ -154,7 +172,7 @@ def placements(config: PretrainedConfig, pp_size: int) -> Iterator[Placement]:
     for layer in range(config.num_hidden_layers):
         stage, local = divmod(layer, per_stage)
         for rule in layer_rules(config):
-            yield at(stage, (f"decoder.layers.{local}.", f"model.layers.{layer}."), rule)
+            yield at(stage, (f"decoder.layers.{local}.", f"model.layers.{layer}."), rule, layer)
     norm = Rule(megatron=("final_layernorm.weight",), hf=("norm.weight",), layout=REPLICATED)
     yield at(pp_size - 1, ("decoder.", "model."), norm)
     if not config.tie_word_embeddings:
@@ -168,44 +186,77 @@ def _parameter(parameters: Mapping[str, Tensor], names: Sequence[str]) -> Tensor
     raise DataError(f"the megatron model has none of {', '.join(names)}: the weight table does not fit this version")
 
 
-@torch.no_grad()
+class HFTensors(Protocol):
+    """Whole tensors by their Hugging Face names, read one at a time."""
+
+    def names(self) -> set[str]:
+        """Of all tensors, those included that no table knows."""
+        ...
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor on CPU; DataError when there is none."""
+        ...
+
+
 def load_hf_weights(gpt: GPTModel, hf_dir: Path, config: PretrainedConfig, parallel: ParallelState) -> None:
-    """Fill this rank's shards from the safetensors of a Hugging Face folder.
+    """Fill this rank's shards from the safetensors of a Hugging Face folder; see ``load_weights``."""
+    load_weights(gpt, SafetensorsFolder(hf_dir), hf_dir, config, parallel)
+
+
+@torch.no_grad()
+def load_weights(
+    gpt: GPTModel, tensors: HFTensors, source: Path, config: PretrainedConfig, parallel: ParallelState
+) -> None:
+    """Fill this rank's shards.
+
+    Args:
+        gpt: this rank's stage.
+        tensors: of ``source``.
+        source: named in messages.
+        config: of the model.
+        parallel: the layout, whatever the one that ``source`` was written with.
 
     Raises:
-        DataError: a tensor is missing or has another shape, naming it.
+        DataError: a tensor is missing, unknown or has another shape, naming it.
     """
     parameters = dict(gpt.named_parameters())
     filled: set[int] = set()
-    with ExitStack() as stack:
-        tensors = SafetensorsFolder(hf_dir, stack)
-        _refuse_unknown(tensors.names(), config, hf_dir)
-        for place in placements(config, parallel.pp_size):
-            if place.stage != parallel.pp_rank:
-                continue
-            target = _parameter(parameters, place.megatron)
-            try:
-                shards = place.layout.split([tensors[name] for name in place.hf], parallel.tp_size, config)
-            except RuntimeError as error:
-                raise DataError(f"{', '.join(place.hf)}: do not divide as config.json says: {error}") from error
-            _copy(target, shards[parallel.tp_rank], place.hf)
-            filled.add(id(target))
-        if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
-            # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
-            table = VOCAB.split([tensors["model.embed_tokens.weight"]], parallel.tp_size, config)[parallel.tp_rank]
-            _copy(parameters["output_layer.weight"], table, ("model.embed_tokens.weight",))
-            filled.add(id(parameters["output_layer.weight"]))
+    refuse_unknown(tensors.names(), config, source)
+    for place in placements(config, parallel.pp_size):
+        if place.stage != parallel.pp_rank:
+            continue
+        target = _parameter(parameters, place.megatron)
+        _copy(target, split_shards(place, tensors, parallel.tp_size, config)[parallel.tp_rank], place.hf)
+        filled.add(id(target))
+    if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
+        # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
+        table = VOCAB.split([tensors["model.embed_tokens.weight"]], parallel.tp_size, config)[parallel.tp_rank]
+        _copy(parameters["output_layer.weight"], table, ("model.embed_tokens.weight",))
+        filled.add(id(parameters["output_layer.weight"]))
     missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
     if missed:
-        raise DataError(f"no weight in {hf_dir} for {', '.join(missed)}: the weight table does not fit this model")
+        raise DataError(f"no weight in {source} for {', '.join(missed)}: the weight table does not fit this model")
 
 
-def _refuse_unknown(names: set[str], config: PretrainedConfig, hf_dir: Path) -> None:
+def split_shards(place: Placement, tensors: HFTensors, tp_size: int, config: PretrainedConfig) -> Pieces:
+    """The megatron shards of one place, one per tensor-parallel rank.
+
+    Raises:
+        DataError: a source is missing or has the wrong shape.
+    """
+    sources = [tensors[name] for name in place.hf]
+    try:
+        return place.layout.split(sources, tp_size, config)
+    except RuntimeError as error:
+        raise DataError(f"{', '.join(place.hf)}: do not divide as config.json says: {error}") from error
+
+
+def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> None:
     """A tensor that nobody reads is a part of the model that would be left out of the computation."""
     expected = {name for place in placements(config, pp_size=1) for name in place.hf} | {"lm_head.weight"}
     unknown = sorted(name for name in names - expected if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
-        raise DataError(f"{hf_dir} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
+        raise DataError(f"{source} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
 
 
 def _copy(target: Tensor, source: Tensor, names: Sequence[str]) -> None:
@@ -215,18 +266,20 @@ def _copy(target: Tensor, source: Tensor, names: Sequence[str]) -> None:
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards."""
+    """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards.
 
-    def __init__(self, hf_dir: Path, stack: ExitStack) -> None:
+    A file is opened anew for every tensor: what has been read of an open one stays in the process's resident memory.
+    """
+
+    def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
-        self._stack = stack
         index = hf_dir / "model.safetensors.index.json"
         self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        self._open: dict[str, Any] = {}
+        self._names: dict[str, set[str]] = {}
 
     def names(self) -> set[str]:
         """Of all tensors."""
-        return set(self._file_of) or set(self._file("model.safetensors").keys())
+        return set(self._file_of) or self._names_in("model.safetensors")
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor on CPU.
@@ -234,20 +287,46 @@ class SafetensorsFolder:
         Raises:
             DataError: no such file or tensor.
         """
-        file = self._file_of.get(name, "model.safetensors")
-        if name not in self._file(file).keys():  # noqa: SIM118 - safe_open is not a mapping
-            raise DataError(f"{self._dir / file} has no tensor {name}")
-        return self._file(file).get_tensor(name)  # type: ignore[no-any-return]
+        with self._open(self._file_with(name)) as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
 
-    def _file(self, file: str) -> Any:
-        if file not in self._open:
-            if not (self._dir / file).is_file():
-                raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
-            try:
-                self._open[file] = self._stack.enter_context(safe_open(self._dir / file, framework="pt"))
-            except SafetensorError as error:
-                raise DataError(f"{self._dir / file} is no safetensors file ({error}): fetch it again") from error
-        return self._open[file]
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, which is not read.
+
+        Raises:
+            DataError: no such file or tensor.
+        """
+        with self._open(self._file_with(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of one tensor, as the file spells it, e.g. ``BF16``.
+
+        Raises:
+            DataError: no such file or tensor.
+        """
+        with self._open(self._file_with(name)) as file:
+            return str(file.get_slice(name).get_dtype())
+
+    def _file_with(self, name: str) -> str:
+        file = self._file_of.get(name, "model.safetensors")
+        if name not in self._names_in(file):
+            raise DataError(f"{self._dir / file} has no tensor {name}")
+        return file
+
+    def _names_in(self, file: str) -> set[str]:
+        if file not in self._names:
+            with self._open(file) as stream:
+                self._names[file] = set(stream.keys())
+        return self._names[file]
+
+    def _open(self, file: str) -> Any:
+        if not (self._dir / file).is_file():
+            raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
+        try:
+            return safe_open(self._dir / file, framework="pt")
+        except SafetensorError as error:
+            raise DataError(f"{self._dir / file} is no safetensors file ({error}): fetch it again") from error
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model.architecture import load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
@@ -167,6 +168,10 @@ class SGLangPolicyEngine:
 
 def _supervisor(config: RunConfig) -> ServerSupervisor:
     sglang = config.rollout.sglang
+    if not any(config.model.hf_dir.glob("*.safetensors")):
+        # It gets the policy's weights before the first request, but has to start from some.
+        told = f"{config.model.hf_dir} holds no weights, and servers start from it"
+        raise ConfigError("model.hf_dir", told, "give a folder with safetensors; model.megatron_dir may stay")
     # Without the second flag a server answers that it has released its memory, and keeps it.
     flags = ("--dtype", config.model.dtype, *(("--enable-memory-saver",) if sglang.colocated else ()))
     started = sglang.model_copy(update={"arguments": (*flags, *sglang.arguments)})

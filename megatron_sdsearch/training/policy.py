@@ -23,7 +23,8 @@ from megatron_sdsearch.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import RowLogits, policy_logprobs
 from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
-from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights
+from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights, load_weights
+from megatron_sdsearch.model.megatron_folder import MegatronFolder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, Metrics, forward_backward, forward_collect
 from megatron_sdsearch.records import Microbatch, Minibatch
@@ -67,10 +68,14 @@ class Network:
 
     @classmethod
     def load(cls, config: RunConfig, parallel: ParallelState) -> Network:
-        """Build this rank's stage and fill it from ``model.hf_dir``."""
+        """Build this rank's stage and fill it from ``model.hf_dir``, or ``model.megatron_dir`` where it is given."""
         hf_config = load_hf_config(config.model.hf_dir)
         gpt = build_model(hf_config, config.model, parallel)
-        load_hf_weights(gpt, config.model.hf_dir, hf_config, parallel)
+        source = config.model.megatron_dir
+        if source is None:
+            load_hf_weights(gpt, config.model.hf_dir, hf_config, parallel)
+        else:
+            load_weights(gpt, MegatronFolder(source, hf_config), source, hf_config, parallel)
         temperature = config.rollout.temperature if config.train.mode == "rl" else 1.0
         return cls(gpt, hf_config, config.model, parallel, temperature)
 
@@ -128,7 +133,7 @@ class Policy(Network):
 
     @classmethod
     def build(cls, config: RunConfig, parallel: ParallelState) -> Policy:
-        """The policy at ``model.hf_dir``'s weights with a fresh optimizer."""
+        """The policy at its starting weights with a fresh optimizer."""
         return cls(Network.load(config, parallel), config.optimizer, config.model, config.num_updates)
 
     def load_training_state(self, optimizer: Any, scheduler: Any) -> None:

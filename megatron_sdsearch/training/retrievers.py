@@ -7,7 +7,7 @@ from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
 from megatron_sdsearch.retrieval.replay import with_replay_async
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
@@ -29,7 +29,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
     if config.engine == "http":
         return await RetrieveServerRetriever.open(config.http)
     assert config.corpus is not None  # RetrievalConfig has checked it
-    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, config.corpus.parent / "index")
+    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, default_root(config.corpus))
 
 
 async def _open_elastic(config: ElasticsearchConfig) -> Retriever:

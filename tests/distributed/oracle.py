@@ -5,26 +5,49 @@ Owns tiny models and random samples as well, so that workers and oracle speak of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_sdsearch.batching.samples import teacher_sequence
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig, parse_config
 from megatron_sdsearch.records import TrainingSample
 
+CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+# Its factors are not Llama 3.1's own, and so short a past makes all three ranges of frequencies occur in a head of 16.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 3.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 32,
+}
 VOCAB_SIZE = 101  # a prime: padded at every tensor-parallel size but 1
 
 
 def make_model(folder: Path, family: str, *, is_tied: bool, num_groups: int = 2, seed: int = 0) -> Path:
     """A random model with every parameter away from its special value (biases 0, norms 1)."""
     torch.manual_seed(seed)
-    config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
-    config = config_class(
+    extra = {"sliding_window": None} if family == "mistral" else {}
+    config = CONFIGS[family](
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
         intermediate_size=96,
@@ -34,7 +57,8 @@ def make_model(folder: Path, family: str, *, is_tied: bool, num_groups: int = 2,
         head_dim=16,
         max_position_embeddings=128,
         tie_word_embeddings=is_tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=LLAMA3_ROPE if family == "llama" else {"rope_type": "default", "rope_theta": 10000.0},
+        **extra,
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Any (tp, pp, dp, microbatches) factorisation gives the single-process loss and gradient, for both model families."""
+"""Any (tp, pp, dp, microbatches) factorisation gives the single-process loss and gradient, for every model family."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ CASES = {
         Case("many microbatches", "qwen2", is_tied=False),
         Case("whole distributions", "qwen3", is_tied=True, is_topk=False),
         Case("recompute", "qwen3", is_tied=True, recompute="full"),
+        Case("llama", "llama", is_tied=True),
     ],
     2: [
         Case("tp2", "qwen2", is_tied=False, tensor=2),
@@ -67,6 +68,8 @@ CASES = {
         Case("tp2 qwen3", "qwen3", is_tied=True, tensor=2, is_topk=False),
         Case("tp2 qwen3 sequence", "qwen3", is_tied=False, tensor=2, sequence=True, recompute="full"),
         Case("pp2", "qwen3", is_tied=False, pipeline=2),
+        Case("pp2 llama", "llama", is_tied=True, pipeline=2),
+        Case("tp2 mistral", "mistral", is_tied=False, tensor=2),
         Case("pp2 tied", "qwen2", is_tied=True, pipeline=2),
         Case("dp2", "qwen2", is_tied=True),
         Case("dp2 mask", "qwen2", is_tied=True, correction="mask"),

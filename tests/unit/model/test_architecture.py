@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from transformers import Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_sdsearch.config import ModelConfig, ParallelConfig
 from megatron_sdsearch.errors import ConfigError
@@ -57,6 +57,22 @@ def qwen3(**changes: Any) -> dict[str, Any]:
     return tree | changes
 
 
+def llama(**changes: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = LlamaConfig(**SIZES).to_dict()
+    return tree | changes
+
+
+KNOWN = "use one of llama, mistral, qwen2, qwen3"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
 def place(**changes: Any) -> ParallelState:
     """A single process without groups, as far as a config is concerned."""
     single = {"rank": 0, "world_size": 1, "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1}
@@ -67,7 +83,10 @@ def place(**changes: Any) -> ParallelState:
 # What is taken and what is refused
 
 
-@pytest.mark.parametrize("tree", [qwen2(), qwen3()], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "tree",
+    [qwen2(), qwen3(), llama(), llama(rope_parameters=LLAMA3), MistralConfig(**SIZES, sliding_window=None).to_dict()],
+)
 def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> None:
     config = load_hf_config(write_config(tmp_path, tree))
     assert config.model_type == tree["model_type"]
@@ -77,9 +96,12 @@ def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("tree", "told", "mend"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported", "use one of qwen2, qwen3"),
-        ({"model_type": "llama"}, "model_type 'llama' is not supported", "use one of qwen2, qwen3"),
-        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported", "use one of qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported", KNOWN),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported", KNOWN),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported", KNOWN),
+        (llama(attention_bias=True), "attention_bias is true in a llama", "use one without"),
+        (llama(mlp_bias=True), "mlp_bias is true in a llama", "use one without"),
+        (MistralConfig(**SIZES).to_dict(), "sliding_window is 4096", "use a model where it is null"),
         (
             qwen2(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
             "rope_type 'yarn' is not supported",

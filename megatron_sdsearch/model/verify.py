@@ -1,0 +1,94 @@
+"""Does a megatron checkpoint compute what a Hugging Face folder computes? The second opinion on a conversion.
+
+transformers reads the folder, megatron-core's own dist_checkpointing the checkpoint: none of the code that converts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_sdsearch.config import ModelConfig, ParallelConfig
+from megatron_sdsearch.errors import VerificationError
+from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
+from megatron_sdsearch.model.torch_dist import TorchDistReader
+from megatron_sdsearch.parallel.groups import ParallelState
+
+# float32 against float32 in another order of summation is about 1e-6; a wrong tensor is of the order of 1.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsGap:
+    """How far two models are apart.
+
+    Attributes:
+        largest: absolute difference of two logits.
+        scale: the largest absolute logit of the Hugging Face side.
+    """
+
+    largest: float
+    scale: float
+
+    @property
+    def is_close(self) -> bool:
+        """Not so when anything is not finite."""
+        return self.largest <= TOLERANCE * self.scale
+
+
+@torch.no_grad()
+def compare_logits(
+    hf_dir: Path, checkpoint: Path, parallel: ParallelState, *, num_tokens: int = 64, seed: int = 0
+) -> LogitsGap:
+    """Logits of both sides on random ids, in float32, one model after the other. Takes one whole model of memory."""
+    config = load_hf_config(hf_dir)
+    random = torch.Generator().manual_seed(seed)
+    length = min(num_tokens, config.max_position_embeddings)
+    ids = torch.randint(config.vocab_size, (1, length), generator=random)
+    theirs = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)(ids).logits[0]
+    gap = (megatron_logits(hf_dir, checkpoint, ids, parallel) - theirs).abs().max()
+    return LogitsGap(largest=float(gap), scale=float(theirs.abs().max()))
+
+
+@torch.no_grad()
+def megatron_logits(hf_dir: Path, checkpoint: Path, ids: Tensor, parallel: ParallelState) -> Tensor:
+    """[T, V] logits of a checkpoint at ids [1, T], loaded by megatron-core; of a single process."""
+    TorchDistReader(checkpoint)  # refuses a pickle that megatron would run
+    config = load_hf_config(hf_dir)
+    gpt = build_model(config, ModelConfig(hf_dir=hf_dir), parallel)
+    # The states of transformer-engine's fp8 recipes are not weights.
+    wanted = {k: v for k, v in gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
+    loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint))
+    gpt.load_state_dict(loaded["model"], strict=False)
+    gpt.eval()
+    length = ids.shape[1]
+    bounds = torch.tensor([0, length], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
+    )
+    hidden = gpt(ids, torch.arange(length).unsqueeze(0), None, packed_seq_params=packed)
+    return LMHead.of(gpt, config, parallel).logits(hidden.squeeze(0))[:, : config.vocab_size]
+
+
+def verify(hf_dir: Path, checkpoint: Path) -> LogitsGap:
+    """Compare, and refuse what is apart.
+
+    Raises:
+        VerificationError: the logits differ, or are not finite.
+    """
+    parallel = ParallelState.initialize(ParallelConfig(), seed=1)
+    try:
+        gap = compare_logits(hf_dir, checkpoint, parallel)
+    finally:
+        parallel.shutdown()
+    if not gap.is_close:
+        raise VerificationError(
+            f"{checkpoint} does not compute what {hf_dir} does: logits differ by {gap.largest:.2e} of {gap.scale:.2e}"
+        )
+    return gap

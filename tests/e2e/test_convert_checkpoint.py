@@ -1,0 +1,69 @@
+"""tools/convert_checkpoint.py as a shell sees it: exit codes, what is said where, what lies there afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.oracle import make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def convert(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run in the environment of a rank of some job, which must not matter."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    variables |= {"RANK": "3", "WORLD_SIZE": "8", **environment}
+    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m", "llama", is_tied=True)
+
+
+def test_there_and_back_with_verification(hf_dir: Path, tmp_path: Path) -> None:
+    there = convert("to-megatron", hf_dir, tmp_path / "mg", "--tensor", 2, "--pipeline", 2, "--verify")
+    assert (there.returncode, there.stderr) == (0, "")
+    assert "verified: logits differ by " in there.stdout
+    assert f"model.hf_dir={tmp_path / 'mg' / 'hf'} model.megatron_dir={tmp_path / 'mg'}" in there.stdout
+    back = convert("to-hf", tmp_path / "mg", tmp_path / "hf", "--verify")
+    assert (back.returncode, back.stderr) == (0, "")
+    assert "verified: logits differ by " in back.stdout
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (hf_dir / "model.safetensors").read_bytes()
+    again = convert("to-hf", tmp_path / "mg", tmp_path / "hf")
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    replaced = convert("to-hf", tmp_path / "mg", tmp_path / "hf", "--overwrite", "--dtype", "bfloat16")
+    assert replaced.returncode == 0, replaced.stderr
+    size = (hf_dir / "model.safetensors").stat().st_size
+    assert (tmp_path / "hf" / "model.safetensors").stat().st_size < 0.6 * size
+
+
+def test_wrong_input_is_one_message_exit_code_2_and_nothing_on_the_disk(hf_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for arguments, told in (
+        (("to-megatron", tmp_path / "nowhere", out), "holds no config.json"),
+        (("to-megatron", hf_dir, out, "--tensor", 3), "3 does not divide the model's num_attention_heads = 4"),
+        (("to-hf", hf_dir, out), "is no checkpoint"),
+        (("to-megatron", hf_dir, hf_dir, "--overwrite"), "holds what is converted"),
+    ):
+        done = convert(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert told in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+    assert (hf_dir / "model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(hf_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = convert("to-megatron", hf_dir, tmp_path / "file" / "out")
+    assert done.returncode == 1
+    assert "NotADirectoryError" in done.stderr
+    assert "Traceback" not in done.stderr
