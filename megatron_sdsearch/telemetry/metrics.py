@@ -146,7 +146,7 @@ class _Board:
 
         old = sorted(log_dir.glob("events.out.tfevents.*"))
         times = _times(old)
-        self._writer: EventFileWriter = EventFileWriter(str(log_dir), filename_suffix=f".{time.time_ns():x}")
+        self._writer: EventFileWriter = EventFileWriter(str(log_dir), filename_suffix=f".{time.time_ns()}")
         self._event = Event
         for row in kept:
             values = {name: value for name, value in row.items() if name != "step"}
