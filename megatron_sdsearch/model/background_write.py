@@ -61,7 +61,7 @@ class BackgroundWrite:
         try:
             self._write()
         except BaseException as error:  # noqa: BLE001  # whatever it is, the training thread raises it
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = describe(error)
         self._buckets = []  # the copies
 
     def _write(self) -> None:
@@ -81,6 +81,15 @@ class BackgroundWrite:
             path, name, _ = bucket
             self.files[name] = FileRecord.of(Path(path))
         self._request.async_fn_args[2].put(results)
+
+
+def describe(error: BaseException) -> str:
+    """In a line what went wrong: torch buries "no space left on device" under "unexpected pos 704 vs 598"."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    shown = cause or error
+    return f"{type(shown).__name__}: {shown}"
 
 
 def _snapshot(request: AsyncRequest) -> list[Any]:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig, flatten
 from megatron_sdsearch.errors import CheckpointError
-from megatron_sdsearch.model.background_write import BackgroundWrite, prepare_results_queue
+from megatron_sdsearch.model.background_write import BackgroundWrite, describe, prepare_results_queue
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
@@ -127,7 +127,7 @@ class CheckpointStore:
             request = dist_checkpointing.save({**content, "step": state.step}, str(partial), async_sharded_save=True)
         except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
             # On one rank perhaps: the others notice when it is gone.
-            raise self._failure(state.step, f"{type(error).__name__}: {error}") from error
+            raise self._failure(state.step, describe(error)) from error
         write = BackgroundWrite(request)
         self._pending = _Pending(state=state, partial=partial, write=write, has_moments=has_moments)
         if not self._config.checkpoint.async_save:
@@ -162,7 +162,7 @@ class CheckpointStore:
         try:
             write.write_metadata()
         except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
-            raise self._failure(step, f"{type(error).__name__}: {error}") from error
+            raise self._failure(step, describe(error)) from error
         shards = {name: record for _, files in reports for name, record in files.items()}
         self._on_main(lambda: self._commit(pending, shards), f"step {step}")
         self._saved_step = step
