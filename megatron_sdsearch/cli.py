@@ -1,6 +1,7 @@
 """The command line: ``train`` and ``evaluate``.
 
-Exit codes: 0 done; 1 the run failed; 2 the command or the configuration is wrong.
+Exit codes: 0 done, or saved and stopped as SIGTERM or SIGUSR1 asked (``run_dir/stopped.json`` tells which); 1 the run
+failed; 2 the command or the configuration is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,6 +28,7 @@ from megatron_sdsearch.telemetry import final_table
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 _HEAD_START_S = 5.0
+T = TypeVar("T")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
 OverridesArgument = Annotated[
@@ -38,18 +40,22 @@ OverridesArgument = Annotated[
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
 
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, Any] | None:
         loaded = load_config(config, overrides or [])
         loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
         from megatron_sdsearch.report.page import write_page
         from megatron_sdsearch.training.loop import train as run_loop
 
         summary = run_loop(loaded)
-        if _rank() == 0:
+        if _rank() == 0 and summary is not None:
             write_page(loaded.run_dir)
         return summary
 
-    _show(_run(run))
+    summary = _run(run)
+    if summary is not None:
+        _show(summary)
+    elif _rank() == 0:
+        print("saved and stopped, as a signal asked; the same command goes on from here")
 
 
 @app.command()
@@ -78,7 +84,7 @@ def main() -> None:
     app()
 
 
-def _run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _run(work: Callable[[], T]) -> T:
     """Do the work; an error of ours becomes one message, said by one rank, and an exit code."""
     try:
         return work()
@@ -116,7 +122,7 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():
-        child.kill()  # megatron's checkpoint writer would outlive us and hold our output open
+        child.kill()  # would outlive us and hold our output open
     os._exit(code)
 
 

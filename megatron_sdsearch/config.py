@@ -361,8 +361,18 @@ class CheckpointConfig(Section):
     """Resumable state under ``run_dir/checkpoints``."""
 
     every: NonNegativeInt = 0
-    """Steps between saves; 0 saves at the end alone."""
+    """Steps between saves; 0 saves at the end alone, and when a signal asks to stop."""
     keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of every so many steps stay for good; 0 keeps none of them."""
+    keep_best: bool = True
+    """Keep the one with the best held-out EM as well, of those that were evaluated; ``checkpoints/best`` names it."""
+    async_save: bool = True
+    """Train on while the files are written; costs a copy of this rank's state in host memory."""
+    verify: bool = True
+    """On loading, compare the checksum of every file, of ``model.hf_dir`` and of the questions with the manifest."""
+    fallback: bool = False
+    """Go on from an older checkpoint when the newest is damaged; otherwise that is an error."""
     export_hf: bool = True
     """Write the final policy to ``run_dir/hf``."""
 

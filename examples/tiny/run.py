@@ -74,6 +74,9 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
         warm_start = [str(HERE / "warm_start.yaml"), f"run_dir={out / 'warm_start'}", *common, *world]
         _call("warm start", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *warm_start])
     _call("SD-Search", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *reinforce])
+    if not (out / "summary.json").is_file():
+        console.print("saved and stopped, as a signal asked; the same command goes on from here")
+        raise typer.Exit(1)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     hf_dir = out / "hf"
     command = [sys.executable, "-m", "megatron_sdsearch", "evaluate", "--model", str(hf_dir), *reinforce]

@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class MetricsLog:
         self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
         self._file = self._path.open("r+b")
         self._last_start = self._file.seek(0, os.SEEK_END) - (len(_line(kept[-1])) if kept else 0)
-        self._board = _Board(run_dir / "tensorboard", resume_step) if tensorboard else None
+        self._board = _Board(run_dir / "tensorboard", kept) if tensorboard else None
 
     def log(self, step: int, metrics: Mapping[str, MetricLike]) -> None:
         """Write one step's metrics and flush them.
@@ -72,6 +72,7 @@ class MetricsLog:
         self._file.write(_line(self._last))
         self._file.truncate()
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint must not know of a step that its metrics have forgotten
         if self._board is not None:
             self._board.add(step, row)
 
@@ -132,27 +133,51 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 class _Board:
-    """TensorBoard's event file through the tensorboard package alone."""
+    """TensorBoard's event file through the tensorboard package alone.
 
-    def __init__(self, log_dir: Path, resume_step: int) -> None:
+    What an earlier process of the run wrote is written again, as far as ``kept`` goes: its files may end in a torn
+    record, hold steps that are taken back, or know a step twice. Times of the steps are carried over.
+    """
+
+    def __init__(self, log_dir: Path, kept: Sequence[Mapping[str, Any]]) -> None:
         # Imported late: it costs a second, and runs without TensorBoard need none of it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer: EventFileWriter = EventFileWriter(str(log_dir))
+        old = sorted(log_dir.glob("events.out.tfevents.*"))
+        times = _times(old)
+        self._writer: EventFileWriter = EventFileWriter(str(log_dir), filename_suffix=f".{time.time_ns()}")
         self._event = Event
-        # Tells TensorBoard to forget what an earlier run in this folder wrote from this step on.
-        start = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+        for row in kept:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self._write(row["step"], values, times.get(row["step"], time.time()))
+        self._writer.flush()
+        for path in old:
+            path.unlink()
 
     def add(self, step: int, row: Mapping[str, Metric]) -> None:
+        self._write(step, row, time.time())
+        self._writer.flush()
+
+    def _write(self, step: int, row: Mapping[str, Metric], wall_time: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [
             Summary.Value(tag=name, simple_value=value) for name, value in row.items() if not isinstance(value, str)
         ]
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self._writer.flush()
+        self._writer.add_event(self._event(wall_time=wall_time, step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _times(event_files: Sequence[Path]) -> dict[int, float]:
+    """When the steps in older event files were written, in seconds; a torn end is passed over."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    times: dict[int, float] = {}
+    for path in event_files:
+        for event in LegacyEventFileLoader(str(path)).Load():
+            if event.HasField("summary"):
+                times.setdefault(event.step, event.wall_time)
+    return times

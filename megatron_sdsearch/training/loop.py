@@ -16,47 +16,55 @@ from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.model import checkpoint
 from megatron_sdsearch.model.architecture import check_layout, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
+from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_log import RunLog, write_summary
+from megatron_sdsearch.training.saving import Saving
+from megatron_sdsearch.training.stop_request import StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig) -> dict[str, Any] | None:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
     Every rank of the run calls it; ranks come from torchrun's environment.
 
     Returns:
-        The summary, which is also ``run_dir/summary.json``.
+        The summary, which is also ``run_dir/summary.json``; None when a signal asked to stop: the run is saved.
 
     Raises:
         ConfigError: before anything slow has started.
         SDSearchError: the run cannot go on; the newest checkpoint stays as it was.
     """
+    start = time.monotonic()
+    forbid_pickles()
     config.check_files()
     hf_config = load_hf_config(config.model.hf_dir)
     check_layout(hf_config, config.parallel)
     _check_lengths(config, hf_config.max_position_embeddings)
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
-    start = time.monotonic()
-    policy = Policy.build(config, parallel)
-    if config.train.mode == "warm_start":
-        _warm_start(config, parallel, policy)
+    with StopRequest(parallel) as stop:
+        policy = Policy.build(config, parallel)
+        saving = Saving(config, policy, start)
+        step = (_warm_start if config.train.mode == "warm_start" else _reinforce)(config, policy, saving, stop)
+        saving.finish(step)
+    summary = None
+    if step < config.train.num_steps:
+        if parallel.is_main:
+            write_stopped(config.run_dir, stop.name, step)
     else:
-        _reinforce(config, parallel, policy)
-    if config.checkpoint.export_hf:
-        write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
-    summary = write_summary(config, parallel, time.monotonic() - start)
+        if config.checkpoint.export_hf:
+            write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
+        summary = write_summary(config, parallel, saving.wall_s)
     parallel.shutdown()
     return summary
 
@@ -71,27 +79,33 @@ def _check_lengths(config: RunConfig, max_positions: int) -> None:
         )
 
 
-def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> None:
+def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:
+    """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
+    parallel = policy.parallel
     reference = Network.load(config, parallel) if config.objective.kl_coef > 0 else None
     learner = Learner(policy, reference, HindsightTeacher(policy, config.objective), config)
     rollouts = DistributedRollouts(config, parallel)
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
-    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, config)
+    step = saving.load()
 
     with RunLog(config, parallel, step, rollouts.renderer) as log:
         phase = log.timer.phase
-        while True:
+        while step == config.train.num_steps or not stop.is_agreed():
             with phase("publish"):
                 rollouts.publish(policy, version=step)
             if _is_evaluation_due(step, config):
                 with phase("evaluate"):
-                    log.add(step, step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step)))
-            if step == config.train.num_steps:
+                    evaluated = step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step))
+                log.add(step, evaluated)
+                saving.score(step, evaluated)
+            if step == config.train.num_steps or stop.is_agreed():
                 break
             with phase("rollout"):
                 collected = rollouts.collect(questions, step=step)
                 groups = collected.groups
+            if stop.is_agreed():
+                break  # nothing was learned from them: the step will begin anew
             probe = {}
             if config.telemetry.query_probe and step == config.objective.first_distilling_step:
                 with phase("probe"):
@@ -104,24 +118,26 @@ def _reinforce(config: RunConfig, parallel: ParallelState, policy: Policy) -> No
             step += 1
             log.trajectories(step, [g for g, _ in groups], advantages, [b for _, b in groups])
             log.step(step, step_metrics.of_step(collected, results, config) | probe, batch.num_policy_tokens)
-            if _is_checkpoint_due(step, config):
-                with phase("checkpoint"):
-                    _save(config, policy, parallel, step)
+            with phase("checkpoint"):
+                saving.after_step(step)
     rollouts.close()
+    return step
 
 
-def _warm_start(config: RunConfig, parallel: ParallelState, policy: Policy) -> None:
-    warm_start = WarmStart(config, policy, parallel)
-    step = checkpoint.load_latest(config.run_dir / "checkpoints", policy, parallel, config)
-    with RunLog(config, parallel, step, warm_start.renderer) as log:
-        while step < config.train.num_steps:
+def _warm_start(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:
+    """Returns the number of finished steps, as ``_reinforce`` does."""
+    warm_start = WarmStart(config, policy, policy.parallel)
+    step = saving.load()
+    with RunLog(config, policy.parallel, step, warm_start.renderer) as log:
+        while step < config.train.num_steps and not stop.is_agreed():
             with log.timer.phase("update"):
                 minibatch = warm_start.minibatch(step)
                 result = warm_start.learn(minibatch)
             step += 1
             log.step(step, step_metrics.of_updates([result]), minibatch.num_policy_tokens)
-            if _is_checkpoint_due(step, config):
-                _save(config, policy, parallel, step)
+            with log.timer.phase("checkpoint"):
+                saving.after_step(step)
+    return step
 
 
 def _pack(
@@ -146,13 +162,3 @@ def _questions(path: Path | None) -> tuple[Question, ...]:
 def _is_evaluation_due(step: int, config: RunConfig) -> bool:
     every = config.evaluation.every
     return every > 0 and (step % every == 0 or step == config.train.num_steps)
-
-
-def _is_checkpoint_due(step: int, config: RunConfig) -> bool:
-    every = config.checkpoint.every
-    return step == config.train.num_steps or (every > 0 and step % every == 0)
-
-
-def _save(config: RunConfig, policy: Policy, parallel: ParallelState, step: int) -> None:
-    state = checkpoint.TrainingState(step=step)
-    checkpoint.save_checkpoint(config.run_dir / "checkpoints", policy, state, parallel, config)

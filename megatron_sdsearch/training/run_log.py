@@ -15,6 +15,7 @@ from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay,
 from megatron_sdsearch.telemetry.metrics import read_metrics
 from megatron_sdsearch.tokenization.renderer import Renderer
 
+SUMMARY_FILE = "summary.json"
 Values = Mapping[str, float | int]
 _BESIDE_THE_STEP = {names.PHASE_PREFIX + name for name in ("evaluate", "probe", "checkpoint")}
 
@@ -96,7 +97,9 @@ def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> 
         **_probe_figures(rows),
     }
     if parallel.is_main:
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        temporary = config.run_dir / ".summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        temporary.replace(config.run_dir / SUMMARY_FILE)
     return summary
 
 

@@ -1,0 +1,200 @@
+"""SIGKILL at any moment, start again with the same command: everything that follows is what it would have been.
+
+On the smallest run there is: a random model, two ranks at tp=2, two questions a step. The model learns (an entropy
+bonus moves every weight at every step), searches and answers at random. ``test_resume.py`` does it once on a model that can.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.tiny.build_world import build
+from tests.e2e.conftest import read_rows
+from tests.e2e.ranks import ROOT, Ranks
+
+NUM_STEPS = 6
+NUM_KILLS = 12
+LIMIT_S = 100.0
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    build(folder, seed=3, num_demonstrations=8)
+    return folder
+
+
+def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        str(ROOT / "examples/tiny/config.yaml"),
+        f"run_dir={run_dir}",
+        f"model.hf_dir={world / 'model'}",
+        f"data.train={world / 'train.jsonl'}",
+        f"data.heldout={world / 'heldout.jsonl'}",
+        f"retrieval.corpus={world / 'corpus.jsonl'}",
+        "data.questions_per_step=2",
+        "rollout.group_size=2",
+        "rollout.max_turns=1",
+        "rollout.max_response_tokens=6",
+        "train.trajectories_per_minibatch=2",
+        f"train.num_steps={NUM_STEPS}",
+        "objective.entropy_coef=0.1",
+        "optimizer.lr=1e-3",
+        "optimizer.schedule=cosine",
+        "optimizer.warmup_steps=2",
+        "evaluation.every=2",
+        "evaluation.num_questions=2",
+        "checkpoint.every=1",
+        "checkpoint.keep_every=3",
+        "telemetry.query_probe=false",
+        "telemetry.progress=true",
+        *overrides,
+    ]
+
+
+def everything(run_dir: Path) -> dict[str, Any]:
+    """What a run leaves, without wall-clock times: metrics ``time/*``, and when TensorBoard's events were written."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("time/")}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+    board = [
+        (event.step, value.tag, value.simple_value)
+        for path in (run_dir / "tensorboard").iterdir()
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if not value.tag.startswith("time/")
+    ]
+    checkpoints = {}
+    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        # Weights, moments, RNG of every rank, schedule: all files but .metadata, whose save plans hold no order.
+        files = {name: record["sha256"] for name, record in manifest["files"].items() if name != ".metadata"}
+        checkpoints[folder.name] = (files, manifest["state"]["scores"])
+    return {
+        "metrics": rows,
+        "board": sorted(board),
+        "trajectories": {p.name: p.read_bytes() for p in (run_dir / "trajectories").glob("*.jsonl")},
+        "checkpoints": checkpoints,
+        "pointers": {name: (run_dir / "checkpoints" / name).read_text() for name in ("latest", "best")},
+        "leftovers": sorted(p.name for p in (run_dir / "checkpoints").glob(".*")),
+        "weights": {
+            name: tensor.numpy().tobytes() for name, tensor in load_file(run_dir / "hf/model.safetensors").items()
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with Ranks(arguments(world, folder / "run"), folder / "log") as ranks:
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    return folder / "run"
+
+
+def assert_same(run_dir: Path, uninterrupted: Path) -> None:
+    ours, theirs = everything(run_dir), everything(uninterrupted)
+    for part, expected in theirs.items():
+        assert ours[part] == expected, part
+
+
+def test_what_is_compared_would_show_a_difference(uninterrupted: Path, world: Path) -> None:
+    content = everything(uninterrupted)
+    assert (
+        list(content["checkpoints"]) == ["step_000003", "step_000005", "step_000006"]
+        or content["pointers"]["best"] in content["checkpoints"]
+    )
+    assert content["leftovers"] == []
+    assert [row["step"] for row in content["metrics"]] == list(range(NUM_STEPS + 1))
+    assert all(row["loss/grad_norm"] > 0 for row in content["metrics"] if row["step"] > 0)
+    start = load_file(world / "model" / "model.safetensors")
+    end = load_file(uninterrupted / "hf" / "model.safetensors")
+    assert [name for name in end if torch.equal(start[name], end[name])] == []
+    shards = [set(files.values()) for files, _ in content["checkpoints"].values()]
+    assert len(set.union(*shards)) > len(shards[0]), "checkpoints of different steps differ"
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_kills_at_random_moments_change_nothing(seed: int, world: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    checkpoints, reached = run_dir / "checkpoints", set()
+    num_killed = 0
+    for number in range(NUM_KILLS):
+        kind = ("file", "partial", "delay")[number % 3]
+        victims = chance.choice([[0], [1], [0, 1], [0, 1]])
+        # The metrics' own flushes count, too: 6 to 20 such calls a step on rank 0, two on rank 1.
+        dies_at = (victims[0], chance.randint(1, 60 if victims[0] == 0 else 5)) if kind == "file" else None
+        with Ranks(arguments(world, run_dir), log, dies_at=dies_at) as ranks:
+            if kind == "partial":
+                ranks.wait_until(lambda: any(checkpoints.glob(".partial_*")))
+                time.sleep(chance.choice([0.0, 0.01, 0.05]))
+            elif kind == "delay":
+                ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists())
+                time.sleep(chance.uniform(0.0, 3.0))
+            else:
+                ranks.wait_until(lambda: False, LIMIT_S)
+            num_killed += ranks.is_running or kind == "file"
+            ranks.kill(victims)
+            ranks.wait(LIMIT_S)
+        pointer = checkpoints / "latest"
+        reached.add(pointer.read_text() if pointer.exists() else "nothing")
+        if (run_dir / "summary.json").exists():
+            break
+    assert num_killed >= 6
+    assert len(reached) >= 3, "kills fall on different steps"
+    with Ranks(arguments(world, run_dir), log) as ranks:
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    assert_same(run_dir, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = arguments(world, run_dir, "checkpoint.every=4")
+    metrics = run_dir / "metrics.jsonl"
+    with Ranks(command, log) as ranks:
+        assert ranks.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+        ranks.kill([victim], number)
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    assert "saved and stopped" in ranks.output
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    assert stopped["signal"] == signal.Signals(number).name
+    assert 2 <= stopped["step"] < 4, "no step is repeated, and none is waited for"
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{stopped['step']:06d}"
+    assert not (run_dir / "summary.json").exists()
+    with Ranks(command, log) as ranks:
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    assert not (run_dir / "stopped.json").exists()
+    ours, theirs = everything(run_dir), everything(uninterrupted)
+    for part in ("metrics", "board", "trajectories", "weights"):
+        assert ours[part] == theirs[part], part
+    assert ours["checkpoints"]["step_000006"] == theirs["checkpoints"]["step_000006"]
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(world: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    with Ranks(arguments(world, run_dir), log) as ranks:
+        assert ranks.wait_until(lambda: (run_dir / "checkpoints" / "latest").exists())
+        ranks.kill([0, 1])
+    latest = (run_dir / "checkpoints" / "latest").read_text()
+    with Ranks(arguments(world, run_dir), log, max_file_bytes=60_000) as ranks:
+        assert ranks.wait(LIMIT_S) == [1, 1], ranks.output[-4000:]
+    assert f"step {int(latest.removeprefix('step_'))}'s is unharmed" in ranks.output
+    assert "File too large" in ranks.output
+    assert (run_dir / "checkpoints" / "latest").read_text() == latest
+    with Ranks(arguments(world, run_dir), log) as ranks:
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    assert_same(run_dir, uninterrupted)
