@@ -81,6 +81,7 @@ class FakeSGLang:
         max_running: most requests that ever ran at once.
         num_aborted: requests ended by /abort_request; ``num_gone``: by a client that closed the connection.
         model_weights: really receives tensors, when given; else an update changes the number of the weights alone.
+        refuses_once: routes; the next call of one is refused.
         dies_at: routes; the next call of one is not answered, and kills it.
         offloaded: memory that it has given up; taking back what it has not given up kills it.
     """
@@ -97,6 +98,7 @@ class FakeSGLang:
         model_weights: FakeWeights | None = None,
     ) -> None:
         self.model_weights = model_weights
+        self.refuses_once: set[str] = set()
         self.dies_at: set[str] = set()
         self.offloaded: set[str] = set()
         self.weights, self.version, self.model = weights, version, model
@@ -297,6 +299,9 @@ class FakeSGLang:
             if route in self.dies_at:
                 self.dies_at.remove(route)
                 await self._crash()
+            if route in self.refuses_once:
+                self.refuses_once.remove(route)
+                return web.json_response(_failure("not this time"), status=400)
             if route in self.replies:
                 return web.json_response(self.replies[route])
             answer = handler(body)

@@ -212,6 +212,17 @@ def test_a_refused_update_is_an_error_with_the_servers_words_after_three_attempt
     assert len(bodies(fakes[1], UPDATES[sync])) == 3
 
 
+@pytest.mark.parametrize("sync", SYNCS)
+def test_what_is_refused_once_is_sent_again_whole(trainer: Trainer, sync: str) -> None:
+    fakes = trainer.serve(2)
+    fakes[1].refuses_once.add(UPDATES[sync])
+    trainer.publish(trainer.publisher(sync, fakes, request_timeout_s=2.0), 2)
+    for fake in fakes:
+        trainer.assert_holds(fake, 2)
+        groups = [body["group_name"] for body in bodies(fake, "/init_weights_update_group")]
+        assert len(set(groups)) == (2 if sync == "distributed" else 0), "nobody knows who is still in the first one"
+
+
 @pytest.mark.parametrize("sync", ["tensor", "distributed"])
 def test_a_session_that_was_left_open_is_no_obstacle(trainer: Trainer, sync: str) -> None:
     """A trainer that was killed in mid-publish leaves one behind at servers that are not its own."""
