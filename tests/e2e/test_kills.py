@@ -1,7 +1,8 @@
 """SIGKILL at any moment, start again with the same command: everything that follows is what it would have been.
 
 On the smallest run there is: a random model, two ranks at tp=2, two questions a step. The model learns (an entropy
-bonus moves every weight at every step), searches and answers at random. ``test_resume.py`` does it once on a model that can.
+bonus moves every weight at every step), searches and answers at random. ``test_resume.py`` does it once on a model that
+can.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ def searches_of(row: dict[str, Any]) -> tuple[int, int]:
 def test_with_a_fifth_of_all_answers_failing_a_step_loses_only_what_it_counts(
     fake: FakeElastic, start: Start, tmp_path: Path
 ) -> None:
-    """Requests break in every way, which is mended by repetition, and one query in five is refused, which is not."""
+    """Requests break in every way, which is mended by repetition, and one in five is refused, which is not."""
     kinds: list[Fault] = ["429", "503", "drop", "half", "timed_out", "shard", "garbage"]
     fake.fault_of = lambda number: kinds[number // 5 % len(kinds)] if number % 5 == 0 else None
-    fake.refuses = lambda query: zlib.crc32(query.encode()) % 5 == 0
+    numbers = itertools.count(1)
+    fake.refuses = lambda query: next(numbers) % 5 == 0  # not the first two, the samples of two ranks
     run_dir = tmp_path / "faults"
     run = start(
         run_dir,
@@ -66,10 +67,8 @@ def test_with_a_fifth_of_all_answers_failing_a_step_loses_only_what_it_counts(
     assert any(searches_of(row)[1] for row in rows), "some were answered"
     for row in rows:
         num_searches, num_answered = searches_of(row)
-        is_cut = row["status"] in ("retrieval_failed", "truncated")
-        assert num_answered == num_searches - is_cut or row["status"] == "truncated", row["status"]
-    asked = {query for query in fake.queries if not fake.refuses(query)}
-    assert asked
+        if row["status"] != "truncated":  # whose last observation may not have fitted
+            assert num_answered == num_searches - (row["status"] == "retrieval_failed")
 
 
 def test_a_cluster_that_goes_down_ends_the_run_in_time_and_it_resumes(

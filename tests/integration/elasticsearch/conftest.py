@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,8 @@ import pytest
 from elasticsearch import ConnectionError as NoConnection
 from elasticsearch import Elasticsearch, helpers
 
-BINARY = Path(sys.executable).parent / "noida-db"
+# The program itself: the command in bin/ starts it as a child, which would outlive its parent's end.
+BINARY = Path(sysconfig.get_path("platlib")) / "noida_db" / "noida-db"
 MAX_DOCUMENTS = 300  # it scans linearly
 START_LIMIT_S = 30.0
 
@@ -75,6 +76,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(10)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server has outlived its end"
 
 
 def _wait(node: Node, process: subprocess.Popen[bytes], log: Path) -> None:
