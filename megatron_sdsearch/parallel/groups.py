@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -62,6 +64,8 @@ class ParallelState:
         install_cpu_layer()
         parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
         model_parallel_cuda_manual_seed(seed)
+        random.seed(seed)  # nothing of ours draws from these two; a library that did would make a run unrepeatable
+        np.random.seed(seed % 2**32)
         return cls(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),

@@ -67,6 +67,7 @@ class MetricsLog:
         if step > self._last["step"]:
             self._last = {"step": step}
             self._last_start = self._file.seek(0, os.SEEK_END)
+        news = {name: value for name, value in row.items() if self._last.get(name) != value}
         self._last |= row
         self._file.seek(self._last_start)
         self._file.write(_line(self._last))
@@ -74,7 +75,7 @@ class MetricsLog:
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint must not know of a step that its metrics have forgotten
         if self._board is not None:
-            self._board.add(step, row)
+            self._board.add(step, news)  # a resumed run evaluates once more what it may have logged already
 
     def close(self) -> None:
         """Close the files. Called once."""

@@ -86,6 +86,15 @@ class Ranks:
         assert None not in codes, f"no end after {limit_s} s: {codes}\n{self.output[-4000:]}"
         return codes
 
+    def end_like_torchrun(self, grace_s: float = 5.0) -> None:
+        """One has gone: the others end by themselves, or are ended."""
+        deadline = time.monotonic() + grace_s
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.0))
+        self.kill(range(len(self.processes)))
+        for process in self.processes:
+            process.join()
+
     def wait_until(self, is_reached: Callable[[], bool], limit_s: float = 120.0) -> bool:
         """True when it is reached, False when a rank has ended before."""
         deadline = time.monotonic() + limit_s
