@@ -1,0 +1,161 @@
+"""Checkpoints move between layouts with their moments; damage is named; nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
+from megatron_sdsearch.model.checkpoint_folder import FileRecord
+from tests.distributed.launch import run_distributed
+from tests.distributed.oracle import make_model
+from tests.distributed.test_training import Run, _config
+from tests.unit.model.test_safe_load import Poison
+
+# Each layout trains one step, saves, and the next goes on: TP 2 (DP 2) -> PP 2 (DP 2) -> TP 4 -> DP 4.
+CHAIN: list[dict[str, object]] = [{"tensor": 2}, {"pipeline": 2}, {"tensor": 4}, {}]
+Weights = dict[str, Tensor]
+
+
+def config_of(folder: Path, layout: dict[str, object], **checkpoint: object) -> RunConfig:
+    config = _config(folder, layout)
+    train = config.train.model_copy(update={"num_steps": 9})
+    return config.model_copy(
+        update={"train": train, "checkpoint": config.checkpoint.model_copy(update={"keep_last": 9, **checkpoint})}
+    )
+
+
+def store_of(run: Run, root: Path) -> CheckpointStore:
+    return CheckpointStore(root, run.policy, run.parallel, run.config)
+
+
+def through_layouts(rank: int, world_size: int, folder: Path) -> tuple[Weights, Weights, list[int]]:
+    straight = Run(config_of(folder, CHAIN[0]))
+    for step in range(len(CHAIN)):
+        straight.step(step)
+    expected = straight.weights()
+    straight.end()
+    loaded = []
+    for step, layout in enumerate(CHAIN):
+        run = Run(config_of(folder, layout))
+        store = store_of(run, folder / "chain")
+        loaded.append(store.load().step)
+        run.step(step)
+        store.save(TrainingState(step=step + 1))
+        store.finish()
+        weights = run.weights()
+        run.end()
+    return expected, weights, loaded
+
+
+def one_more_step(rank: int, world_size: int, folder: Path) -> tuple[Weights, Weights]:
+    """A single process goes on from the last of the chain, with its moments and without them."""
+    results = []
+    for has_moments in (True, False):
+        run = Run(config_of(folder, {}))
+        assert store_of(run, folder / "chain").load().step == len(CHAIN)
+        if not has_moments:
+            for state in run.policy.optimizer.chained_optimizers[0].optimizer.state.values():
+                state["exp_avg"].zero_()
+        run.step(len(CHAIN))
+        results.append(run.weights())
+        run.end()
+    return results[0], results[1]
+
+
+def gap(ours: Weights, theirs: Weights) -> float:
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def test_a_run_goes_on_across_layouts(tmp_path: Path) -> None:
+    make_model(tmp_path / "hf", "qwen2", is_tied=True, num_groups=4)
+    expected, weights, loaded = run_distributed(through_layouts, 4, tmp_path, timeout_s=280)[0]
+    assert loaded == [0, 1, 2, 3]
+    assert gap(weights, expected) < 5e-6  # as between layouts without a checkpoint
+    ours, without = run_distributed(one_more_step, 1, tmp_path, timeout_s=200)[0]
+    assert gap(ours, weights) > 1e-4, "the step does something"
+    assert gap(without, ours) > 1e-4, "lost moments would show"
+
+
+def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    root = folder / "damaged"
+    run = Run(config_of(folder, {}))
+    store = store_of(run, root)
+    start = run.weights()
+    store.save(TrainingState(step=1))  # before any update: Adam has no moments yet
+    run.step(1)
+    store.save(TrainingState(step=2, wall_s=7.0, scores={2: 0.5}))
+    store.finish()
+    run.step(2)
+    shard = root / "step_000002" / "__0_0.distcp"
+    whole = shard.read_bytes()
+
+    messages = {}
+    for name, content in {"short": whole[:-5], "changed": whole[:-5] + b"12345", "missing": None}.items():
+        shard.unlink(missing_ok=True)
+        if content is not None:
+            shard.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            store.load()
+        messages[name] = str(caught.value)
+    shard.write_bytes(whole)
+    state = store.load()
+    for name in (".metadata", "common.pt"):
+        good = (root / "step_000002" / name).read_bytes()
+        if name == "common.pt":
+            torch.save({"step": 2, "poison": Poison(folder / "mark")}, root / "step_000002" / name)
+        else:
+            (root / "step_000002" / name).write_bytes(pickle.dumps(Poison(folder / "mark")))
+        forge(root / "step_000002", name)
+        with pytest.raises(CheckpointError) as caught:
+            store.load()
+        messages[name] = str(caught.value)
+        (root / "step_000002" / name).write_bytes(good)
+        forge(root / "step_000002", name)
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    (folder / "hf" / "config.json").write_text(json.dumps({**config, "note": "another model"}))
+    with pytest.raises(CheckpointError) as caught:
+        store_of(run, root).load()
+    messages["reference"] = str(caught.value)
+    (folder / "hf" / "config.json").write_text(json.dumps(config, indent=2))
+
+    shard.unlink()
+    run.config = config_of(folder, {}, fallback=True, verify=False)
+    gone_back = store_of(run, root).load()
+    same = gap(run.weights(), start)
+    run.step(1)  # Adam begins anew
+    run.end()
+    latest = (root / "latest").read_text()
+    return {"messages": messages, "state": state, "back": gone_back.step, "same": same, "latest": latest}
+
+
+def forge(folder: Path, name: str) -> None:
+    """As somebody would who knows the format: the manifest vouches for the file."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    record = FileRecord.of(folder / name)
+    manifest["files"][name] = {"num_bytes": record.num_bytes, "sha256": record.sha256}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_damage_is_named_poison_is_not_run_and_falling_back_is_asked_for(tmp_path: Path) -> None:
+    make_model(tmp_path / "hf", "qwen2", is_tied=True)
+    result = run_distributed(damaged, 1, tmp_path, timeout_s=240)[0]
+    messages = result["messages"]
+    for name, text in {"short": "has 8", "changed": "has changed", "missing": "is missing"}.items():
+        assert f"__0_0.distcp {text}" in messages[name]
+        assert "set checkpoint.fallback=true to go on from step_000001" in messages[name]
+    assert (result["state"].step, result["state"].wall_s, result["state"].scores) == (2, 7.0, {2: 0.5})
+    assert "mkdir, which no checkpoint needs" in messages[".metadata"]
+    assert "common.pt" in messages["common.pt"] or "Weights only load failed" in messages["common.pt"]
+    assert "other contents of model.hf_dir" in messages["reference"]
+    assert not (tmp_path / "mark").exists()
+    assert (result["back"], result["same"], result["latest"]) == (1, 0.0, "step_000001")
+    assert len(list((tmp_path / "damaged").glob("damaged_step_000002*"))) == 1

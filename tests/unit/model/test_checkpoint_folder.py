@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.config import CheckpointConfig
+from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.model.checkpoint_folder import (
+    CheckpointFolder,
+    FileRecord,
+    best_step,
+    damages,
+    fingerprint,
+    kept_steps,
+    read_manifest,
+)
+
+
+def save(folder: CheckpointFolder, step: int, content: bytes = b"shard") -> Path:
+    partial = folder.begin(step)
+    (partial / "shard").write_bytes(content)
+    record = FileRecord.of(partial / "shard", should_sync=True)
+    files = {"shard": {"num_bytes": record.num_bytes, "sha256": record.sha256}}
+    return folder.commit(partial, {"step": step, "config": {}, "layout": {}, "files": files})
+
+
+def names(folder: CheckpointFolder) -> list[str]:
+    return sorted(path.name for path in folder.root.iterdir())
+
+
+@given(
+    steps=st.sets(st.integers(1, 60), min_size=1),
+    keep_last=st.integers(1, 5),
+    keep_every=st.integers(0, 7),
+    scored=st.dictionaries(st.integers(1, 60), st.floats(0, 1)),
+)
+def test_retention_keeps_what_it_says_and_nothing_else(
+    steps: set[int], keep_last: int, keep_every: int, scored: dict[int, float]
+) -> None:
+    current = max(steps)
+    best = best_step(steps, scored, current)
+    kept = kept_steps(steps, current, best, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
+    last = sorted(steps)[-keep_last:]
+    for step in steps:
+        is_wanted = step in last or step == best or (keep_every > 0 and step % keep_every == 0)
+        assert (step in kept) == is_wanted
+    assert kept <= steps
+    assert all(scored[best] >= scored[step] for step in steps & scored.keys()) if best else not steps & scored.keys()
+
+
+def test_steps_of_a_future_that_was_left_go_and_never_count_as_best() -> None:
+    config = CheckpointConfig(keep_last=2, keep_every=10)
+    assert best_step([4, 6, 20], {4: 0.1, 6: 0.2, 20: 0.9}, current=6) == 6
+    assert kept_steps([2, 4, 6, 20], 6, None, config) == {4, 6}
+
+
+def test_of_equal_scores_the_earliest_is_best() -> None:
+    assert best_step([3, 1, 2], {1: 0.5, 2: 0.5, 3: 0.4}, current=3) == 1
+
+
+def test_a_commit_moves_latest_and_pruning_names_the_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        save(folder, step)
+        assert (folder.root / "latest").read_text() == f"step_{step:06d}"
+    folder.prune(3, {1: 0.9, 2: 0.1}, CheckpointConfig(keep_last=1))
+    assert names(folder) == ["best", "latest", "step_000001", "step_000003"]
+    assert (folder.root / "best").read_text() == "step_000001"
+    folder.prune(3, {1: 0.9}, CheckpointConfig(keep_last=1, keep_best=False))
+    assert "step_000001" not in names(folder)
+
+
+def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1, b"old")
+    assert (save(folder, 1, b"new") / "shard").read_bytes() == b"new"
+    folder.clean()
+    assert names(folder) == ["latest", "step_000001"]
+
+
+def test_what_a_killed_save_leaves_is_no_candidate_and_is_cleaned(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1)
+    (folder.begin(2) / "shard").write_bytes(b"half")
+    (tmp_path / ".old_step_000000").mkdir()
+    assert [path.name for path in folder.candidates()] == ["step_000001"]
+    folder.clean()
+    assert names(folder) == ["latest", "step_000001"]
+
+
+def test_candidates_begin_with_latest_and_never_lie_in_its_future(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    assert folder.candidates() == []
+    for step in (1, 2, 3):
+        save(folder, step)
+    assert [path.name for path in folder.candidates()] == ["step_000003", "step_000002", "step_000001"]
+    (tmp_path / "latest").write_text("step_000002\n")  # somebody goes back by hand
+    assert [path.name for path in folder.candidates()] == ["step_000002", "step_000001"]
+    (tmp_path / "latest").unlink()  # killed between a first save's last two moves
+    assert folder.candidates()[0].name == "step_000003"
+    (tmp_path / "latest").write_text("nonsense")
+    with pytest.raises(CheckpointError, match=r"names 'nonsense', no step_\* folder"):
+        folder.candidates()
+
+
+def test_going_back_keeps_the_damaged_one_for_somebody_to_look_at(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    first = save(folder, 1)
+    save(folder, 2)
+    folder.go_back(first)
+    assert (tmp_path / "latest").read_text() == "step_000001"
+    assert list(folder.steps()) == [1]
+    assert len(list(tmp_path.glob("damaged_step_000002*"))) == 1
+
+
+def test_each_damage_is_named(tmp_path: Path) -> None:
+    for name in ("short", "changed", "missing", "good"):
+        (tmp_path / name).write_bytes(b"content of a shard")
+    records = {path.name: FileRecord.of(path) for path in tmp_path.iterdir()}
+    files = {name: {"num_bytes": r.num_bytes, "sha256": r.sha256} for name, r in records.items()}
+    (tmp_path / "short").write_bytes(b"content")
+    (tmp_path / "changed").write_bytes(b"content of a shar_")
+    (tmp_path / "missing").unlink()
+    found = damages(tmp_path, files, sorted(files), verify=True)
+    assert found == [
+        "changed has changed since it was written (sha256)",
+        "missing is missing",
+        "short has 7 bytes instead of 18",
+    ]
+    assert len(damages(tmp_path, files, sorted(files), verify=False)) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"step": 1})])
+def test_a_manifest_that_is_none_is_an_error_with_its_path(text: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_a_fingerprint_is_of_content_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    before = fingerprint(tmp_path)
+    assert before == fingerprint(tmp_path)
+    (tmp_path / "a").write_bytes(b"2")
+    changed = fingerprint(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({before, changed, fingerprint(tmp_path), fingerprint(tmp_path / "b"), fingerprint(tmp_path / "no")}) == 5
