@@ -1,5 +1,7 @@
 """Being asked to stop: SIGTERM or SIGUSR1 to any rank, heard by all at the same place of the loop.
 
+A launcher that has gone asks, too: torchrun that is killed leaves its ranks behind, and they would train on for nobody.
+
 The handler sets a flag and nothing more. Ranks agree where each of them passes anyway, for a signal may reach one rank
 only, and not all of them at the same step.
 """
@@ -24,6 +26,8 @@ STOPPED_FILE: Final = "stopped.json"
 SAME_REQUEST_S: Final = 3.0
 """A signal that comes this soon after the first is the first again: Slurm tells every process, and torchrun its
 workers. A later one ends the process at once."""
+LAUNCHER_GONE: Final = "launcher gone"
+"""Stands for a signal's name in ``STOPPED_FILE``."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -39,6 +43,7 @@ class StopRequest:
         self._parallel = parallel
         self._heard = ""
         self._heard_at = 0.0
+        self._parent = os.getppid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -53,6 +58,8 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """A collective: some rank has been asked to stop."""
+        if not self._heard and os.getppid() != self._parent:
+            self._heard = LAUNCHER_GONE
         if not self.name:
             self.name = next(filter(None, self._parallel.all_gather_object(self._heard)), "")
         return bool(self.name)

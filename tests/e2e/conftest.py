@@ -107,6 +107,10 @@ class Run:
             assert time.monotonic() < deadline, f"not reached after {limit_s} s:\n{self.output[-4000:]}"
             time.sleep(0.02)
 
+    def signal(self, number: int) -> None:
+        """To the launcher alone."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """SIGKILL to the group, and to each worker's group: torchrun gives every worker a session of its own."""
         members = self.descendants()

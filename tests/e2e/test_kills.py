@@ -10,10 +10,12 @@ import io
 import json
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from examples.tiny.build_world import build
-from tests.e2e.conftest import read_rows
+from tests.e2e.conftest import Run, read_rows
 from tests.e2e.ranks import ROOT, Ranks
 
 NUM_STEPS = 6
@@ -201,6 +203,26 @@ def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupt
     for part in ("metrics", "board", "trajectories", "weights"):
         assert ours[part] == theirs[part], part
     assert ours["checkpoints"]["step_000006"] == theirs["checkpoints"]["step_000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_save_and_leave_when_torchrun_does(number: int, world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.every=0", "evaluation.every=0")
+    run = Run([*launcher, "-m", "megatron_sdsearch", "train", *settings], tmp_path / "log")
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        run.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        ranks = list(run.ranks().values())
+        run.signal(number)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert alive == []
+    finally:
+        run.kill()
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    assert stopped["signal"] == ("SIGTERM" if number == signal.SIGTERM else "launcher gone")
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{stopped['step']:06d}"
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(world: Path, uninterrupted: Path, tmp_path: Path) -> None:
