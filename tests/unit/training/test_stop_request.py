@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sdsearch.training import stop_request
 from megatron_sdsearch.training.stop_request import LAUNCHER_GONE, SAME_REQUEST_S, StopRequest, write_stopped
 
 
@@ -49,20 +48,20 @@ def test_the_second_signal_ends_unless_it_is_the_first_again(monkeypatch: pytest
     sent: list[tuple[int, Any]] = []
     with request() as stop:
         now = time.monotonic()
-        monkeypatch.setattr(stop_request.time, "monotonic", lambda: now)
+        monkeypatch.setattr(time, "monotonic", lambda: now)
         stop._on_signal(signal.SIGTERM, None)
-        monkeypatch.setattr(stop_request.time, "monotonic", lambda: now + SAME_REQUEST_S - 0.1)
-        monkeypatch.setattr(stop_request.os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
+        monkeypatch.setattr(time, "monotonic", lambda: now + SAME_REQUEST_S - 0.1)
+        monkeypatch.setattr(os, "kill", lambda _, number: sent.append((number, signal.getsignal(number))))
         stop._on_signal(signal.SIGTERM, None)
         assert sent == []
-        monkeypatch.setattr(stop_request.time, "monotonic", lambda: now + SAME_REQUEST_S + 0.1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + SAME_REQUEST_S + 0.1)
         stop._on_signal(signal.SIGTERM, None)
         assert sent == [(signal.SIGTERM, signal.SIG_DFL)]
 
 
 def test_a_launcher_that_has_gone_asks_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     with request() as stop:
-        monkeypatch.setattr(stop_request.os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
         assert stop.is_agreed()
     assert stop.name == LAUNCHER_GONE
 
