@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_sdsearch.config import RunConfig
@@ -85,6 +88,13 @@ def test_a_run_goes_on_across_layouts(tmp_path: Path) -> None:
     assert gap(without, ours) > 1e-4, "lost moments would show"
 
 
+def draws() -> list[float]:
+    """One from each generator of the process."""
+    with get_cuda_rng_tracker().fork():
+        tracked = float(torch.rand(()))
+    return [tracked, float(torch.rand(())), random.random(), float(np.random.rand())]
+
+
 def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     root = folder / "damaged"
     run = Run(config_of(folder, {}))
@@ -92,7 +102,10 @@ def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     start = run.weights()
     store.save(TrainingState(step=1))  # before any update: Adam has no moments yet
     run.step(1)
+    for _ in range(5):
+        draws()
     store.save(TrainingState(step=2, wall_s=7.0, scores={2: 0.5}))
+    next_draws = draws()
     store.finish()
     run.step(2)
     shard = root / "step_000002" / "__0_0.distcp"
@@ -107,7 +120,9 @@ def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             store.load()
         messages[name] = str(caught.value)
     shard.write_bytes(whole)
+    assert draws() != next_draws
     state = store.load()
+    assert draws() == next_draws
     for name in (".metadata", "common.pt"):
         good = (root / "step_000002" / name).read_bytes()
         if name == "common.pt":
