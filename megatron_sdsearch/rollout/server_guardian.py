@@ -27,7 +27,7 @@ from types import FrameType
 import psutil  # type: ignore[import-untyped]
 
 POLL_S = 0.2
-SCAN_S = 5.0
+SCAN_S = 0.5  # a server that is killed sooner after it has made a segment leaves it behind; a look takes milliseconds
 SHARED_MEMORY = Path("/dev/shm")
 # SGLang's load snapshots and buffers; Python's semaphores, whose cleaner SGLang kills when it shuts down. The rest of a
 # name is random. Files of NCCL and CUDA are not here: they may be shared with the trainer.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError, VerificationError
-from megatron_sdsearch.model.checkpoint import TrainingState, load_latest, save_checkpoint
+from megatron_sdsearch.model.checkpoint import TrainingState, save_checkpoint
 from megatron_sdsearch.model.convert import to_hf, to_megatron
 from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
 from megatron_sdsearch.model.verify import megatron_logits, verify
@@ -161,9 +160,7 @@ def test_verify_finds_one_pair_of_exchanged_heads(folder: Path, tmp_path: Path) 
 
 
 def test_nothing_is_continued_from_weights_alone(folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
-    shutil.copytree(converted(model_dir(folder, "qwen2", True)), root / "step_000000")
-    (root / "latest").write_text("step_000000")
-    unused: Any = None
+    checkpoint = tmp_path / "step_000000"
+    shutil.copytree(converted(model_dir(folder, "qwen2", True)), checkpoint)
     with pytest.raises(CheckpointError, match=r"model\.megatron_dir"):
-        load_latest(root, unused, unused, unused)
+        read_manifest(checkpoint)
