@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError, VerificationError
 from megatron_sdsearch.model.checkpoint import TrainingState, save_checkpoint
+from megatron_sdsearch.model.checkpoint_folder import read_manifest
 from megatron_sdsearch.model.convert import to_hf, to_megatron
 from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
 from megatron_sdsearch.model.verify import megatron_logits, verify
