@@ -173,6 +173,7 @@ async def load(arguments: argparse.Namespace, survey: Any, rejects: Any) -> Any:
     )
     async with connect(config, credentials) as client:
         cluster = Cluster(client, credentials, url=config.urls[0], patience_s=arguments.patience)
+        await cluster.check()
         with Display("loaded", survey.num_passages) as display:
             return await index_corpus(
                 arguments.corpus,

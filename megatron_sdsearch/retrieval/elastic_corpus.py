@@ -151,6 +151,16 @@ class Cluster:
         self._url = url
         self._patience_s = patience_s
 
+    async def check(self) -> None:
+        """One look before anything long: a wrong address is not waited for.
+
+        Raises:
+            RetrievalError: nobody answers there, or refuses to.
+        """
+        answer = await self.try_once(self.client.info)
+        if isinstance(answer, Fault):
+            raise self.failed("first contact", f"{answer.cause}; see that the cluster runs and --url is its address")
+
     async def ask(self, request: Callable[[], Awaitable[T]], what: str) -> T:
         """The answer to a request that may be sent again.
 
