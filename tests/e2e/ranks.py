@@ -71,6 +71,11 @@ class Ranks:
     def is_running(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
+    @property
+    def ended_by_themselves(self) -> bool:
+        """All of them have ended, and well: nobody was killed in time."""
+        return all(process.exitcode == 0 for process in self.processes)
+
     def kill(self, ranks: Any, number: int = signal.SIGKILL) -> None:
         for rank in ranks:
             process = self.processes[rank]
