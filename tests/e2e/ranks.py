@@ -72,9 +72,9 @@ class Ranks:
         return all(process.is_alive() for process in self.processes)
 
     @property
-    def ended_by_themselves(self) -> bool:
-        """All of them have ended, and well: nobody was killed in time."""
-        return all(process.exitcode == 0 for process in self.processes)
+    def exit_codes(self) -> list[int | None]:
+        """By rank; minus the signal of one that was killed, None of one that still runs."""
+        return [process.exitcode for process in self.processes]
 
     def kill(self, ranks: Any, number: int = signal.SIGKILL) -> None:
         for rank in ranks:
@@ -87,9 +87,8 @@ class Ranks:
         deadline = time.monotonic() + limit_s
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.0))
-        codes = [process.exitcode for process in self.processes]
-        assert None not in codes, f"no end after {limit_s} s: {codes}\n{self.output[-4000:]}"
-        return codes
+        assert None not in self.exit_codes, f"no end after {limit_s} s: {self.exit_codes}\n{self.output[-4000:]}"
+        return self.exit_codes
 
     def end_like_torchrun(self, grace_s: float = 5.0) -> None:
         """One has gone: the others end by themselves, or are ended."""

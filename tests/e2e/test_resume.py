@@ -22,8 +22,13 @@ pytestmark = pytest.mark.timeout(DEMO_LIMIT_S + 3 * LIMIT_S)
 
 
 def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """Nor ``replay/*``, which tells whether a search was answered from the store."""
     rows = read_rows(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+    return [{name: row[name] for name in row if not name.startswith(("time/", "replay/"))} for row in rows]
+
+
+def replay(mode: str, store: Path) -> list[str]:
+    return [f"retrieval.replay.mode={mode}", f"retrieval.replay.store={store}"]
 
 
 def trajectory_files(run_dir: Path) -> dict[str, bytes]:
@@ -37,9 +42,10 @@ def sampled_ids(run_dir: Path, step: int) -> dict[tuple[str, int], list[list[int
 
 @pytest.fixture(scope="module")
 def uninterrupted(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps at tp=2 that nobody disturbed."""
+    """A run of four steps at tp=2 that nobody disturbed; its searches are recorded."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run = Run(train_command(demo, folder / "run", f"train.num_steps={NUM_STEPS}"), folder / "log")
+    recorded = replay("cache", folder / "searches")
+    run = Run(train_command(demo, folder / "run", f"train.num_steps={NUM_STEPS}", *recorded), folder / "log")
     try:
         assert run.wait(LIMIT_S) == 0, run.output[-4000:]
     finally:
@@ -47,9 +53,11 @@ def uninterrupted(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_kill_and_resume_change_nothing(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_kill_and_resume_change_nothing(is_replayed: bool, uninterrupted: Path, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
-    overrides = [f"train.num_steps={NUM_STEPS}"]
+    searches = replay("only", uninterrupted.parent / "searches") if is_replayed else []
+    overrides = [f"train.num_steps={NUM_STEPS}", *searches]
     first = start(run_dir, *overrides)
     pointer = run_dir / "checkpoints" / "latest"
     first.wait_until(lambda: pointer.is_file() and pointer.read_text() == f"step_{KILLED_AFTER:06d}")
