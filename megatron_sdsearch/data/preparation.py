@@ -21,7 +21,7 @@ from megatron_sdsearch.records import Question
 TEST_SPLITS = ("test", "dev", "train")
 """Where a benchmark's questions are: the first of these that there is (Search-R1, qa_search_test_merge.py)."""
 _DEV_SPLITS = ("dev", "test", "train")
-_NUM_SHOWN = 20
+_NUM_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
