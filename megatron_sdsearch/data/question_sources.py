@@ -111,12 +111,12 @@ def _named_after_splits(root: Path, folder: Path, source: str) -> Iterable[Quest
 
 def _from_hub(repository: str, revision: str | None, wanted: Sequence[tuple[str, str]]) -> QuestionSource:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     patterns = [f"{dataset}/{split}.jsonl" for dataset, split in wanted] + [f"{split}.parquet" for split in SPLITS]
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (OSError, HFValidationError) as error:  # HTTP errors and "not in the cache" are OSErrors, too
         reason = " ".join(str(error).split())
         mend = "mend the name or the network, or fetch the files elsewhere and give their folder"
         raise ConfigError("SOURCE", f"{repository} cannot be fetched from the hub: {reason}", mend) from error

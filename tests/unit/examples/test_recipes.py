@@ -21,7 +21,7 @@ GPUS_PER_NODE = 8
 GPU_BYTES = 80e9
 
 # From the models' own config.json on the hub.
-SHAPE_3B = {
+SHAPE_3B: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 11008,
     "num_hidden_layers": 36,
@@ -31,7 +31,7 @@ SHAPE_3B = {
     "vocab_size": 151936,
     "tie_word_embeddings": True,
 }
-SHAPE_7B = {
+SHAPE_7B: dict[str, Any] = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
     "num_hidden_layers": 28,
@@ -113,7 +113,7 @@ def test_every_model_fits_its_layout(recipe: str, model: str) -> None:
     hf_config = Qwen2Config(**SHAPES[model])
     check_layout(hf_config, config.parallel)
     assert config.rollout.max_total_tokens + config.hindsight.max_block_tokens <= hf_config.max_position_embeddings
-    assert hf_config.num_key_value_heads % config.rollout.sglang.tensor == 0
+    assert SHAPES[model]["num_key_value_heads"] % config.rollout.sglang.tensor == 0
     assert config.model.dtype == "bfloat16"
 
 
@@ -138,10 +138,11 @@ def test_every_machine_has_gpus_for_ranks_and_servers(recipe: str, model: str, m
 
 def num_parameters(shape: dict[str, Any]) -> int:
     """Of a Qwen2: embeddings, attention with biases on q, k and v, a gated MLP, norms."""
-    h, f, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    h, f = shape["hidden_size"], shape["intermediate_size"]
     kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
     layer = 2 * h * h + h + 2 * (h * kv + kv) + 3 * h * f + 2 * h
-    return layers * layer + h + shape["vocab_size"] * h * (1 if shape["tie_word_embeddings"] else 2)
+    num_embeddings = 1 if shape["tie_word_embeddings"] else 2
+    return int(shape["num_hidden_layers"] * layer + h + num_embeddings * shape["vocab_size"] * h)
 
 
 @pytest.mark.parametrize(("shape", "billions"), [(SHAPE_3B, 3.09), (SHAPE_7B, 7.62)])
