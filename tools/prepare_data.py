@@ -73,6 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("heldout", "max_bad_rows"):
         if getattr(arguments, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("train", "test"):
+        if len(set(names := getattr(arguments, name))) < len(names):
+            parser.error(f"--{name} names a data set twice")
     return arguments
 
 

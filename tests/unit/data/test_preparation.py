@@ -270,5 +270,7 @@ def test_command(
     assert [row["place"] for row in listed] == [f"{flashrag / 'nq' / 'train.jsonl'}:4"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert command(monkeypatch, str(flashrag), "--out", str(out), "--max-bad-rows", "1") == 0
+    assert command(monkeypatch, str(flashrag), "--out", str(out), "--train", "nq", "nq") == 2
+    assert "--train names a data set twice" in capsys.readouterr().err
     assert command(monkeypatch, str(tmp_path / "nowhere"), "--out", str(out)) == 2
     assert "SOURCE: " in capsys.readouterr().err
