@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -59,10 +60,13 @@ class _FlashRagRow(_Row):
     golden_answers: _Answers
 
     def to_question(self, path: Path) -> Question:
-        # Rows do not say where they come from; FlashRAG's layout does: <dataset>/<split>.jsonl.
-        dataset, split = path.resolve().parent.name, path.stem
+        # Rows do not say where they come from; FlashRAG's layout does: <dataset>/<split>.jsonl. Links are not followed:
+        # the hub's cache keeps its files under other names.
+        dataset, split = Path(os.path.abspath(path)).parent.name, path.stem
+        # FlashRAG calls row 7 of train "train_7", Search-R1 calls it 7: one question, one id.
+        index = self.id.removeprefix(f"{split}_")
         return Question(
-            question_id=f"{dataset}:{split}:{self.id}",
+            question_id=f"{dataset}:{split}:{index if index.isdecimal() else self.id}",
             text=self.question,
             gold_answers=self.golden_answers,
             dataset=dataset,
@@ -107,7 +111,9 @@ class _SearchR1Row(_Row):
 
 
 class _Reader(Protocol):
-    def __call__(self, path: Path) -> Iterator[tuple[str, Any]]: ...
+    def __call__(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Place and content of each row; a ``DataError`` in place of content that is none."""
+        ...
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
@@ -119,14 +125,10 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         DataError: naming file, line (or row), field and mend: a bad row, an id that stands twice, an unknown suffix,
             a missing or an empty file.
     """
-    readers: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
-    if not path.is_file():
-        raise DataError(f"{path}: does not exist; give the path of a question file")
     questions: dict[str, Question] = {}
-    for place, row in readers[path.suffix](path):
-        question = _parse_row(row, path, place)
+    for place, question in scan_questions(path):
+        if isinstance(question, DataError):
+            raise question
         if question.question_id in questions:
             raise DataError(f"{place}: id {question.question_id!r} stands twice; give each question an id of its own")
         questions[question.question_id] = question
@@ -135,22 +137,43 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     return tuple(questions.values())
 
 
+def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
+    """Place of every row, with its question or with what is wrong with it; for who wants to go on after a bad row.
+
+    Raises:
+        DataError: the file itself cannot be read, or lacks a column that every row needs.
+    """
+    readers: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; give the path of a question file")
+    for place, row in readers[path.suffix](path):
+        try:
+            yield place, _parse_row(row, path, place)
+        except DataError as error:
+            yield place, error
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
+            row: Any
             try:
-                yield place, json.loads(line)
+                row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise DataError(f"{place}: is not JSON ({error}); write one JSON object per line") from error
+                row = DataError(f"{place}: is not JSON ({error}); write one JSON object per line")
+            yield place, row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
@@ -159,7 +182,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
 
 
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    fields = _schema_of(dict.fromkeys(names)).model_fields
+    for name, field in fields.items():
+        if field.is_required() and name not in names:
+            raise DataError(f"{path}: has no column {name!r}, its columns are {', '.join(names)}; {_MENDS}")
+
+
 def _parse_row(row: Any, path: Path, place: str) -> Question:
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"{place}: is not an object; {_MENDS}")
     # Parquet fills absent columns with nulls.

@@ -75,6 +75,21 @@ def test_flashrag_schema_takes_dataset_and_split_from_the_path(tmp_path: Path, s
     )
 
 
+@pytest.mark.parametrize(
+    ("row_id", "index"), [("dev_7", "7"), ("dev_x7", "dev_x7"), ("7", "7"), ("train_7", "train_7")]
+)
+def test_flashrag_ids_are_search_r1s_where_they_number_the_splits_rows(tmp_path: Path, row_id: str, index: str) -> None:
+    path = write(tmp_path / "nq" / "dev.jsonl", [FLASHRAG | {"id": row_id}])
+    assert [question.question_id for question in read_questions(path)] == [f"nq:dev:{index}"]
+
+
+def test_flashrag_file_behind_a_link_keeps_its_data_set(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs" / "0a1b.jsonl", [FLASHRAG])
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq" / "dev.jsonl").symlink_to(blob)
+    assert read_questions(tmp_path / "nq" / "dev.jsonl")[0].question_id == "nq:dev:test_3"
+
+
 def test_equal_indices_of_two_data_sets_stay_apart(tmp_path: Path) -> None:
     rows = [
         SEARCH_R1,
@@ -118,6 +133,14 @@ def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, row: Any, compla
 def test_bad_parquet_row_names_its_number(tmp_path: Path) -> None:
     path = write(tmp_path / "q.parquet", [OWN | {"gold_passage_ids": []}, {"question_id": "x", "gold_answers": ["y"]}])
     with pytest.raises(DataError, match=r"q\.parquet: row 2: text: Field required"):
+        read_questions(path)
+
+
+def test_missing_parquet_column_is_told_before_any_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.parquet", [{"id": "a", "question": "Why?", "answers": ["x"]}])
+    with pytest.raises(
+        DataError, match=r"q\.parquet: has no column 'question_id', its columns are id, question, answers; w"
+    ):
         read_questions(path)
 
 
