@@ -148,7 +148,7 @@ def _pack(
     parallel: ParallelState,
 ) -> TrainBatch:
     samples = [
-        sample if alpha > 0 else replace(sample, teacher_prompt_ids=())  # nothing to distil: no teacher pass
+        sample if alpha > 0 else replace(sample, teacher_prompts=())  # nothing to distil: no teacher pass
         for (group, blocks), own in zip(groups, advantages, strict=True)
         for sample in build_samples(group, own, blocks, config.objective, rho=config.hindsight.rho)
     ]
