@@ -146,9 +146,9 @@ def sd_search_loss(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         ref_logprobs=policy.ref_logprobs,
-        kl_coefficient=config.kl_coef if policy.ref_logprobs is not None else 0.0,
+        kl_coef=config.kl_coef if policy.ref_logprobs is not None else 0.0,
         entropy=entropy,
-        entropy_coefficient=config.entropy_coef,
+        entropy_coef=config.entropy_coef,
         importance_weights=importance,
     )
     loss = terms.loss
