@@ -56,6 +56,9 @@ EVAL_F1: Final = "eval/f1"
 EVAL_HIT_RATE: Final = "eval/hit_rate"
 EVAL_NUM_SEARCHES: Final = "eval/num_searches"
 
+RETRIEVAL_PREFIX: Final = "retrieval/"
+"""Followed by a name of ``retrieval.batching.SearchCounts``: queries, requests, retries, overloads, failures and
+outages of a remote search engine since the step before, over all ranks."""
 TOKENS_PER_SECOND: Final = "time/tokens_per_second"
 """Policy tokens of the step over the step's seconds."""
 PHASE_PREFIX: Final = "time/phase/"
