@@ -189,8 +189,8 @@ def _teacher(model: PreTrainedModel, sample: TrainingSample) -> Tensor:
         ids = np.concatenate([prompt.token_ids, sample.token_ids[sample.prompt_length :]])
         shift = len(prompt.token_ids) - sample.prompt_length
         with torch.no_grad():
-            rows += [_logits(model, ids)[p + shift].softmax(-1) for p in positions]
-    return torch.stack(rows)
+            rows.append(_logits(model, ids)[[p + shift for p in positions]].softmax(-1))
+    return torch.cat(rows)
 
 
 def _jsd(p: Tensor, q: Tensor, topk: int | None, topk_of: str) -> Tensor:
