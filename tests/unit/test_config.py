@@ -83,7 +83,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"objective.divergence": "kl"}, "objective.divergence", "'kl'", "'jsd'"),
         ({"objective.topk_of": "both"}, "objective.topk_of", "'both'", "'union'"),
         (
-            {"objective.topk": None, "objective.topk_of": "union"},
+            {"objective": {"topk": None, "topk_of": "union"}},
             "objective.topk_of",
             "union, and objective.topk is null",
             "set objective.topk",
