@@ -260,14 +260,27 @@ class HindsightConfig(Section):
 
     siblings: Literal["all", "correct", "own", "others"] = "all"
     labels: Literal["outcome", "none", "shuffled"] = "outcome"
-    content: Literal["searches", "everything"] = "searches"
-    """``searches`` is the paper's future masking; ``everything`` keeps reasoning, documents and answers."""
+    content: Literal["searches", "everything", "documents"] = "searches"
+    """``searches`` is the paper's future masking; ``everything`` keeps reasoning, documents and answers. ``documents``
+    shows no siblings: at each query the teacher has seen what that query found, in a sequence for each search."""
     rho: UnitFloat = 0.0
     """A sibling is CORRECT when its answer F1 > rho."""
     max_block_tokens: PositiveInt = 2048
     """Longer blocks lose siblings, deterministically and counted. Not public."""
     drop_leaks: bool = False
     """Leave out siblings whose query holds a gold answer."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        of_siblings = {"siblings": "all", "labels": "outcome", "drop_leaks": False}
+        for name, default in of_siblings.items():
+            if self.content == "documents" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"hindsight.{name}",
+                    f"{getattr(self, name)}, and content=documents shows no siblings",
+                    f"leave it at {default}",
+                )
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -281,7 +294,10 @@ class ObjectiveConfig(Section):
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the JSD's mixture."""
     topk: PositiveInt | None = 50
-    """Teacher's entries kept; null compares whole distributions."""
+    """Entries kept; null compares whole distributions."""
+    topk_of: Literal["teacher", "student", "union"] = "teacher"
+    """Whose most probable entries; the paper does not say. ``union``: both's, up to twice ``topk``. All but ``teacher``
+    keep the teacher's whole logits until the student has its own, as ``topk=null`` does."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     distill_positions: Literal["query", "all"] = "query"
     distill_aggregation: Literal["trajectory", "token"] = "trajectory"
@@ -302,6 +318,16 @@ class ObjectiveConfig(Section):
     normalize_advantage_std: bool = True
     """Divide by the group's unbiased standard deviation + 1e-6, as well as subtract its mean."""
     reward: Literal["f1", "em", "autorefine"] = "autorefine"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.topk is None and self.topk_of != "teacher":
+            raise ConfigError(
+                "objective.topk_of",
+                f"{self.topk_of}, and objective.topk is null",
+                "set objective.topk, or drop topk_of",
+            )
+        return self
 
     def alpha_at(self, step: int) -> float:
         """Weight of the distillation loss at a step (0-based): 0 through the warm-up, or rising linearly over it."""

@@ -168,8 +168,7 @@ def _turns(group: RolloutGroup, blocks: Sequence[HindsightBlock], rho: float) ->
     is_mixed = len({score.f1 > rho for _, score, _ in members}) == 2
     turns: list[_Turn] = []
     for trajectory, _, block in members:
-        if block.teacher_prompt_ids:
-            turns += _turns_of(trajectory, block, group.question, is_mixed, first_number=len(turns))
+        turns += _turns_of(trajectory, block, group.question, is_mixed, first_number=len(turns))
     return turns
 
 
@@ -179,17 +178,18 @@ def _turns_of(
     turns: list[_Turn] = []
     before: tuple[int, ...] = ()
     shown: set[str] = set()
+    prompts = iter(map(block.prompt_of_search, range(len(trajectory.queries))))
     for span in trajectory.spans[1:]:
         if isinstance(span, ContextSpan):
             shown |= set(span.passage_ids)
-        elif span.query_positions:
+        elif span.action is Action.SEARCH and (teacher_prompt := next(prompts)) and span.query_positions:
             opening = span.token_ids[: min(span.query_positions)]
             turns.append(
                 _Turn(
                     trajectory_id=trajectory.trajectory_id,
                     number=first_number + len(turns),
                     student_prompt=trajectory.prompt_ids,
-                    teacher_prompt=block.teacher_prompt_ids,
+                    teacher_prompt=teacher_prompt,
                     response_ids=before + opening,
                     opening_ids=opening,
                     wanted=frozenset(question.gold_passage_ids) - shown,

@@ -193,6 +193,16 @@ class Trajectory:
         return tuple(span.argument for span in self.sampled_spans if span.action is Action.SEARCH)
 
     @property
+    def search_ranges(self) -> tuple[tuple[int, int], ...]:
+        """First and one past the last index of each sampled span that searches, in order; parallel to ``queries``."""
+        ends = np.cumsum([len(span.token_ids) for span in self.spans]).tolist()
+        return tuple(
+            (end - len(span.token_ids), end)
+            for span, end in zip(self.spans, ends, strict=True)
+            if isinstance(span, SampledSpan) and span.action is Action.SEARCH
+        )
+
+    @property
     def answer(self) -> str | None:
         """The final answer's text, ``None`` without one."""
         spans = self.sampled_spans
@@ -257,10 +267,13 @@ class HindsightBlock:
 
     Attributes:
         text: the rendered block.
-        teacher_prompt_ids: ids of the whole teacher prompt, block included.
+        teacher_prompt_ids: ids of the whole teacher prompt, block included; empty when nothing is distilled, or when
+            every search has a prompt of its own.
         sources: sibling indices shown, in the order shown.
         dropped: sibling indices left out to fit the token budget.
         leaks: sibling indices whose queries hold a normalised gold answer.
+        search_prompt_ids: ids of the teacher prompt of each search in turn, where each has its own; ``()`` at a search
+            that has none.
     """
 
     text: str
@@ -268,10 +281,30 @@ class HindsightBlock:
     sources: tuple[int, ...]
     dropped: tuple[int, ...]
     leaks: tuple[int, ...]
+    search_prompt_ids: tuple[tuple[int, ...], ...] = ()
+
+    def prompt_of_search(self, index: int) -> tuple[int, ...]:
+        """Ids of the teacher prompt for the trajectory's search number ``index``; ``()`` without one."""
+        return self.search_prompt_ids[index] if self.search_prompt_ids else self.teacher_prompt_ids
 
 
 GroupClass = Literal["all_wrong", "mixed", "all_correct"]
 GROUP_CLASSES: tuple[GroupClass, ...] = ("all_wrong", "mixed", "all_correct")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherPrompt:
+    """What the teacher reads before the response, and which tokens it then speaks of.
+
+    Attributes:
+        token_ids: of the whole prompt; at least one.
+        start: first of its positions in the sample's label-aligned arrays.
+        end: one past the last.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -283,12 +316,12 @@ class TrainingSample:
         token_ids: [L] input ids.
         labels: [L] next token; the last entry is 0 and never in a mask.
         loss_mask: [L] True where the label was sampled by the policy.
-        query_mask: [L] True where the label is a query token to distil; a subset of ``loss_mask``, except
-            under ``objective.distill_positions: all``, where it equals it.
+        query_mask: [L] True where the label is a token to distil: of a query, or with ``objective.distill_positions:
+            all`` any sampled one; within the ranges of ``teacher_prompts``.
         rollout_logprobs: [L] of the label under the sampling policy, nats; 0 outside ``loss_mask``.
         advantage: of the whole trajectory.
         prompt_length: number of prompt tokens in ``token_ids``.
-        teacher_prompt_ids: prompt with the hindsight block; empty when nothing is distilled.
+        teacher_prompts: in the order of their ranges, which do not overlap; empty when nothing is distilled.
         group_class: of the group it comes from; metrics are told apart by it.
     """
 
@@ -300,7 +333,7 @@ class TrainingSample:
     rollout_logprobs: FloatArray
     advantage: float
     prompt_length: int
-    teacher_prompt_ids: tuple[int, ...] = ()
+    teacher_prompts: tuple[TeacherPrompt, ...] = ()
     group_class: GroupClass = "mixed"
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sdsearch.batching.samples import teacher_sequence
+from megatron_sdsearch.batching.samples import teacher_sequences
 from megatron_sdsearch.records import (
     GROUP_CLASSES,
     BoolArray,
@@ -69,22 +69,26 @@ def student_sequence(
     )
 
 
-def hindsight_sequence(sample: TrainingSample) -> PackedSequence:
-    """The teacher's view of a sample: query rows only, nothing that could enter the policy loss.
+def hindsight_sequences(sample: TrainingSample) -> list[PackedSequence]:
+    """The teacher's view of a sample: query rows only, in the student's order, nothing that could enter another loss.
 
     Raises:
-        AlignmentError: see ``samples.teacher_sequence``.
+        AlignmentError: see ``samples.teacher_sequences``.
     """
-    token_ids, query_mask = teacher_sequence(sample)
-    # The label of the last position is the last query token, which the teacher's input no longer holds.
-    labels = np.append(token_ids[1:], sample.labels[sample.query_mask][-1])
-    return PackedSequence(
-        token_ids=token_ids,
-        labels=labels,
-        loss_mask=np.zeros_like(query_mask),
-        query_mask=query_mask,
-        rollout_logprobs=np.zeros(len(token_ids)),
-    )
+    pairs = teacher_sequences(sample)
+    # The label of a last position is a last query token, which the teacher's input no longer holds.
+    ends = np.cumsum([mask.sum() for _, mask in pairs])
+    last_labels = sample.labels[sample.query_mask][ends - 1]
+    return [
+        PackedSequence(
+            token_ids=token_ids,
+            labels=np.append(token_ids[1:], last_label),
+            loss_mask=np.zeros_like(query_mask),
+            query_mask=query_mask,
+            rollout_logprobs=np.zeros(len(token_ids)),
+        )
+        for (token_ids, query_mask), last_label in zip(pairs, last_labels, strict=True)
+    ]
 
 
 def padded_length(num_tokens: int, alignment: int) -> int:

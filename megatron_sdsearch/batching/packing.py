@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_sdsearch.batching.microbatches import (
     PackedSequence,
     assemble,
-    hindsight_sequence,
+    hindsight_sequences,
     padded_length,
     student_sequence,
 )
@@ -33,14 +33,14 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Row:
-    """One sample as both models read it."""
+    """One sample as both models read it; the teacher once for each of its prompts."""
 
     student: PackedSequence
-    teacher: PackedSequence | None
+    teacher: Sequence[PackedSequence]
 
     @property
     def num_teacher_tokens(self) -> int:
-        return 0 if self.teacher is None else len(self.teacher)
+        return sum(map(len, self.teacher))
 
     @property
     def num_tokens(self) -> int:
@@ -73,13 +73,14 @@ def pack(
         rank: this one, in [0, num_ranks).
         trajectories_per_minibatch: consecutive samples of one update; ``None`` takes all; a remainder is a minibatch.
         max_tokens: bound on the tokens of one microbatch, padding to ``alignment`` included, for student and teacher
-            each. A single longer sequence still gets a microbatch, of its own.
+            each. A single longer sample still gets a microbatch, of its own; of a teacher with a prompt for each
+            search a sample holds several sequences.
         alignment: every microbatch's T is a multiple of it (the sequence-parallel size).
         equal_lengths: give all microbatches of a minibatch one T on all ranks, students and teachers each their own.
         objective: how tokens are weighed against each other.
 
     Raises:
-        AlignmentError: see ``samples.teacher_sequence``; on every rank alike.
+        AlignmentError: see ``samples.teacher_sequences``; on every rank alike.
         ValueError: ``rank`` is not one of the ranks.
     """
     if not 0 <= rank < num_ranks:
@@ -94,8 +95,8 @@ def _minibatch(samples: Sequence[TrainingSample], shape: _Shape, rank: int, obje
     rows = _rows(samples, objective)
     plan = _plan(rows, shape)
     students = [[[row.student for row in part] for part in parts] for parts in plan]
-    teachers = [[[row.teacher for row in part if row.teacher is not None] for part in parts] for parts in plan]
-    has_teacher = any(row.teacher is not None for row in rows)
+    teachers = [[[one for row in part for one in row.teacher] for part in parts] for parts in plan]
+    has_teacher = any(row.teacher for row in rows)
     return Minibatch(
         student=_microbatches(students, shape, rank),
         teacher=_microbatches(teachers, shape, rank) if has_teacher else (),
@@ -107,7 +108,7 @@ def _minibatch(samples: Sequence[TrainingSample], shape: _Shape, rank: int, obje
 
 def _rows(samples: Sequence[TrainingSample], objective: ObjectiveConfig) -> list[_Row]:
     policy_counts = [int(sample.loss_mask.sum()) for sample in samples]
-    distill_counts = [int(sample.query_mask.sum()) if sample.teacher_prompt_ids else 0 for sample in samples]
+    distill_counts = [int(sample.query_mask.sum()) if sample.teacher_prompts else 0 for sample in samples]
     policy = _weights(policy_counts, per_token=objective.loss_aggregation == "token")
     distill = _weights(distill_counts, per_token=objective.distill_aggregation == "token")
     return [
@@ -115,7 +116,7 @@ def _rows(samples: Sequence[TrainingSample], objective: ObjectiveConfig) -> list
             student=student_sequence(
                 sample, is_distilled=distill_counts[i] > 0, policy_weight=policy[i], distill_weight=distill[i]
             ),
-            teacher=hindsight_sequence(sample) if distill_counts[i] else None,
+            teacher=hindsight_sequences(sample) if distill_counts[i] else (),
         )
         for i, sample in enumerate(samples)
     ]

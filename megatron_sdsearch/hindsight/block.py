@@ -24,6 +24,7 @@ import numpy as np
 
 from megatron_sdsearch.config import HindsightConfig
 from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.hindsight.documents import document_block
 from megatron_sdsearch.hindsight.leakage import leaking_siblings
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup, Trajectory
 
@@ -50,7 +51,8 @@ def build_hindsight(
     """Build what the teacher is shown for each trajectory of a group (paper: h(G), section "Hindsight block").
 
     Trajectories that are out of training (a failed search, an engine that gave up, a prompt that was too long) are no
-    attempts to learn from and never appear in a block.
+    attempts to learn from and never appear in a block. ``content="documents"`` shows no siblings at all: see
+    ``documents.py``.
 
     Args:
         group: one question's trajectories with their scores; labels come from F1, never from the shaped reward.
@@ -65,6 +67,11 @@ def build_hindsight(
     """
     usable = [trajectory for trajectory in group.trajectories if trajectory.is_trainable]
     leaks = leaking_siblings(usable, group.question.gold_answers)
+    if config.content == "documents":
+        return [
+            document_block(t, group.question, renderer, profile, config.max_block_tokens, leaks)
+            for t in group.trajectories
+        ]
     siblings = _siblings(group, renderer, config, seed)
     blocks: dict[tuple[int, ...], HindsightBlock] = {}
     result = []

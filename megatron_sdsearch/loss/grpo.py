@@ -25,7 +25,7 @@ class GRPOTerms:
     Since the weights sum to 1 over the global minibatch, those sums are weighted means there.
 
     Attributes:
-        loss: ``policy_loss + kl_coefficient * kl - entropy_coefficient * entropy``; the only one with a gradient.
+        loss: ``policy_loss + kl_coef * kl - entropy_coef * entropy``; the only one with a gradient.
         policy_loss: the clipped surrogate, negated; with importance weights where there are any.
         kl: k3 estimate of KL(policy || reference), nats; 0 without a reference.
         entropy: mean entropy of the policy, nats; 0 without entropies.
@@ -52,9 +52,9 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
+    kl_coef: float = 0.0,
     entropy: Tensor | None = None,
-    entropy_coefficient: float = 0.0,
+    entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
 ) -> GRPOTerms:
     """Sum over tokens of ``weight * (-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
@@ -75,9 +75,9 @@ def grpo_loss(
         clip_low: the ratio ``r`` is clipped below at ``1 - clip_low``; in [0, 1).
         clip_high: and above at ``1 + clip_high``; at least 0.
         ref_logprobs: [N] nats, of the reference policy; a constant.
-        kl_coefficient: weight of the k3 term; needs ``ref_logprobs`` unless 0.
+        kl_coef: weight of the k3 term; needs ``ref_logprobs`` unless 0.
         entropy: [N] nats, with gradient if it is to have an effect.
-        entropy_coefficient: weight of the entropy bonus; needs ``entropy`` unless 0.
+        entropy_coef: weight of the entropy bonus; needs ``entropy`` unless 0.
         importance_weights: [N], at least 0, a constant; None is 1 everywhere (``correction.py``).
 
     Returns:
@@ -91,8 +91,8 @@ def grpo_loss(
     """
     _check_shapes(policy_logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy, importance_weights)
     _check_options(clip_low, clip_high)
-    _check_partner("kl_coefficient", kl_coefficient, "ref_logprobs", ref_logprobs)
-    _check_partner("entropy_coefficient", entropy_coefficient, "entropy", entropy)
+    _check_partner("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    _check_partner("entropy_coef", entropy_coef, "entropy", entropy)
 
     policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
     log_ratio = policy - old_logprobs.detach()
@@ -105,7 +105,7 @@ def grpo_loss(
     kl = (weights * k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
     mean_entropy = (weights * entropy).sum() if entropy is not None else policy.new_zeros(())
     return GRPOTerms(
-        loss=policy_loss + kl_coefficient * kl - entropy_coefficient * mean_entropy,
+        loss=policy_loss + kl_coef * kl - entropy_coef * mean_entropy,
         policy_loss=policy_loss.detach(),
         kl=kl.detach(),
         entropy=mean_entropy.detach(),

@@ -6,7 +6,7 @@ Torch only. Logits exist for the wanted rows alone, ``chunk_rows`` of them at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.loss.correction import agreement, importance_weights
 from megatron_sdsearch.loss.grpo import grpo_loss
-from megatron_sdsearch.loss.jsd import TopKDistribution, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.jsd import vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
+from megatron_sdsearch.loss.topk import TopKDistribution, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 from megatron_sdsearch.records import GROUP_CLASSES
 
 Metrics = dict[str, float]
-TeacherTarget = Tensor | TopKDistribution
-"""[Q, V/tp] logits of the teacher, or its k most probable ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,12 +84,25 @@ class PolicyRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TeacherTarget:
+    """What the teacher says at Q rows; constants.
+
+    Attributes:
+        distribution: [Q, V/tp] logits, or the k most probable ids.
+        entropy: [Q] nats, of the distribution over the whole vocabulary.
+    """
+
+    distribution: Tensor | TopKDistribution
+    entropy: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DistillRows:
     """The tokens whose distribution follows the teacher's; a subset of the policy tokens.
 
     Attributes:
         rows: [Q] indices into T, ascending.
-        target: the teacher's distributions, row by row.
+        target: of the teacher, row by row.
         weights: [Q]; sum to 1 over the global minibatch.
         classes: [Q] index into ``records.GROUP_CLASSES``; for metrics alone.
         alpha: weight of the distillation loss at this step.
@@ -121,7 +133,7 @@ def sd_search_loss(
         A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks; of those whose name
         ends in ``_max`` the maximum is to be taken.
     """
-    current, entropy, divergence = _read_rows(logits, policy, distill, config)
+    current, entropy, divergence, query_entropy = _read_rows(logits, policy, distill, config)
     old = current.detach() if policy.old_logprobs is None else policy.old_logprobs
     importance, is_cut = importance_weights(
         old, policy.rollout_logprobs, config.importance_correction, config.importance_cap
@@ -134,9 +146,9 @@ def sd_search_loss(
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         ref_logprobs=policy.ref_logprobs,
-        kl_coefficient=config.kl_coef if policy.ref_logprobs is not None else 0.0,
+        kl_coef=config.kl_coef if policy.ref_logprobs is not None else 0.0,
         entropy=entropy,
-        entropy_coefficient=config.entropy_coef,
+        entropy_coef=config.entropy_coef,
         importance_weights=importance,
     )
     loss = terms.loss
@@ -148,7 +160,9 @@ def sd_search_loss(
         loss = loss + distill.alpha * values["jsd"]
     values["loss"] = loss
     if distill is not None:
-        values |= _by_class(divergence.detach(), distill)
+        gap = query_entropy - distill.target.entropy
+        values["entropy_gap"] = (distill.weights * gap).sum()
+        values |= _by_class({"jsd": divergence.detach(), "entropy_gap": gap}, distill)
     metrics = {name: float(value.detach()) for name, value in values.items()}
     return loss, metrics | agreement(old, policy.rollout_logprobs, policy.weights)
 
@@ -161,8 +175,8 @@ def supervised_loss(logits: RowLogits, rows: Tensor, labels: Tensor, weights: Te
 
 def _read_rows(
     logits: RowLogits, policy: PolicyRows, distill: DistillRows | None, config: ObjectiveConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N], entropies [N] and divergences [Q] from one pass over the policy rows."""
+) -> tuple[Tensor, ...]:
+    """Log-probabilities [N], entropies [N], divergences [Q] and the student's entropies [Q] from one pass."""
     shard, temperature = logits.shard, logits.temperature
     # Query tokens are policy tokens: their logits are rows of the same chunk, never projected twice.
     places = torch.searchsorted(policy.rows, distill.rows) if distill is not None else policy.rows[:0]
@@ -176,31 +190,36 @@ def _read_rows(
             else -logprobs.detach()
         )
         if distill is None:
-            return logprobs, entropy, logprobs[:0]
+            return logprobs, entropy, logprobs[:0], logprobs[:0]
         first, last = torch.searchsorted(places, torch.tensor([start, end], device=places.device)).tolist()
         student = part[places[first:last] - start]
-        return logprobs, entropy, _divergence(student, distill.target, slice(first, last), logits, config)
+        divergence = _divergence(student, distill.target.distribution, slice(first, last), logits, config)
+        # Last, where a recomputation for the backward pass has already got all that it wants, and stops.
+        query_entropy = vocab_parallel_entropy(student.detach(), shard, temperature=temperature)
+        return logprobs, entropy, divergence, query_entropy
 
-    logprobs, entropy, divergence = logits.map(policy.rows, read)
-    return logprobs, entropy, divergence
+    return logits.map(policy.rows, read)
 
 
 def _divergence(
-    student: Tensor, target: TeacherTarget, rows: slice, logits: RowLogits, config: ObjectiveConfig
+    student: Tensor, teacher: Tensor | TopKDistribution, rows: slice, logits: RowLogits, config: ObjectiveConfig
 ) -> Tensor:
     shard, temperature, beta, divergence = logits.shard, logits.temperature, config.beta, config.divergence
-    if isinstance(target, Tensor):
+    if isinstance(teacher, TopKDistribution):
+        topk = TopKDistribution(ids=teacher.ids[rows], logprobs=teacher.logprobs[rows], log_tail=teacher.log_tail[rows])
+    elif config.topk is None:
         return vocab_parallel_jsd(
-            student, target[rows], shard, beta=beta, temperature=temperature, divergence=divergence
+            student, teacher[rows], shard, beta=beta, temperature=temperature, divergence=divergence
         )
-    topk = TopKDistribution(ids=target.ids[rows], logprobs=target.logprobs[rows], log_tail=target.log_tail[rows])
+    else:
+        topk = chosen_topk(student, teacher[rows], shard, config.topk, of=config.topk_of, temperature=temperature)
     return vocab_parallel_topk_jsd(
         student, topk, shard, beta=beta, tail=config.tail, temperature=temperature, divergence=divergence
     )
 
 
-def _by_class(divergence: Tensor, distill: DistillRows) -> dict[str, Tensor]:
-    """Per group class the weighted divergence and its weight: sums, whose ratio over all ranks is the class's mean."""
-    weights = {name: distill.weights * (distill.classes == index) for index, name in enumerate(GROUP_CLASSES)}
-    sums = {f"jsd_{name}": (weight * divergence).sum() for name, weight in weights.items()}
-    return sums | {f"jsd_{name}_weight": weight.sum() for name, weight in weights.items()}
+def _by_class(values: Mapping[str, Tensor], distill: DistillRows) -> dict[str, Tensor]:
+    """Per group class the weighted values and the weight: sums, whose ratio over all ranks is the class's mean."""
+    weights = {kind: distill.weights * (distill.classes == index) for index, kind in enumerate(GROUP_CLASSES)}
+    sums = {f"{name}_{kind}": (weights[kind] * value).sum() for name, value in values.items() for kind in weights}
+    return sums | {f"distill_weight_{kind}": weight.sum() for kind, weight in weights.items()}

@@ -135,7 +135,6 @@ def _seconds(rows: Rows) -> Tile | None:
 
 
 def _charts(rows: Rows) -> list[Chart]:
-    classes = ("all_correct", "mixed", "all_wrong")
     phases = dict.fromkeys(name for row in rows for name in row if name.startswith(names.PHASE_PREFIX))
     drawn = [
         line_chart(
@@ -152,16 +151,25 @@ def _charts(rows: Rows) -> list[Chart]:
         ),
         line_chart(
             "Divergence of teacher and student, nats",
-            [
-                _series(rows, names.JSD, "all groups"),
-                *(_series(rows, names.JSD_BY_CLASS_PREFIX + name, name.replace("_", " ")) for name in classes),
-            ],
+            _by_class(rows, names.JSD, names.JSD_BY_CLASS_PREFIX),
+        ),
+        line_chart(
+            "Entropy at query tokens, student minus teacher, nats",
+            _by_class(rows, names.ENTROPY_GAP, names.ENTROPY_GAP_BY_CLASS_PREFIX),
         ),
         stacked_chart(
             "Seconds by phase", [_series(rows, name, name.removeprefix(names.PHASE_PREFIX)) for name in phases]
         ),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def _by_class(rows: Rows, name: str, prefix: str) -> list[Series]:
+    classes = ("all_correct", "mixed", "all_wrong")
+    return [
+        _series(rows, name, "all groups"),
+        *(_series(rows, prefix + kind, kind.replace("_", " ")) for kind in classes),
+    ]
 
 
 def _metric_rows(rows: Rows) -> list[MetricRow]:

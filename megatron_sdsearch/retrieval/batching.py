@@ -29,7 +29,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 from megatron_sdsearch.config import ElasticsearchConfig, RetrieveServerConfig
 from megatron_sdsearch.errors import RetrievalDownError, RetrievalError
@@ -129,6 +129,15 @@ class SearchCounts:
     def to_dict(self) -> dict[str, int]:
         """By name."""
         return asdict(self)
+
+
+@runtime_checkable
+class CountsSearches(Protocol):
+    """An engine whose searches go through ``BatchedSearches``."""
+
+    def take_counts(self) -> SearchCounts:
+        """What happened since the last call."""
+        ...
 
 
 class RequestLimit:

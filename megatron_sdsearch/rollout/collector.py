@@ -19,7 +19,7 @@ from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
 from megatron_sdsearch.records import CollectionCounts, Question, RolloutGroup, Score, Trajectory, TrajectoryId
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine
-from megatron_sdsearch.rollout.episode import ObservationWriter, run_episode
+from megatron_sdsearch.rollout.episode import EpisodeRunner
 from megatron_sdsearch.rollout.groups import GroupCollection
 from megatron_sdsearch.rollout.supply import Supply, exactly
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -105,11 +105,16 @@ class RolloutCollector:
             raise ConfigError("retrieval", "missing, and rollouts search", "set retrieval")
         self._engine = engine
         self._retriever = retriever
-        self._renderer = renderer
         self._config = config
-        self._top_k = config.retrieval.top_k
-        self._profile = get_profile(config.data.prompt_profile)
-        ObservationWriter(renderer, self._profile, config.rollout.max_observation_tokens)  # raises before any rollout
+        self._episodes = EpisodeRunner(
+            engine,
+            retriever,
+            renderer,
+            get_profile(config.data.prompt_profile),
+            config.rollout,
+            top_k=config.retrieval.top_k,
+            seed=config.seed,
+        )
         self._runner = runner or asyncio.Runner()
         self._is_closed = False
 
@@ -162,19 +167,8 @@ class RolloutCollector:
         causes: list[RetrievalError] = []
 
         async def roll_out(question: Question, trajectory_id: TrajectoryId) -> Trajectory:
-            trajectory = await run_episode(
-                question,
-                trajectory_id,
-                engine=self._engine,
-                retriever=self._retriever,
-                renderer=self._renderer,
-                profile=self._profile,
-                rollout=self._config.rollout,
-                top_k=self._top_k,
-                seed=self._config.seed,
-                temperature=temperature,
-                top_p=top_p,
-                on_failed_search=causes.append,
+            trajectory = await self._episodes.run(
+                question, trajectory_id, temperature=temperature, top_p=top_p, on_failed_search=causes.append
             )
             ended.append(trajectory_id)
             return trajectory

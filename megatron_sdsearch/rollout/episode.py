@@ -27,7 +27,7 @@ from megatron_sdsearch.records import (
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, TokenBytes, span_of
+from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, span_of
 
 _log = logging.getLogger(__name__)
 
@@ -73,27 +73,107 @@ class ObservationWriter:
         return len(self._profile.format_passages(before).encode()) if before else 0
 
 
+class EpisodeRunner:
+    """What all rollouts of a run have in common.
+
+    Args:
+        engine: samples.
+        retriever: searches.
+        renderer: of the engine's tokenizer.
+        profile: tags and instructions.
+        rollout: turns and token budgets.
+        top_k: passages per search.
+        seed: of the run.
+
+    Raises:
+        ConfigError: ``rollout.max_observation_tokens`` does not hold the profile's tags.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        retriever: Retriever,
+        renderer: Renderer,
+        profile: PromptProfile,
+        rollout: RolloutConfig,
+        *,
+        top_k: int,
+        seed: int,
+    ) -> None:
+        self.engine = engine
+        self.rollout = rollout
+        self.seed = seed
+        self.token_bytes = renderer.token_bytes
+        self.writer = ObservationWriter(renderer, profile, rollout.max_observation_tokens)
+        self._retriever = retriever
+        self._renderer = renderer
+        self._profile = profile
+        self._top_k = top_k
+
+    async def search(self, query: str) -> ContextSpan:
+        """The observation that a query brings; raises as the retriever does."""
+        return self.writer.write(await self._retriever.search(query, top_k=self._top_k))
+
+    async def run(
+        self,
+        question: Question,
+        trajectory_id: TrajectoryId,
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
+    ) -> Trajectory:
+        """Roll one trajectory out to its end; the engine's cache for it is released whatever happens.
+
+        A turn is one generation. The first ``rollout.max_turns`` may search; each brings an observation, or a notice
+        when it held no valid action. One last generation without search follows. The trajectory is TRUNCATED when the
+        budget cannot hold the next observation and one token after it, and RETRIEVAL_FAILED, with the spans it has,
+        when a search fails.
+
+        Args:
+            question: what to ask.
+            trajectory_id: names the trajectory, and with the seed its random stream.
+            temperature: 0 is greedy.
+            top_p: nucleus mass.
+            on_failed_search: is told why a search failed.
+
+        Raises:
+            EngineError: the engine failed or refused a request.
+            RetrievalDownError: the search engine answers nobody, so that no trajectory can go on.
+        """
+        prompt_ids = self._renderer.prompt_ids(self._profile.user_text(question.text))
+        if len(prompt_ids) > self.rollout.max_prompt_tokens:
+            prompt = ContextSpan(kind="prompt", token_ids=prompt_ids[: self.rollout.max_prompt_tokens])
+            return Trajectory(trajectory_id=trajectory_id, spans=(prompt,), status=TrajectoryStatus.PROMPT_TOO_LONG)
+        episode = _Episode(self, trajectory_id, prompt_ids, temperature, top_p)
+        try:
+            status = await episode.run()
+        except RetrievalDownError:
+            raise
+        except RetrievalError as error:
+            _log.warning("%s: search failed: %s", trajectory_id, error)
+            on_failed_search(error)
+            status = TrajectoryStatus.RETRIEVAL_FAILED
+        finally:
+            await self.engine.release(trajectory_id)
+        return Trajectory(trajectory_id=trajectory_id, spans=tuple(episode.spans), status=status)
+
+
 class _Episode:
     """One trajectory under way: its spans, and what is left of the budget."""
 
     def __init__(
         self,
+        runner: EpisodeRunner,
         trajectory_id: TrajectoryId,
         prompt_ids: tuple[int, ...],
-        *,
-        engine: Engine,
-        token_bytes: TokenBytes,
-        rollout: RolloutConfig,
-        seed: int,
         temperature: float,
         top_p: float,
     ) -> None:
         self.spans: list[Span] = []
+        self._runner = runner
+        self._rollout = runner.rollout
         self._trajectory_id = trajectory_id
-        self._engine = engine
-        self._token_bytes = token_bytes
-        self._rollout = rollout
-        self._seed = seed
         self._temperature = temperature
         self._top_p = top_p
         self._token_ids: list[int] = []
@@ -117,11 +197,11 @@ class _Episode:
             stop=(ANSWER_END,) if is_last else (SEARCH_END, ANSWER_END),
         )
         request = GenerationRequest(
-            trajectory_id=self._trajectory_id, seed=self._seed, prompt_ids=tuple(self._token_ids), params=params
+            trajectory_id=self._trajectory_id, seed=self._runner.seed, prompt_ids=tuple(self._token_ids), params=params
         )
-        generation = await self._engine.generate(request)
+        generation = await self._runner.engine.generate(request)
         return span_of(
-            self._token_bytes,
+            self._runner.token_bytes,
             token_ids=generation.token_ids,
             logprobs=generation.logprobs,
             finish_reason=generation.finish_reason,
@@ -129,7 +209,7 @@ class _Episode:
             allow_search=not is_last,
         )
 
-    async def run(self, retriever: Retriever, writer: ObservationWriter, top_k: int) -> TrajectoryStatus:
+    async def run(self) -> TrajectoryStatus:
         """Take turns until the trajectory ends.
 
         Raises:
@@ -142,9 +222,9 @@ class _Episode:
             status = _status_after(span, is_last=is_last, num_left=self.num_left)
             if status is not None:
                 return status
-            observation = writer.notice
+            observation = self._runner.writer.notice
             if span.action is Action.SEARCH:
-                observation = writer.write(await retriever.search(span.argument, top_k=top_k))
+                observation = await self._runner.search(span.argument)
             if len(observation.token_ids) >= self.num_left:
                 return TrajectoryStatus.TRUNCATED
             self.append(observation)
@@ -160,71 +240,3 @@ def _status_after(span: SampledSpan, *, is_last: bool, num_left: int) -> Traject
     if num_left < 1 and (span.finish_reason == "length" or not is_last):
         return TrajectoryStatus.TRUNCATED
     return TrajectoryStatus.NO_ANSWER if is_last else None
-
-
-async def run_episode(
-    question: Question,
-    trajectory_id: TrajectoryId,
-    *,
-    engine: Engine,
-    retriever: Retriever,
-    renderer: Renderer,
-    profile: PromptProfile,
-    rollout: RolloutConfig,
-    top_k: int,
-    seed: int,
-    temperature: float,
-    top_p: float = 1.0,
-    on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
-) -> Trajectory:
-    """Roll one trajectory out to its end; the engine's cache for it is released whatever happens.
-
-    A turn is one generation. The first ``rollout.max_turns`` may search; each brings an observation, or a notice when
-    it held no valid action. One last generation without search follows. The trajectory is TRUNCATED when the budget
-    cannot hold the next observation and one token after it.
-
-    Args:
-        question: what to ask.
-        trajectory_id: names the trajectory, and with ``seed`` its random stream.
-        engine: samples.
-        retriever: searches; when it fails, the trajectory ends as RETRIEVAL_FAILED with the spans it has.
-        renderer: of the engine's tokenizer.
-        profile: tags and instructions.
-        rollout: turns and token budgets.
-        top_k: passages per search.
-        seed: of the run.
-        temperature: 0 is greedy.
-        top_p: nucleus mass.
-        on_failed_search: is told why a search failed.
-
-    Raises:
-        ConfigError: ``rollout.max_observation_tokens`` does not hold the profile's tags.
-        EngineError: the engine failed or refused a request.
-        RetrievalDownError: the search engine answers nobody, so that no trajectory can go on.
-    """
-    prompt_ids = renderer.prompt_ids(profile.user_text(question.text))
-    if len(prompt_ids) > rollout.max_prompt_tokens:
-        prompt = ContextSpan(kind="prompt", token_ids=prompt_ids[: rollout.max_prompt_tokens])
-        return Trajectory(trajectory_id=trajectory_id, spans=(prompt,), status=TrajectoryStatus.PROMPT_TOO_LONG)
-    writer = ObservationWriter(renderer, profile, rollout.max_observation_tokens)
-    episode = _Episode(
-        trajectory_id,
-        prompt_ids,
-        engine=engine,
-        token_bytes=renderer.token_bytes,
-        rollout=rollout,
-        seed=seed,
-        temperature=temperature,
-        top_p=top_p,
-    )
-    try:
-        status = await episode.run(retriever, writer, top_k)
-    except RetrievalDownError:
-        raise
-    except RetrievalError as error:
-        _log.warning("%s: search failed: %s", trajectory_id, error)
-        on_failed_search(error)
-        status = TrajectoryStatus.RETRIEVAL_FAILED
-    finally:
-        await engine.release(trajectory_id)
-    return Trajectory(trajectory_id=trajectory_id, spans=tuple(episode.spans), status=status)

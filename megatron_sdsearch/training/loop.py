@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
+from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, write_summary
 from megatron_sdsearch.training.saving import Saving
 from megatron_sdsearch.training.stop_request import StopRequest, write_stopped
@@ -36,6 +38,8 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
     Every rank of the run calls it; ranks come from torchrun's environment.
+
+    No other run may be at work in ``run_dir``.
 
     Returns:
         The summary, which is also ``run_dir/summary.json``; None when a signal asked to stop: the run is saved.
@@ -51,6 +55,12 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     check_layout(hf_config, config.parallel)
     _check_lengths(config, hf_config.max_position_embeddings)
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
+    # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
+    with RunLock(config.run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(config, start)
+
+
+def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
     with StopRequest(parallel) as stop:
         policy = Policy.build(config, parallel)
@@ -148,7 +158,7 @@ def _pack(
     parallel: ParallelState,
 ) -> TrainBatch:
     samples = [
-        sample if alpha > 0 else replace(sample, teacher_prompt_ids=())  # nothing to distil: no teacher pass
+        sample if alpha > 0 else replace(sample, teacher_prompts=())  # nothing to distil: no teacher pass
         for (group, blocks), own in zip(groups, advantages, strict=True)
         for sample in build_samples(group, own, blocks, config.objective, rho=config.hindsight.rho)
     ]

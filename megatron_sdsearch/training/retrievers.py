@@ -5,9 +5,11 @@ from __future__ import annotations
 from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.batching import CountsSearches
 from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
-from megatron_sdsearch.retrieval.replay import with_replay_async
+from megatron_sdsearch.retrieval.replay import ReplayRetriever, replay_counts, with_replay_async
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.telemetry import names
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
@@ -21,6 +23,19 @@ async def open_retriever(config: RetrievalConfig) -> Retriever:
         RetrievalError: the engine is down.
     """
     return await with_replay_async(config.replay, lambda: _open_engine(config))
+
+
+def take_counts(retriever: Retriever) -> dict[str, int]:
+    """What happened since the last call, under names of metrics: of the replay store, and of a remote engine.
+
+    Evaluations and probes search through the same retriever, so their searches are in the next step's counts. Every
+    rank of a run gets the same names, and the numbers add up over ranks.
+    """
+    engine: object = retriever.engine if isinstance(retriever, ReplayRetriever) else retriever
+    counts = replay_counts(retriever)
+    if isinstance(engine, CountsSearches):
+        counts |= {names.RETRIEVAL_PREFIX + name: value for name, value in engine.take_counts().to_dict().items()}
+    return counts
 
 
 async def _open_engine(config: RetrievalConfig) -> Retriever:

@@ -17,13 +17,12 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
-from megatron_sdsearch.retrieval.replay import replay_counts
 from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
 from megatron_sdsearch.training.policy import Network
-from megatron_sdsearch.training.retrievers import open_retriever
+from megatron_sdsearch.training.retrievers import open_retriever, take_counts
 
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
@@ -36,7 +35,7 @@ class StepRollouts:
     Attributes:
         groups: in the order of their places.
         counts: of the collection.
-        engine_counts: of the engine and the replay store, under names of metrics.
+        engine_counts: of the rollout engine, the search engine and the replay store, under names of metrics.
     """
 
     groups: list[HindsightGroup]
@@ -78,7 +77,7 @@ class DistributedRollouts:
         with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
         groups = [(group, self._hindsight(group)) for group in collected.groups]
-        counts = self._source.take_counts() | replay_counts(self._retriever)
+        counts = self._source.take_counts() | take_counts(self._retriever)
         own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
         gathered = self._parallel.all_gather_object((own, collected.losses))
         self._check([losses for _, losses in gathered])

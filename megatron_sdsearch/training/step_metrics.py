@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_sdsearch.config import RunConfig
@@ -14,6 +15,7 @@ from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
 
 Values = dict[str, float | int]
+_BY_CLASS = ("jsd", "entropy_gap")
 
 
 def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: RunConfig) -> Values:
@@ -34,6 +36,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
         **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, "train/"),
+        **_query_values(rollouts),
     }
     return values | _hindsight_values(groups) | of_updates(results)
 
@@ -69,11 +72,10 @@ def of_updates(results: Sequence[UpdateResult]) -> Values:
 
 def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
     """Sums by group class become means; a class without a query token is left out."""
-    means = {name: value for name, value in metrics.items() if not name.startswith("jsd_")}
-    for kind in GROUP_CLASSES:
-        if weight := metrics.get(f"jsd_{kind}_weight", 0.0):
-            means[f"jsd_{kind}"] = metrics[f"jsd_{kind}"] / weight
-    return means
+    sums = {f"{name}_{kind}": f"distill_weight_{kind}" for name in _BY_CLASS for kind in GROUP_CLASSES}
+    means = {name: value for name, value in metrics.items() if name not in {*sums, *sums.values()}}
+    known = {name: weight for name, weight in sums.items() if metrics.get(weight, 0.0)}
+    return means | {name: metrics[name] / metrics[weight] for name, weight in known.items()}
 
 
 def _rollout_values(metrics: Metrics, prefix: str) -> Values:
@@ -85,6 +87,18 @@ def _rollout_values(metrics: Metrics, prefix: str) -> Values:
         "response_tokens": metrics.mean_response_tokens,
     }
     return {prefix + name: value for name, value in known.items() if value is not None}
+
+
+def _query_values(groups: Sequence[RolloutGroup]) -> Values:
+    spans = [s for group in groups for trajectory in group.trajectories for s in trajectory.sampled_spans]
+    queries = [[-span.logprobs[position] for position in span.query_positions] for span in spans]
+    lengths = [len(query) for query in queries if query]
+    if not lengths:
+        return {}
+    return {
+        names.QUERY_TOKENS: sum(lengths) / len(lengths),
+        names.QUERY_ENTROPY: math.fsum(value for query in queries for value in query) / sum(lengths),
+    }
 
 
 def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:

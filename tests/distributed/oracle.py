@@ -21,9 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from megatron_sdsearch.batching.samples import teacher_sequence
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig, parse_config
-from megatron_sdsearch.records import TrainingSample
+from megatron_sdsearch.records import TeacherPrompt, TrainingSample
 
 CONFIGS: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": LlamaConfig,
@@ -96,8 +95,16 @@ def _make_sample(random: np.random.Generator, index: int, num_samples: int) -> T
         rollout_logprobs=np.where(shifted > 0, -3.2 - 2.8 * random.random(len(kind)), 0.0),
         advantage=float(random.normal()),
         prompt_length=prompt_length,
-        teacher_prompt_ids=tuple(random.integers(0, VOCAB_SIZE, prompt_length + 5).tolist()) if has_teacher else (),
+        teacher_prompts=_teacher_prompts(random, kind, prompt_length) if has_teacher else (),
     )
+
+
+def _teacher_prompts(random: np.random.Generator, kind: np.ndarray, prompt_length: int) -> tuple[TeacherPrompt, ...]:
+    """One for all queries, or, where the second half of the sequence has a query too, one for each half."""
+    ids = [tuple(random.integers(0, VOCAB_SIZE, prompt_length + extra).tolist()) for extra in (5, 2)]
+    middle = len(kind) // 2
+    bounds = [0, middle, len(kind)] if (kind[middle + 1 :] == 2).any() else [0, len(kind)]
+    return tuple(TeacherPrompt(token_ids=i, start=s, end=e) for i, s, e in zip(ids, bounds, bounds[1:], strict=False))
 
 
 def make_config(hf_dir: Path, run_dir: Path, objective: dict[str, object], **sections: dict[str, object]) -> RunConfig:
@@ -117,12 +124,12 @@ def make_config(hf_dir: Path, run_dir: Path, objective: dict[str, object], **sec
 def oracle(
     hf_dir: Path, reference_dir: Path, samples: Sequence[TrainingSample], config: ObjectiveConfig
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Loss and agreement with the engine, and gradient by Hugging Face name, of one update with ratio 1."""
+    """Loss, entropy gap, agreement with the engine, and gradient by Hugging Face name, of an update with ratio 1."""
     model, reference = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64) for d in (hf_dir, reference_dir))
     num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
-    distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompt_ids]
+    distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompts]
     loss = torch.zeros((), dtype=torch.float64)
-    gaps = []
+    gaps, entropy_gaps = [], []
     for sample in samples:
         logits = _logits(model, sample.token_ids)
         mask = torch.as_tensor(sample.loss_mask)
@@ -139,11 +146,14 @@ def oracle(
         token_loss = token_loss + config.kl_coef * k3 - config.entropy_coef * entropy
         loss = loss + token_loss.sum() / num_tokens
         if any(sample is other for other in distilled):
-            loss = loss + config.alpha * _jsd(model, sample, logits, config.topk).mean() / len(distilled)
+            p, q = _teacher(model, sample), logits[torch.as_tensor(sample.query_mask)].softmax(-1)
+            loss = loss + config.alpha * _jsd(p, q, config.topk, config.topk_of).mean() / len(distilled)
+            entropy_gaps.append((_entropy(q.detach()) - _entropy(p)).mean())
     loss.backward()
     gap = torch.cat(gaps)
     metrics = {
         "loss": loss.detach(),
+        "entropy_gap": torch.stack(entropy_gaps).mean(),
         "rollout_gap": gap.abs().mean(),
         "rollout_gap_max": gap.abs().max(),
         "rollout_gap_share": (gap.abs() > 0.1).double().mean(),
@@ -166,13 +176,37 @@ def _logits(model: PreTrainedModel, token_ids: np.ndarray) -> Tensor:
     return logits
 
 
-def _jsd(model: PreTrainedModel, sample: TrainingSample, logits: Tensor, topk: int | None) -> Tensor:
-    ids, mask = teacher_sequence(sample)
-    with torch.no_grad():
-        p = _logits(model, ids)[torch.as_tensor(mask)].softmax(-1)
-    q = logits[torch.as_tensor(sample.query_mask)].softmax(-1)
-    if topk is not None:
-        kept = p.topk(topk).indices
-        p, q = (torch.cat([d.gather(1, kept), 1 - d.gather(1, kept).sum(1, keepdim=True)], dim=1) for d in (p, q))
+def _entropy(probabilities: Tensor) -> Tensor:
+    entropy: Tensor = -(probabilities * probabilities.log()).sum(-1)
+    return entropy
+
+
+def _teacher(model: PreTrainedModel, sample: TrainingSample) -> Tensor:
+    """[Q, V] probabilities: at each query token those of the prompt in whose range it lies, nothing cut off."""
+    rows = []
+    for prompt in sample.teacher_prompts:
+        positions = [p for p in np.flatnonzero(sample.query_mask).tolist() if prompt.start <= p < prompt.end]
+        ids = np.concatenate([prompt.token_ids, sample.token_ids[sample.prompt_length :]])
+        shift = len(prompt.token_ids) - sample.prompt_length
+        with torch.no_grad():
+            rows.append(_logits(model, ids)[[p + shift for p in positions]].softmax(-1))
+    return torch.cat(rows)
+
+
+def _jsd(p: Tensor, q: Tensor, topk: int | None, topk_of: str) -> Tensor:
+    """[Q], row by row, for the size of a union differs from row to row."""
+    if topk is None:
+        return torch.stack([_jsd_row(*row) for row in zip(p, q, strict=True)])
+    values = []
+    for teacher, student in zip(p, q, strict=True):
+        roles = {"teacher": [teacher], "student": [student], "union": [teacher, student]}[topk_of]
+        kept = torch.cat([each.detach().topk(topk).indices for each in roles]).unique()
+        heads = [torch.cat([each[kept], 1 - each[kept].sum(0, keepdim=True)]) for each in (teacher, student)]
+        values.append(_jsd_row(*heads))
+    return torch.stack(values)
+
+
+def _jsd_row(p: Tensor, q: Tensor) -> Tensor:
     m = (p + q) / 2
-    return ((p * (p / m).log() + q * (q / m).log()) / 2).sum(-1)
+    value: Tensor = ((p * (p / m).log() + q * (q / m).log()) / 2).sum()
+    return value

@@ -43,10 +43,12 @@ class Case:
     recompute: str = "none"
     num_groups: int = 2
     correction: str = "none"
+    topk_of: str = "teacher"
 
     @property
     def objective(self) -> dict[str, object]:
-        return {**(TOPK if self.is_topk else WHOLE), "importance_correction": self.correction}
+        form = TOPK if self.is_topk else WHOLE
+        return {**form, "importance_correction": self.correction, "topk_of": self.topk_of}
 
     @property
     def model(self) -> str:
@@ -64,6 +66,8 @@ CASES = {
     2: [
         Case("tp2", "qwen2", is_tied=False, tensor=2),
         Case("tp2 truncate", "qwen2", is_tied=False, tensor=2, correction="truncate"),
+        Case("tp2 union", "qwen2", is_tied=False, tensor=2, topk_of="union"),
+        Case("pp2 student", "qwen3", is_tied=False, pipeline=2, topk_of="student"),
         Case("tp2 tied sequence", "qwen2", is_tied=True, tensor=2, sequence=True),
         Case("tp2 qwen3", "qwen3", is_tied=True, tensor=2, is_topk=False),
         Case("tp2 qwen3 sequence", "qwen3", is_tied=False, tensor=2, sequence=True, recompute="full"),
@@ -79,6 +83,7 @@ CASES = {
         Case("tp4", "qwen2", is_tied=False, tensor=4, num_groups=4),
         Case("tp4 sequence", "qwen3", is_tied=True, tensor=4, sequence=True, num_groups=4),
         Case("tp2 pp2 sequence", "qwen2", is_tied=True, tensor=2, pipeline=2, sequence=True),
+        Case("tp4 union", "qwen2", is_tied=False, tensor=4, num_groups=4, topk_of="union"),
         Case("tp2 dp2", "qwen3", is_tied=False, tensor=2),
         Case("pp2 dp2", "qwen2", is_tied=True, pipeline=2),
     ],
@@ -148,7 +153,9 @@ def test_every_layout_gives_the_oracle_s_loss_and_gradient(world_size: int, fold
         )
         for results in by_rank:
             measured_metrics, measured = results[case.name]
-            assert {name: measured_metrics[name] for name in metrics} == pytest.approx(metrics, rel=1e-5), case.name
+            found = {name: measured_metrics[name] for name in metrics}
+            # The gap is a small difference of entropies of 4.5 nats, each good to seven digits.
+            assert found == pytest.approx(metrics, rel=1e-5, abs=1e-6), case.name
             assert set(measured) == set(gradient), case.name
             for name, expected in gradient.items():
                 gap = (measured[name].double() - expected).abs()

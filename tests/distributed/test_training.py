@@ -181,7 +181,7 @@ def nothing_to_learn(rank: int, world_size: int, folder: Path) -> dict[str, Any]
     run = Run(config.model_copy(update={"objective": config.objective.model_copy(update={"entropy_coef": 0.0})}))
     start = run.weights()
     samples = [
-        replace(sample, query_mask=np.zeros_like(sample.query_mask), teacher_prompt_ids=(), advantage=0.0)
+        replace(sample, query_mask=np.zeros_like(sample.query_mask), teacher_prompts=(), advantage=0.0)
         for sample in make_samples(5)
     ]
     results = {

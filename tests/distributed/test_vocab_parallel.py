@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_sdsearch.loss.divergences import DivergenceName
 from megatron_sdsearch.loss.jsd import Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
+from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 from tests.distributed.launch import WorkerFailed, run_distributed
 
@@ -41,6 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     logits: Logits = "usual"
     k: int = 7
+    of: TopKOf = "teacher"
     tail: Tail = "bucket"
     divergence: DivergenceName = "jsd"
     beta: float = 0.3
@@ -49,7 +51,7 @@ class Case:
     @property
     def name(self) -> str:
         numbers = f"vocab{self.vocab_size}-rows{self.num_rows}-k{self.k}-T{self.temperature}"
-        form = f"{self.loss}-{self.tail}-{self.divergence}"
+        form = f"{self.loss}-{self.of}-{self.tail}-{self.divergence}"
         return f"{form}-{self.logits}-{str(self.dtype).removeprefix('torch.')}-{numbers}"
 
 
@@ -83,6 +85,19 @@ def all_cases() -> Iterator[Case]:
         yield Case("topk", logits="tied", tail=tail, dtype=torch.float64)
         yield Case("topk", num_rows=0, tail=tail)
         yield Case("topk", dtype=torch.bfloat16, tail=tail)
+    others: tuple[TopKOf, ...] = ("student", "union")
+    for of, tail in itertools.product(others, TAILS):
+        for divergence, (dtype, logits) in itertools.product(DIVERGENCES, regimes):
+            temperature = 1.0 if logits == "huge" else 1.3
+            yield Case(
+                "topk", of=of, tail=tail, divergence=divergence, dtype=dtype, logits=logits, temperature=temperature
+            )
+        yield Case("topk", of=of, k=60, tail=tail)  # both sets together are more than the vocabulary
+        yield Case("topk", of=of, logits="tied", tail=tail, dtype=torch.float64)
+        yield Case("topk", of=of, num_rows=0, tail=tail)
+        yield Case("topk", of=of, dtype=torch.bfloat16, tail=tail)
+        for k in (2, 3, 9):
+            yield Case("topk", vocab_size=5, padded_vocab_size=8, of=of, k=k, tail=tail)
     yield Case("full", num_rows=0)
     yield Case("full", dtype=torch.bfloat16)
 
@@ -118,15 +133,24 @@ def oracle(case: Case, tensors: dict[str, Tensor], student: Tensor) -> Tensor:
     if case.loss == "entropy":
         return -(log_q.exp() * log_q).sum(-1)
     if case.loss == "topk":
-        order = log_p.sort(dim=-1, descending=True, stable=True).indices
-        parts = [[x.gather(1, order)[:, : case.k], x.gather(1, order)[:, case.k :]] for x in (log_p, log_q)]
-        if case.tail == "renormalize":
-            log_p, log_q = (head.log_softmax(-1) for head, _ in parts)
-        elif case.tail == "bucket" and case.k < case.vocab_size:
-            log_p, log_q = (torch.cat([head, rest.logsumexp(-1, keepdim=True)], dim=1) for head, rest in parts)
-        else:
-            log_p, log_q = (head for head, _ in parts)
+        rows = [oracle_row(case, *row) for row in zip(log_p, log_q, strict=True)]
+        return torch.stack(rows) if rows else log_q.sum(-1)
     return oracle_divergence(case, log_p, log_q).sum(-1)
+
+
+def oracle_row(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """One row seen through its top-k, as a set of ids and nothing else: rows of a union differ in size."""
+    roles = [log for log, role in ((log_p, "teacher"), (log_q, "student")) if case.of in (role, "union")]
+    order = [log.detach().sort(descending=True, stable=True).indices[: case.k].tolist() for log in roles]
+    is_head = torch.zeros(case.vocab_size, dtype=torch.bool)
+    is_head[list(set(itertools.chain(*order)))] = True
+    heads = [log[is_head] for log in (log_p, log_q)]
+    if case.tail == "renormalize":
+        heads = [head.log_softmax(-1) for head in heads]
+    elif case.tail == "bucket" and not is_head.all():
+        rests = [log[~is_head].logsumexp(-1, keepdim=True) for log in (log_p, log_q)]
+        heads = [torch.cat(pair) for pair in zip(heads, rests, strict=True)]
+    return oracle_divergence(case, *heads).sum()
 
 
 def oracle_divergence(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -148,7 +172,11 @@ def sharded(case: Case, shard: VocabShard, student: Tensor, teacher: Tensor, lab
     options: dict[str, Any] = {"beta": case.beta, "temperature": case.temperature, "divergence": case.divergence}
     if case.loss == "full":
         return vocab_parallel_jsd(student, teacher, shard, **options)
-    topk = teacher_topk(teacher, shard, case.k, temperature=case.temperature)
+    topk = (
+        teacher_topk(teacher, shard, case.k, temperature=case.temperature)
+        if case.of == "teacher"
+        else chosen_topk(student, teacher, shard, case.k, of=case.of, temperature=case.temperature)
+    )
     return vocab_parallel_topk_jsd(student, topk, shard, tail=case.tail, **options)
 
 

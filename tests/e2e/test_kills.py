@@ -253,3 +253,37 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(world: Path, uninter
     with Ranks(arguments(world, run_dir), log) as ranks:
         assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
     assert_same(run_dir, uninterrupted)
+
+
+def test_a_second_run_in_a_live_folder_is_refused_and_a_killed_one_leaves_it_free(world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.keep_every=0", "evaluation.every=0")
+    command = [*launcher, "-m", "megatron_sdsearch", "train", *settings]
+    metrics = run_dir / "metrics.jsonl"
+
+    def num_lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    first = Run(command, tmp_path / "first")
+    try:
+        first.wait_until(lambda: num_lines() >= 2)
+        holder = first.ranks()[0].pid
+        second = Run(command, tmp_path / "second")
+        try:
+            assert second.wait(180) == 1
+        finally:
+            second.kill()
+        assert second.output.count(f"ConfigError: run_dir: {run_dir} is in use by process {holder} on") == 1
+        reached = num_lines()
+        first.wait_until(lambda: num_lines() >= reached + 2)
+    finally:
+        first.kill()
+    latest = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    third = Run(command, tmp_path / "third")
+    try:
+        third.wait_until(lambda: num_lines() > latest + 1)
+    finally:
+        third.kill()
+    steps = [row["step"] for row in read_rows(metrics)]
+    assert steps == list(range(1, steps[-1] + 1)), "it went on from where the first was killed"

@@ -13,10 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_sdsearch.batching.packing import pack
-from megatron_sdsearch.batching.samples import teacher_sequence
+from megatron_sdsearch.batching.samples import teacher_sequences
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import AlignmentError
-from megatron_sdsearch.records import Microbatch, Minibatch, TrainBatch, TrainingSample
+from megatron_sdsearch.records import Microbatch, Minibatch, TeacherPrompt, TrainBatch, TrainingSample
 
 BUDGET = 24
 unhurried = settings(deadline=None, max_examples=60)  # a busy machine is no failure
@@ -40,6 +40,7 @@ def make_sample(
     loss_mask[[prompt + j - 1 for j in sampled]] = True
     query_mask[[prompt + j - 1 for j in query]] = True
     labels = np.append(token_ids[1:], 0)
+    teacher_ids = tuple(500_000 + 1000 * index + i for i in range(teacher_prompt))
     return TrainingSample(
         sample_id=f"sample {index}",
         token_ids=token_ids,
@@ -49,7 +50,7 @@ def make_sample(
         rollout_logprobs=np.where(loss_mask, -labels / 1000.0, 0.0),
         advantage=advantage,
         prompt_length=prompt,
-        teacher_prompt_ids=tuple(500_000 + 1000 * index + i for i in range(teacher_prompt)),
+        teacher_prompts=(TeacherPrompt(token_ids=teacher_ids, start=0, end=length),) if teacher_ids else (),
     )
 
 
@@ -163,7 +164,7 @@ def test_arrays_are_carried_over_position_by_position(
             assert microbatch.loss_mask[start:end].tolist() == sample.loss_mask.tolist()
             assert microbatch.rollout_logprobs[start:end].tolist() == sample.rollout_logprobs.tolist()
             assert set(microbatch.advantages[start:end].tolist()) == {sample.advantage}
-            distils = bool(sample.teacher_prompt_ids)
+            distils = bool(sample.teacher_prompts)
             assert microbatch.query_mask[start:end].tolist() == (sample.query_mask & distils).tolist()
 
 
@@ -254,7 +255,7 @@ def test_weights_sum_to_one_over_all_ranks(
 def test_teacher_rows_are_the_student_s_rows(
     samples: list[TrainingSample], num_ranks: int, size: int | None, alignment: int, equal_lengths: bool
 ) -> None:
-    assume(any(sample.teacher_prompt_ids and sample.query_mask.any() for sample in samples))
+    assume(any(sample.teacher_prompts and sample.query_mask.any() for sample in samples))
     batches = run(
         samples,
         num_ranks=num_ranks,
@@ -269,8 +270,8 @@ def test_teacher_rows_are_the_student_s_rows(
             assert not teacher.loss_mask.any()
             assert not teacher.policy_weights.any()
             teachers.update(tuple(ids.tolist()) for ids in sequences(teacher) if not is_padding(ids))
-    expected = [s for s in samples if s.teacher_prompt_ids and s.query_mask.any()]
-    assert teachers == Counter(tuple(teacher_sequence(s)[0].tolist()) for s in expected)
+    expected = [s for s in samples if s.teacher_prompts and s.query_mask.any()]
+    assert teachers == Counter(tuple(ids.tolist()) for s in expected for ids, _ in teacher_sequences(s))
 
 
 def test_token_weights_by_hand() -> None:

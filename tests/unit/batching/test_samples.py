@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from megatron_sdsearch.batching.samples import build_samples, teacher_sequence
+from megatron_sdsearch.batching.samples import build_samples, teacher_sequences
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import AlignmentError
 from megatron_sdsearch.records import (
@@ -17,6 +17,7 @@ from megatron_sdsearch.records import (
     RolloutGroup,
     SampledSpan,
     Score,
+    TeacherPrompt,
     TrainingSample,
     Trajectory,
     TrajectoryId,
@@ -82,7 +83,7 @@ def test_every_array_speaks_of_the_next_token() -> None:
     assert not built.rollout_logprobs[~built.loss_mask].any()
     assert not built.loss_mask[-1]
     assert (built.prompt_length, built.advantage, built.sample_id) == (3, 0.5, "5/q/0")
-    assert built.teacher_prompt_ids == TEACHER_PROMPT
+    assert built.teacher_prompts == (TeacherPrompt(token_ids=TEACHER_PROMPT, start=0, end=14),)
     assert built.token_ids.dtype == np.int64
     assert built.labels.dtype == np.int64
 
@@ -90,7 +91,7 @@ def test_every_array_speaks_of_the_next_token() -> None:
 def test_untrainable_trajectories_are_skipped_with_their_advantage_and_block() -> None:
     group = group_of(trajectory(0, TrajectoryStatus.RETRIEVAL_FAILED), trajectory(1))
     samples = build_samples(group, [9.0, 0.25], [block((7,)), block((8,))], ObjectiveConfig())
-    assert [(s.sample_id, s.advantage, s.teacher_prompt_ids) for s in samples] == [("5/q/1", 0.25, (8,))]
+    assert [(s.sample_id, s.advantage, s.teacher_prompts[0].token_ids) for s in samples] == [("5/q/1", 0.25, (8,))]
 
 
 def test_all_positions_distil_when_asked() -> None:
@@ -110,7 +111,7 @@ def test_advantages_that_do_not_go_with_the_group_are_refused() -> None:
 
 
 def test_the_teacher_reads_its_own_prompt_and_the_same_response_up_to_the_last_query_token() -> None:
-    token_ids, query_mask = teacher_sequence(sample())
+    ((token_ids, query_mask),) = teacher_sequences(sample())
     # 41 is the last query token: 40 predicts it, so 40 is the last input.
     assert token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40]
     assert np.flatnonzero(query_mask).tolist() == [5, 6, 11]
@@ -119,13 +120,13 @@ def test_the_teacher_reads_its_own_prompt_and_the_same_response_up_to_the_last_q
 
 def test_teacher_positions_are_the_student_s_moved_by_the_prompts_difference() -> None:
     built = sample()
-    _, query_mask = teacher_sequence(built)
+    ((_, query_mask),) = teacher_sequences(built)
     moved = np.flatnonzero(built.query_mask) + len(TEACHER_PROMPT) - built.prompt_length
     assert np.flatnonzero(query_mask).tolist() == moved.tolist()
 
 
 def test_with_all_positions_the_first_response_token_is_predicted_by_the_prompt_s_last() -> None:
-    token_ids, query_mask = teacher_sequence(sample(distill_positions="all"))
+    ((token_ids, query_mask),) = teacher_sequences(sample(distill_positions="all"))
     assert token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40, 41, 42, 50]
     assert np.flatnonzero(query_mask)[0] == len(TEACHER_PROMPT) - 1
 
@@ -157,18 +158,19 @@ def test_misalignment_is_an_error_that_names_sample_and_position(
     spoil: Callable[[TrainingSample], TrainingSample], position: int
 ) -> None:
     with pytest.raises(AlignmentError, match=rf"sample 5/q/0, position {position}:"):
-        teacher_sequence(spoil(sample()))
+        teacher_sequences(spoil(sample()))
 
 
 def test_a_query_token_in_the_prompt_is_refused_even_where_both_prompts_end_alike() -> None:
-    alike = dataclasses.replace(with_query_at(sample(), 1), teacher_prompt_ids=(99, 98, 10, 11, 12))
+    prompt = TeacherPrompt(token_ids=(99, 98, 10, 11, 12), start=0, end=14)
+    alike = dataclasses.replace(with_query_at(sample(), 1), teacher_prompts=(prompt,))
     with pytest.raises(AlignmentError, match="position 1: the query token 12 is not in the response"):
-        teacher_sequence(alike)
+        teacher_sequences(alike)
 
 
-def test_a_sample_without_teacher_prompt_or_query_has_no_teacher_sequence() -> None:
+def test_a_sample_without_teacher_prompt_or_query_has_no_teacher_sequences() -> None:
     built = sample()
     with pytest.raises(AlignmentError, match="nothing to distil"):
-        teacher_sequence(dataclasses.replace(built, teacher_prompt_ids=()))
+        teacher_sequences(dataclasses.replace(built, teacher_prompts=()))
     with pytest.raises(AlignmentError, match="nothing to distil"):
-        teacher_sequence(dataclasses.replace(built, query_mask=np.zeros_like(built.query_mask)))
+        teacher_sequences(dataclasses.replace(built, query_mask=np.zeros_like(built.query_mask)))

@@ -53,7 +53,7 @@ def test_reference_term_is_k3_of_policy_to_reference() -> None:
         advantages=tensor(0, 0),
         weights=tensor(0.5, 0.5),
         ref_logprobs=reference,
-        kl_coefficient=2.0,
+        kl_coef=2.0,
     )
     k3 = [2 - math.log(2) - 1, 0.5 - math.log(0.5) - 1]
     assert terms.kl.item() == pytest.approx(0.5 * sum(k3))
@@ -77,7 +77,7 @@ def test_old_kl_is_the_divergence_of_the_policy_from_the_old_one() -> None:
 def test_entropy_is_a_bonus_with_its_own_gradient() -> None:
     entropy = tensor(2.0, 1.0).requires_grad_()
     terms, _ = gradient(
-        tensor(0, 0), advantages=tensor(0, 0), weights=tensor(0.5, 0.5), entropy=entropy, entropy_coefficient=0.1
+        tensor(0, 0), advantages=tensor(0, 0), weights=tensor(0.5, 0.5), entropy=entropy, entropy_coef=0.1
     )
     assert terms.entropy.item() == pytest.approx(1.5)
     assert terms.loss.item() == pytest.approx(-0.15)
@@ -88,7 +88,7 @@ def test_entropy_is_a_bonus_with_its_own_gradient() -> None:
 def test_only_the_policy_and_the_entropy_receive_gradients() -> None:
     constants = [torch.zeros(2, requires_grad=True) for _ in range(2)]
     policy = torch.zeros(2, requires_grad=True)
-    terms = grpo_loss(policy, constants[0], torch.ones(2), torch.ones(2), ref_logprobs=constants[1], kl_coefficient=1.0)
+    terms = grpo_loss(policy, constants[0], torch.ones(2), torch.ones(2), ref_logprobs=constants[1], kl_coef=1.0)
     terms.loss.backward()
     assert policy.grad is not None
     assert [constant.grad for constant in constants] == [None, None]
@@ -100,7 +100,7 @@ def test_only_the_policy_and_the_entropy_receive_gradients() -> None:
 def test_runaway_ratios_stay_finite_in_fp32(log_ratio: float, advantage: float) -> None:
     policy = torch.tensor([log_ratio, 0.0], requires_grad=True)
     zeros, half = torch.zeros(2), torch.full((2,), 0.5)
-    terms = grpo_loss(policy, zeros, half * 2 * advantage, half, ref_logprobs=zeros, kl_coefficient=0.001)
+    terms = grpo_loss(policy, zeros, half * 2 * advantage, half, ref_logprobs=zeros, kl_coef=0.001)
     terms.loss.backward()
     assert all(bool(getattr(terms, name).isfinite()) for name in GRPOTerms.__slots__)
     assert policy.grad is not None
@@ -108,9 +108,7 @@ def test_runaway_ratios_stay_finite_in_fp32(log_ratio: float, advantage: float) 
 
 
 def test_a_policy_far_above_the_reference_is_still_pulled_back() -> None:
-    _, grad = gradient(
-        tensor(30), old_logprobs=tensor(30), advantages=tensor(0), ref_logprobs=tensor(0), kl_coefficient=1.0
-    )
+    _, grad = gradient(tensor(30), old_logprobs=tensor(30), advantages=tensor(0), ref_logprobs=tensor(0), kl_coef=1.0)
     assert grad == pytest.approx([1.0])
 
 
@@ -122,7 +120,7 @@ def test_shares_of_microbatches_add_up(tokens: list[tuple[float, float, float]])
 
     def run(part: slice) -> GRPOTerms:
         columns = (policy[part], old[part], advantages[part], weights[part])
-        return grpo_loss(*columns, ref_logprobs=old[part], kl_coefficient=0.1)
+        return grpo_loss(*columns, ref_logprobs=old[part], kl_coef=0.1)
 
     whole, parts = run(slice(None)), [run(slice(1)), run(slice(1, None))]
     for name in GRPOTerms.__slots__:
@@ -153,8 +151,8 @@ def test_bf16_is_computed_in_fp32() -> None:
         ({"clip_low": 1.0}, "clip_low must be in"),
         ({"clip_low": -0.1}, "clip_low must be in"),
         ({"clip_high": math.nan}, "clip_high must be at least 0"),
-        ({"kl_coefficient": 0.1}, "kl_coefficient is 0.1, which needs ref_logprobs"),
-        ({"entropy_coefficient": 0.1}, "entropy_coefficient is 0.1, which needs entropy"),
+        ({"kl_coef": 0.1}, "kl_coef is 0.1, which needs ref_logprobs"),
+        ({"entropy_coef": 0.1}, "entropy_coef is 0.1, which needs entropy"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Tensor | float], message: str) -> None:

@@ -23,7 +23,7 @@ from megatron_sdsearch.records import (
     TrajectoryId,
     TrajectoryStatus,
 )
-from megatron_sdsearch.rollout.episode import ObservationWriter, run_episode
+from megatron_sdsearch.rollout.episode import EpisodeRunner, ObservationWriter
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
 
@@ -43,20 +43,10 @@ def _run(
     engine: ScriptedEngine, renderer: Renderer, retriever: DictRetriever | None = None, **rollout: Any
 ) -> Trajectory:
     settings = {"max_turns": 3, "max_prompt_tokens": 1000, "max_total_tokens": 4000, "max_response_tokens": 200}
-    return asyncio.run(
-        run_episode(
-            QUESTION,
-            ID,
-            engine=engine,
-            retriever=retriever or DictRetriever({"book": (LISBON, PORTO)}),
-            renderer=renderer,
-            profile=PROFILE,
-            rollout=RolloutConfig(**(settings | rollout)),
-            top_k=3,
-            seed=1,
-            temperature=1.0,
-        )
-    )
+    searched = retriever or DictRetriever({"book": (LISBON, PORTO)})
+    config = RolloutConfig(**(settings | rollout))
+    runner = EpisodeRunner(engine, searched, renderer, PROFILE, config, top_k=3, seed=1)
+    return asyncio.run(runner.run(QUESTION, ID, temperature=1.0))
 
 
 def _observations(trajectory: Trajectory) -> list[ContextSpan]:

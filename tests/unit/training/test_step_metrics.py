@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,20 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
     }
 
 
+def test_query_length_and_entropy_are_means_over_queries_and_over_their_tokens() -> None:
+    spans = [
+        replace(sampled(3, Action.SEARCH), query_positions=(1,), logprobs=(-9.0, -1.0, -9.0)),
+        replace(sampled(4, Action.SEARCH), query_positions=(0, 1, 2), logprobs=(-2.0, -3.0, -2.0, -9.0)),
+    ]
+    rollout = group([1.0, 0.0])
+    searched = [replace(t, spans=(t.spans[0], *spans)) for t in rollout.trajectories[:1]]
+    mixed = replace(rollout, trajectories=(*searched, rollout.trajectories[1]))
+    values = of_step(step([with_blocks(mixed)]), [], config())
+    assert values[names.QUERY_TOKENS] == 2
+    assert values[names.QUERY_ENTROPY] == 2
+    assert names.QUERY_TOKENS not in of_step(step(STEP), [], config())
+
+
 def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
     values = of_step(step(STEP), [], config(rho=0.5))
     shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
@@ -174,17 +189,26 @@ def test_of_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
     assert values[names.JSD] == pytest.approx(0.3)
 
 
+def by_class(**classes: tuple[float, float, float]) -> UpdateResult:
+    """Sums of divergence, entropy gap and weight of each class."""
+    fields = ("jsd", "entropy_gap", "distill_weight")
+    parts = {f"{f}_{kind}": v for kind, values in classes.items() for f, v in zip(fields, values, strict=True)}
+    return update(jsd=0.5, **parts)
+
+
 def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
     values = of_updates(
         [
-            update(jsd=0.5, jsd_mixed=0.1, jsd_mixed_weight=0.25, jsd_all_wrong=0.0, jsd_all_wrong_weight=0.0),
-            update(jsd=0.5, jsd_mixed=0.3, jsd_mixed_weight=0.5, jsd_all_wrong=0.2, jsd_all_wrong_weight=0.5),
+            by_class(mixed=(0.1, -0.5, 0.25), all_wrong=(0.0, 0.0, 0.0)),
+            by_class(mixed=(0.3, 0.5, 0.5), all_wrong=(0.2, 0.1, 0.5)),
         ]
     )
     assert values[f"{names.JSD_BY_CLASS_PREFIX}mixed"] == pytest.approx((0.4 + 0.6) / 2)
     assert values[f"{names.JSD_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.4), "only one update had such a token"
-    assert f"{names.JSD_BY_CLASS_PREFIX}all_correct" not in values
-    assert not [name for name in values if name.endswith("_weight")]
+    assert values[f"{names.ENTROPY_GAP_BY_CLASS_PREFIX}mixed"] == pytest.approx((-2.0 + 1.0) / 2)
+    assert values[f"{names.ENTROPY_GAP_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.2)
+    assert not [name for name in values if name.endswith("all_correct")]
+    assert not [name for name in values if "weight" in name]
 
 
 def test_of_probe_reports_shares_and_counts() -> None:

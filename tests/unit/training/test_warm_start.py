@@ -52,7 +52,7 @@ def test_nothing_is_distilled_and_no_advantage_is_made_up(renderer: Renderer) ->
     assert sample.sample_id == "d7"
     assert sample.loss_mask.any()
     assert not sample.query_mask.any()
-    assert sample.teacher_prompt_ids == ()
+    assert sample.teacher_prompts == ()
     assert (sample.advantage, sample.rollout_logprobs.tolist()) == (0.0, [0.0] * len(sample))
 
 

@@ -1,0 +1,77 @@
+"""One run in one folder: a second ``train`` on a live ``run_dir`` is an error, not a folder that two runs write to.
+
+A flock of the first rank on ``run_dir/run.lock``. The kernel gives it back when the process ends, however it ends, so
+that a killed or requeued run leaves nothing to clean up; the file stays, and means nothing. Children do not hold it:
+Python's descriptors are closed in every program that it starts.
+
+On NFS, Linux turns it into a lock of the server (from kernel 2.6.12 on): hosts see each other's, and after the loss of
+a whole host it lasts until the server has given it up. A mount with ``nolock`` or ``local_lock`` keeps it to one host,
+and a Lustre mount without ``flock`` has none: then a warning says so, and the run goes on without.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from megatron_sdsearch.errors import ConfigError
+
+LOCK_FILE: Final = "run.lock"
+"""In ``run_dir``: ``{"host", "pid", "since"}`` of the process that holds it, or held it last."""
+_log = logging.getLogger(__name__)
+
+
+class RunLock:
+    """Holds ``run_dir`` while it is entered.
+
+    Args:
+        run_dir: of the run; made if it is missing.
+
+    Raises:
+        ConfigError: on entering, at once: another process holds it; names that process.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_FILE
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._descriptor)
+            raise self._is_in_use() from error
+        except OSError as error:
+            _log.warning("%s: %s: nothing prevents a second run in this folder", self._path, error.strerror)
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def _is_in_use(self) -> ConfigError:
+        try:
+            holder = json.loads(self._path.read_text())
+            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not yet said who it is
+            who = "another process"
+        return ConfigError(
+            "run_dir", f"{self._path.parent} is in use by {who}", "wait for its end, end it, or set another run_dir"
+        )
