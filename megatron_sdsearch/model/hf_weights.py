@@ -10,18 +10,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.architecture import ARCHITECTURES, head_dim, padded_vocab_size
-from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+
+if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for megatron
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_sdsearch.parallel.groups import ParallelState
 
 Pieces = list[Tensor]
 T = TypeVar("T")

@@ -18,15 +18,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_sdsearch.config import ModelConfig, ParallelConfig
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.model.architecture import (
-    PackedAttention,
-    RMSNorm,
-    check_layout,
-    head_dim,
-    load_hf_config,
-    padded_vocab_size,
-    transformer_config,
-)
+from megatron_sdsearch.model.architecture import PackedAttention, RMSNorm, transformer_config
+from megatron_sdsearch.model.hf_config import check_layout, head_dim, load_hf_config, padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 
 # megatron warns of an option that it sets itself.
