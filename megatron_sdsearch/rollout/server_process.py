@@ -103,6 +103,18 @@ def read_model_info(url: str, timeout_s: float) -> dict[str, Any] | None:
         return None
 
 
+def read_server_info(url: str, timeout_s: float) -> dict[str, Any]:
+    """What /server_info answers: the server's arguments by name (``tp_size``, ``context_length``) and its ``version``.
+
+    Raises:
+        EngineError: nothing, or nothing that is JSON.
+    """
+    try:
+        return _call(url + "/server_info", None, timeout_s)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise EngineError(f"{url}/server_info: {error}") from error
+
+
 def find_obstacle(url: str, timeout_s: float) -> str:
     """Why a server that somebody else runs does not answer /model_info yet; empty when it does.
 
