@@ -116,7 +116,7 @@ def _corpus(path: Path) -> Iterator[Finding]:
     if attempt.value is None:
         return
     yield Finding.note(
-        field, f"{path.stat().st_size / 1e6:,.1f} MB; its first {len(attempt.value):,} rows are in order"
+        field, f"{path.stat().st_size / 1e6:,.1f} MB; the first {len(attempt.value):,} rows are well formed"
     )
     yield from without_title(field, attempt.value)
 

@@ -30,9 +30,7 @@ def check(subject: Subject) -> Iterator[Finding]:
             "keep tensor within a node, and take parallel.pipeline for the rest",
         )
     if parallel.tensor > 1 and not parallel.sequence and world.has_gpu:
-        yield Finding.note(
-            "parallel.sequence", "false: each tensor-parallel rank keeps whole activations between layers"
-        )
+        yield Finding.note("parallel.sequence", "false: every rank keeps whole activations between layers")
     yield from _model(subject)
 
 

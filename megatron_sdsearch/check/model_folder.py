@@ -79,10 +79,6 @@ def _tokenizer(subject: Subject, hf_config: PretrainedConfig | None) -> Iterator
     renderer = subject.renderer.value
     if renderer is None:
         return
-    try:
-        renderer.prompt_ids("Where is it?")
-    except DataError as error:
-        yield Finding.of(error, _FIELD)
     yield from _tags(renderer)
     if hf_config is not None:
         yield from _ids(renderer, hf_config)

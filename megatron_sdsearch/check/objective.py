@@ -51,9 +51,7 @@ def _sampling(config: RunConfig) -> Iterator[Finding]:
             "set rollout.top_p=1 or importance_correction=none",
         )
     elif rollout.top_p < 1.0:
-        yield Finding.note(
-            "rollout.top_p", f"{rollout.top_p}: rollouts come from a narrower distribution than is trained"
-        )
+        yield Finding.note("rollout.top_p", f"{rollout.top_p}: rollouts are narrower than the policy that is trained")
     if corrects and rollout.engine == "embedded":
         yield Finding.note(
             "objective.importance_correction",

@@ -154,7 +154,7 @@ def _hits(
     if len(answered) * 2 < len(questions):
         yield Finding.warning(
             field,
-            f"{len(questions) - len(answered)} of {len(questions)} training questions, asked as they are, match nothing",
+            f"{len(questions) - len(answered)} of {len(questions)} questions, asked as they are, match nothing",
             "check that index, fields and analyzer are those of the questions' language and corpus",
         )
     if not answered:

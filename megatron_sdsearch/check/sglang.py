@@ -18,6 +18,7 @@ from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.model.hf_config import read_hf_config
 from megatron_sdsearch.rollout.server_process import (
     find_obstacle,
     own_environment,
@@ -76,7 +77,7 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
         yield Finding.error(
             f"{_SECTION}.arguments",
             f"{flag} is given by the trainer, and yours would win",
-            "remove it (rollout.sglang.*)",
+            "remove it",
         )
     yield from _program(sglang)
 
@@ -89,7 +90,7 @@ def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
     if not sglang.colocated and not rest and sglang.tensor == 1:
         yield Finding.error(
             f"{_SECTION}.num_servers",
-            f"{world.ranks_per_node} trainers take all {world.gpus_per_node} GPUs of the node: none is left for servers",
+            f"{world.ranks_per_node} trainers take all {world.gpus_per_node} GPUs of a node: servers get none",
             "start fewer trainers per node, set rollout.sglang.colocated=true, or attach to rollout.sglang.urls",
         )
         return
@@ -111,9 +112,7 @@ def _program(sglang: SGLangConfig) -> Iterator[Finding]:
     field = f"{_SECTION}.command"
     if not sglang.command or not Path(sglang.command[0]).name.startswith("python"):
         if sglang.command:
-            yield Finding.note(
-                field, f"{sglang.command[0]} is no Python: SGLang's version and flags were not looked at"
-            )
+            yield Finding.note(field, f"{sglang.command[0]} is no Python: version and flags were not looked at")
         return
     attempt = Attempt.at(lambda: _probe(sglang))
     if attempt.error is not None:
@@ -152,7 +151,7 @@ def _version(field: str, version: str) -> Iterator[Finding]:
     elif number > Version(TESTED_VERSION):
         yield Finding.warning(
             field,
-            f"SGLang {version} is newer than {TESTED_VERSION}, the newest that was tried",
+            f"SGLang {version} is newer than {TESTED_VERSION}, the last one tried",
             "try a short run first",
         )
     else:
@@ -162,9 +161,7 @@ def _version(field: str, version: str) -> Iterator[Finding]:
 def _unknown_flags(sglang: SGLangConfig, installed: _Installed) -> Iterator[Finding]:
     known = known_flags(installed.folder / "srt" / "server_args.py")
     if not known:
-        yield Finding.note(
-            f"{_SECTION}.arguments", "where this SGLang keeps its flags is not known: none was looked up"
-        )
+        yield Finding.note(f"{_SECTION}.arguments", "this SGLang keeps its flags elsewhere: none was looked up")
         return
     for flag in _flags(sglang.arguments):
         if not any(name.startswith(flag) for name in known):  # argparse takes beginnings of flags
@@ -223,9 +220,7 @@ def _server(subject: Subject, sglang: SGLangConfig, url: str) -> Iterator[Findin
     yield from _model(subject, url, info)
     arguments = Attempt.at(lambda: read_server_info(url, _ANSWER_S))
     if arguments.error is not None:
-        yield Finding.warning(
-            field, str(arguments.error), "check that it is SGLang itself, without a router in between"
-        )
+        yield Finding.warning(field, str(arguments.error), "attach to SGLang itself, with no router in between")
     if arguments.value is not None:
         yield from _version(field, str(arguments.value.get("version")))
         yield from _arguments(subject, sglang, url, arguments.value)
@@ -253,8 +248,6 @@ def _model(subject: Subject, url: str, info: Mapping[str, Any]) -> Iterator[Find
 
 def _same_shape(subject: Subject, url: str, path: Path) -> Iterator[Finding]:
     """Weights are sent into the served model: it must have the policy's shapes."""
-    from megatron_sdsearch.model.hf_config import read_hf_config
-
     mine, theirs = subject.hf_config.value, Attempt.at(lambda: read_hf_config(path)).value
     if mine is None or theirs is None:
         return
@@ -292,5 +285,5 @@ def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[s
         yield Finding.error(
             f"{_SECTION}.urls",
             f"{url} has no tokenizer, and stops are strings",
-            "start it without --skip-tokenizer-init",
+            "leave --skip-tokenizer-init out",
         )

@@ -30,7 +30,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding.error("run_dir", f"{home} {what}", "give another run_dir")
         return
     yield from _contents(subject.config)
-    yield from _schedule(subject.config)
+    yield from _schedule(subject)
     yield from _space(subject, home)
 
 
@@ -83,15 +83,16 @@ def _continuation(newest: Path, config: RunConfig) -> Iterator[Finding]:
         yield Finding.note("run_dir", f"the run goes on from step {step} of {wanted} ({newest})")
 
 
-def _schedule(config: RunConfig) -> Iterator[Finding]:
+def _schedule(subject: Subject) -> Iterator[Finding]:
+    config = subject.config
     checkpoint, num_steps, every = config.checkpoint, config.train.num_steps, config.checkpoint.every
     if every == 0 or every > num_steps:
-        yield Finding.warning(
-            "checkpoint.every",
-            f"{every}: nothing is saved before the end of {num_steps} steps, unless a signal asks; a run that dies "
-            "begins anew",
-            f"set it to about {max(1, num_steps // 10)}",
-        )
+        told = f"{every}: nothing is saved before the end of {num_steps} steps, unless a signal asks"
+        if subject.world.has_gpu:
+            mend = f"set it to about {max(1, num_steps // 10)}: a run that dies begins anew"
+            yield Finding.warning("checkpoint.every", told, mend)
+        else:
+            yield Finding.note("checkpoint.every", told)
         return
     if checkpoint.keep_every % every:
         yield Finding.warning(
@@ -103,7 +104,7 @@ def _schedule(config: RunConfig) -> Iterator[Finding]:
     if checkpoint.keep_best and evaluated and every % evaluated and evaluated % every:
         yield Finding.note(
             "checkpoint.keep_best",
-            f"saves every {every} and scores every {evaluated} steps meet rarely: few can be best",
+            f"saved every {every}, scored every {evaluated} steps: few can be best",
         )
 
 
@@ -122,8 +123,8 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
     needed = num_kept * checkpoint + num_folders * weights
     trajectories = _trajectory_bytes(config)
     told = (
-        f"{num_kept} checkpoints of {_gb(checkpoint)} and {num_folders} folders of weights of {_gb(weights)} make "
-        f"{_gb(needed)}; trajectories at most {_gb(trajectories)} more; {_gb(free)} are free on {home}"
+        f"{num_kept} checkpoints of {_size(checkpoint)} and {num_folders} folders of weights of {_size(weights)} make "
+        f"{_size(needed)}; trajectories at most {_size(trajectories)} more; {_size(free)} are free on {home}"
     )
     if needed > free:
         mend = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
@@ -148,5 +149,5 @@ def _trajectory_bytes(config: RunConfig) -> int:
     return num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -58,8 +58,8 @@ class Subject:
 
     @cached_property
     def renderer(self) -> Attempt[Renderer]:
-        """Of ``model.hf_dir``."""
-        return Attempt.at(lambda: Renderer.from_folder(self.config.model.hf_dir))
+        """Of ``model.hf_dir``, with a chat template that works, or none."""
+        return Attempt.at(self._renderer)
 
     @cached_property
     def train_questions(self) -> Attempt[Sequence[Question]]:
@@ -75,6 +75,11 @@ class Subject:
     def num_parameters(self) -> int:
         """Of the model by the headers of its weights; 0 where they cannot be read."""
         return Attempt.at(lambda: sum(_sizes(self.config.model.hf_dir))).value or 0
+
+    def _renderer(self) -> Renderer:
+        renderer = Renderer.from_folder(self.config.model.hf_dir)
+        renderer.prompt_ids("Where is it?")  # a template is looked at when it is used first
+        return renderer
 
     def sampled_questions(self) -> list[Question]:
         """Some of the training questions: the longest ones, and others from all over the file."""

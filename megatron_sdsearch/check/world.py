@@ -72,13 +72,14 @@ class World:
         if has_gpu and not gpus:
             gpus, gpus_from = ranks + servers, "assumed: as many as are used"
         on = f"{gpus} GPUs each ({gpus_from})" if has_gpu else "no GPU"
+        told = f" ({device_from})" if device_from else ""
         return cls(
             has_gpu=has_gpu,
             num_nodes=nodes,
             gpus_per_node=gpus,
             ranks_per_node=ranks,
             is_assumed=is_assumed,
-            words=f"{nodes} node{'s' * (nodes > 1)} ({nodes_from}), {on} ({device_from}), "
+            words=f"{nodes} node{'s' * (nodes > 1)} ({nodes_from}), {on}{told}, "
             f"{ranks} trainer processes per node ({ranks_from})",
         )
 
@@ -87,11 +88,9 @@ def _device(config: RunConfig, given: GivenWorld, environment: Mapping[str, str]
     if given.device is not None:
         return given.device == "gpu", f"--device {given.device}"
     if given.gpus_per_node is not None:
-        return given.gpus_per_node > 0, f"--gpus-per-node {given.gpus_per_node}"
-    if _slurm_gpus(environment):
-        return True, "Slurm gives GPUs"
-    if torch.cuda.is_available():
-        return True, "this machine has GPUs"
+        return given.gpus_per_node > 0, "" if given.gpus_per_node else "--gpus-per-node 0"
+    if _slurm_gpus(environment) or torch.cuda.is_available():
+        return True, ""
     return config.model.dtype == "bfloat16", f"assumed from model.dtype={config.model.dtype}"
 
 

@@ -6,6 +6,7 @@ model starts in seconds. The network itself is ``architecture.py``'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,13 @@ def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> It
     }
     for field, names in figures.items():
         size = getattr(parallel, field.removeprefix("parallel."))
-        for name in names:
-            if getattr(hf_config, name) % size:
-                yield ConfigError(
-                    field, f"{size} does not divide the model's {name} = {getattr(hf_config, name)}", "choose a divisor"
-                )
+        sizes = {name: getattr(hf_config, name) for name in names}
+        if wrong := [f"{name} = {value}" for name, value in sizes.items() if value % size]:
+            common = math.gcd(*sizes.values())
+            divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            yield ConfigError(
+                field, f"{size} does not divide the model's {', '.join(wrong)}", f"choose one of {divisors}"
+            )
 
 
 def check_lengths(hf_config: PretrainedConfig, config: RunConfig) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for 
     from megatron_sdsearch.parallel.groups import ParallelState
 
 Pieces = list[Tensor]
+_INDEX = "model.safetensors.index.json"
 T = TypeVar("T")
 
 
@@ -276,7 +277,7 @@ class SafetensorsFolder:
 
     def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
-        index = hf_dir / "model.safetensors.index.json"
+        index = hf_dir / _INDEX
         self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
         self._names: dict[str, set[str]] = {}
 
@@ -312,6 +313,8 @@ class SafetensorsFolder:
             return str(file.get_slice(name).get_dtype())
 
     def _file_with(self, name: str) -> str:
+        if self._file_of and name not in self._file_of:
+            raise DataError(f"{self._dir / _INDEX} lists no tensor {name}")
         file = self._file_of.get(name, "model.safetensors")
         if name not in self._names_in(file):
             raise DataError(f"{self._dir / file} has no tensor {name}")
