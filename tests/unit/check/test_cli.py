@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.check.conftest import TinyRun
+from tests.unit.check.tiny_run import TinyRun
 
 ROOT = Path(__file__).parents[3]
 WARNING = "objective.alpha_warmup_steps=9"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_sdsearch.check import storage
 from megatron_sdsearch.check.findings import Severity
-from tests.unit.check.conftest import TinyRun, only, question, write_rows
+from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
 from tests.unit.conftest import train_tokenizer
 
 
@@ -243,8 +243,8 @@ def test_metrics_that_a_new_run_would_delete_are_found(tiny: TinyRun) -> None:
 def test_room_on_the_disk_is_compared_with_what_is_written(
     tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, free: int, severity: str
 ) -> None:
-    usage = storage.shutil.disk_usage(tiny.folder)._replace(free=free)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tiny.folder)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     # Twelve bytes a parameter and checkpoint, three at one time, and an export; trajectories up to their budgets.
     told = [f for f in tiny.check("train.num_steps=100").findings if "checkpoints of" in f.problem]
     assert only(told).severity == severity

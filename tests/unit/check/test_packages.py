@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sdsearch.check import packages
-from tests.unit.check.conftest import TinyRun, only
+from tests.unit.check.tiny_run import TinyRun, only
 
 ELASTIC = ("retrieval.engine=elasticsearch",)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.check.run import run_checks
-from tests.unit.check.conftest import TinyRun, only
+from tests.unit.check.tiny_run import TinyRun, only
 
-GPU = {"gpus_per_node": 8, "ranks_per_node": 4}
+GPU: dict[str, Any] = {"gpus_per_node": 8, "ranks_per_node": 4}
 BF16 = "model.dtype=bfloat16"
 SGLANG = ("rollout.engine=sglang", "rollout.sglang.command=[sh]")
 

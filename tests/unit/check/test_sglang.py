@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.check.sglang import known_flags
-from tests.unit.check.conftest import TinyRun, only
+from tests.unit.check.tiny_run import TinyRun, only
 
 SERVER_ARGS = """
 import torch_that_nobody_has

@@ -7,7 +7,7 @@ import torch
 
 from megatron_sdsearch.check.world import GivenWorld, World
 from megatron_sdsearch.config import RunConfig, load_config
-from tests.unit.check.conftest import TinyRun
+from tests.unit.check.tiny_run import TinyRun
 
 SLURM = {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_PER_NODE": "h100:8"}
 
