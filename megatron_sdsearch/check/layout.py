@@ -15,7 +15,15 @@ def check(subject: Subject) -> Iterator[Finding]:
     for error in subject.config.world_problems(world.size, world.has_gpu):
         yield Finding.of(error, error.field)
     if world.is_assumed:
-        yield Finding.note("parallel", f"nobody said how many processes: {world.words}; say --nodes, --nproc-per-node")
+        told = f"nobody said how many processes there are; {world.size} are assumed, see --nodes and --nproc-per-node"
+        yield Finding.note("parallel", told)
+    if world.num_idle_gpus:
+        yield Finding.warning(
+            "model.dtype",
+            f"{subject.config.model.dtype} is for CPUs, and Slurm gives {world.num_idle_gpus} GPUs per node: they "
+            "would not be used",
+            "set model.dtype=bfloat16; for a run on CPUs say --device cpu",
+        )
     if world.has_gpu and world.ranks_per_node > world.gpus_per_node:
         yield Finding.error(
             "--nproc-per-node",

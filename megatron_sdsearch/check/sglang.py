@@ -6,6 +6,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ spec = importlib.util.find_spec("sglang")
 folders = list(spec.submodule_search_locations or []) if spec else []
 print(json.dumps({"version": importlib.metadata.version("sglang") if spec else None, "folders": folders}))
 """
+_CERTAIN = ("--model-path", "--port", "--mem-fraction-static")
+"""Flags of every SGLang: where they are not found, the others are not either."""
 # The supervisor gives these itself; a second one would win.
 _OURS = ("--model-path", "--model", "--host", "--port", "--tp-size", "--tensor-parallel-size", "--tp")
 
@@ -159,41 +162,51 @@ def _version(field: str, version: str) -> Iterator[Finding]:
 
 
 def _unknown_flags(sglang: SGLangConfig, installed: _Installed) -> Iterator[Finding]:
-    known = known_flags(installed.folder / "srt" / "server_args.py")
-    if not known:
-        yield Finding.note(f"{_SECTION}.arguments", "this SGLang keeps its flags elsewhere: none was looked up")
+    """A warning and no error: SGLang has moved its flags twice, and some may be declared where nobody looked."""
+    field, known = f"{_SECTION}.arguments", known_flags(installed.folder / "srt")
+    if not known.issuperset(_CERTAIN):
+        yield Finding.note(field, "this SGLang keeps its flags elsewhere: none was looked up")
         return
     for flag in _flags(sglang.arguments):
         if not any(name.startswith(flag) for name in known):  # argparse takes beginnings of flags
             near = difflib.get_close_matches(flag, known, n=1)
             mend = f"did you mean {near[0]}?" if near else "see `python -m sglang.launch_server --help`"
-            yield Finding.error(f"{_SECTION}.arguments", f"SGLang {installed.version} has no flag {flag}", mend)
+            yield Finding.warning(
+                field, f"{flag} is not among the {len(known)} flags of SGLang {installed.version}", mend
+            )
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
     return [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
 
 
-def known_flags(server_args: Path) -> frozenset[str]:
-    """Flags that a ``server_args.py`` of SGLang declares, read without running it.
+def known_flags(srt: Path) -> frozenset[str]:
+    """Flags that an SGLang declares, read from its source without running it.
 
-    Both ways: ``add_argument("--name")``, and fields of its class ServerArgs, which newer versions turn into flags.
-    Empty when it is not there, or is no such file.
+    Three ways: ``add_argument("--name")``; fields of the class ServerArgs; since 0.5.23 fields of the classes in
+    ``arg_groups/fields``.
+
+    Args:
+        srt: the package's folder ``sglang/srt``.
     """
-    try:
-        tree = ast.parse(server_args.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return frozenset()
-    flags = {
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--")
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
+    server_args = _parsed(srt / "server_args.py")
+    groups = [_parsed(path) for path in sorted((srt / "arg_groups/fields").glob("*.py"))]
+    nodes = [node for tree in (server_args, *groups) for node in ast.walk(tree)]
+    literals = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    flags = {text for text in literals if re.fullmatch(r"--[a-z0-9-]+", text)}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
             fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
             flags |= {f"--{field.id.replace('_', '-')}" for field in fields if isinstance(field, ast.Name)}
     return frozenset(flags)
+
+
+def _parsed(path: Path) -> ast.Module:
+    """Empty when it is not there, or no Python of this version."""
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ast.Module(body=[], type_ignores=[])
 
 
 def _attached(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:

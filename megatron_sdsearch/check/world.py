@@ -39,6 +39,7 @@ class World:
         num_nodes: with trainers.
         gpus_per_node: 0 without GPUs.
         ranks_per_node: trainer processes on each.
+        num_idle_gpus: per node, that Slurm gives a run which nobody called one for the CPU, and which is taken for one.
         is_assumed: nobody said how many processes there will be: it is the smallest number that the layout allows.
         words: all of that with where it comes from.
     """
@@ -47,6 +48,7 @@ class World:
     num_nodes: int
     gpus_per_node: int
     ranks_per_node: int
+    num_idle_gpus: int
     is_assumed: bool
     words: str
 
@@ -58,7 +60,8 @@ class World:
     @classmethod
     def of(cls, config: RunConfig, given: GivenWorld, environment: Mapping[str, str] = os.environ) -> World:
         """The command line first, then torchrun's or Slurm's environment, then this machine, then an assumption."""
-        has_gpu, device_from = _device(config, given, environment)
+        has_gpu, device_from = _device(config, given)
+        is_said = given.device is not None or given.gpus_per_node is not None
         nodes, nodes_from = _num_nodes(given, environment)
         servers = _server_gpus(config)
         smallest = _smallest_ranks(config, nodes)
@@ -78,19 +81,21 @@ class World:
             num_nodes=nodes,
             gpus_per_node=gpus,
             ranks_per_node=ranks,
+            num_idle_gpus=0 if has_gpu or is_said else _slurm_gpus(environment),
             is_assumed=is_assumed,
             words=f"{nodes} node{'s' * (nodes > 1)} ({nodes_from}), {on}{told}, "
             f"{ranks} trainer processes per node ({ranks_from})",
         )
 
 
-def _device(config: RunConfig, given: GivenWorld, environment: Mapping[str, str]) -> tuple[bool, str]:
+def _device(config: RunConfig, given: GivenWorld) -> tuple[bool, str]:
     if given.device is not None:
         return given.device == "gpu", f"--device {given.device}"
     if given.gpus_per_node is not None:
         return given.gpus_per_node > 0, "" if given.gpus_per_node else "--gpus-per-node 0"
-    if _slurm_gpus(environment) or torch.cuda.is_available():
+    if torch.cuda.is_available():
         return True, ""
+    # A login node sees no GPU, whatever was allocated. Each kind of device trains in one dtype alone.
     return config.model.dtype == "bfloat16", f"assumed from model.dtype={config.model.dtype}"
 
 

@@ -10,12 +10,16 @@ import pytest
 from megatron_sdsearch.check.sglang import known_flags
 from tests.unit.check.tiny_run import TinyRun, only
 
-SERVER_ARGS = """
+FIELDS = """
+    port: A[int, "to listen at"] = 30000
+    mem_fraction_static: A[float, "share, see --no-flag of a text"] = 0.9
+    tp_size: A[int, Arg(help="h", aliases=["--tensor-parallel-size"])] = 1
+"""
+SERVER_ARGS = f"""
 import torch_that_nobody_has
 class ServerArgs:
     model_path: A[str, "the model"]
-    mem_fraction_static: A[float, "share"] = 0.9
-    tp_size: A[int, Arg(help="h", aliases=["--tensor-parallel-size"])] = 1
+{FIELDS}
     def add_cli_args(parser):
         parser.add_argument("--config", type=str)
 """
@@ -51,7 +55,7 @@ def overrides(site: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def test_a_tested_version_and_known_flags_are_in_order(tiny: TinyRun, site: Path) -> None:
-    right = overrides(site, "--mem-fraction-static=0.8", "--tensor-parallel-size-of-none=1"[:15], "--config", "x")
+    right = overrides(site, "--mem-fraction-static=0.8", "--tensor-parallel=1", "--config", "x")
     assert tiny.found(*right) == []
     assert "rollout.sglang.command: SGLang 0.5.23" in tiny.notes(*right)
 
@@ -69,16 +73,28 @@ def test_a_version_out_of_range_is_found(tiny: TinyRun, site: Path, version: str
 
 def test_an_unknown_flag_is_found_with_the_one_that_is_meant(tiny: TinyRun, site: Path) -> None:
     finding = only(tiny.found(*overrides(site, "--mem-fracton-static", "0.8")))
-    assert "has no flag --mem-fracton-static" in finding.problem
+    assert (finding.severity, finding.field) == ("warning", "rollout.sglang.arguments")
+    assert "--mem-fracton-static is not among the 6 flags" in finding.problem
     assert finding.mend == "did you mean --mem-fraction-static?"
 
 
-def test_flags_are_read_from_both_kinds_of_declarations(site: Path, tmp_path: Path) -> None:
-    flags = known_flags(site / "sglang/srt/server_args.py")
-    assert flags >= {"--model-path", "--tp-size", "--tensor-parallel-size", "--config"}
-    assert known_flags(tmp_path / "nothing.py") == frozenset()
-    (tmp_path / "broken.py").write_text("def (")
-    assert known_flags(tmp_path / "broken.py") == frozenset()
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["fields of ServerArgs", "fields of groups"])
+def test_flags_are_read_wherever_they_are_declared(site: Path, is_grouped: bool) -> None:
+    srt = site / "sglang/srt"
+    if is_grouped:
+        (srt / "server_args.py").write_text(SERVER_ARGS.replace(FIELDS, ""))
+        (srt / "arg_groups/fields").mkdir(parents=True)
+        (srt / "arg_groups/fields/schedule.py").write_text(f"class Schedule(msgspec.Struct):{FIELDS}")
+    wanted = "--model-path --port --mem-fraction-static --tp-size --tensor-parallel-size --config"
+    assert known_flags(srt) == set(wanted.split())
+
+
+@pytest.mark.parametrize("source", [None, "def (", "class ServerArgs: pass"])
+def test_no_flag_is_judged_where_none_can_be_read(tiny: TinyRun, site: Path, source: str | None) -> None:
+    path = site / "sglang/srt/server_args.py"
+    path.unlink() if source is None else path.write_text(source)
+    assert tiny.found(*overrides(site, "--anything")) == []
+    assert "keeps its flags elsewhere" in tiny.notes(*overrides(site, "--anything"))
 
 
 def test_servers_need_weights_to_start_from(tiny: TinyRun, site: Path) -> None:

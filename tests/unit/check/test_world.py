@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.check.world import GivenWorld, World
 from megatron_sdsearch.config import RunConfig, load_config
-from tests.unit.check.tiny_run import TinyRun
+from tests.unit.check.tiny_run import TinyRun, only
 
 SLURM = {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_PER_NODE": "h100:8"}
 
@@ -30,9 +31,20 @@ def test_the_command_line_comes_first(config: RunConfig) -> None:
 
 
 def test_then_slurm(config: RunConfig) -> None:
-    world = World.of(config, GivenWorld(), SLURM)
+    gpu = GivenWorld(device="gpu")
+    world = World.of(config, gpu, SLURM)
     assert (world.num_nodes, world.gpus_per_node, world.ranks_per_node, world.has_gpu) == (4, 8, 8, True)
-    assert World.of(config, GivenWorld(), {"SLURM_GPUS_ON_NODE": "2"}).gpus_per_node == 2
+    assert World.of(config, gpu, {"SLURM_GPUS_ON_NODE": "2"}).gpus_per_node == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU assumes")
+def test_gpus_that_a_run_on_cpus_would_not_use_are_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    report = run_checks(tiny.config)
+    finding = only([f for f in report.findings if f.severity != "note"])
+    assert (finding.severity, finding.field) == ("warning", "model.dtype")
+    assert "8 GPUs per node" in finding.problem
+    assert tiny.found(device="cpu") == []
 
 
 def test_then_torchrun(config: RunConfig) -> None:

@@ -83,6 +83,8 @@ class TinyRun:
         }
 
     def check(self, *overrides: str, is_online: bool = False, **given: Any) -> Report:
+        """On CPUs, whatever the machine has, unless GPUs are given."""
+        given.setdefault("device", "gpu" if given.get("gpus_per_node") else "cpu")
         return run_checks(self.config, overrides, given=GivenWorld(**given), is_online=is_online)
 
     def found(self, *overrides: str, is_online: bool = False, **given: Any) -> list[Finding]:
