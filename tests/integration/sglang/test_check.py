@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sdsearch.check.sglang import known_flags
+from megatron_sdsearch.check.sglang_program import known_flags
 from tests.integration.sglang.conftest import COMMAND, Servers
 from tests.unit.check.tiny_run import TinyRun
 
