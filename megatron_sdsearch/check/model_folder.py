@@ -36,10 +36,11 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _weights(subject: Subject, hf_dir: Path, hf_config: PretrainedConfig) -> Iterator[Finding]:
-    tensors = SafetensorsFolder(hf_dir)
-    attempt = Attempt.at(lambda: refuse_unknown(tensors.names(), hf_config, hf_dir))
+    attempt = Attempt.at(lambda: _known_tensors(hf_dir, hf_config))
     if attempt.error is not None:
         yield Finding.error(_FIELD, str(attempt.error), "give a whole folder of a supported model with its safetensors")
+    tensors = attempt.value
+    if tensors is None:
         return
     problems = _missing_tensors(tensors, hf_config)
     if problems:
@@ -59,6 +60,12 @@ def _weights(subject: Subject, hf_dir: Path, hf_config: PretrainedConfig) -> Ite
         f"{hf_config.model_type}, {subject.num_parameters:,} parameters in {dtype}, trained in "
         f"{subject.config.model.dtype}",
     )
+
+
+def _known_tensors(hf_dir: Path, hf_config: PretrainedConfig) -> SafetensorsFolder:
+    tensors = SafetensorsFolder(hf_dir)
+    refuse_unknown(tensors.names(), hf_config, hf_dir)
+    return tensors
 
 
 def _missing_tensors(tensors: SafetensorsFolder, hf_config: PretrainedConfig) -> list[str]:

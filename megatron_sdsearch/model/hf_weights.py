@@ -278,7 +278,10 @@ class SafetensorsFolder:
     def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
         index = hf_dir / _INDEX
-        self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        try:
+            self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index} is no index of weights ({error!r}); fetch it again") from error
         self._names: dict[str, set[str]] = {}
 
     def names(self) -> set[str]:

@@ -100,6 +100,14 @@ def test_a_tensor_that_the_index_promises_and_no_file_holds_is_found(tiny: TinyR
     assert f"has no tensor {name}" in only(tiny.found()).problem
 
 
+@pytest.mark.parametrize("index", ["{", "[]", "{}"])
+def test_an_index_that_is_none_is_found(tiny: TinyRun, index: str) -> None:
+    (tiny.model / "model.safetensors.index.json").write_text(index)
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "model.hf_dir")
+    assert "is no index of weights" in finding.problem
+
+
 def test_config_and_weights_of_different_models_are_found(tiny: TinyRun) -> None:
     tiny.change_model(num_hidden_layers=3, layer_types=None)
     assert "lists no tensor model.layers.2" in only(tiny.found()).problem
