@@ -1,7 +1,8 @@
-"""The command line: ``train`` and ``evaluate``.
+"""The command line: ``train``, ``evaluate`` and ``check``.
 
 Exit codes: 0 done, or saved and stopped as SIGTERM or SIGUSR1 asked (``run_dir/stopped.json`` tells which); 1 the run
-failed; 2 the command or the configuration is wrong.
+failed; 2 the command or the configuration is wrong. Of ``check``: 0 nothing but notes; 1 warnings, and a run would
+start; 2 errors, it would fail.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -75,6 +76,41 @@ def evaluate(
     print(json.dumps(_run(run)))
 
 
+@app.command()
+def check(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    online: Annotated[bool, typer.Option("--online", help="Ask the search engine and SGLang servers, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes with trainers; else Slurm's, else 1.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Else Slurm's, else this machine's.")] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="As of torchrun; else one per free GPU.")] = None,
+    device: Annotated[
+        Literal["gpu", "cpu"] | None, typer.Option(help="That trains; else told by GPUs in sight, or model.dtype.")
+    ] = None,
+) -> None:
+    """Find what would fail or be wasted, all of it, before a GPU is taken; needs none, and writes nothing.
+
+    Exit codes: 0 nothing but notes; 1 warnings: the run would start; 2 errors: it would fail.
+    """
+
+    def run() -> Report:
+        return run_checks(config, overrides or [], given=given, is_online=online)
+
+    from megatron_sdsearch.check.findings import Report
+    from megatron_sdsearch.check.page import page
+    from megatron_sdsearch.check.run import run_checks
+    from megatron_sdsearch.check.world import GivenWorld
+
+    given = GivenWorld(device=device, num_nodes=nodes, gpus_per_node=gpus_per_node, ranks_per_node=nproc_per_node)
+    report = _run(run, failure=2)
+    if as_json:
+        print(json.dumps({"config": str(config), **report.to_dict()}))
+    else:
+        Console().print(page(report))
+    raise typer.Exit(report.exit_code)
+
+
 def main() -> None:
     """Entry point of ``sdsearch`` and ``python -m megatron_sdsearch``."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -84,18 +120,23 @@ def main() -> None:
     app()
 
 
-def _run(work: Callable[[], T]) -> T:
-    """Do the work; an error of ours becomes one message, said by one rank, and an exit code."""
+def _run(work: Callable[[], T], *, failure: int = 1) -> T:
+    """Do the work; an error of ours becomes one message, said by one rank, and an exit code.
+
+    Args:
+        work: of the command.
+        failure: the exit code of whatever is no ConfigError.
+    """
     try:
         return work()
     except SDSearchError as error:
         if _is_first_to_fail():
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        _exit(2 if isinstance(error, ConfigError) else 1)
+        _exit(2 if isinstance(error, ConfigError) else failure)
     except Exception:  # noqa: BLE001  # said in full by one rank, and every rank leaves
         if _is_first_to_fail():  # else a peer's death broke our collective, and the peer has said why
             traceback.print_exc()
-        _exit(1)
+        _exit(failure)
 
 
 def _is_first_to_fail() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -17,15 +17,36 @@ from urllib.parse import urlsplit
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, raise_first
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+PROBLEMS = "problems"
+"""In the context of a validation: a list that takes every ConfigError, where otherwise the first one is raised."""
+
+
+def _report(errors: Iterable[ConfigError], info: ValidationInfo) -> None:
+    collected = (info.context or {}).get(PROBLEMS)
+    if collected is None:
+        raise_first(errors)
+    else:
+        collected.extend(errors)
 
 
 class Section(BaseModel):
@@ -59,12 +80,15 @@ class ParallelConfig(Section):
     """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
         if self.sequence and self.tensor == 1:
-            raise ConfigError(
+            yield ConfigError(
                 "parallel.sequence", "true with parallel.tensor=1", "set parallel.tensor >= 2 or sequence=false"
             )
-        return self
 
 
 class DataConfig(Section):
@@ -116,9 +140,10 @@ class SGLangConfig(Section):
 
     @field_validator("urls", mode="before")
     @classmethod
-    def _check_is_list(cls, urls: object) -> object:
+    def _check_is_list(cls, urls: object, info: ValidationInfo) -> object:
         if isinstance(urls, str):
-            raise ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")
+            _report([ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")], info)
+            return (urls,)
         return urls
 
     @field_validator("urls")
@@ -232,27 +257,30 @@ class RetrievalConfig(Section):
     replay: ReplayConfig = ReplayConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
         if self.engine == "tantivy" and self.corpus is None and self.replay.mode != "only":
-            raise ConfigError(
+            yield ConfigError(
                 "retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set retrieval.corpus"
             )
         if self.replay.mode != "off" and self.replay.store is None:
-            raise ConfigError(
+            yield ConfigError(
                 "retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set retrieval.replay.store"
             )
         dense = self.elasticsearch.mode != "bm25"
         if self.engine == "elasticsearch" and dense and self.elasticsearch.encoder is None:
-            raise ConfigError(
+            yield ConfigError(
                 "retrieval.elasticsearch.encoder", f"missing, and mode is {self.elasticsearch.mode}", "set it"
             )
-        return self
 
     def files(self) -> dict[str, Path]:
         """Every path that has to exist before a search, by its field."""
-        if self.replay.mode == "only":
-            return {"retrieval.replay.store": _known(self.replay.store)}  # the engine is not opened
-        return {} if self.corpus is None else {"retrieval.corpus": self.corpus}
+        # With ``only`` the engine is not opened.
+        name, path = ("replay.store", self.replay.store) if self.replay.mode == "only" else ("corpus", self.corpus)
+        return {} if path is None else {f"retrieval.{name}": path}
 
 
 class HindsightConfig(Section):
@@ -433,20 +461,24 @@ class RunConfig(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.train.mode == "warm_start":
-            _require("train.demonstrations", self.train.demonstrations, "warm_start learns from them")
-            if self.evaluation.every:
-                raise ConfigError("evaluation.every", "set, and a warm start does not evaluate", "set it to 0")
-        else:
-            _require("data.train", self.data.train, "train.mode=rl samples from it")
-            _require("retrieval", self.retrieval, "train.mode=rl searches")
-            _check_rollout(self)
-        if self.evaluation.every:
-            _require("data.heldout", self.data.heldout, "evaluation.every is set")
-            _require("retrieval", self.retrieval, "evaluation searches")
-        _check_optimizer(self)
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
         return self
+
+    def _problems(self) -> Iterator[ConfigError]:
+        if self.train.mode == "warm_start":
+            yield from _missing("train.demonstrations", self.train.demonstrations, "warm_start learns from them")
+            if self.evaluation.every:
+                yield ConfigError("evaluation.every", "set, and a warm start does not evaluate", "set it to 0")
+        else:
+            yield from _missing("data.train", self.data.train, "train.mode=rl samples from it")
+            yield from _missing("retrieval", self.retrieval, "train.mode=rl searches")
+            yield from _rollout_problems(self)
+        if self.evaluation.every:
+            yield from _missing("data.heldout", self.data.heldout, "evaluation.every is set")
+            if self.train.mode == "warm_start":
+                yield from _missing("retrieval", self.retrieval, "evaluation searches")
+        yield from _optimizer_problems(self)
 
     def check_files(self) -> None:
         """Every path that will be read, and every program that will be started, exists.
@@ -454,22 +486,25 @@ class RunConfig(Section):
         Raises:
             ConfigError: naming the first field whose path does not.
         """
-        paths = {"model.hf_dir": self.model.hf_dir / "config.json"}
+        raise_first(self.file_problems())
+
+    def file_problems(self) -> Iterator[ConfigError]:
+        """What ``check_files`` raises the first of."""
+        paths: dict[str, Path | None] = {"model.hf_dir": self.model.hf_dir / "config.json"}
         if self.train.mode == "warm_start":
-            paths["train.demonstrations"] = _known(self.train.demonstrations)
+            paths["train.demonstrations"] = self.train.demonstrations
         else:
-            paths["data.train"] = _known(self.data.train)
-        if self.data.heldout is not None:
-            paths["data.heldout"] = self.data.heldout
+            paths["data.train"] = self.data.train
+        paths["data.heldout"] = self.data.heldout
         if self.retrieval is not None:
             paths |= self.retrieval.files()
         if self.model.megatron_dir is not None:
             paths["model.megatron_dir"] = self.model.megatron_dir / ".metadata"
         for field, path in paths.items():
-            if not path.exists():
-                raise ConfigError(field.strip(), f"{path} does not exist", "give a path that exists")
+            if path is not None and not path.exists():
+                yield ConfigError(field, f"{path} does not exist", "give a path that exists")
         if self.samples_from_sglang and not self.rollout.sglang.urls:
-            _check_command(self.rollout.sglang)
+            yield from _command_problems(self.rollout.sglang)
 
     def check_world(self, world_size: int, has_gpu: bool) -> None:
         """The layout fits the processes that were started and the hardware.
@@ -477,9 +512,13 @@ class RunConfig(Section):
         Raises:
             ConfigError: naming the size that does not fit.
         """
+        raise_first(self.world_problems(world_size, has_gpu))
+
+    def world_problems(self, world_size: int, has_gpu: bool) -> Iterator[ConfigError]:
+        """What ``check_world`` raises the first of."""
         per_replica = self.parallel.tensor * self.parallel.pipeline
         if world_size % per_replica:
-            raise ConfigError(
+            yield ConfigError(
                 "parallel.tensor",
                 f"tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} = {per_replica} "
                 f"does not divide the {world_size} started processes",
@@ -488,9 +527,9 @@ class RunConfig(Section):
         wanted = "bfloat16" if has_gpu else "float32"
         if self.model.dtype != wanted:
             reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
-            raise ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+            yield ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
         if self.samples_from_sglang and not has_gpu:
-            _check_without_gpu(self.rollout.sglang)
+            yield from _problems_without_gpu(self.rollout.sglang)
 
     @property
     def samples_from_sglang(self) -> bool:
@@ -507,14 +546,9 @@ class RunConfig(Section):
         return self.train.num_steps * per_step
 
 
-def _known(path: Path | None) -> Path:
-    assert path is not None  # the model validator has seen to it
-    return path
-
-
-def _require(field: str, value: object, reason: str) -> None:
+def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
     if value is None:
-        raise ConfigError(field, f"missing, and {reason}", f"set {field}")
+        yield ConfigError(field, f"missing, and {reason}", f"set {field}")
 
 
 def is_server_url(url: str) -> bool:
@@ -526,56 +560,57 @@ def is_server_url(url: str) -> bool:
         return False
 
 
-def _check_urls(urls: Sequence[str]) -> None:
+def _url_problems(urls: Sequence[str]) -> Iterator[ConfigError]:
     field = "rollout.sglang.urls"
-    for url in urls:
+    for url in dict.fromkeys(urls):
         if not is_server_url(url):
-            raise ConfigError(field, f"{url!r} is not the url of a server", "write it as http://host:port")
+            yield ConfigError(field, f"{url!r} is not the url of a server", "write it as http://host:port")
         if urls.count(url) > 1:
-            raise ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
+            yield ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
 
 
-def _check_command(sglang: SGLangConfig) -> None:
+def _command_problems(sglang: SGLangConfig) -> Iterator[ConfigError]:
     field = "rollout.sglang.command"
     if not sglang.command:
-        raise ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
+        yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
+        return
     # The server is started with this environment, and found by its PATH.
     program, path = sglang.command[0], sglang.environment.get("PATH")
     if shutil.which(program, path=path) is None:
-        raise ConfigError(
+        yield ConfigError(
             f"{field}[0]",
             f"{program} is no program" + (f" in {path}" if path else " here"),
             "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls",
         )
 
 
-def _check_without_gpu(sglang: SGLangConfig) -> None:
+def _problems_without_gpu(sglang: SGLangConfig) -> Iterator[ConfigError]:
     if sglang.colocated:
-        raise ConfigError(
+        yield ConfigError(
             "rollout.sglang.colocated", "true without a GPU, where there is no memory to share", "set it to false"
         )
     if sglang.tensor > 1 and not sglang.urls:
-        raise ConfigError(
+        yield ConfigError(
             "rollout.sglang.tensor", f"{sglang.tensor} GPUs of a server, and there is none", "set it to 1"
         )
 
 
-def _check_rollout(config: RunConfig) -> None:
+def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
     rollout = config.rollout
     if config.samples_from_sglang:
-        _check_urls(rollout.sglang.urls)
+        yield from _url_problems(rollout.sglang.urls)
     if rollout.group_size < 2:
-        raise ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
+        yield ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
     least = rollout.max_prompt_tokens + rollout.max_response_tokens
     if rollout.max_total_tokens < least:
-        raise ConfigError(
+        yield ConfigError(
             "rollout.max_total_tokens",
             f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}",
             f"set it to at least {least}",
         )
     longest = rollout.max_total_tokens + (config.hindsight.max_block_tokens if config.objective.alpha > 0 else 0)
     if config.train.max_tokens_per_microbatch < longest:
-        raise ConfigError(
+        yield ConfigError(
             "train.max_tokens_per_microbatch",
             f"{config.train.max_tokens_per_microbatch} cannot hold the longest sequence of rollout.max_total_tokens + "
             f"hindsight.max_block_tokens = {longest}",
@@ -583,12 +618,12 @@ def _check_rollout(config: RunConfig) -> None:
         )
 
 
-def _check_optimizer(config: RunConfig) -> None:
+def _optimizer_problems(config: RunConfig) -> Iterator[ConfigError]:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
-        raise ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
+        yield ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
     if optimizer.warmup_steps >= config.num_updates:
-        raise ConfigError(
+        yield ConfigError(
             "optimizer.warmup_steps",
             f"{optimizer.warmup_steps} of the run's {config.num_updates} updates leaves none at optimizer.lr",
             "lower it",
@@ -616,6 +651,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one message that names each wrong field and its mend.
     """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The nested dict that a YAML file and its overrides come to, before anything in it is checked.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or an override is no ``key=value``.
+    """
     if not path.is_file():
         raise ConfigError("CONFIG", f"{path} does not exist", "give the path of a YAML file")
     for override in overrides:
@@ -623,10 +667,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError("override", f"{override!r} is not key=value", "write e.g. objective.alpha=0")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
-    return parse_config(tree)
 
 
 def parse_config(tree: Any) -> RunConfig:
@@ -635,19 +678,31 @@ def parse_config(tree: Any) -> RunConfig:
     Raises:
         ConfigError: see ``load_config``.
     """
-    if not isinstance(tree, dict):
-        raise ConfigError("CONFIG", "is not a mapping of sections", "start from examples/tiny/config.yaml")
+    check_is_mapping(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _as_config_error(error) from error
+        raise _as_one_error(field_errors(error)) from error
 
 
-def _as_config_error(error: ValidationError) -> ConfigError:
-    problems = [_describe(dict(item)) for item in error.errors(include_url=False)]
-    field, problem, mend = problems[0]
-    rest = "".join(f"\n{f}: {p}; {m}" for f, p, m in problems[1:])
-    return ConfigError(field, problem, mend + rest)
+def check_is_mapping(tree: Any) -> None:
+    """Refuse YAML that is a list or a bare value.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError("CONFIG", "is not a mapping of sections", "start from examples/tiny/config.yaml")
+
+
+def field_errors(error: ValidationError) -> list[ConfigError]:
+    """One for each field that pydantic refuses."""
+    return [ConfigError(*_describe(dict(item))) for item in error.errors(include_url=False)]
+
+
+def _as_one_error(errors: Sequence[ConfigError]) -> ConfigError:
+    first = errors[0]
+    return ConfigError(first.field, first.problem, first.mend + "".join(f"\n{error}" for error in errors[1:]))
 
 
 def _describe(item: dict[str, Any]) -> tuple[str, str, str]:

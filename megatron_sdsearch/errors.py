@@ -14,6 +14,8 @@ SDSearchError
 `-- VerificationError       a converted model does not compute what its source does
 """
 
+from collections.abc import Iterable
+
 
 class SDSearchError(Exception):
     """Base of all errors raised on purpose; its text is one message for the person at the terminal."""
@@ -24,12 +26,14 @@ class ConfigError(SDSearchError):
 
     Attributes:
         field: dotted path of the setting, e.g. ``parallel.tensor``.
+        problem: what is wrong with it.
         mend: what to do about it, in one clause.
     """
 
     def __init__(self, field: str, problem: str, mend: str) -> None:
         super().__init__(f"{field}: {problem}; {mend}")
         self.field = field
+        self.problem = problem
         self.mend = mend
 
 
@@ -99,3 +103,13 @@ class CheckpointError(SDSearchError):
 
 class VerificationError(SDSearchError):
     """A converted model does not compute what its source does."""
+
+
+def raise_first(errors: Iterable[SDSearchError]) -> None:
+    """For who stops at the first error; whoever lists them all goes through the same iterator instead.
+
+    Raises:
+        SDSearchError: the first, if there is one; nothing after it is looked at.
+    """
+    for error in errors:
+        raise error

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig, parse_config
-from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import (

@@ -156,7 +156,11 @@ def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file that may be read") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

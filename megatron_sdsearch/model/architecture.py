@@ -1,14 +1,12 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
-Owns the table of model families (how to add one: docs/adding-a-model.md), the choice of layer spec (transformer-engine
-with CUDA, our packed local spec without) and the refusal of whatever megatron would run silently wrong. Weights are
-``hf_weights.py``'s.
+Owns the choice of layer spec: transformer-engine with CUDA, our packed local spec without. Which models there are, and
+what is refused, is ``hf_config.py``'s; weights are ``hf_weights.py``'s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,37 +26,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_sdsearch.config import ModelConfig, ParallelConfig
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.config import ModelConfig
+from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.vocab import VocabShard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """What differs between the supported model families. Source: their modeling files in transformers.
-
-    Attributes:
-        has_qkv_bias: query, key and value projections have biases; the others never do.
-        has_qk_norm: queries and keys are normalised per head.
-        has_window_switch: ``sliding_window`` counts only where ``use_sliding_window`` is true.
-    """
-
-    has_qkv_bias: bool = False
-    has_qk_norm: bool = False
-    has_window_switch: bool = False
-
-
-# By model_type. Qwen2.5 is a qwen2; Llama 3, 3.1, 3.2 (text) and 3.3 are llama.
-ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(has_qkv_bias=True, has_window_switch=True),
-    "qwen3": Architecture(has_qk_norm=True, has_window_switch=True),
-}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -105,79 +79,6 @@ class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """Hidden states in, hidden states out."""
         return input_, None
-
-
-# Those that change the frequencies alone: others scale the attention (yarn) or depend on the length (dynamic).
-_ROPE_TYPES = ("default", "llama3")
-
-
-def load_hf_config(hf_dir: Path) -> PretrainedConfig:
-    """Read config.json.
-
-    Raises:
-        ConfigError: the family is not supported, or uses a feature that would be computed wrongly.
-    """
-    if not (hf_dir / "config.json").is_file():
-        raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError("model.hf_dir", f"{hf_dir / 'config.json'} cannot be read: {reason}", "mend it") from error
-    if config.model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError("model.hf_dir", f"model_type {config.model_type!r} is not supported", f"use one of {known}")
-    architecture = ARCHITECTURES[config.model_type]
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        told = f"rope_type {rope['rope_type']!r} is not supported"
-        raise ConfigError("model.hf_dir", told, "use default RoPE or llama3's")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("model.hf_dir", "partial_rotary_factor is not 1", "use a model that rotates whole heads")
-    has_bias = getattr(config, "attention_bias", False)
-    if has_bias and not architecture.has_qkv_bias:
-        raise ConfigError("model.hf_dir", f"attention_bias is true in a {config.model_type}", "use one without")
-    if getattr(config, "mlp_bias", False):
-        raise ConfigError("model.hf_dir", f"mlp_bias is true in a {config.model_type}", "use one without")
-    if config.hidden_act != "silu":
-        raise ConfigError("model.hf_dir", f"hidden_act {config.hidden_act!r} is not supported", "use silu")
-    is_full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if getattr(config, "use_sliding_window", False) or not is_full:
-        raise ConfigError("model.hf_dir", "some layers use sliding windows", "set use_sliding_window to false")
-    window = None if architecture.has_window_switch else getattr(config, "sliding_window", None)
-    if window is not None:
-        told = f"sliding_window is {window}: attention would be computed without it"
-        raise ConfigError("model.hf_dir", told, "use a model where it is null")
-    return config
-
-
-def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Heads, layers and widths divide evenly.
-
-    Raises:
-        ConfigError: naming the parallel size and the model's figure that it does not divide.
-    """
-    figures = {
-        "parallel.tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
-        "parallel.pipeline": ("num_hidden_layers",),
-    }
-    for field, names in figures.items():
-        size = getattr(parallel, field.removeprefix("parallel."))
-        for name in names:
-            if getattr(hf_config, name) % size:
-                raise ConfigError(
-                    field, f"{size} does not divide the model's {name} = {getattr(hf_config, name)}", "choose a divisor"
-                )
-
-
-def head_dim(hf_config: PretrainedConfig) -> int:
-    """Width of one attention head."""
-    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Smallest multiple of ``tp_size`` that holds the vocabulary."""
-    return -(-vocab_size // tp_size) * tp_size
 
 
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> TransformerConfig:

@@ -29,12 +29,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_sdsearch
-from megatron_sdsearch.config import RunConfig, flatten
-from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import CheckpointError, raise_first
 from megatron_sdsearch.model.background_write import BackgroundWrite, describe, prepare_results_queue
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
+    continuation_problems,
     damages,
     fingerprint,
     read_manifest,
@@ -182,7 +183,7 @@ class CheckpointStore:
         if folder is None:
             return TrainingState(step=0)
         manifest = read_manifest(folder)
-        _check_config(folder, manifest, self._config)
+        raise_first(continuation_problems(folder, manifest, self._config))
         self._check_inputs(folder, manifest)
         has_moments = bool(manifest.get("has_moments", True))
         content = _content(self._policy, self._parallel, is_loading=True, has_moments=has_moments)
@@ -327,34 +328,6 @@ def save_checkpoint(
 def load_latest(root: Path, policy: Checkpointable, parallel: ParallelState, config: RunConfig) -> int:
     """Continue from ``root/latest``; returns the number of finished steps. See ``CheckpointStore.load``."""
     return CheckpointStore(root, policy, parallel, config).load().step
-
-
-# What may change between a run and its continuation: where things lie, what is written, the layout, the rates.
-_MAY_CHANGE = ("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps")
-_PATHS = (
-    "model.hf_dir",
-    "model.megatron_dir",
-    "data.train",
-    "data.heldout",
-    "train.demonstrations",
-    "retrieval.corpus",
-)
-
-
-def _check_config(folder: Path, manifest: dict[str, Any], config: RunConfig) -> None:
-    before, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if name in _PATHS and old is not None and new is not None:
-            old, new = Path(old).name, Path(new).name  # a folder may have moved
-        if old != new and not name.startswith(_MAY_CHANGE):
-            raise CheckpointError(
-                f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
-            )
-    if manifest["step"] > config.train.num_steps:
-        raise CheckpointError(
-            f"{folder} is beyond train.num_steps = {config.train.num_steps}: raise it or take another run_dir"
-        )
 
 
 def _content(policy: Checkpointable, parallel: ParallelState, *, is_loading: bool, has_moments: bool) -> dict[str, Any]:

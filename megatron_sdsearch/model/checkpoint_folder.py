@@ -1,8 +1,8 @@
 """The folder of checkpoints: which is the newest, whether one is whole, which ones go.
 
-Owns names, checksums, atomic moves and retention. Knows nothing of what is in a shard: that is ``checkpoint``'s. A
-checkpoint counts from the moment its folder has its name, which it gets with its manifest inside; ``latest`` moves
-after that.
+Owns names, checksums, atomic moves, retention, and which run may go on from a checkpoint. Knows nothing of what is in a
+shard: that is ``checkpoint``'s. A checkpoint counts from the moment its folder has its name, which it gets with its
+manifest inside; ``latest`` moves after that.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_sdsearch.config import CheckpointConfig
+from megatron_sdsearch.config import CheckpointConfig, RunConfig, flatten
 from megatron_sdsearch.errors import CheckpointError
 
 MANIFEST: Final = "manifest.json"
@@ -172,6 +172,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not {"step", "config", "layout", "files"} <= manifest.keys():
         raise CheckpointError(f"{path} is no manifest of this version: it lacks step, config, layout or files")
     return manifest
+
+
+# What may change between a run and its continuation: where things lie, what is written, the layout, the rates.
+_MAY_CHANGE = ("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps")
+_PATHS = (
+    "model.hf_dir",
+    "model.megatron_dir",
+    "data.train",
+    "data.heldout",
+    "train.demonstrations",
+    "retrieval.corpus",
+)
+
+
+def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
+    before, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name in _PATHS and old is not None and new is not None:
+            old, new = Path(old).name, Path(new).name  # a folder may have moved
+        if old != new and not name.startswith(_MAY_CHANGE):
+            yield CheckpointError(
+                f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
+            )
+    if manifest["step"] > config.train.num_steps:
+        yield CheckpointError(
+            f"{folder} is beyond train.num_steps = {config.train.num_steps}: raise it or take another run_dir"
+        )
 
 
 def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, verify: bool) -> list[str]:

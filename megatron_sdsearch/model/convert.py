@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.architecture import check_layout, load_hf_config
+from megatron_sdsearch.model.hf_config import check_layout, load_hf_config
 from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder, written_whole
 from megatron_sdsearch.model.hf_weights import (
     Placement,

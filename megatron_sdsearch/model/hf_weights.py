@@ -10,20 +10,24 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.architecture import ARCHITECTURES, head_dim, padded_vocab_size
-from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+
+if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for megatron
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_sdsearch.parallel.groups import ParallelState
 
 Pieces = list[Tensor]
+_INDEX = "model.safetensors.index.json"
 T = TypeVar("T")
 
 
@@ -273,8 +277,11 @@ class SafetensorsFolder:
 
     def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
-        index = hf_dir / "model.safetensors.index.json"
-        self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        index = hf_dir / _INDEX
+        try:
+            self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index} is no index of weights ({error!r}); fetch it again") from error
         self._names: dict[str, set[str]] = {}
 
     def names(self) -> set[str]:
@@ -309,6 +316,8 @@ class SafetensorsFolder:
             return str(file.get_slice(name).get_dtype())
 
     def _file_with(self, name: str) -> str:
+        if self._file_of and name not in self._file_of:
+            raise DataError(f"{self._dir / _INDEX} lists no tensor {name}")
         file = self._file_of.get(name, "model.safetensors")
         if name not in self._names_in(file):
             raise DataError(f"{self._dir / file} has no tensor {name}")

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import ModelConfig, ParallelConfig
 from megatron_sdsearch.errors import VerificationError
-from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
+from megatron_sdsearch.model.architecture import LMHead, build_model
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.torch_dist import TorchDistReader
 from megatron_sdsearch.parallel.groups import ParallelState
 

@@ -98,6 +98,11 @@ class ElasticRetriever:
         """In the index, when it was opened."""
         return self._index.num_passages
 
+    @property
+    def version_warning(self) -> str:
+        """See ``OpenedIndex``."""
+        return self._index.version_warning
+
     def take_counts(self) -> SearchCounts:
         """What happened since the last call."""
         return self._searches.take_counts()

@@ -45,11 +45,13 @@ class OpenedIndex:
         name: of the index itself, not of an alias.
         fingerprint: cluster, index, settings and generation.
         num_passages: in it.
+        version_warning: what is doubtful about the cluster's version; empty when nothing is.
     """
 
     name: str
     fingerprint: str
     num_passages: int
+    version_warning: str
 
 
 class Inspection:
@@ -75,7 +77,9 @@ class Inspection:
             RetrievalError: the cluster is down.
         """
         info = await self.call(self._client.info)
-        self._check_version(info)
+        version_warning = self._version_warning(info)
+        if version_warning:
+            _log.warning("%s", version_warning)
         name, index = await self._one_index()
         self._check_fields(index["mappings"].get("properties", {}), encoder)
         stats = (await self.call(lambda: self._client.indices.stats(index=name, level="shards")))["indices"][name]
@@ -89,7 +93,9 @@ class Inspection:
             f"{num_passages}",
             _generation(stats),
         ]
-        return OpenedIndex(name=name, fingerprint="/".join(parts), num_passages=num_passages)
+        return OpenedIndex(
+            name=name, fingerprint="/".join(parts), num_passages=num_passages, version_warning=version_warning
+        )
 
     async def call(self, ask: Callable[[], Awaitable[Any]]) -> Any:
         """One request, tried again while its fault is one that passes.
@@ -157,14 +163,15 @@ class Inspection:
             f"install the client of the cluster's major: pip install 'elasticsearch[async]{wanted}'",
         )
 
-    def _check_version(self, info: Any) -> None:
+    def _version_warning(self, info: Any) -> str:
+        """A cluster refuses a client that is newer by a major, and takes one that is older by one."""
         version = str(info["version"]["number"])
-        if version.split(".")[0] != str(CLIENT_MAJOR):
-            # A cluster refuses a client that is newer by a major, and takes one that is older by one.
-            _log.warning(
-                "%s is of version %s, the installed client is of %d: it answers, but the majors should be the same",
-                self._place, version, CLIENT_MAJOR,
-            )  # fmt: skip
+        if version.split(".")[0] == str(CLIENT_MAJOR):
+            return ""
+        return (
+            f"{self._place} is of version {version}, the installed client is of {CLIENT_MAJOR}: it answers, but the "
+            "majors should be the same"
+        )
 
     async def _one_index(self) -> tuple[str, Any]:
         wanted = self._config.index

@@ -59,7 +59,7 @@ class RetrieveServerRetriever:
             ConfigError: the URL is none.
             RetrievalError: nobody answers, or our server's engine is not well.
         """
-        _check_url(config.url)
+        check_url(config.url)
         # Connections are not kept: the event loop rests while the trainer trains, and the server closes what is idle.
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -195,7 +195,12 @@ async def _health(config: RetrieveServerConfig, session: aiohttp.ClientSession) 
     return health if isinstance(health, dict) else {}
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """Refuse what is not the whole address of a route.
+
+    Raises:
+        ConfigError: it is not.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path in ("", "/"):
         raise ConfigError(_FIELD, f"{url!r} is not whole", "give all of it: http://host:8000/retrieve")

@@ -117,7 +117,7 @@ class TantivyRetriever:
             RetrievalError: see ``open``.
         """
         corpus_sha256 = sha256_of_corpus(corpus)
-        index_dir = _find_built(index_root, corpus_sha256, analyzer)
+        index_dir = find_built(index_root, corpus_sha256, analyzer)
         if index_dir is None:
             index_dir = index_root / _folder_name(corpus_sha256, analyzer)
             _build_once(corpus, index_dir, analyzer, corpus_sha256)
@@ -208,7 +208,7 @@ def _folder_name(corpus_sha256: str, analyzer: str) -> str:
     return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-def _find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
+def find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
     """A folder in ``index_root``, or itself, that holds the very index; the own name first, others by theirs."""
     own = index_root / _folder_name(corpus_sha256, analyzer)
     # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.

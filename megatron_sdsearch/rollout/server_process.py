@@ -6,6 +6,7 @@ Leaves the process tree to `server_guardian`, and what to do about a dead server
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ _TORCHRUN_NAMES = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE "
     "MASTER_ADDR MASTER_PORT".split()
 )
+_MAX_SAID = 2000  # bytes of a refusal
 # Servers are on this machine or in its cluster: a proxy of the environment is not asked.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -103,6 +105,18 @@ def read_model_info(url: str, timeout_s: float) -> dict[str, Any] | None:
         return None
 
 
+def read_server_info(url: str, timeout_s: float) -> dict[str, Any]:
+    """What /server_info answers: the server's arguments by name (``tp_size``, ``context_length``) and its ``version``.
+
+    Raises:
+        EngineError: nothing, or nothing that is JSON.
+    """
+    try:
+        return _call(url + "/server_info", None, timeout_s)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise EngineError(f"{url}/server_info: {error}") from error
+
+
 def find_obstacle(url: str, timeout_s: float) -> str:
     """Why a server that somebody else runs does not answer /model_info yet; empty when it does.
 
@@ -136,7 +150,7 @@ def load_weights(url: str, path: Path, version: int, timeout_s: float) -> None:
     try:
         answer = _call(url + "/update_weights_from_disk", body, timeout_s)
     except urllib.error.HTTPError as error:
-        raise EngineError(f"loading {path} failed: {error.code} {error.read(2000).decode(errors='replace')}") from error
+        raise EngineError(f"loading {path} failed: {error.code} {error.read().decode(errors='replace')}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise EngineError(f"loading {path} failed: {error}") from error
     if not answer.get("success"):
@@ -146,8 +160,13 @@ def load_weights(url: str, path: Path, version: int, timeout_s: float) -> None:
 def _call(url: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with _opener.open(request, timeout=timeout_s) as response:
-        answer = json.load(response)
+    try:
+        with _opener.open(request, timeout=timeout_s) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:  # else its connection stays open for as long as somebody holds the error
+            said = io.BytesIO(error.read(_MAX_SAID))
+        raise urllib.error.HTTPError(url, error.code, error.reason, error.headers, said) from None
     if not isinstance(answer, dict):
         raise ValueError(f"{url} answered {answer!r}")
     return answer

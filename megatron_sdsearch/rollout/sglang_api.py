@@ -19,6 +19,10 @@ import aiohttp
 from megatron_sdsearch.config import is_server_url
 from megatron_sdsearch.errors import EngineError, ServerRefusedError, ServerUnavailableError
 
+OLDEST_VERSION = "0.5.19"
+TESTED_VERSION = "0.5.23"
+"""Of SGLang; docs/sglang.md says what was run with which."""
+
 Json = dict[str, Any]
 PauseMode = Literal["abort", "retract", "in_place"]
 

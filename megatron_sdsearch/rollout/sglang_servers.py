@@ -64,9 +64,9 @@ class ServerSupervisor:
         self._servers: list[SupervisedServer] = []
         if config.urls:
             return
-        devices = _split_gpus(gpus, config)
+        devices = split_gpus(gpus, config)
         log_dir.mkdir(parents=True, exist_ok=True)
-        for index, port in enumerate(_free_ports(config.num_servers, host)):
+        for index, port in enumerate(free_ports(config.num_servers, host)):
             flags = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
             flags += ["--random-seed", str(seed + index), *devices[index].flags]
             self._servers.append(
@@ -159,27 +159,52 @@ class ServerSupervisor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Devices:
-    """What tells one server which GPUs are its own."""
+class Devices:
+    """What tells one server which GPUs are its own.
+
+    Attributes:
+        flags: of its command.
+        environment: added to its environment.
+    """
 
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[_Devices]:
+def split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[Devices]:
+    """The GPUs of each own server, in turn; without any GPU each has the whole machine.
+
+    Raises:
+        ConfigError: there are too few.
+    """
     wanted = config.num_servers * config.tensor
     if not gpus and config.tensor == 1:
-        return [_Devices()] * config.num_servers
+        return [Devices()] * config.num_servers
     if wanted > len(gpus):
         problem = f"{config.num_servers} servers x {config.tensor} GPUs are more than the {len(gpus)} given"
         raise ConfigError("rollout.sglang.num_servers", problem, "lower it, or rollout.sglang.tensor")
     shares = [gpus[start : start + config.tensor] for start in range(0, wanted, config.tensor)]
     flags = ("--tp-size", str(config.tensor))
-    return [_Devices(flags=flags, environment={"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    return [Devices(flags=flags, environment={"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
 
 
-def _free_ports(num_ports: int, host: str) -> list[int]:
-    """Ports of ``host`` that nobody uses now."""
+def check_has_weights(model_path: Path) -> None:
+    """Own servers get the policy's weights before the first request, but have to start from some.
+
+    Raises:
+        ConfigError: the folder holds none.
+    """
+    if not any(model_path.glob("*.safetensors")):
+        told = f"{model_path} holds no weights, and servers start from it"
+        raise ConfigError("model.hf_dir", told, "give a folder with safetensors; model.megatron_dir may stay")
+
+
+def free_ports(num_ports: int, host: str) -> list[int]:
+    """Ports of ``host`` that nobody uses now.
+
+    Raises:
+        EngineError: there are too few.
+    """
     found: list[int] = []
     refusal: OSError | None = None
     for port in random.SystemRandom().sample(PORTS, k=num_ports + 100):

@@ -65,6 +65,11 @@ class Renderer:
         """Number of ids the tokenizer knows; the model's embedding may be padded beyond it."""
         return len(self._tokenizer)
 
+    @property
+    def has_template(self) -> bool:
+        """Prompts go through a chat template; without one they are the raw text."""
+        return self._tokenizer.chat_template is not None
+
     def prompt_ids(self, user_text: str) -> tuple[int, ...]:
         """Ids of a conversation with one user message, up to where the assistant starts to write.
 
@@ -89,7 +94,7 @@ class Renderer:
     @cached_property
     def _template_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the chat template writes before and after the user's text."""
-        if self._tokenizer.chat_template is None:
+        if not self.has_template:
             return (), ()
         rendered = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": _PLACEHOLDER}], tokenize=False, add_generation_prompt=True

@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.model.architecture import load_hf_config
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.sglang_client import SGLangEngine
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
+from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
@@ -168,10 +167,7 @@ class SGLangPolicyEngine:
 
 def _supervisor(config: RunConfig) -> ServerSupervisor:
     sglang = config.rollout.sglang
-    if not any(config.model.hf_dir.glob("*.safetensors")):
-        # It gets the policy's weights before the first request, but has to start from some.
-        told = f"{config.model.hf_dir} holds no weights, and servers start from it"
-        raise ConfigError("model.hf_dir", told, "give a folder with safetensors; model.megatron_dir may stay")
+    check_has_weights(config.model.hf_dir)
     # Without the second flag a server answers that it has released its memory, and keeps it.
     flags = ("--dtype", config.model.dtype, *(("--enable-memory-saver",) if sglang.colocated else ()))
     started = sglang.model_copy(update={"arguments": (*flags, *sglang.arguments)})

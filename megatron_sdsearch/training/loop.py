@@ -16,8 +16,7 @@ from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.model.architecture import check_layout, load_hf_config
+from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
@@ -53,7 +52,7 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     config.check_files()
     hf_config = load_hf_config(config.model.hf_dir)
     check_layout(hf_config, config.parallel)
-    _check_lengths(config, hf_config.max_position_embeddings)
+    check_lengths(hf_config, config)
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     with RunLock(config.run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
@@ -77,16 +76,6 @@ def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
         summary = write_summary(config, parallel, saving.wall_s)
     parallel.shutdown()
     return summary
-
-
-def _check_lengths(config: RunConfig, max_positions: int) -> None:
-    longest = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
-    if config.train.mode == "rl" and longest > max_positions:
-        raise ConfigError(
-            "rollout.max_total_tokens",
-            f"with hindsight.max_block_tokens it makes {longest} tokens, the model has {max_positions} positions",
-            "lower one of the two",
-        )
 
 
 def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:

@@ -22,7 +22,8 @@ from transformers import PretrainedConfig
 from megatron_sdsearch.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import RowLogits, policy_logprobs
-from megatron_sdsearch.model.architecture import LMHead, build_model, load_hf_config
+from megatron_sdsearch.model.architecture import LMHead, build_model
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights, load_weights
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
 from megatron_sdsearch.parallel.groups import ParallelState

@@ -51,13 +51,18 @@ async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
     try:
         from megatron_sdsearch.retrieval.elastic import ElasticRetriever
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "retrieval.engine",
-            f"elasticsearch, and {error.name} is not installed",
-            "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version",
-        ) from error
+        raise client_is_missing(error) from error
     if config.mode == "bm25" or config.encoder is None:
         return await ElasticRetriever.open(config)
     from megatron_sdsearch.retrieval.e5 import E5Encoder  # torch and transformers, for dense search alone
 
     return await ElasticRetriever.open(config, E5Encoder.from_folder(config.encoder))
+
+
+def client_is_missing(error: ModuleNotFoundError) -> ConfigError:
+    """What it means that ``retrieval.elastic*`` cannot be imported."""
+    return ConfigError(
+        "retrieval.engine",
+        f"elasticsearch, and {error.name} is not installed",
+        "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version",
+    )

@@ -15,9 +15,11 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from packaging.version import Version
 
 from megatron_sdsearch.errors import ServerRefusedError
-from megatron_sdsearch.rollout.sglang_api import SGLangServer
+from megatron_sdsearch.rollout.server_process import read_server_info
+from megatron_sdsearch.rollout.sglang_api import OLDEST_VERSION, SGLangServer
 
 Json = dict[str, Any]
 
@@ -51,6 +53,14 @@ class Subject:
             "return_logprob": True,
             "rid": rid or uuid4().hex,
         }
+
+
+async def check_server_info_tells_version_and_arguments(subject: Subject) -> None:
+    told = await asyncio.to_thread(read_server_info, subject.server.url, 30.0)
+    assert Version(told["version"]) >= Version(OLDEST_VERSION)
+    assert told["tp_size"] == 1
+    assert told["context_length"] is None or told["context_length"] > 0
+    assert (await subject.server.model_info())["is_generation"] is True
 
 
 async def check_ids_and_logprobs_agree(subject: Subject) -> None:
@@ -261,6 +271,7 @@ CHECKS: tuple[Check, ...] = (
     check_pause_abort_ends_running_requests,
     check_flush_is_refused_while_busy,
     check_the_weight_version_is_reported,
+    check_server_info_tells_version_and_arguments,
     check_empty_ids_are_refused,
     check_an_unknown_sampling_field_is_refused,
     check_a_negative_temperature_is_refused,

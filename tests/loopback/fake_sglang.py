@@ -109,6 +109,8 @@ class FakeSGLang:
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.replies: dict[str, Json] = {}  # sent with status 200 by a control route that would answer otherwise
+        self.model_info: Json = {}  # told by /model_info beside the rest
+        self.server_info: Json = {"version": "0.5.23", "tp_size": 1, "context_length": None}
         self.is_sick = False  # /health_generate fails
         self.requests: list[Json] = []
         self.client_ports: list[int] = []
@@ -144,6 +146,7 @@ class FakeSGLang:
         """Listen, at the port of before if there was one."""
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/health_generate", self._health_generate)
         app.router.add_post("/generate", self._generate)
         for route, handler in self._controls().items():
@@ -281,7 +284,12 @@ class FakeSGLang:
 
     async def _model_info(self, http: web.Request) -> web.Response:
         self.calls.append(("/model_info", {}))
-        return web.json_response({"model_path": "toy", "is_generation": True, "weight_version": self.version})
+        told = {"model_path": "toy", "is_generation": True, "weight_version": self.version}
+        return web.json_response(told | self.model_info)
+
+    async def _server_info(self, http: web.Request) -> web.Response:
+        self.calls.append(("/server_info", {}))
+        return web.json_response(self.server_info)
 
     async def _health_generate(self, http: web.Request) -> web.Response:
         self.calls.append(("/health_generate", {}))

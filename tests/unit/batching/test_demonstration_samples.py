@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
 from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSpan
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.warm_start import demonstration_sample
 
 spans = st.builds(
     DemonstrationSpan, kind=st.sampled_from(["sampled", "observation"]), text=st.text("ab <>/hé\n", min_size=1)

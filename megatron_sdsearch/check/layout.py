@@ -1,0 +1,60 @@
+"""Parallel sizes against the model and the world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_sdsearch.check.findings import Finding
+from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.model.hf_config import ARCHITECTURES, layout_problems, padded_vocab_size
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What divides what, and what crosses nodes."""
+    world, parallel = subject.world, subject.config.parallel
+    for error in subject.config.world_problems(world.size, world.has_gpu):
+        yield Finding.of(error, error.field)
+    if world.is_assumed:
+        told = f"nobody said how many processes there are; {world.size} are assumed, see --nodes and --nproc-per-node"
+        yield Finding.note("parallel", told)
+    if world.num_idle_gpus:
+        yield Finding.warning(
+            "model.dtype",
+            f"{subject.config.model.dtype} is for CPUs, and Slurm gives {world.num_idle_gpus} GPUs per node: they "
+            "would not be used",
+            "set model.dtype=bfloat16; for a run on CPUs say --device cpu",
+        )
+    if world.has_gpu and world.ranks_per_node > world.gpus_per_node:
+        yield Finding.error(
+            "--nproc-per-node",
+            f"{world.ranks_per_node} trainer processes per node and {world.gpus_per_node} GPUs: each takes one",
+            f"start {world.gpus_per_node} per node",
+        )
+    if parallel.tensor > world.ranks_per_node:
+        yield Finding.warning(
+            "parallel.tensor",
+            f"{parallel.tensor} is more than the {world.ranks_per_node} processes of a node: every layer's all-reduce "
+            "would go over the network",
+            "keep tensor within a node, and take parallel.pipeline for the rest",
+        )
+    if parallel.tensor > 1 and not parallel.sequence and world.has_gpu:
+        yield Finding.note("parallel.sequence", "false: every rank keeps whole activations between layers")
+    yield from _model(subject)
+
+
+def _model(subject: Subject) -> Iterator[Finding]:
+    hf_config, parallel = subject.hf_config.value, subject.config.parallel
+    if hf_config is None or hf_config.model_type not in ARCHITECTURES:
+        return
+    problems = [Finding.of(error, error.field) for error in layout_problems(hf_config, parallel)]
+    yield from problems
+    if problems:
+        return
+    padding = padded_vocab_size(hf_config.vocab_size, parallel.tensor) - hf_config.vocab_size
+    yield Finding.note(
+        "parallel",
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {subject.num_ranks_dp}: "
+        f"{hf_config.num_hidden_layers // parallel.pipeline} layers per stage, "
+        f"{hf_config.num_attention_heads // parallel.tensor} heads and "
+        f"{hf_config.num_key_value_heads // parallel.tensor} KV heads per rank, vocabulary padded by {padding}",
+    )

@@ -1,0 +1,176 @@
+"""The search engine: its settings, and with ``--online`` what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_sdsearch.check.data import without_title
+from megatron_sdsearch.check.findings import Attempt, Finding
+from megatron_sdsearch.check.lengths import cut_observations
+from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.config import ElasticsearchConfig, ReplayConfig, RetrievalConfig
+from megatron_sdsearch.data.scoring import contains_answer
+from megatron_sdsearch.records import Passage, Question
+from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
+from megatron_sdsearch.retrieval.http import check_url
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, default_root, find_built
+from megatron_sdsearch.training.retrievers import client_is_missing, open_retriever
+
+_NUM_QUERIES = 20
+_HASHED_OFFLINE_BYTES = 1 << 30
+"""Reading more takes longer than a check may."""
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """Settings first; the engine is asked only where they hold."""
+    config = subject.config.retrieval
+    if config is None:
+        return
+    if config.replay.mode == "only":
+        yield Finding.note("retrieval.replay", "only: the engine is never opened, unknown queries are errors")
+        return
+    offline = list(_settings(config, is_online=subject.is_online))
+    yield from offline
+    if any(finding.severity == "error" for finding in offline):
+        return
+    if not subject.is_online:
+        if config.engine != "tantivy":
+            yield Finding.note("retrieval.engine", f"{config.engine} was not asked; --online does")
+    elif config.engine != "tantivy" or _has_index(config):
+        yield from _ask(subject, config)
+
+
+def _settings(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
+    if config.engine == "tantivy":
+        yield from _tantivy(config, is_online=is_online)
+    elif config.engine == "elasticsearch":
+        yield from _elasticsearch(config.elasticsearch)
+    else:
+        attempt = Attempt.at(lambda: check_url(config.http.url))
+        if attempt.error is not None:
+            yield Finding.of(attempt.error, "retrieval.http.url")
+
+
+def _tantivy(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
+    corpus = config.corpus
+    if corpus is None or not corpus.exists():
+        return
+    root = default_root(corpus)
+    if not is_online and corpus.stat().st_size > _HASHED_OFFLINE_BYTES:
+        yield Finding.note("retrieval.corpus", f"too large to compare with the indices in {root}; --online does")
+        return
+    index = find_built(root, sha256_of_corpus(corpus), config.analyzer)
+    manifest = None if index is None else Manifest.read(index)
+    if manifest is not None:
+        yield Finding.note("retrieval.corpus", f"{index} holds its {manifest.num_passages:,} passages")
+        return
+    home = root if root.exists() else corpus.parent
+    if not os.access(home, os.W_OK):
+        yield Finding.error(
+            "retrieval.corpus",
+            f"{home} may not be written, and there is no index in it yet",
+            "put the corpus where its index can be built beside it, or build it with tools/index_corpus.py",
+        )
+        return
+    yield Finding.note(
+        "retrieval.corpus", f"no {config.analyzer} index in {root} yet: training builds it; tools/index_corpus.py would"
+    )
+
+
+def _has_index(config: RetrievalConfig) -> bool:
+    """Training builds one by itself; a check leaves no files behind."""
+    corpus = config.corpus
+    if corpus is None or not corpus.exists():
+        return False
+    return find_built(default_root(corpus), sha256_of_corpus(corpus), config.analyzer) is not None
+
+
+def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:
+    if config.encoder is not None and config.mode != "bm25" and not (config.encoder / "config.json").is_file():
+        yield Finding.error(
+            "retrieval.elasticsearch.encoder", f"{config.encoder} holds no model", "give a Hugging Face folder"
+        )
+    try:
+        from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
+    except ModuleNotFoundError as error:
+        yield Finding.of(client_is_missing(error), "retrieval.engine")
+        return
+
+    async def connect_and_close() -> None:
+        await connect(config, Credentials.of(config)).close()  # opens no connection
+
+    attempt = Attempt.at(lambda: asyncio.run(connect_and_close()))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "retrieval.elasticsearch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What an engine said of itself, and to some questions."""
+
+    num_passages: int | None
+    version_warning: str
+    passages: Sequence[Sequence[Passage]]
+
+
+def _ask(subject: Subject, config: RetrievalConfig) -> Iterator[Finding]:
+    field = f"retrieval.{config.engine}" if config.engine != "tantivy" else "retrieval.corpus"
+    questions = (subject.train_questions.value or subject.heldout_questions.value or ())[:_NUM_QUERIES]
+    attempt = Attempt.at(lambda: asyncio.run(_search(config, questions)))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, field)
+    if attempt.value is None:
+        return
+    answers = attempt.value
+    if answers.version_warning:
+        yield Finding.warning(
+            "retrieval.elasticsearch.urls", answers.version_warning, "install the client of the cluster's major"
+        )
+    if answers.num_passages is not None:
+        yield Finding.note(field, f"{answers.num_passages:,} passages behind {config.engine}")
+    yield from _hits(subject, config, questions, answers.passages)
+
+
+async def _search(config: RetrievalConfig, questions: Sequence[Question]) -> _Answers:
+    """The questions themselves as queries, all at once."""
+    retriever = await open_retriever(config.model_copy(update={"replay": ReplayConfig()}))  # the store stays as it is
+    try:
+        found = await asyncio.gather(*(retriever.search(q.text, top_k=config.top_k) for q in questions))
+        return _Answers(getattr(retriever, "num_passages", None), getattr(retriever, "version_warning", ""), found)
+    finally:
+        await retriever.close()
+
+
+def _hits(
+    subject: Subject, config: RetrievalConfig, questions: Sequence[Question], found: Sequence[Sequence[Passage]]
+) -> Iterator[Finding]:
+    field = f"retrieval.{config.engine}" if config.engine != "tantivy" else "retrieval.corpus"
+    if not questions:
+        return
+    answered = [passages for passages in found if passages]
+    if len(answered) * 2 < len(questions):
+        yield Finding.warning(
+            field,
+            f"{len(questions) - len(answered)} of {len(questions)} questions, asked as they are, match nothing",
+            "check that index, fields and analyzer are those of the questions' language and corpus",
+        )
+    if not answered:
+        return
+    pairs = zip(questions, found, strict=True)
+    num_right = sum(contains_answer(" ".join(p.contents for p in hits), q.gold_answers) for q, hits in pairs)
+    yield Finding.note(
+        field,
+        f"{len(answered)} of {len(questions)} questions, asked as they are, have hits; in {num_right} a gold answer "
+        f"stands in the first {config.top_k}",
+    )
+    if (most := max(map(len, answered))) < config.top_k:
+        yield Finding.warning(
+            "retrieval.top_k", f"{config.top_k}, and no query returned more than {most} passages", f"set it to {most}"
+        )
+    rows = [CorpusRow(id=p.passage_id, contents=p.contents) for hits in answered for p in hits if p.contents]
+    yield from without_title(field, rows)
+    if subject.is_rl and config.engine != "tantivy" and subject.renderer.value is not None:
+        yield from cut_observations(subject, subject.renderer.value, [list(hits) for hits in answered])

@@ -1,0 +1,174 @@
+"""SGLang servers: GPUs and ports for own ones; with ``--online`` what attached ones say. The program is elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sdsearch.check.findings import Attempt, Finding
+from megatron_sdsearch.check.sglang_program import SECTION, check_program, check_version, flags_of
+from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.model.hf_config import read_hf_config
+from megatron_sdsearch.rollout.server_process import (
+    find_obstacle,
+    read_model_info,
+    read_server_info,
+)
+from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports, split_gpus
+
+_ANSWER_S = 10.0
+# The supervisor gives these itself; a second one would win.
+_OURS = ("--model-path", "--model", "--host", "--port", "--tp-size", "--tensor-parallel-size", "--tp")
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """Nothing where the trainer samples by itself."""
+    if not subject.config.samples_from_sglang:
+        return
+    sglang = subject.config.rollout.sglang
+    if sglang.urls:
+        yield from _attached(subject, sglang)
+    else:
+        yield from _own(subject, sglang)
+    if sglang.colocated and sglang.weight_sync == "disk":
+        yield Finding.note(f"{SECTION}.weight_sync", "disk: every publish writes the whole model, see docs/sglang.md")
+
+
+def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
+    """Servers that the first rank starts."""
+    world = subject.world
+    if world.num_nodes > 1:
+        yield Finding.error(
+            f"{SECTION}.urls",
+            f"empty, and the run has {world.num_nodes} nodes: own servers listen on 127.0.0.1 of the first one",
+            "start servers yourself and name them here",
+        )
+    if subject.config.model.hf_dir.is_dir():
+        attempt = Attempt.at(lambda: check_has_weights(subject.config.model.hf_dir))
+        if attempt.error is not None:
+            yield Finding.of(attempt.error, "model.hf_dir")
+    if world.has_gpu:
+        yield from _gpus(subject, sglang)
+    ports = Attempt.at(lambda: free_ports(sglang.num_servers, "127.0.0.1"))
+    if ports.error is not None:
+        yield Finding.error(f"{SECTION}.num_servers", str(ports.error), "end what uses them, or start fewer servers")
+    for flag in sorted(set(flags_of(sglang.arguments)) & set(_OURS)):
+        yield Finding.error(
+            f"{SECTION}.arguments",
+            f"{flag} is given by the trainer, and yours would win",
+            "remove it",
+        )
+    yield from check_program(sglang)
+
+
+def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
+    """As the first rank hands them out: what its node's trainers leave over, or their own where colocated."""
+    world = subject.world
+    names = [str(index) for index in range(world.gpus_per_node)]
+    trainers, rest = names[: world.ranks_per_node], names[world.ranks_per_node :]
+    if not sglang.colocated and not rest and sglang.tensor == 1:
+        yield Finding.error(
+            f"{SECTION}.num_servers",
+            f"{world.ranks_per_node} trainers take all {world.gpus_per_node} GPUs of a node: servers get none",
+            "start fewer trainers per node, set rollout.sglang.colocated=true, or attach to rollout.sglang.urls",
+        )
+        return
+    attempt = Attempt.at(lambda: split_gpus(trainers if sglang.colocated else rest, sglang))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, f"{SECTION}.num_servers")
+
+
+def _attached(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
+    """Servers that somebody else runs."""
+    if not subject.is_online:
+        yield Finding.note(f"{SECTION}.urls", f"{len(sglang.urls)} servers were not asked; --online does")
+        return
+    for url in sglang.urls:
+        yield from _server(subject, sglang, url)
+
+
+def _server(subject: Subject, sglang: SGLangConfig, url: str) -> Iterator[Finding]:
+    field = f"{SECTION}.urls"
+    attempt = Attempt.at(lambda: find_obstacle(url, _ANSWER_S))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, field)
+        return
+    if attempt.value:
+        yield Finding.error(
+            field, f"{url}/model_info does not answer: {attempt.value}", "start it, or give another address"
+        )
+        return
+    info = read_model_info(url, _ANSWER_S) or {}
+    yield from _model(subject, url, info)
+    arguments = Attempt.at(lambda: read_server_info(url, _ANSWER_S))
+    if arguments.error is not None:
+        yield Finding.warning(field, str(arguments.error), "attach to SGLang itself, with no router in between")
+    if arguments.value is not None:
+        yield from check_version(field, str(arguments.value.get("version")))
+        yield from _arguments(subject, sglang, url, arguments.value)
+
+
+def _model(subject: Subject, url: str, info: Mapping[str, Any]) -> Iterator[Finding]:
+    field, hf_config = f"{SECTION}.urls", subject.hf_config.value
+    if info.get("is_generation") is False:
+        yield Finding.error(field, f"{url} serves an embedding model", "start it with the policy's model")
+    served = info.get("model_type")
+    if hf_config is not None and served and served != hf_config.model_type:
+        yield Finding.error(
+            field, f"{url} serves a {served}, the policy is a {hf_config.model_type}", "start it with model.hf_dir"
+        )
+    path = Path(str(info.get("model_path")))
+    own = subject.config.model.hf_dir
+    if path.is_dir() and own.is_dir() and not os.path.samefile(path, own):
+        yield from _same_shape(subject, url, path)
+    elif not path.is_dir():
+        yield Finding.note(
+            field,
+            f"{url} serves {path}, which is not to be seen from here; weights version {info.get('weight_version')}",
+        )
+
+
+def _same_shape(subject: Subject, url: str, path: Path) -> Iterator[Finding]:
+    """Weights are sent into the served model: it must have the policy's shapes."""
+    mine, theirs = subject.hf_config.value, Attempt.at(lambda: read_hf_config(path)).value
+    if mine is None or theirs is None:
+        return
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        if getattr(mine, name, None) != getattr(theirs, name, None):
+            yield Finding.error(
+                f"{SECTION}.urls",
+                f"{url} serves {path} with {name} = {getattr(theirs, name, None)}, the policy has "
+                f"{getattr(mine, name, None)}",
+                "start it with model.hf_dir",
+            )
+
+
+def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[str, Any]) -> Iterator[Finding]:
+    tensor = told.get("tp_size")
+    if isinstance(tensor, int) and tensor != sglang.tensor:
+        yield Finding.error(
+            f"{SECTION}.tensor", f"{sglang.tensor}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
+        )
+    rollout, hindsight = subject.config.rollout, subject.config.hindsight
+    longest = rollout.max_total_tokens + hindsight.max_block_tokens
+    limits = {name: told.get(name) for name in ("context_length", "max_total_num_tokens")}
+    for name, limit in limits.items():
+        if isinstance(limit, int) and limit < longest:
+            yield Finding.error(
+                "rollout.max_total_tokens",
+                f"with hindsight.max_block_tokens {longest} tokens, {url} takes {limit} ({name})",
+                "lower one of the two, or start the server with more (--context-length, --mem-fraction-static)",
+            )
+    if sglang.colocated and told.get("enable_memory_saver") is False:
+        yield Finding.error(
+            f"{SECTION}.colocated", f"true, and {url} would keep its memory", "start it with --enable-memory-saver"
+        )
+    if told.get("skip_tokenizer_init"):
+        yield Finding.error(
+            f"{SECTION}.urls",
+            f"{url} has no tokenizer, and stops are strings",
+            "leave --skip-tokenizer-init out",
+        )

@@ -1,0 +1,153 @@
+"""The run's folder: writable, nobody else's, with room for what the run will write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_sdsearch.check.findings import Attempt, Finding
+from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.config import CheckpointConfig, RunConfig
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
+from megatron_sdsearch.telemetry.metrics import METRICS_FILE
+from megatron_sdsearch.telemetry.trajectories import step_files
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_ADAM_BYTES = 8
+"""Two moments in fp32; bf16 keeps the weights in fp32 as well."""
+_TRAJECTORY_TOKEN_BYTES = 17
+"""Measured on the tiny world: ids, log-probabilities and text of 192 trajectories."""
+
+
+def check(subject: Subject) -> Iterator[Finding]:
+    """What is there, and what there is room for."""
+    run_dir = subject.config.run_dir
+    home = _nearest(run_dir)
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        what = "is no folder" if not home.is_dir() else "may not be written"
+        yield Finding.error("run_dir", f"{home} {what}", "give another run_dir")
+        return
+    yield from _contents(subject.config)
+    yield from _schedule(subject)
+    yield from _space(subject, home)
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _contents(config: RunConfig) -> Iterator[Finding]:
+    folder = CheckpointFolder(config.run_dir / "checkpoints")
+    attempt = Attempt.at(folder.candidates)
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "run_dir")
+    if attempt.value:
+        yield from _continuation(attempt.value[0], config)
+    elif (config.run_dir / METRICS_FILE).exists() or step_files(config.run_dir):
+        yield Finding.warning(
+            "run_dir",
+            f"{config.run_dir} holds metrics or trajectories of a run without a checkpoint: they would be deleted",
+            "take another run_dir, or move them away if you want to keep them",
+        )
+
+
+def _continuation(newest: Path, config: RunConfig) -> Iterator[Finding]:
+    attempt = Attempt.at(lambda: read_manifest(newest))
+    if attempt.error is not None:
+        yield Finding.error("run_dir", str(attempt.error), "restore it, or take another run_dir")
+    if attempt.value is None:
+        return
+    files = attempt.value["files"]
+    if broken := damages(newest, files, list(files), verify=False):
+        yield Finding.error(
+            "run_dir", f"{newest} is damaged: {'; '.join(broken)}", "restore it, or set checkpoint.fallback=true"
+        )
+    problems = list(continuation_problems(newest, attempt.value, config))
+    for problem in problems:
+        told, _, mend = str(problem).rpartition(": ")
+        yield Finding.error("run_dir", told, mend)
+    step, wanted = attempt.value["step"], config.train.num_steps
+    if not broken and not problems and step == wanted:
+        yield Finding.warning(
+            "run_dir",
+            f"{newest} is the end of a run of {wanted} steps: nothing is left to train",
+            "raise train.num_steps, or take another run_dir",
+        )
+    elif not broken and not problems:
+        yield Finding.note("run_dir", f"the run goes on from step {step} of {wanted} ({newest})")
+
+
+def _schedule(subject: Subject) -> Iterator[Finding]:
+    config = subject.config
+    checkpoint, num_steps, every = config.checkpoint, config.train.num_steps, config.checkpoint.every
+    if every == 0 or every > num_steps:
+        told = f"{every}: nothing is saved before the end of {num_steps} steps, unless a signal asks"
+        if subject.world.has_gpu:
+            mend = f"set it to about {max(1, num_steps // 10)}: a run that dies begins anew"
+            yield Finding.warning("checkpoint.every", told, mend)
+        else:
+            yield Finding.note("checkpoint.every", told)
+        return
+    if checkpoint.keep_every % every:
+        yield Finding.warning(
+            "checkpoint.keep_every",
+            f"{checkpoint.keep_every} is no multiple of checkpoint.every = {every}: most of these are never saved",
+            f"set it to a multiple of {every}",
+        )
+    evaluated = config.evaluation.every
+    if checkpoint.keep_best and evaluated and every % evaluated and evaluated % every:
+        yield Finding.note(
+            "checkpoint.keep_best",
+            f"saved every {every}, scored every {evaluated} steps: few can be best",
+        )
+
+
+def _space(subject: Subject, home: Path) -> Iterator[Finding]:
+    config, num_parameters = subject.config, subject.num_parameters
+    if not num_parameters:
+        return
+    free = shutil.disk_usage(home).free
+    weights = num_parameters * _DTYPE_BYTES[config.model.dtype]
+    master = 0 if config.model.dtype == "float32" else 4 * num_parameters
+    checkpoint = weights + master + _ADAM_BYTES * num_parameters
+    num_kept = _num_kept(config.checkpoint, config.train.num_steps)
+    num_folders = int(config.checkpoint.export_hf)
+    if config.samples_from_sglang and config.rollout.sglang.weight_sync == "disk":
+        num_folders += 2  # the published one, and the next
+    needed = num_kept * checkpoint + num_folders * weights
+    trajectories = _trajectory_bytes(config)
+    told = (
+        f"{num_kept} checkpoints of {_size(checkpoint)} and {num_folders} folders of weights of {_size(weights)} make "
+        f"{_size(needed)}; trajectories at most {_size(trajectories)} more; {_size(free)} are free on {home}"
+    )
+    if needed > free:
+        mend = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
+        yield Finding.error("run_dir", told, mend)
+    elif needed + trajectories > free:
+        yield Finding.warning("run_dir", told, "free some, or set telemetry.trajectories=false")
+    else:
+        yield Finding.note("run_dir", told)
+
+
+def _num_kept(config: CheckpointConfig, num_steps: int) -> int:
+    """At one time: those that stay, the best one, and the one that is being written."""
+    num_saved = -(-num_steps // config.every) if config.every else 1
+    num_for_good = num_steps // config.keep_every if config.keep_every else 0
+    return min(num_saved, config.keep_last + num_for_good + int(config.keep_best)) + 1
+
+
+def _trajectory_bytes(config: RunConfig) -> int:
+    if config.train.mode != "rl" or not config.telemetry.trajectories:
+        return 0
+    num_trajectories = config.train.num_steps * config.data.questions_per_step * config.rollout.group_size
+    return num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

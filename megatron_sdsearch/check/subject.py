@@ -1,0 +1,103 @@
+"""What is being checked: the configuration, the world it is meant for, and the files that several checks look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from megatron_sdsearch.check.findings import Attempt
+from megatron_sdsearch.check.world import World
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.prompts import PromptProfile, get_profile
+from megatron_sdsearch.data.questions import read_questions
+from megatron_sdsearch.model.hf_config import read_hf_config
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder
+from megatron_sdsearch.records import Question
+from megatron_sdsearch.tokenization.renderer import Renderer
+
+_MAX_SAMPLE = 400
+
+
+class Subject:
+    """One run, looked at. Each file is read once; whose check it is reports why it could not be.
+
+    Attributes:
+        config: of the run.
+        world: that it is meant for.
+        is_online: servers may be asked.
+    """
+
+    def __init__(self, config: RunConfig, world: World, *, is_online: bool = False) -> None:
+        self.config = config
+        self.world = world
+        self.is_online = is_online
+
+    @property
+    def is_rl(self) -> bool:
+        """Rollouts are sampled and searched for."""
+        return self.config.train.mode == "rl"
+
+    @property
+    def num_ranks_dp(self) -> int:
+        """Data-parallel ranks; at least 1, whatever the world."""
+        parallel = self.config.parallel
+        return max(1, self.world.size // (parallel.tensor * parallel.pipeline))
+
+    @property
+    def profile(self) -> PromptProfile:
+        """How questions are asked."""
+        return get_profile(self.config.data.prompt_profile)
+
+    @cached_property
+    def hf_config(self) -> Attempt[PretrainedConfig]:
+        """Of ``model.hf_dir``."""
+        return Attempt.at(lambda: read_hf_config(self.config.model.hf_dir))
+
+    @cached_property
+    def renderer(self) -> Attempt[Renderer]:
+        """Of ``model.hf_dir``, with a chat template that works, or none."""
+        return Attempt.at(self._renderer)
+
+    @cached_property
+    def train_questions(self) -> Attempt[Sequence[Question]]:
+        """Empty where none are asked for, or the file is not there."""
+        return Attempt.at(lambda: _questions(self.config.data.train if self.is_rl else None))
+
+    @cached_property
+    def heldout_questions(self) -> Attempt[Sequence[Question]]:
+        """Empty where none are asked for, or the file is not there."""
+        return Attempt.at(lambda: _questions(self.config.data.heldout))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Of the model by the headers of its weights; 0 where they cannot be read."""
+        return Attempt.at(lambda: sum(_sizes(self.config.model.hf_dir))).value or 0
+
+    def _renderer(self) -> Renderer:
+        renderer = Renderer.from_folder(self.config.model.hf_dir)
+        renderer.prompt_ids("Where is it?")  # a template is looked at when it is used first
+        return renderer
+
+    def sampled_questions(self) -> list[Question]:
+        """Some of the training questions: the longest ones, and others from all over the file."""
+        questions = self.train_questions.value or ()
+        longest = sorted(questions, key=lambda question: -len(question.text))[: _MAX_SAMPLE // 2]
+        every = max(1, len(questions) // (_MAX_SAMPLE // 2))
+        chosen = {question.question_id: question for question in (*longest, *questions[::every])}
+        return list(chosen.values())
+
+
+def _questions(path: Path | None) -> Sequence[Question]:
+    return read_questions(path) if path is not None and path.exists() else ()
+
+
+def _sizes(hf_dir: Path) -> Iterator[int]:
+    tensors = SafetensorsFolder(hf_dir)
+    for name in tensors.names():
+        size = 1
+        for dim in tensors.shape(name):
+            size *= dim
+        yield size

@@ -1,0 +1,155 @@
+"""Hugging Face's config.json: the table of model families, and the refusal of what would be computed silently wrong.
+
+How to add a family: docs/adding-a-model.md. Nothing here imports megatron, so that a command which only looks at a
+model starts in seconds. The network itself is ``architecture.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_sdsearch.config import ParallelConfig, RunConfig
+from megatron_sdsearch.errors import ConfigError, raise_first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What differs between the supported model families. Source: their modeling files in transformers.
+
+    Attributes:
+        has_qkv_bias: query, key and value projections have biases; the others never do.
+        has_qk_norm: queries and keys are normalised per head.
+        has_window_switch: ``sliding_window`` counts only where ``use_sliding_window`` is true.
+    """
+
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    has_window_switch: bool = False
+
+
+# By model_type. Qwen2.5 is a qwen2; Llama 3, 3.1, 3.2 (text) and 3.3 are llama.
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(has_qkv_bias=True, has_window_switch=True),
+    "qwen3": Architecture(has_qk_norm=True, has_window_switch=True),
+}
+
+# Those that change the frequencies alone: others scale the attention (yarn) or depend on the length (dynamic).
+_ROPE_TYPES = ("default", "llama3")
+
+
+def load_hf_config(hf_dir: Path) -> PretrainedConfig:
+    """Read config.json.
+
+    Raises:
+        ConfigError: the family is not supported, or uses a feature that would be computed wrongly.
+    """
+    config = read_hf_config(hf_dir)
+    raise_first(refusals(config))
+    return config
+
+
+def read_hf_config(hf_dir: Path) -> PretrainedConfig:
+    """Read config.json, of whatever model.
+
+    Raises:
+        ConfigError: there is none, or transformers does not know it.
+    """
+    if not (hf_dir / "config.json").is_file():
+        raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError("model.hf_dir", f"{hf_dir / 'config.json'} cannot be read: {reason}", "mend it") from error
+    return config
+
+
+def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
+    """What ``load_hf_config`` raises the first of."""
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        yield _refusal(f"model_type {config.model_type!r} is not supported", f"use one of {known}")
+        return
+    architecture = ARCHITECTURES[config.model_type]
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        yield _refusal(f"rope_type {rope['rope_type']!r} is not supported", "use default RoPE or llama3's")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield _refusal("partial_rotary_factor is not 1", "use a model that rotates whole heads")
+    if getattr(config, "attention_bias", False) and not architecture.has_qkv_bias:
+        yield _refusal(f"attention_bias is true in a {config.model_type}", "use one without")
+    if getattr(config, "mlp_bias", False):
+        yield _refusal(f"mlp_bias is true in a {config.model_type}", "use one without")
+    if config.hidden_act != "silu":
+        yield _refusal(f"hidden_act {config.hidden_act!r} is not supported", "use silu")
+    is_full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if getattr(config, "use_sliding_window", False) or not is_full:
+        yield _refusal("some layers use sliding windows", "set use_sliding_window to false")
+    window = None if architecture.has_window_switch else getattr(config, "sliding_window", None)
+    if window is not None:
+        yield _refusal(
+            f"sliding_window is {window}: attention would be computed without it", "use a model where it is null"
+        )
+
+
+def _refusal(problem: str, mend: str) -> ConfigError:
+    return ConfigError("model.hf_dir", problem, mend)
+
+
+def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Heads, layers and widths divide evenly.
+
+    Raises:
+        ConfigError: naming the parallel size and the model's figure that it does not divide.
+    """
+    raise_first(layout_problems(hf_config, parallel))
+
+
+def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
+    """What ``check_layout`` raises the first of."""
+    figures = {
+        "parallel.tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "parallel.pipeline": ("num_hidden_layers",),
+    }
+    for field, names in figures.items():
+        size = getattr(parallel, field.removeprefix("parallel."))
+        sizes = {name: getattr(hf_config, name) for name in names}
+        if wrong := [f"{name} = {value}" for name, value in sizes.items() if value % size]:
+            common = math.gcd(*sizes.values())
+            divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            yield ConfigError(
+                field, f"{size} does not divide the model's {', '.join(wrong)}", f"choose one of {divisors}"
+            )
+
+
+def check_lengths(hf_config: PretrainedConfig, config: RunConfig) -> None:
+    """The longest sequence of the run has positions in the model.
+
+    Raises:
+        ConfigError: a trajectory with its hindsight block is longer.
+    """
+    longest = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
+    max_positions = hf_config.max_position_embeddings
+    if config.train.mode == "rl" and longest > max_positions:
+        raise ConfigError(
+            "rollout.max_total_tokens",
+            f"with hindsight.max_block_tokens it makes {longest} tokens, the model has {max_positions} positions",
+            "lower one of the two",
+        )
+
+
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """Width of one attention head."""
+    return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Smallest multiple of ``tp_size`` that holds the vocabulary."""
+    return -(-vocab_size // tp_size) * tp_size

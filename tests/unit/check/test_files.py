@@ -1,0 +1,282 @@
+"""Files of a run: broken ones are found, each with what is wrong in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_sdsearch.check.findings import Severity
+from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
+from tests.unit.conftest import train_tokenizer
+
+
+def shards(tiny: TinyRun) -> list[Path]:
+    files = sorted(tiny.model.glob("*.safetensors"))
+    assert len(files) > 1, "the tiny model is cut into several files"
+    return files
+
+
+# Data
+
+
+def test_a_bad_question_is_named_by_its_line(tiny: TinyRun) -> None:
+    with tiny.train.open("a") as file:
+        file.write('{"question_id": "x", "text": "?"}\n')
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "data.train")
+    assert "train.jsonl:11: gold_answers" in finding.problem
+
+
+def test_heldout_questions_that_are_trained_on_are_counted(tiny: TinyRun) -> None:
+    rows = [question("h0", "Where is the Lisbon", "Lisbon"), question("t3", "else?", "x"), question("h2", "new?", "y")]
+    write_rows(tiny.heldout, rows)
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("warning", "data.heldout")
+    assert finding.problem.startswith("2 of 3 held-out questions")
+
+
+def test_answers_that_normalise_to_nothing_are_found(tiny: TinyRun) -> None:
+    write_rows(tiny.heldout, [question("h0", "which article?", "The", "a"), question("h1", "who?", "The Who")])
+    finding = only(tiny.found())
+    assert "h0 ('The')" in finding.problem
+    assert finding.problem.startswith("1 questions")
+
+
+def test_the_number_of_questions_is_told(tiny: TinyRun) -> None:
+    assert "data.train: 10 questions" in tiny.notes()
+    assert "data.heldout: 4 questions" in tiny.notes()
+
+
+def test_a_bad_passage_and_passages_without_titles_are_found(tiny: TinyRun) -> None:
+    write_rows(tiny.corpus, [{"id": "1", "contents": "no title"}, {"id": "2", "contents": "none either"}])
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("warning", "retrieval.corpus")
+    assert "2 of 2" in finding.problem
+    write_rows(tiny.corpus, [{"id": "1", "contents": '"T"\nx'}, {"id": "1", "contents": '"T"\ny'}])
+    assert "stands twice" in only(tiny.found()).problem
+
+
+def test_demonstrations_are_read_and_measured(tiny: TinyRun) -> None:
+    assert "8 demonstrations; the run reads each 32 times" in tiny.notes(*tiny.warm_start)
+    finding = only(tiny.found(*tiny.warm_start, "train.max_tokens_per_microbatch=8"))
+    assert finding.field == "train.max_tokens_per_microbatch"
+    assert "more than train.max_tokens_per_microbatch = 8" in finding.problem
+    tiny.demonstrations.write_text('{"prompt": "x"}\n')
+    assert "demonstrations.jsonl:1" in only(tiny.found(*tiny.warm_start)).problem
+
+
+def test_fewer_demonstrations_than_ranks_leave_some_idle(tiny: TinyRun) -> None:
+    found = tiny.found(*tiny.warm_start, "train.demonstrations_per_step=2", ranks_per_node=4)
+    assert only(found).field == "train.demonstrations_per_step"
+
+
+# The model's folder
+
+
+def test_a_file_of_weights_that_is_missing_or_cut_is_found(tiny: TinyRun) -> None:
+    last = shards(tiny)[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-10])
+    assert f"{last} is no safetensors file" in only(tiny.found()).problem
+    last.unlink()
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "model.hf_dir")
+    assert f"{last} does not exist" in finding.problem
+    last.write_bytes(whole)
+    assert tiny.found() == []
+
+
+def test_a_tensor_that_the_index_promises_and_no_file_holds_is_found(tiny: TinyRun) -> None:
+    last = shards(tiny)[-1]
+    tensors = load_file(last)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, last, metadata={"format": "pt"})
+    assert f"has no tensor {name}" in only(tiny.found()).problem
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}"])
+def test_an_index_that_is_none_is_found(tiny: TinyRun, index: str) -> None:
+    (tiny.model / "model.safetensors.index.json").write_text(index)
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "model.hf_dir")
+    assert "is no index of weights" in finding.problem
+
+
+def test_config_and_weights_of_different_models_are_found(tiny: TinyRun) -> None:
+    tiny.change_model(num_hidden_layers=3, layer_types=None)
+    assert "lists no tensor model.layers.2" in only(tiny.found()).problem
+    tiny.change_model(num_hidden_layers=2, vocab_size=1000)
+    assert "config.json says vocab_size = 1000" in only(tiny.found()).problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["model_type 'gpt2'"]),
+        ({"hidden_act": "gelu", "use_sliding_window": True}, ["hidden_act 'gelu'", "sliding windows"]),
+    ],
+)
+def test_all_that_is_refused_of_an_architecture_is_listed(
+    tiny: TinyRun, changes: dict[str, object], words: list[str]
+) -> None:
+    tiny.change_model(**changes)
+    found = tiny.found()
+    assert len(found) == len(words)
+    for word in words:
+        assert any(word in finding.problem for finding in found)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_found(tiny: TinyRun) -> None:
+    (tiny.model / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be read" in only(tiny.found()).problem
+    (tiny.model / "tokenizer.json").unlink()
+    assert "no tokenizer.json there" in only(tiny.found()).problem
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_found(tiny: TinyRun) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.add_tokens([f"extra{i}" for i in range(20)])
+    tokenizer.save_pretrained(tiny.model)
+    finding = only(tiny.found())
+    assert finding.severity is Severity.ERROR
+    assert f"the tokenizer has {len(tokenizer)} ids" in finding.problem
+
+
+def test_a_template_that_loses_the_question_is_found(tiny: TinyRun) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = "{{ 'hello' }}"
+    tokenizer.save_pretrained(tiny.model)
+    assert "shows the user's text 0 times" in only(tiny.found()).problem
+
+
+def test_an_end_of_sequence_that_only_the_model_knows_is_found(tiny: TinyRun) -> None:
+    tiny.change_model(eos_token_id=0)
+    finding = only(tiny.found())
+    assert finding.severity is Severity.WARNING
+    assert "config.json ends sequences with [0]" in finding.problem
+
+
+def test_prompts_with_and_without_a_template_are_told_apart(tiny: TinyRun) -> None:
+    assert "one user message of its chat template" in tiny.notes()
+    (tiny.model / "chat_template.jinja").unlink()
+    train_tokenizer(has_template=False).save_pretrained(tiny.model)
+    assert "raw text: it has no chat template" in tiny.notes()
+
+
+def test_longer_prompts_than_the_budget_are_counted(tiny: TinyRun) -> None:
+    rows = [question(f"t{i}", f"where is {i}?", "x") for i in range(9)]
+    write_rows(tiny.train, [*rows, question("long", "where is " + "far " * 100, "x")])
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("warning", "rollout.max_prompt_tokens")
+    assert "1 of 10" in finding.problem
+    assert "long with" in finding.problem
+
+
+# The run's folder
+
+
+def test_a_run_folder_that_cannot_be_written_is_found(tiny: TinyRun) -> None:
+    assert "is no folder" in only(tiny.found(f"run_dir={tiny.config}/run")).problem
+    locked = tiny.folder / "locked"
+    locked.mkdir(mode=0o500)
+    found = tiny.found(f"run_dir={locked}/run")
+    # Nothing is locked for root.
+    assert [finding.field for finding in found] == ([] if os.access(locked, os.W_OK) else ["run_dir"])
+
+
+def write_checkpoint(tiny: TinyRun, step: int, *overrides: str) -> Path:
+    """As far as a check looks at one."""
+    from megatron_sdsearch.config import load_config
+
+    folder = tiny.folder / "run/checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "shard").write_text("weights")
+    manifest = {
+        "step": step,
+        "config": load_config(tiny.config, overrides).model_dump(mode="json"),
+        "layout": {"tp": 1, "pp": 1, "dp": 1},
+        "files": {"shard": {"num_bytes": 7, "sha256": "-"}},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder.parent / "latest").write_text(folder.name)
+    return folder
+
+
+def test_a_checkpoint_to_go_on_from_is_told(tiny: TinyRun) -> None:
+    write_checkpoint(tiny, 2)
+    assert "the run goes on from step 2 of 4" in tiny.notes()
+    assert tiny.found() == []
+
+
+def test_the_end_of_a_run_is_not_run_again_unnoticed(tiny: TinyRun) -> None:
+    write_checkpoint(tiny, 4)
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("warning", "run_dir")
+    assert "nothing is left to train" in finding.problem
+
+
+def test_another_runs_folder_is_found_setting_by_setting(tiny: TinyRun) -> None:
+    write_checkpoint(tiny, 2, "objective.kl_coef=0.5", "seed=7")
+    found = tiny.found()
+    assert [finding.severity for finding in found] == ["error", "error"]
+    assert "objective.kl_coef = 0.5, this run has 0.001" in found[0].problem
+    assert "seed = 7, this run has 1" in found[1].problem
+
+
+def test_damaged_checkpoints_are_found(tiny: TinyRun) -> None:
+    folder = write_checkpoint(tiny, 2)
+    (folder / "shard").write_text("half")
+    assert "shard has 4 bytes instead of 7" in only(tiny.found()).problem
+    (folder / "manifest.json").unlink()
+    assert "manifest.json is missing" in only(tiny.found()).problem
+    (folder.parent / "latest").write_text("elsewhere")
+    assert "names 'elsewhere'" in only(tiny.found()).problem
+
+
+def test_metrics_that_a_new_run_would_delete_are_found(tiny: TinyRun) -> None:
+    (tiny.folder / "run").mkdir()
+    (tiny.folder / "run/metrics.jsonl").write_text("{}\n")
+    finding = only(tiny.found())
+    assert finding.severity is Severity.WARNING
+    assert "would be deleted" in finding.problem
+
+
+@pytest.mark.parametrize(("free", "severity"), [(10**3, "error"), (3 * 10**6, "warning"), (10**9, "note")])
+def test_room_on_the_disk_is_compared_with_what_is_written(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, free: int, severity: str
+) -> None:
+    usage = shutil.disk_usage(tiny.folder)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    # Twelve bytes a parameter and checkpoint, three at one time, and an export; trajectories up to their budgets.
+    told = [f for f in tiny.check("train.num_steps=100").findings if "checkpoints of" in f.problem]
+    assert only(told).severity == severity
+
+
+# The index
+
+
+def test_an_index_is_announced_or_found(tiny: TinyRun) -> None:
+    from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+
+    assert "no standard index in" in tiny.notes()
+    TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
+    assert "holds its 10 passages" in tiny.notes()
+    assert "no english index in" in tiny.notes("retrieval.analyzer=english")
+    online = tiny.check(is_online=True)
+    assert online.exit_code == 0
+    assert any("10 of 10 questions, asked as they are, have hits; in 10 a gold" in f.problem for f in online.findings)
+
+
+def test_questions_that_match_nothing_in_the_index_are_found(tiny: TinyRun) -> None:
+    from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+
+    write_rows(tiny.corpus, [{"id": "1", "contents": '"Σ"\nΠΣΠΣ'}])
+    TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
+    finding = only(tiny.found(is_online=True))
+    assert "10 of 10 questions, asked as they are, match nothing" in finding.problem

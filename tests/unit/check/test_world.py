@@ -1,0 +1,73 @@
+"""The world that a run is meant for: what is said, what the environment says, what has to be assumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sdsearch.check.run import run_checks
+from megatron_sdsearch.check.world import GivenWorld, World
+from megatron_sdsearch.config import RunConfig, load_config
+from tests.unit.check.tiny_run import TinyRun, only
+
+SLURM = {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_PER_NODE": "h100:8"}
+
+
+@pytest.fixture
+def config(tiny: TinyRun) -> RunConfig:
+    return load_config(tiny.config, ["parallel.tensor=2", "parallel.pipeline=2"])
+
+
+def test_the_command_line_comes_first(config: RunConfig) -> None:
+    given = GivenWorld(num_nodes=2, gpus_per_node=6, ranks_per_node=4)
+    world = World.of(config, given, SLURM)
+    assert (world.num_nodes, world.gpus_per_node, world.ranks_per_node, world.size) == (2, 6, 4, 8)
+    assert world.has_gpu
+    assert not world.is_assumed
+    assert (
+        world.words
+        == "2 nodes (--nodes), 6 GPUs each (--gpus-per-node), 4 trainer processes per node (--nproc-per-node)"
+    )
+
+
+def test_then_slurm(config: RunConfig) -> None:
+    gpu = GivenWorld(device="gpu")
+    world = World.of(config, gpu, SLURM)
+    assert (world.num_nodes, world.gpus_per_node, world.ranks_per_node, world.has_gpu) == (4, 8, 8, True)
+    assert World.of(config, gpu, {"SLURM_GPUS_ON_NODE": "2"}).gpus_per_node == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU assumes")
+def test_gpus_that_a_run_on_cpus_would_not_use_are_found(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    report = run_checks(tiny.config)
+    finding = only([f for f in report.findings if f.severity != "note"])
+    assert (finding.severity, finding.field) == ("warning", "model.dtype")
+    assert "8 GPUs per node" in finding.problem
+    assert tiny.found(device="cpu") == []
+
+
+def test_then_torchrun(config: RunConfig) -> None:
+    world = World.of(config, GivenWorld(device="cpu"), {"LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "3"})
+    assert (world.num_nodes, world.ranks_per_node, world.is_assumed) == (3, 4, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU assumes")
+@pytest.mark.parametrize(("dtype", "gpus"), [("float32", 0), ("bfloat16", 4)])
+def test_else_the_smallest_world_of_the_layout_is_assumed(config: RunConfig, dtype: str, gpus: int) -> None:
+    model = config.model.model_copy(update={"dtype": dtype})
+    world = World.of(config.model_copy(update={"model": model}), GivenWorld(), {})
+    assert (world.num_nodes, world.ranks_per_node, world.gpus_per_node) == (1, 4, gpus)
+    assert world.is_assumed
+    assert f"assumed from model.dtype={dtype}" in world.words
+
+
+def test_own_servers_take_gpus_from_the_trainers(tiny: TinyRun) -> None:
+    own = ("rollout.engine=sglang", "rollout.sglang.num_servers=2", "rollout.sglang.tensor=2")
+    given = GivenWorld(gpus_per_node=8)
+    for more, ranks in (("seed=1", 4), ("rollout.sglang.colocated=true", 8), ("rollout.sglang.urls=[http://h:1]", 8)):
+        assert World.of(load_config(tiny.config, [*own, more]), given, {}).ranks_per_node == ranks
+
+
+def test_no_gpus_is_said_by_their_number(config: RunConfig) -> None:
+    assert not World.of(config, GivenWorld(gpus_per_node=0), SLURM).has_gpu
