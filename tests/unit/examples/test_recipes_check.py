@@ -18,8 +18,6 @@ from tests.unit.conftest import train_tokenizer
 from tests.unit.data import published
 from tests.unit.examples.test_recipes import GPUS_PER_NODE, MACHINES, MODELS, RECIPES, ROOT, SHAPES, Machine
 
-pytest.importorskip("megatron_sdsearch.check", reason="the command is not merged yet")
-
 # What speaks of the machine that runs the test: its disk, the SGLang and the packages that are installed here.
 OF_THIS_MACHINE = {"storage", "packages"}
 PROGRAM = "rollout.sglang.command"
