@@ -102,7 +102,7 @@ class Efficiency:
         embedded_kernel_s: one kernel launch of the embedded engine, which uses no CUDA graphs.
         tail: the step ends with its longest trajectory, which is so many times as long as the mean.
         disk_gbs: of the file system that servers read weights from.
-        http_gbs: of one server that is sent weights in requests.
+        http_gbs: of the rank that sends weights in requests, to all servers together.
     """
 
     training: float = 0.40
@@ -114,7 +114,7 @@ class Efficiency:
     embedded_kernel_s: float = 8e-6
     tail: float = 1.5
     disk_gbs: float = 2.0
-    http_gbs: float = 0.5
+    http_gbs: float = 1.0
 
 
 def hardware_of(name: str) -> Hardware:

@@ -117,9 +117,10 @@ class _Trainer:
 
     def _passes(self, tokens: float, rows: float, *, layer_passes: int, head_passes: int) -> dict[str, float]:
         layout, num = self.layout, self.step.num_trajectories
-        flops = layer_passes * self.shape.forward_flops(num * tokens, tokens / 2)
+        # The last stage has the head besides its layers, and sets the pace of all.
+        flops = layer_passes * self.shape.forward_flops(num * tokens, tokens / 2) / layout.pp
         flops += head_passes * self.shape.head_flops(num * rows)
-        compute = flops / layout.num_trainers / self.machine.training_flops
+        compute = flops / (layout.tp * layout.dp) / self.machine.training_flops
         bubble = compute * (layout.pp - 1) / self.step.num_microbatches(layout)
         parts = {"compute": compute, "pipeline bubble": bubble, "tensor parallel": self._tensor(tokens, layer_passes)}
         return {name: seconds for name, seconds in parts.items() if seconds}
@@ -164,15 +165,17 @@ class _Trainer:
 
 def _publish(config: RunConfig, shape: ModelShape, layout: Layout, machine: Machine) -> dict[str, float]:
     whole, efficiency = shape.num_params * _BF16, machine.efficiency
-    gather = whole * (1 - 1 / (layout.tp * layout.pp)) / machine.link_bytes_s(layout.tp * layout.pp)
+    # Stages of a pipeline stand as far apart as they can.
+    span = layout.tp if layout.pp == 1 else layout.num_trainers
+    gather = whole * (1 - 1 / (layout.tp * layout.pp)) / machine.link_bytes_s(span)
     if layout.servers is None:
         return {"gather": gather, "copy": 2 * whole / machine.memory_bytes_s}
     if config.rollout.sglang.weight_sync == "disk":
         # Written once; all servers read it through one file system.
         return {"gather": gather, "disk": whole * (1 + layout.servers.num) / (efficiency.disk_gbs * 1e9)}
     if config.rollout.sglang.weight_sync == "tensor":
-        # Base64 makes four bytes of three; each rank of a server gets a copy; servers are served at one time.
-        return {"gather": gather, "http": whole * 4 / 3 * layout.servers.tensor / (efficiency.http_gbs * 1e9)}
+        # Base64 makes four bytes of three; each rank of each server gets a copy from the one rank that sends.
+        return {"gather": gather, "http": whole * 4 / 3 * layout.servers.num_gpus / (efficiency.http_gbs * 1e9)}
     span = layout.num_gpus if layout.servers.place != "attached" else machine.gpus_per_node + 1
     return {"gather": gather, "broadcast": whole / machine.link_bytes_s(span)}
 
