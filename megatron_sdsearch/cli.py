@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -94,7 +95,7 @@ def plan(
 
     def run() -> tuple[dict[str, Any], Callable[[Console], None]]:
         loaded = load_config(config, overrides or [])
-        from megatron_sdsearch.model.architecture import ARCHITECTURES, check_layout, load_hf_config
+        from megatron_sdsearch.model.architecture import ARCHITECTURES, check_layout, is_layout, load_hf_config
         from megatron_sdsearch.plan.planning import plan_on_cpu, plan_run
         from megatron_sdsearch.plan.report import memory_dict, memory_table
         from megatron_sdsearch.plan.shape import ModelShape
@@ -106,7 +107,13 @@ def plan(
             memory = plan_on_cpu(loaded, shape, num_processes=nodes * gpus_per_node, assumptions=assume or [])
             return {"memory": memory_dict(memory)}, lambda console: console.print(memory_table(memory, "one process"))
         planned = plan_run(
-            loaded, shape, nodes=nodes, gpus_per_node=gpus_per_node, hardware=hardware, assumptions=assume or []
+            loaded,
+            shape,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            hardware=hardware,
+            is_legal=partial(is_layout, hf_config),
+            assumptions=assume or [],
         )
         return planned.to_dict(), planned.show
 

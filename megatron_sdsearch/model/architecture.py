@@ -170,6 +170,15 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
                 )
 
 
+def is_layout(hf_config: PretrainedConfig, tensor: int, pipeline: int) -> bool:
+    """Whether ``check_layout`` has nothing against these sizes."""
+    try:
+        check_layout(hf_config, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    except ConfigError:
+        return False
+    return True
+
+
 def head_dim(hf_config: PretrainedConfig) -> int:
     """Width of one attention head."""
     return int(getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads)

@@ -55,16 +55,23 @@ class LayerBytes:
 
 def _local_attention(shape: ModelShape, tp: int) -> int:
     """Elements per token: rotated queries, keys and values repeated for every head, outputs, and these in one row."""
-    elements = 5 * shape.query_width // tp
+    query, key = shape.query_width // tp, shape.key_width_on(tp)
+    elements = 5 * query
     if shape.has_qk_norm:  # inputs and normalised values of both norms; the keys' input is a view of all of QKV
-        elements += (2 * shape.query_width + shape.key_width + shape.query_width + 2 * shape.key_width) // tp
+        elements += 2 * query + key + _qkv(shape, tp)
     return elements
 
 
 def _te_attention(shape: ModelShape, tp: int) -> int:
     """Elements per token: rotated queries and keys, QKV as a whole (the values are a view of it), outputs."""
-    qkv = shape.query_width + 2 * shape.key_width
-    elements = qkv + 2 * shape.query_width + shape.key_width
+    query, key = shape.query_width // tp, shape.key_width_on(tp)
+    elements = _qkv(shape, tp) + 2 * query + key
     if shape.has_qk_norm:
-        elements += shape.query_width + shape.key_width
-    return elements // tp
+        elements += query + key
+    return elements
+
+
+def _qkv(shape: ModelShape, tp: int) -> int:
+    """Elements per token of the projection: a rank's share, or all of it where a key head is shared by ranks."""
+    whole = shape.query_width + 2 * shape.key_width
+    return whole // tp if tp <= shape.num_groups else whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import ParallelConfig, RunConfig
 
 ServerPlace = Literal["colocated", "beside", "attached"]
 """Servers on the trainer's GPUs, on others of the same allocation, or on GPUs that nobody counts here."""
@@ -91,8 +91,8 @@ class Layout:
             "model.recompute": "full" if self.recompute else "none",
             "train.max_tokens_per_microbatch": self.max_tokens,
         }
-        if self.distributed_optimizer:
-            settings["parallel.distributed_optimizer"] = "true"
+        if "distributed_optimizer" in ParallelConfig.model_fields:
+            settings["parallel.distributed_optimizer"] = str(self.distributed_optimizer).lower()
         if self.servers is not None and self.servers.place != "attached":
             settings["rollout.sglang.num_servers"] = self.servers.num
             settings["rollout.sglang.tensor"] = self.servers.tensor

@@ -12,7 +12,7 @@ from megatron_sdsearch.plan.hardware import Efficiency, hardware_of
 from megatron_sdsearch.plan.layout import Layout, servers_of
 from megatron_sdsearch.plan.memory import MemoryPlan, plan_memory
 from megatron_sdsearch.plan.report import RunPlan
-from megatron_sdsearch.plan.search import Planner
+from megatron_sdsearch.plan.search import IsLegal, Planner
 from megatron_sdsearch.plan.shape import ModelShape
 from megatron_sdsearch.plan.timing import Machine
 from megatron_sdsearch.plan.workload import DEFAULT_FILL, Workload
@@ -49,6 +49,7 @@ def plan_run(
     nodes: int,
     gpus_per_node: int,
     hardware: str,
+    is_legal: IsLegal,
     assumptions: Sequence[str] = (),
 ) -> RunPlan:
     """Memory, time and better layouts.
@@ -59,6 +60,7 @@ def plan_run(
         nodes: of the allocation.
         gpus_per_node: of each.
         hardware: a name of ``hardware.HARDWARE``.
+        is_legal: sizes that may be suggested.
         assumptions: ``name=value``, see ``assume``.
 
     Raises:
@@ -68,7 +70,14 @@ def plan_run(
     machine = Machine(gpu=hardware_of(hardware), gpus_per_node=gpus_per_node, efficiency=efficiency)
     trainers = num_trainers(config, nodes * gpus_per_node)
     config.check_world(trainers, has_gpu=True)
-    planner = Planner(config=config, shape=shape, workload=workload, machine=machine, num_gpus=nodes * gpus_per_node)
+    planner = Planner(
+        config=config,
+        shape=shape,
+        workload=workload,
+        machine=machine,
+        num_gpus=nodes * gpus_per_node,
+        is_legal=is_legal,
+    )
     return RunPlan.of(planner, Layout.of(config, trainers))
 
 

@@ -145,7 +145,8 @@ def memory_dict(memory: MemoryPlan) -> dict[str, Any]:
 
 def memory_table(memory: MemoryPlan, title: str) -> Table:
     """What stands there, the peak, and how far the other moments stay below it."""
-    table = Table(title=f"Memory: {title}", title_justify="left")
+    title = f"Memory: {title}"
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("part")
     table.add_column("bytes", justify="right")
     _add_rows(table, memory.standing)

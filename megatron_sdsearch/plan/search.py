@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -14,6 +14,8 @@ from megatron_sdsearch.plan.timing import Machine, TimePlan, plan_time
 from megatron_sdsearch.plan.workload import StepLoad, Workload
 
 _WIDTHS = (1, 2, 4, 8)
+IsLegal = Callable[[int, int], bool]
+"""(tensor, pipeline); the rule is ``model.architecture.check_layout``'s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Planner:
         workload: assumed lengths.
         machine: where it is to run.
         num_gpus: in all nodes together.
+        is_legal: whether the model can be cut to so many tensor-parallel ranks and pipeline stages.
     """
 
     config: RunConfig
@@ -48,6 +51,7 @@ class Planner:
     workload: Workload
     machine: Machine
     num_gpus: int
+    is_legal: IsLegal
 
     def plan(self, layout: Layout) -> Candidate:
         """Memory and time of one layout."""
@@ -98,8 +102,9 @@ class Planner:
         for servers in self._servers(given.servers):
             beside = servers.num_gpus if servers is not None and servers.place == "beside" else 0
             trainers = self.num_gpus - beside
-            for tp, pp in product(self._tensor_sizes(), self._pipeline_sizes(trainers)):
-                if trainers % (tp * pp):
+            widths = [size for size in _WIDTHS if size <= self.machine.gpus_per_node]  # across nodes layers would wait
+            for tp, pp in product(widths, range(1, min(trainers, self.shape.num_layers) + 1)):
+                if trainers % (tp * pp) or not self.is_legal(tp, pp):
                     continue
                 base = replace(given, tp=tp, pp=pp, dp=trainers // (tp * pp), sequence=tp > 1, servers=servers)
                 yield from self._variants(base)
@@ -115,15 +120,6 @@ class Planner:
         """As ``RunConfig`` asks: the longest sequence must fit a row."""
         config = self.config
         return config.rollout.max_total_tokens + config.hindsight.max_block_tokens * (config.objective.alpha > 0)
-
-    def _tensor_sizes(self) -> list[int]:
-        """As ``model.architecture.check_layout`` asks, and within a node: across nodes every layer would wait."""
-        figures = (self.shape.num_heads, self.shape.num_groups, self.shape.intermediate)
-        widths = (size for size in _WIDTHS if size <= self.machine.gpus_per_node)
-        return [size for size in widths if not any(figure % size for figure in figures)]
-
-    def _pipeline_sizes(self, trainers: int) -> list[int]:
-        return [size for size in range(1, trainers + 1) if self.shape.num_layers % size == 0 and size <= 16]
 
     def _servers(self, given: Servers | None) -> list[Servers | None]:
         if given is None or given.place == "attached":

@@ -82,6 +82,10 @@ class ModelShape:
         """Of all key heads together; values have the same."""
         return self.num_groups * self.head_dim
 
+    def key_width_on(self, tp: int) -> int:
+        """Of the key heads that one rank attends to: where there are fewer heads than ranks, one each."""
+        return max(1, self.num_groups // tp) * self.head_dim
+
     def vocab_columns(self, tp: int) -> int:
         """Rows of the embedding on one rank, padding included."""
         return -(-self.vocab // tp)

@@ -64,6 +64,18 @@ def test_a_transformer_engine_layer_by_hand() -> None:
     assert layer.boundary == 1000 * hidden // 2 * 2
 
 
+def test_ranks_that_share_a_key_head_hold_one_each_and_the_whole_projection() -> None:
+    shape = shape_of(QWEN_3B)  # two key heads
+    two, four = (
+        LayerBytes.of(shape, "te", 1, tp=tp, sequence=False, element=2).saved
+        - 2 * (4 * 2048 + 4 * 128 + 5 * 11008 // tp)
+        - 4 * 16 // tp
+        for tp in (2, 4)
+    )
+    assert two == 2 * ((2048 + 512) // 2 + 2 * 1024 + 128)
+    assert four == 2 * (2048 + 512 + 2 * 512 + 128)
+
+
 def test_the_loss_by_hand() -> None:
     objective = ObjectiveConfig(topk=2)
     # One chunk: 8 rows of hidden states; logits, the picked rows' gradient, the new one; three fp32 blocks.

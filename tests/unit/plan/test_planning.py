@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import PretrainedConfig
 from typer.testing import CliRunner
 
 from megatron_sdsearch.cli import app
+from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.model.architecture import is_layout
 from megatron_sdsearch.plan.planning import assume, num_trainers, plan_on_cpu, plan_run
 from megatron_sdsearch.plan.report import RunPlan
 from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
@@ -22,7 +25,12 @@ BESIDE = {"engine": "sglang", "sglang": {"num_servers": 2, "tensor": 1}}
 
 
 def _plan(hf_config: PretrainedConfig = QWEN_3B, **sections: dict[str, Any]) -> RunPlan:
-    return plan_run(run(**sections), shape_of(hf_config), nodes=1, gpus_per_node=8, hardware="h100")
+    return _plan_config(run(**sections), hf_config)
+
+
+def _plan_config(config: RunConfig, hf_config: PretrainedConfig, hardware: str = "h100") -> RunPlan:
+    is_legal = partial(is_layout, hf_config)
+    return plan_run(config, shape_of(hf_config), nodes=1, gpus_per_node=8, hardware=hardware, is_legal=is_legal)
 
 
 def test_better_layouts_fit_and_are_legal_and_sorted() -> None:
@@ -51,8 +59,8 @@ def test_what_is_suggested_is_planned_the_same_when_it_is_configured() -> None:
             for section in sections:
                 node = node[section]
             node[name] = yaml.safe_load(value)
-        config = type(run()).model_validate(tree)
-        again = plan_run(config, shape_of(QWEN_7B), nodes=1, gpus_per_node=8, hardware="h100")
+        config = parse_config(tree)
+        again = _plan_config(config, QWEN_7B)
         assert again.given.layout == candidate.layout
         assert again.given.time.step_s == pytest.approx(candidate.time.step_s)
 
@@ -95,7 +103,7 @@ def test_what_cannot_be_laid_out_is_refused(sections: dict[str, Any], field: str
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError, match="h100, h800"):
-        plan_run(run(), shape_of(QWEN_3B), nodes=1, gpus_per_node=8, hardware="h900")
+        _plan_config(run(), QWEN_3B, "h900")
 
 
 def test_assumptions_take_the_place_of_defaults() -> None:
