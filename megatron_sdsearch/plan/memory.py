@@ -267,7 +267,9 @@ def _readings(rank: _Rank, step: StepLoad) -> dict[str, dict[str, int]]:
 def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
     layer = rank.layer(num_tokens)
     sharded = layer.boundary * rank.layout.sequence  # the hidden states before they are gathered
-    return {"activations": layer.forward} if layer.forward > logits else {"logits": logits + sharded}
+    before = layer.boundary * (rank.load.num_microbatches > 1)  # the last output is let go when there is a new one
+    peak = {"activations": layer.forward} if layer.forward > logits else {"logits": logits + sharded}
+    return {name: size + before for name, size in peak.items()}
 
 
 def _server_bytes(rank: _Rank, step: StepLoad) -> tuple[int, int, int]:

@@ -144,23 +144,20 @@ def _load(minibatch: Minibatch) -> MicrobatchLoad:
 def _peak(work: Callable[[], Any]) -> int:
     """Most bytes that ``work`` has allocated and not yet freed, by torch's CPU allocator.
 
-    torch records what this thread does. gloo's threads free tensors, too: that shows when their place is given away.
+    torch records what this thread does. A tensor that gloo's threads let go of has no end there: it is left out, for it
+    lived about as long as its collective.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     assert recorded.profiler is not None
-    live: dict[int, int] = {}  # size by address
-    total = peak = 0
-    for address, size in _allocations(recorded.profiler.kineto_results.experimental_event_tree()):
-        if size < 0:
-            total -= live.pop(address, 0)
-            continue
-        for gone in [other for other, held in live.items() if other < address + size and address < other + held]:
-            total -= live.pop(gone)
-        live[address] = size
-        total += size
-        peak = max(peak, total)
-    return peak
+    events = _allocations(recorded.profiler.kineto_results.experimental_event_tree())
+    changes, is_open = [0] * len(events), dict[int, int]()  # the latest allocation at an address
+    for index, (address, size) in enumerate(events):
+        if size > 0:
+            is_open[address] = index
+        elif address in is_open:
+            changes[is_open.pop(address)], changes[index] = -size, size
+    return int(np.cumsum(changes).max(initial=0))
 
 
 def _allocations(roots: list[Any]) -> list[tuple[int, int]]:
