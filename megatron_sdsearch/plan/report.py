@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_sdsearch.plan.hardware import Efficiency
 from megatron_sdsearch.plan.layout import Layout
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan
-from megatron_sdsearch.plan.search import Candidate, Planner, gibibytes
+from megatron_sdsearch.plan.search import Candidate, Planner, readable_size
 from megatron_sdsearch.plan.workload import Workload
 
 
@@ -75,13 +75,15 @@ class RunPlan:
         why = self.planner.why_not(self.given)
         if why is not None:
             console.print(f"[bold red]does not fit[/]: {why}", soft_wrap=True)
-        if self.better:
-            console.print(self._commands(), soft_wrap=True, highlight=False)
+        nothing = "no faster layout of these GPUs fits" if why is None else "no layout of these GPUs fits"
+        console.print(self._commands() or nothing, soft_wrap=True, highlight=False)
         console.print(_told(self.planner.workload, self.planner.machine.efficiency), style="dim")
 
     def _memory_table(self) -> Table:
         memory, gpu = self.given.memory, self.planner.machine.gpu
-        return memory_table(memory, f"busiest rank (stage {memory.stage}), {gpu.name} of {gibibytes(gpu.memory_bytes)}")
+        return memory_table(
+            memory, f"busiest rank (stage {memory.stage}), {gpu.name} of {readable_size(gpu.memory_bytes)}"
+        )
 
     def _time_table(self) -> Table:
         table = Table(title="Seconds of one step", title_justify="left")
@@ -109,7 +111,7 @@ class RunPlan:
                 "full" if layout.recompute else "none",
                 str(layout.max_tokens),
                 _servers(layout),
-                gibibytes(candidate.memory.total_bytes),
+                readable_size(candidate.memory.total_bytes),
                 "yes" if self.planner.fits(candidate) else "no",
                 f"{candidate.time.step_s:.1f}",
             )
@@ -153,11 +155,11 @@ def memory_table(memory: MemoryPlan, title: str) -> Table:
     table.add_section()
     _add_rows(table, memory.moments[memory.peak_moment], prefix=f"{memory.peak_moment}: ")
     table.add_section()
-    table.add_row("peak", gibibytes(memory.total_bytes))
+    table.add_row("peak", readable_size(memory.total_bytes))
     standing = sum(memory.standing.values())
     for name, parts in memory.moments.items():
         if name != memory.peak_moment:
-            table.add_row(f"at {name!r}", gibibytes(standing + sum(parts.values())))
+            table.add_row(f"at {name!r}", readable_size(standing + sum(parts.values())))
     if memory.server:
         table.add_section()
         _add_rows(table, memory.server, prefix="server's GPU: ")
@@ -166,7 +168,7 @@ def memory_table(memory: MemoryPlan, title: str) -> Table:
 
 def _add_rows(table: Table, parts: Mapping[str, int], prefix: str = "") -> None:
     for name, size in parts.items():
-        table.add_row(prefix + name, gibibytes(size))
+        table.add_row(prefix + name, readable_size(size))
 
 
 def _told(workload: Workload, efficiency: Efficiency) -> str:

@@ -87,14 +87,14 @@ class Planner:
         if self.fits(candidate):
             return None
         memory, gpu = candidate.memory, self.machine.gpu
-        limit = gpu.memory_bytes * (1 - HEADROOM)
-        if memory.server_parts_needed > limit:
-            return f"a server needs {gibibytes(memory.server_parts_needed)} of {gibibytes(limit)} for one trajectory"
+        usable = readable_size(gpu.memory_bytes * (1 - HEADROOM))
+        if memory.server_parts_needed > gpu.memory_bytes * (1 - HEADROOM):
+            return f"a server needs {readable_size(memory.server_parts_needed)} of {usable} for one trajectory"
         largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
-        told = ", ".join(f"{name} {gibibytes(size)}" for name, size in largest)
+        told = ", ".join(f"{name} {readable_size(size)}" for name, size in largest)
         return (
-            f"{gibibytes(memory.total_bytes)} at {memory.peak_moment!r}, and {gibibytes(limit)} of {gpu.name}'s "
-            f"{gibibytes(gpu.memory_bytes)} are usable; largest: {told}"
+            f"{readable_size(memory.total_bytes)} at {memory.peak_moment!r}, and {usable} of {gpu.name}'s "
+            f"{readable_size(gpu.memory_bytes)} are usable; largest: {told}"
         )
 
     def layouts(self, given: Layout) -> Iterator[Layout]:
@@ -140,6 +140,6 @@ class Planner:
         return [given, *(each for each in choices if each != given)]
 
 
-def gibibytes(num_bytes: float) -> str:
-    """For people; 2^30 bytes, as CUDA counts."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+def readable_size(num_bytes: float) -> str:
+    """For people; 2^30 bytes, as CUDA counts, or 2^20 of small things."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

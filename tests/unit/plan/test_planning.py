@@ -80,6 +80,17 @@ def test_the_reason_names_the_moment_the_limit_and_the_largest_parts() -> None:
     assert "activations" in why
 
 
+def test_when_nothing_fits_that_is_said() -> None:
+    plan = _plan(
+        QWEN_7B, rollout={"engine": "embedded", "max_total_tokens": 30000}, train={"max_tokens_per_microbatch": 32768}
+    )
+    console = Console(width=160)
+    with console.capture() as captured:
+        plan.show(console)
+    assert plan.better == []
+    assert "no layout of these GPUs fits" in captured.get()
+
+
 def test_servers_beside_the_trainer_take_their_gpus() -> None:
     assert num_trainers(run(rollout=BESIDE), 8) == 6
     assert num_trainers(run(), 8) == 8
