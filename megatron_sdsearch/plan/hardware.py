@@ -39,7 +39,7 @@ _GIB = 2**30
 _H100 = (
     "NVIDIA H100 datasheet (SXM: 989 TFLOPS dense bf16, 80 GB, 3.35 TB/s, NVLink 900 GB/s); DGX H100: 400 Gb/s a GPU"
 )
-_H800 = "as H100 but for NVLink: 400 GB/s; 400 Gb/s InfiniBand a GPU (DeepSeek-V3, arXiv 2412.19437, section 3.1)"
+_H800 = "as H100 but for NVLink: 400 GB/s; 400 Gb/s InfiniBand a GPU (50 GB/s: DeepSeek-V3, arXiv 2412.19437, 3.2.2)"
 _H200 = (
     "NVIDIA H200 datasheet (SXM: 989 TFLOPS dense bf16, 141 GB, 4.8 TB/s, NVLink 900 GB/s); DGX H200: 400 Gb/s a GPU"
 )
