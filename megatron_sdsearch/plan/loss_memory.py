@@ -50,6 +50,12 @@ class HeadSize:
         return min(rows, max(1, _BLOCK_ELEMENTS // self.columns)) * self.columns * _FP32
 
 
+def kept_entries(objective: ObjectiveConfig) -> int | None:
+    """Entries that a teacher target has per row; None where it is all of the teacher's logits."""
+    is_of_teacher = getattr(objective, "topk_of", "teacher") == "teacher"
+    return objective.topk if is_of_teacher else None
+
+
 def update_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int, objective: ObjectiveConfig) -> int:
     """Beyond the stage's saved activations, from the hidden states to their gradient."""
     rows = min(chunk_rows, load.policy_rows)
@@ -57,7 +63,7 @@ def update_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int, objectiv
     queries = min(rows, load.query_rows * rows // max(1, load.policy_rows))
     logits, of_queries = head.logits(rows), head.logits(queries)
     indexed = logits if load.query_rows else 0  # gradient of the rows that the divergence picked
-    blocks_of_queries = _FULL_BLOCKS if objective.topk is None else _TOPK_BLOCKS
+    blocks_of_queries = _FULL_BLOCKS if kept_entries(objective) is None else _TOPK_BLOCKS
     moments = [
         2 * logits + indexed + _LOGPROBS_BLOCKS * head.blocks(rows),
         logits + 2 * of_queries + blocks_of_queries * head.blocks(queries),

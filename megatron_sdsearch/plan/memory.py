@@ -231,7 +231,7 @@ def _update(rank: _Rank, step: StepLoad) -> dict[str, dict[str, int]]:
     recomputed = layer.saved - layer.boundary if rank.layout.recompute else 0
     is_whole = rank.shape.is_tied and rank.layout.pp == 1  # the head's gradient waits for the embedding's
     backward = layer.backward + recomputed + rank.head.weight_bytes * is_whole
-    targets = loss_memory.target_bytes(rank.head, load, rank.config.objective.topk) * rank.is_last
+    targets = loss_memory.target_bytes(rank.head, load, loss_memory.kept_entries(rank.config.objective)) * rank.is_last
     common = {"activations": activations, "teacher targets": targets}
     moments = {"backward": {**common, "one layer's backward": backward}}
     if rank.is_last:
@@ -251,7 +251,8 @@ def _readings(rank: _Rank, step: StepLoad) -> dict[str, dict[str, int]]:
 
     Each is at its peak in a layer, or behind the last one at the logits: there no layer holds anything any more.
     """
-    load, chunk, topk = rank.load, rank.layout.chunk_rows, rank.config.objective.topk
+    load, chunk = rank.load, rank.layout.chunk_rows
+    topk = loss_memory.kept_entries(rank.config.objective)
     moments = {}
     if load.teacher_tokens:
         targets = loss_memory.target_bytes(rank.head, load, topk) * rank.is_last
