@@ -1,4 +1,4 @@
-"""The command line: ``train``, ``evaluate`` and ``check``.
+"""The command line: ``train``, ``evaluate``, ``check`` and ``plan``.
 
 Exit codes: 0 done, or saved and stopped as SIGTERM or SIGUSR1 asked (``run_dir/stopped.json`` tells which); 1 the run
 failed; 2 the command or the configuration is wrong. Of ``check``: 0 nothing but notes; 1 warnings, and a run would
@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -109,6 +110,54 @@ def check(
     else:
         Console().print(page(report))
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    nodes: Annotated[int, typer.Option(min=1, help="of the allocation")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="with --hardware cpu: processes")] = 8,
+    hardware: Annotated[str, typer.Option(help="h100, h800, h200, a100, or cpu (memory alone)")] = "h100",
+    assume: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="e.g. response_tokens=200; see docs/planning.md")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Memory per GPU and seconds per step of a run, before it is started; faster layouts of the same GPUs.
+
+    Of the model's folder config.json is enough.
+    """
+
+    def run() -> tuple[dict[str, Any], Callable[[Console], None]]:
+        loaded = load_config(config, overrides or [])
+        from megatron_sdsearch.model.hf_config import ARCHITECTURES, check_layout, is_layout, load_hf_config
+        from megatron_sdsearch.plan.planning import plan_on_cpu, plan_run
+        from megatron_sdsearch.plan.report import memory_dict, memory_table
+        from megatron_sdsearch.plan.shape import ModelShape
+
+        hf_config = load_hf_config(loaded.model.hf_dir)
+        check_layout(hf_config, loaded.parallel)
+        shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
+        if hardware == "cpu":
+            memory = plan_on_cpu(loaded, shape, num_processes=nodes * gpus_per_node, assumptions=assume or [])
+            return {"memory": memory_dict(memory)}, lambda console: console.print(memory_table(memory, "one process"))
+        planned = plan_run(
+            loaded,
+            shape,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            hardware=hardware,
+            is_legal=partial(is_layout, hf_config),
+            assumptions=assume or [],
+        )
+        return planned.to_dict(), planned.show
+
+    content, show = _run(run)
+    if as_json:
+        print(json.dumps(content))
+    else:
+        show(Console())
 
 
 def main() -> None:

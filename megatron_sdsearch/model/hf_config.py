@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_sdsearch.config import ParallelConfig, RunConfig
@@ -65,8 +66,8 @@ def read_hf_config(hf_dir: Path) -> PretrainedConfig:
         raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, StrictDataclassError) as error:  # the last: fields that contradict each other
+        reason = " ".join(str(error).split())
         raise ConfigError("model.hf_dir", f"{hf_dir / 'config.json'} cannot be read: {reason}", "mend it") from error
     return config
 
@@ -110,6 +111,11 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
         ConfigError: naming the parallel size and the model's figure that it does not divide.
     """
     raise_first(layout_problems(hf_config, parallel))
+
+
+def is_layout(hf_config: PretrainedConfig, tensor: int, pipeline: int) -> bool:
+    """Whether ``check_layout`` has nothing against these sizes."""
+    return not any(layout_problems(hf_config, ParallelConfig(tensor=tensor, pipeline=pipeline)))
 
 
 def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:

@@ -61,6 +61,7 @@ def test_a_wrong_setting_exits_2_with_the_message_first_and_soon(config: Path) -
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("train", "config.yaml"), "model/config.json does not exist"),
         (("evaluate", "config.yaml", "seed=x", "--model", "hf"), "seed: 'x'"),
+        (("plan", "config.yaml"), "model holds no config.json"),
     ],
 )
 def test_other_mistakes_exit_2_as_well(config: Path, arguments: tuple[str, ...], told: str) -> None:
@@ -80,7 +81,12 @@ def test_evaluate_without_a_model_folder_exits_2(config: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [((), ("train", "evaluate")), (("train",), ("CONFIG", "KEY=VALUE")), (("evaluate",), ("CONFIG", "--model"))],
+    [
+        ((), ("train", "evaluate", "plan")),
+        (("train",), ("CONFIG", "KEY=VALUE")),
+        (("evaluate",), ("CONFIG", "--model")),
+        (("plan",), ("CONFIG", "--hardware", "--json")),
+    ],
 )
 def test_help_names_commands_and_arguments(tmp_path: Path, arguments: tuple[str, ...], told: tuple[str, ...]) -> None:
     done = sdsearch(tmp_path, *arguments, "--help")

@@ -138,6 +138,11 @@ def test_a_config_that_transformers_cannot_read_is_refused(tmp_path: Path, text:
         load_hf_config(tmp_path)
 
 
+def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_hidden_layers.*layer_types"):
+        load_hf_config(write_config(tmp_path, qwen2(layer_types=["full_attention"])))
+
+
 def test_biases_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="attention_bias"):
         load_hf_config(write_config(tmp_path, qwen3(attention_bias=True)))

@@ -1,0 +1,166 @@
+"""Bytes of a rank counted by hand, and what must hold for every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sdsearch.config import ObjectiveConfig
+from megatron_sdsearch.plan.activations import LayerBytes
+from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
+from megatron_sdsearch.plan.loss_memory import HeadSize, target_bytes, update_bytes
+from megatron_sdsearch.plan.memory import FRAMEWORK_BYTES, HEADROOM, MemoryPlan, plan_memory, plan_stages
+from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
+
+GPU = 79 * 2**30
+LOAD = MicrobatchLoad(num_tokens=100, policy_rows=8, query_rows=4, teacher_tokens=120, num_microbatches=3)
+HEAD = HeadSize(columns=10, hidden=4, element=4)
+
+
+def _layout(**changes: Any) -> Layout:
+    return replace(Layout.of(run(), 8), **changes)
+
+
+def _plan(layout: Layout, gpu_bytes: int = GPU, **sections: dict[str, Any]) -> MemoryPlan:
+    return plan_memory(run(**sections), shape_of(QWEN_3B), layout, gpu_bytes=gpu_bytes)
+
+
+def test_a_bf16_rank_holds_eighteen_bytes_a_weight_and_two_more_for_the_reference() -> None:
+    standing, params = _plan(_layout()).standing, 3_085_938_688
+    assert standing["weights"] == standing["reference"] == 2 * params
+    assert standing["gradients"] == 4 * params
+    assert standing["optimizer"] == 12 * params
+    assert standing["framework"] == FRAMEWORK_BYTES
+
+
+def test_an_fp32_rank_needs_no_second_weights() -> None:
+    plan = plan_memory(run(model={"dtype": "float32"}), shape_of(QWEN_3B), _layout())
+    assert plan.standing["weights"] == 4 * 3_085_938_688
+    assert plan.standing["optimizer"] == 8 * 3_085_938_688
+    assert "framework" not in plan.standing
+
+
+def test_without_kl_there_is_no_reference() -> None:
+    assert "reference" not in _plan(_layout(), objective={"kl_coef": 0.0}).standing
+
+
+def test_the_distributed_optimizer_cuts_its_state_by_the_replicas() -> None:
+    whole, cut = (_plan(_layout(distributed_optimizer=flag)).standing for flag in (False, True))
+    assert cut["optimizer"] * 8 == pytest.approx(whole["optimizer"], abs=8)
+    assert cut["gradients"] == whole["gradients"]
+
+
+def test_a_transformer_engine_layer_by_hand() -> None:
+    shape = shape_of(QWEN_3B)
+    layer = LayerBytes.of(shape, "te", 1000, tp=2, sequence=True, element=2)
+    hidden, gated, query, key = 2048, 11008 // 2, 2048 // 2, 256 // 2
+    attention = (query + 2 * key) + query + key + query + 4 * 128  # qkv, rotated q and k, output, rotary
+    per_token = 4 * hidden // 2 * 2 + attention * 2 + 4 * 8 + 5 * gated * 2
+    assert layer.saved == 1000 * per_token
+    assert layer.boundary == 1000 * hidden // 2 * 2
+
+
+def test_ranks_that_share_a_key_head_hold_one_each_and_the_whole_projection() -> None:
+    shape = shape_of(QWEN_3B)  # two key heads
+    two, four = (
+        LayerBytes.of(shape, "te", 1, tp=tp, sequence=False, element=2).saved
+        - 2 * (4 * 2048 + 4 * 128 + 5 * 11008 // tp)
+        - 4 * 16 // tp
+        for tp in (2, 4)
+    )
+    assert two == 2 * ((2048 + 512) // 2 + 2 * 1024 + 128)
+    assert four == 2 * (2048 + 512 + 2 * 512 + 128)
+
+
+def test_the_loss_by_hand() -> None:
+    objective = ObjectiveConfig(topk=2)
+    # One chunk: 8 rows of hidden states; logits, the picked rows' gradient, the new one; three fp32 blocks.
+    assert update_bytes(HEAD, LOAD, 8, objective) == 8 * 16 + 3 * 8 * 40 + 3 * 8 * 40
+    # Chunks of 4: hidden states and their gradient, the head's gradient, and the same of 4 rows.
+    assert update_bytes(HEAD, LOAD, 4, objective) == 2 * 100 * 16 + 10 * 16 + 6 * 4 * 40
+    # Nothing is distilled: no picked rows.
+    without = replace(LOAD, query_rows=0)
+    assert update_bytes(HEAD, without, 8, objective) == 8 * 16 + 5 * 8 * 40
+
+
+def test_targets_are_ids_and_logprobs_or_whole_logits_of_all_microbatches() -> None:
+    assert target_bytes(HEAD, LOAD, 50) == 12 * (50 * 12 + 4)
+    assert target_bytes(HEAD, LOAD, None) == 12 * 40
+
+
+def test_stages_ahead_of_the_others_hold_more_microbatches() -> None:
+    layout = _layout(pp=4, dp=2)
+    first, _, _, last = plan_stages(run(), shape_of(QWEN_3B), layout, gpu_bytes=GPU)
+    assert "loss" in last.moments
+    assert "loss" not in first.moments
+    ratio = first.moments["backward"]["activations"] / last.moments["backward"]["activations"]
+    assert ratio == pytest.approx(4, rel=0.02)
+
+
+def test_the_embedded_engine_is_a_whole_model_on_every_rank_whatever_tp() -> None:
+    config = run(rollout={"engine": "embedded"}, parallel={"tensor": 2})
+    plan = plan_memory(config, shape_of(QWEN_3B), Layout.of(config, 8), gpu_bytes=GPU)
+    assert plan.standing["embedded engine"] == 2 * 3_085_938_688
+    assert plan.standing["embedded KV cache"] == 160 * 6656 * 36_864
+
+
+def test_colocated_servers_are_cut_to_what_the_trainer_leaves_and_others_are_not() -> None:
+    layout = _layout(recompute=True)
+    colocated = _plan(layout)
+    assert colocated.moments["rollout"]["server weights"] == 2 * 3_085_938_688
+    assert sum(colocated.standing.values()) + sum(colocated.moments["rollout"].values()) <= GPU * (1 - HEADROOM)
+    assert layout.servers is not None
+    beside = _plan(replace(layout, servers=replace(layout.servers, place="beside")))
+    assert beside.kv_tokens > colocated.kv_tokens
+    assert "rollout" not in beside.moments
+    assert beside.server["server weights"] == 2 * 3_085_938_688
+
+
+def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
+    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tensor": 4, "urls": ["http://a:1"]}})
+    plan = plan_memory(config, shape_of(QWEN_7B), Layout.of(config, 8), gpu_bytes=GPU)
+    assert plan.server["server weights"] == 2 * 7_615_616_512 // 4
+    assert plan.kv_tokens == pytest.approx(plan.server["KV cache"] * 4 / shape_of(QWEN_7B).kv_bytes_per_token(2), abs=1)
+
+
+def test_what_does_not_fit_does_not() -> None:
+    plan = _plan(_layout())
+    assert plan.peak_moment == "loss"
+    assert plan.total_bytes == sum(plan.parts.values())
+    assert not plan.fits(GPU)
+    assert plan.fits(int(plan.total_bytes / (1 - HEADROOM)) + 1)
+    assert not plan.fits(int(plan.total_bytes / (1 - HEADROOM)) - 1)
+
+
+layouts = st.builds(
+    lambda tp, pp, sequence, recompute, tokens, chunk: _layout(
+        tp=tp, pp=pp, dp=2, sequence=sequence and tp > 1, recompute=recompute, max_tokens=tokens, chunk_rows=chunk
+    ),
+    tp=st.sampled_from([1, 2]),
+    pp=st.sampled_from([1, 2, 4]),
+    sequence=st.booleans(),
+    recompute=st.booleans(),
+    tokens=st.sampled_from([8704, 16384, 32768]),
+    chunk=st.sampled_from([256, 4096, 65536]),
+)
+
+
+def _update(layout: Layout) -> int:
+    """Without what an engine adds."""
+    plan = plan_memory(run(), shape_of(QWEN_3B), replace(layout, servers=None), gpu_bytes=GPU)
+    return plan.total_bytes
+
+
+@given(layout=layouts)
+def test_nobody_needs_less_for_more(layout: Layout) -> None:
+    total = _update(layout)
+    assert _update(replace(layout, max_tokens=2 * layout.max_tokens)) > total
+    assert _update(replace(layout, distributed_optimizer=True)) < total
+    assert _update(replace(layout, recompute=True)) <= total
+    if layout.tp == 2:
+        assert _update(replace(layout, sequence=True)) <= _update(replace(layout, sequence=False))
+        assert total < _update(replace(layout, tp=1, sequence=False))

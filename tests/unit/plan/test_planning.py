@@ -1,0 +1,192 @@
+"""Plans of whole runs: better layouts, refusals, and what the command prints."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from transformers import PretrainedConfig
+from typer.testing import CliRunner
+
+from megatron_sdsearch.cli import app
+from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.model.hf_config import is_layout
+from megatron_sdsearch.plan.planning import assume, num_trainers, plan_on_cpu, plan_run
+from megatron_sdsearch.plan.report import RunPlan
+from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
+
+BESIDE = {"engine": "sglang", "sglang": {"num_servers": 2, "tensor": 1}}
+
+
+def _plan(hf_config: PretrainedConfig = QWEN_3B, **sections: dict[str, Any]) -> RunPlan:
+    return _plan_config(run(**sections), hf_config)
+
+
+def _plan_config(config: RunConfig, hf_config: PretrainedConfig, hardware: str = "h100") -> RunPlan:
+    is_legal = partial(is_layout, hf_config)
+    return plan_run(config, shape_of(hf_config), nodes=1, gpus_per_node=8, hardware=hardware, is_legal=is_legal)
+
+
+def test_better_layouts_fit_and_are_legal_and_sorted() -> None:
+    plan = _plan(QWEN_7B)
+    assert not plan.planner.fits(plan.given)
+    assert plan.better
+    seconds = [candidate.time.step_s for candidate in plan.better]
+    assert seconds == sorted(seconds)
+    for candidate in plan.better:
+        layout = candidate.layout
+        assert plan.planner.fits(candidate)
+        assert layout.num_gpus == 8
+        assert 28 % layout.tp == 0
+        assert 28 % layout.pp == 0
+        assert layout.max_tokens >= 6656 + 2048
+
+
+def test_what_is_suggested_is_planned_the_same_when_it_is_configured() -> None:
+    plan = _plan(QWEN_7B)
+    for candidate in plan.better:
+        tree = run().model_dump(mode="json")
+        for override in candidate.layout.overrides():
+            key, _, value = override.partition("=")
+            *sections, name = key.split(".")
+            node = tree
+            for section in sections:
+                node = node[section]
+            node[name] = yaml.safe_load(value)
+        config = parse_config(tree)
+        again = _plan_config(config, QWEN_7B)
+        assert again.given.layout == candidate.layout
+        assert again.given.time.step_s == pytest.approx(candidate.time.step_s)
+
+
+def test_only_faster_layouts_are_suggested_when_the_given_one_fits() -> None:
+    plan = _plan(model={"recompute": "full"}, train={"max_tokens_per_microbatch": 8704})
+    assert plan.planner.fits(plan.given)
+    assert all(candidate.time.step_s < plan.given.time.step_s for candidate in plan.better)
+
+
+def test_the_reason_names_the_moment_the_limit_and_the_largest_parts() -> None:
+    plan = _plan(QWEN_7B)
+    why = plan.planner.why_not(plan.given)
+    assert why is not None
+    assert "at 'loss'" in why
+    assert "72.7 GiB of h100's 79.0 GiB are usable" in why
+    assert "activations" in why
+
+
+def test_when_nothing_fits_that_is_said() -> None:
+    plan = _plan(
+        QWEN_7B, rollout={"engine": "embedded", "max_total_tokens": 30000}, train={"max_tokens_per_microbatch": 32768}
+    )
+    console = Console(width=160)
+    with console.capture() as captured:
+        plan.show(console)
+    assert plan.better == []
+    assert "no layout of these GPUs fits" in captured.get()
+
+
+def test_servers_beside_the_trainer_take_their_gpus() -> None:
+    assert num_trainers(run(rollout=BESIDE), 8) == 6
+    assert num_trainers(run(), 8) == 8
+    assert num_trainers(run(rollout={"engine": "embedded"}), 8) == 8
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"rollout": {"engine": "sglang", "sglang": {"num_servers": 4, "tensor": 2}}}, "rollout.sglang.num_servers"),
+        ({"rollout": {"engine": "sglang", "sglang": {"colocated": True, "num_servers": 9}}}, "rollout.sglang.num_ser"),
+        ({"rollout": BESIDE, "parallel": {"tensor": 4}}, "parallel.tensor"),
+        ({"model": {"dtype": "float32"}}, "model.dtype"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(sections: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        _plan(**sections)
+    assert raised.value.field.startswith(field)
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match="h100, h800"):
+        _plan_config(run(), QWEN_3B, "h900")
+
+
+def test_assumptions_take_the_place_of_defaults() -> None:
+    workload, efficiency = assume(run(), ["fill=0.25", "searches=1", "training=0.3"])
+    assert workload.prompt_tokens == 512
+    assert workload.searches == 1
+    assert efficiency.training == 0.3
+    assert efficiency.memory == 0.6
+
+
+@pytest.mark.parametrize("text", ["searches", "searches=many", "searchs=2", "training=0", "fill=-1", "fill=nan"])
+def test_an_assumption_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        assume(run(), [text])
+    assert raised.value.field == "--assume"
+
+
+def test_a_warm_start_is_planned_without_rollouts() -> None:
+    plan = _plan(train={"mode": "warm_start", "demonstrations": "d.jsonl"})
+    assert set(plan.given.time.phases) == {"update"}
+    assert "rollout" not in plan.given.memory.moments
+
+
+def test_without_gpus_memory_alone_is_planned() -> None:
+    config = run(model={"dtype": "float32"}, rollout={"engine": "embedded"})
+    memory = plan_on_cpu(config, shape_of(QWEN_3B), num_processes=2)
+    assert "framework" not in memory.standing
+    with pytest.raises(ConfigError, match="without a GPU"):
+        plan_on_cpu(run(), shape_of(QWEN_3B), num_processes=2)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    QWEN_3B.save_pretrained(tmp_path / "model")
+    tree = run().model_dump(mode="json", exclude_defaults=True)
+    tree["model"]["hf_dir"] = str(tmp_path / "model")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_the_command_prints_one_json_object(config_file: Path) -> None:
+    arguments = [
+        "plan",
+        str(config_file),
+        "model.recompute=full",
+        "--hardware",
+        "h800",
+        "--assume",
+        "fill=0.3",
+        "--json",
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    content = json.loads(done.stdout)
+    assert content["num_params"] == 3_085_938_688
+    assert content["hardware"]["name"] == "h800"
+    assert content["given"]["layout"]["recompute"] is True
+    assert content["given"]["fits"] == (content["given"]["why_not"] is None)
+    assert content["given"]["step_s"] == pytest.approx(
+        sum(sum(parts.values()) for parts in content["given"]["phases_s"].values())
+    )
+
+
+def test_the_tables_show_every_part_phase_and_layout() -> None:
+    plan = _plan()
+    console = Console(width=160)
+    with console.capture() as captured:
+        plan.show(console)
+    text = captured.get()
+    for word in [*plan.given.memory.parts, *plan.given.time.phases, "does not fit", "assumed lengths"]:
+        assert word in text
+    for number, candidate in enumerate(plan.better, 1):
+        assert f"{number}: " in text
+        assert f"{candidate.time.step_s:.1f}" in text
