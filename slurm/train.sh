@@ -37,6 +37,8 @@ for name in SDSEARCH_SGLANG_NODES SDSEARCH_MAX_STALLED_STARTS SDSEARCH_STOP_TIME
   [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name: ${!name} is no number"
 done
 
+# srun of Slurm 23.11 reads them again, and would give a node's one task one rank's share of the cores.
+unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 restart=${SLURM_RESTART_COUNT:-0}
 is_asked='' serve_pid='' train_pid=''
@@ -112,8 +114,9 @@ requeue() {
   [ -z "$serve_pid" ] || end_step sglang "$serve_pid"
   [ "$SDSEARCH_REQUEUE" != never ] || die 1 "$1; not requeued (SDSEARCH_REQUEUE=never): the same command goes on from there"
   echo "train.sh: $1; requeueing"
+  trap 'exit 0' TERM # with which Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || die 1 "$1, and Slurm refuses to requeue: submit the same command again"
-  sleep 300 # until Slurm ends this script
+  sleep 300
   die 1 "requeued, and still here after 300 s"
 }
 

@@ -22,8 +22,8 @@ NODES = ("n0", "n1")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _START_LIMIT_S = 60.0
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
-# cred_expire: a requeued job waits for it. SlurmdTimeout: a node that does not answer is down. KillWait: from SIGTERM to
-# SIGKILL. The defaults are 120, 300 and 30 seconds.
+# cred_expire: a requeued job waits for it. SlurmdTimeout: a node that does not answer is down. KillWait: from SIGTERM
+# to SIGKILL. The defaults are 120, 300 and 30 seconds.
 _CONFIG = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
