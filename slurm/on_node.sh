@@ -11,6 +11,7 @@ shift
 
 case $role in
   prepare)
+    trap '' USR1 # nothing to save yet
     exec "$SDSEARCH_PYTHON" slurm/prepare.py "$@"
     ;;
   serve) # FOLDER ADDRESS... -- CONFIG [key=value ...]

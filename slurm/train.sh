@@ -120,6 +120,11 @@ requeue() {
   die 1 "requeued, and still here after 300 s"
 }
 
+fail() {
+  [ "$SDSEARCH_REQUEUE" != failure ] || requeue "$1"
+  die 1 "$1"
+}
+
 echo "train.sh: job $SLURM_JOB_ID, start $((restart + 1)), on ${nodes[*]}"
 
 # 1. Before GPUs work: settings, roles, search engine, progress since the last start.
@@ -144,13 +149,14 @@ if [ "$num_serve" -gt 0 ]; then
   serve_nodes=("${nodes[@]: -$num_serve}")
   addresses=()
   for node in "${serve_nodes[@]}"; do addresses+=("$(address_of "$node")"); done
-  SLURM_LABELIO=1 on_nodes sglang "${serve_nodes[@]}" -- serve "$logs" "${addresses[@]}" -- "$@" > "$logs/sglang.log" 2>&1 &
+  SLURM_LABELIO=1 on_nodes sglang "${serve_nodes[@]}" -- serve "$logs" "${addresses[@]}" -- "$@" \
+    > "$logs/sglang.log" 2>&1 &
   serve_pid=$!
   echo "train.sh: waiting for SGLang on ${serve_nodes[*]}"
   until [ "$(find "$logs" -maxdepth 1 -name 'urls.*' | wc -l)" = "$num_serve" ]; do
     if ! kill -0 "$serve_pid" 2> /dev/null; then
       cat "$logs/sglang.log" >&2
-      die 1 "SGLang did not start: $(cause "$logs/sglang.log" "${serve_nodes[@]}")"
+      fail "SGLang did not start: $(cause "$logs/sglang.log" "${serve_nodes[@]}")"
     fi
     [ -z "$is_asked" ] || requeue "asked to stop before training began"
     sleep 1
@@ -163,8 +169,8 @@ fi
 [ -z "$is_asked" ] || requeue "asked to stop before training began"
 exec 3> >(tee "$logs/train.log") # the job's own log, too
 tee_pid=$!
-SLURM_LABELIO=1 on_nodes train "${train_nodes[@]}" -- train "$logs" "$(address_of "${nodes[0]}")" "$(setting port)" "$(setting ranks)" \
-  "$@" >&3 2>&3 &
+SLURM_LABELIO=1 on_nodes train "${train_nodes[@]}" -- train "$logs" \
+  "$(address_of "${nodes[0]}")" "$(setting port)" "$(setting ranks)" "$@" >&3 2>&3 &
 train_pid=$!
 exec 3>&-
 while kill -0 "$train_pid" 2> /dev/null; do
@@ -172,7 +178,7 @@ while kill -0 "$train_pid" 2> /dev/null; do
   if [ -n "$serve_pid" ] && ! kill -0 "$serve_pid" 2> /dev/null; then
     echo "train.sh: SGLang is gone; the ranks are asked to save and leave" >&2
     end_step train "$train_pid"
-    die 1 "SGLang failed: $(cause "$logs/sglang.log" "${serve_nodes[@]}"); logs: $logs"
+    fail "SGLang failed: $(cause "$logs/sglang.log" "${serve_nodes[@]}"); logs: $logs"
   fi
 done
 wait "$train_pid" || code=$?
@@ -186,11 +192,11 @@ if [ "$code" = 0 ] && [ -f "$run_dir/summary.json" ]; then
   exit 0
 fi
 stopped_by=$(sed -n 's/.*"signal": "\([^"]*\)".*/\1/p' "$run_dir/stopped.json" 2> /dev/null || true)
-if [ "$stopped_by" = SIGUSR1 ] || [ -n "$is_asked" ]; then
+# The last is a rank, or torchrun, that was not yet able to save when the signal came.
+if [ "$stopped_by" = SIGUSR1 ] || [ -n "$is_asked" ] \
+  || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
   requeue "stopped as SIGUSR1 asked; $saved"
 elif [ "$stopped_by" = SIGTERM ]; then
   die 143 "stopped by SIGTERM; $saved; the same command goes on from there"
 fi
-message="failed: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved; logs: $logs"
-if [ "$SDSEARCH_REQUEUE" = failure ]; then requeue "$message"; fi
-die 1 "$message"
+fail "failed: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved; logs: $logs"

@@ -104,8 +104,13 @@ class Cluster:
         """Begin its slurmd."""
         self._start("slurmd", "-D", "-N", node, name=node)
 
+    def freeze_node(self, node: str) -> None:
+        """Its slurmd and all that runs on the node stop as they are: to everybody else it has lost its power."""
+        for pid in (self._daemons[node].pid, *(process.pid for process in self.processes(node))):
+            os.kill(pid, signal.SIGSTOP)
+
     def kill_node(self, node: str) -> None:
-        """SIGKILL to its slurmd and all that runs on the node: it has lost its power."""
+        """SIGKILL to its slurmd and all that runs on the node."""
         daemon = self._daemons.pop(node, None)
         if daemon is None:
             return

@@ -75,15 +75,16 @@ def test_usr1_saves_requeues_and_goes_on(
     assert_same(run_dir, uninterrupted)
 
 
-def test_a_node_that_goes_down_requeues_the_job(
+def test_slurm_requeues_when_a_node_does_not_answer(
     cluster: Cluster, world: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     job = cluster.submit(tmp_path / "log", arguments(world, run_dir), flags=["--nodes=2"], **ENVIRONMENT)
     job.wait_for(lambda: num_rows(run_dir) >= 8, LIMIT_S)
-    cluster.kill_node("n1")
-    job.wait_for(lambda: job.show("Restarts") == "1" or "failed: " in job.output, LIMIT_S)
+    cluster.freeze_node("n1")
+    job.wait_for(lambda: job.show("Restarts") == "1", LIMIT_S)
     saved = latest_step(run_dir)
+    cluster.kill_node("n1")
     cluster.start_node("n1")
     assert job.wait(2 * LIMIT_S) == 0, job.output[-6000:]
     assert first_steps(job) == [0, saved]
@@ -91,7 +92,7 @@ def test_a_node_that_goes_down_requeues_the_job(
     assert_same(run_dir, uninterrupted)
 
 
-def test_a_lost_rank_ends_the_job_with_its_node_named_and_the_same_command_goes_on(
+def test_a_failure_names_its_node_and_the_same_command_or_a_requeue_goes_on(
     cluster: Cluster, world: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -103,14 +104,22 @@ def test_a_lost_rank_ends_the_job_with_its_node_named_and_the_same_command_goes_
     (last,) = [line for line in job.output.splitlines() if line.startswith("train.sh: failed: ")]
     assert "node n1: " in last
     assert "exitcode: -9" in last
-    saved = latest_step(run_dir)
-    assert f"newest checkpoint: step_{saved:06d}" in last
+    first_saved = latest_step(run_dir)
+    assert f"newest checkpoint: step_{first_saved:06d}" in last
     assert job.show("Restarts") == "0"
     assert cluster.processes("n0") + cluster.processes("n1") == []
 
-    again = cluster.submit(tmp_path / "log_2", arguments(world, run_dir), flags=["--nodes=2"], **ENVIRONMENT)
-    assert again.wait(LIMIT_S) == 0, again.output[-6000:]
-    assert first_steps(again) == [saved]
+    environment = ENVIRONMENT | {"SDSEARCH_REQUEUE": "failure"}
+    again = cluster.submit(tmp_path / "log_2", arguments(world, run_dir), flags=["--nodes=2"], **environment)
+    again.wait_for(lambda: num_rows(run_dir) >= first_saved + 7, LIMIT_S)
+    cluster.kill_node("n1")
+    again.wait_for(lambda: "; requeueing" in again.output, LIMIT_S)
+    second_saved = latest_step(run_dir)
+    cluster.start_node("n1")
+    assert again.wait(2 * LIMIT_S) == 0, again.output[-6000:]
+    assert re.search(r"failed: srun: error: n1: .*; newest checkpoint: .*; requeueing", again.output)
+    assert first_steps(again) == [first_saved, second_saved]
+    assert first_saved < second_saved < NUM_STEPS
     assert_same(run_dir, uninterrupted)
 
 
