@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # on_node.sh prepare|serve|train ...: what srun starts once on each node. Not for calling by hand.
 #
-# Everything ends in `exec`: Slurm sends its signals to this process, and with cgroups to this one alone, so it has to be
-# the one that hears them. torchrun hands SIGUSR1 on to its ranks, which save and leave (docs/checkpoints.md).
+# Everything ends in `exec`: Slurm sends its signals to this process, and with cgroups to this one alone, so it has to
+# be the one that hears them. torchrun hands SIGUSR1 on to its ranks, which save and leave (docs/checkpoints.md).
 set -euo pipefail
 
+# shellcheck disable=SC1091  # pre-commit looks at one file alone
 source slurm/env.sh
 role=$1
 shift

@@ -49,8 +49,8 @@ if [ -n "${SDSEARCH_CONTAINER_IMAGE:-}" ]; then
     --container-mounts="$PWD:$PWD${SDSEARCH_CONTAINER_MOUNTS:+,$SDSEARCH_CONTAINER_MOUNTS}")
 fi
 
-# on_nodes STEP NODE... -- ROLE ...: on_node.sh once on each of the nodes. Call it in a subshell, which becomes srun: with
-# `&`, $! is then srun's own, which hands signals on to its tasks.
+# on_nodes STEP NODE... -- ROLE ...: on_node.sh once on each of the nodes. Call it in a subshell, which becomes srun:
+# with `&`, $! is then srun's own, which hands signals on to its tasks.
 on_nodes() {
   local step=$1 on=()
   shift
@@ -75,8 +75,8 @@ end_step() {
   wait "$2" || true
 }
 
-# cause LOG NODE...: which node failed first, in srun's and torchrun's words. What a signal ended comes before all others,
-# who fail because of it.
+# cause LOG NODE...: which node failed first, in srun's and torchrun's words. What a signal ended comes before all
+# others, who fail because of it.
 cause() {
   local log=$1 line
   shift
@@ -112,7 +112,7 @@ trap on_exit EXIT
 
 requeue() {
   [ -z "$serve_pid" ] || end_step sglang "$serve_pid"
-  [ "$SDSEARCH_REQUEUE" != never ] || die 1 "$1; not requeued (SDSEARCH_REQUEUE=never): the same command goes on from there"
+  [ "$SDSEARCH_REQUEUE" != never ] || die 1 "$1; not requeued (SDSEARCH_REQUEUE=never): submit the same command again"
   echo "train.sh: $1; requeueing"
   trap 'exit 0' TERM # with which Slurm ends this script
   scontrol requeue "$SLURM_JOB_ID" || die 1 "$1, and Slurm refuses to requeue: submit the same command again"
