@@ -66,12 +66,17 @@ address_of() {
   scontrol show node "$1" --oneliner | sed -E 's/.* NodeAddr=([^ ]+).*/\1/'
 }
 
-# end_step STEP PID: SIGTERM to all of its processes, and wait.
+# end_step STEP PID SECONDS: SIGTERM to all of its processes; SIGKILL to those that are still there after so long.
 end_step() {
-  local id
-  kill -0 "$2" 2> /dev/null || return 0
+  local id waited
   id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$1" '$2 == name { print $1 }')
-  if [ -n "$id" ]; then scancel --signal=TERM "$id"; else kill "$2" 2> /dev/null || true; fi
+  # Slurm 22.05 signals a step and says besides that it does not know it.
+  [ -z "$id" ] || scancel --signal=TERM "$id" 2> /dev/null || true
+  for ((waited = 0; waited < $3; waited++)); do
+    kill -0 "$2" 2> /dev/null || break
+    sleep 1
+  done
+  kill "$2" 2> /dev/null || true # srun then ends its tasks the hard way
   wait "$2" || true
 }
 
@@ -104,14 +109,14 @@ on_term() {
 }
 # shellcheck disable=SC2317,SC2329
 on_exit() {
-  if [ -n "$serve_pid" ]; then end_step sglang "$serve_pid"; fi
+  if [ -n "$serve_pid" ]; then end_step sglang "$serve_pid" 60; fi
 }
 trap on_usr1 USR1
 trap on_term TERM
 trap on_exit EXIT
 
 requeue() {
-  [ -z "$serve_pid" ] || end_step sglang "$serve_pid"
+  [ -z "$serve_pid" ] || end_step sglang "$serve_pid" 60
   [ "$SDSEARCH_REQUEUE" != never ] || die 1 "$1; not requeued (SDSEARCH_REQUEUE=never): submit the same command again"
   echo "train.sh: $1; requeueing"
   trap 'exit 0' TERM # with which Slurm ends this script
@@ -177,7 +182,7 @@ while kill -0 "$train_pid" 2> /dev/null; do
   wait -n "$train_pid" ${serve_pid:+"$serve_pid"} || true # a signal ends it, too
   if [ -n "$serve_pid" ] && ! kill -0 "$serve_pid" 2> /dev/null; then
     echo "train.sh: SGLang is gone; the ranks are asked to save and leave" >&2
-    end_step train "$train_pid"
+    end_step train "$train_pid" "$SDSEARCH_STOP_TIMEOUT_S"
     fail "SGLang failed: $(cause "$logs/sglang.log" "${serve_nodes[@]}"); logs: $logs"
   fi
 done
