@@ -86,3 +86,17 @@ def test_a_server_that_does_not_start_ends_the_job_with_its_words(
     assert "node n1: EngineError: SGLang server 0" in last
     assert "unrecognized arguments: --frobnicate" in job.output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_sglang_node_that_gives_up_ends_the_job(cluster: Cluster, world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    limits = ["rollout.sglang.max_restarts=0", "rollout.sglang.down_timeout_s=5"]
+    environment = ENVIRONMENT | {"SDSEARCH_SGLANG_NODES": "1"}
+    job = cluster.submit(tmp_path / "log", [*settings(world, run_dir), *limits], flags=["--nodes=2"], **environment)
+    job.wait_for(lambda: num_rows(run_dir) >= 1, SERVER_LIMIT_S)
+    (url,) = (run_dir / "logs" / f"job_{job.number}.0" / "urls.0").read_text().split()
+    server_process(cluster, url).kill()
+    assert job.wait(LIMIT_S) == 1
+    (last,) = [line for line in job.output.splitlines() if line.startswith("train.sh: SGLang failed: ")]
+    assert f"node n1: EngineError: SGLang server 0 ({url}) ended with exit code 137 (restarts: 0)" in last
+    assert cluster.processes("n0") + cluster.processes("n1") == []
