@@ -45,6 +45,7 @@ is_asked='' serve_pid='' train_pid=''
 
 container=()
 if [ -n "${SDSEARCH_CONTAINER_IMAGE:-}" ]; then
+  export SDSEARCH_PYTHON="${SDSEARCH_PYTHON:-python3}" # the image's, not that of a .venv beside this script
   container=(--container-image="$SDSEARCH_CONTAINER_IMAGE" --container-workdir="$PWD" --no-container-mount-home
     --container-mounts="$PWD:$PWD${SDSEARCH_CONTAINER_MOUNTS:+,$SDSEARCH_CONTAINER_MOUNTS}")
 fi
