@@ -27,13 +27,14 @@ SHELL_FILES = $(wildcard .ci/run slurm/*.sh tools/*/*.sh)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-sglang test-elasticsearch check format bench clean
+.PHONY: help demo test test-sglang test-elasticsearch test-slurm check format bench clean
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
 	@echo "make test   unit, loopback, distributed and end-to-end tests"
 	@echo "make test-sglang  tests with real SGLang servers on the CPU (installs them into .sglang, 2.4 GB)"
 	@echo "make test-elasticsearch  tests with a real server of Elasticsearch's protocol (noida-db, 12 MB, in .venv)"
+	@echo "make test-slurm  tests with a real Slurm of two nodes on this machine (Debian's packages, as root), and SGLang"
 	@echo "make check  format, lint, types, import floors, shell scripts"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
@@ -50,6 +51,10 @@ test-sglang: $(STAMP) $(SGLANG)
 
 test-elasticsearch: $(STAMP)
 	$(BIN)/python -m pytest tests/integration/elasticsearch
+
+test-slurm: $(STAMP) $(SGLANG)
+	tools/slurm_local/install.sh
+	$(BIN)/python -m pytest tests/integration/slurm
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command line: ``train``, ``evaluate``, ``check`` and ``plan``.
+"""The command line: ``train``, ``evaluate``, ``check``, ``plan`` and ``serve``.
 
 Exit codes: 0 done, or saved and stopped as SIGTERM or SIGUSR1 asked (``run_dir/stopped.json`` tells which); 1 the run
 failed; 2 the command or the configuration is wrong. Of ``check``: 0 nothing but notes; 1 warnings, and a run would
@@ -158,6 +158,27 @@ def plan(
         print(json.dumps(content))
     else:
         show(Console())
+
+
+@app.command()
+def serve(
+    config: ConfigArgument,
+    host: Annotated[str, typer.Option(help="address of this node that every rank of the trainer reaches")],
+    urls_file: Annotated[Path, typer.Option(help="gets one url a line when all servers serve; gone at the end")],
+    overrides: OverridesArgument = None,
+    log_dir: Annotated[Path | None, typer.Option(help="of server_*.log  [default: run_dir/logs]")] = None,
+    index: Annotated[int, typer.Option(help="of this node among those with servers, from 0")] = 0,
+) -> None:
+    """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
+
+    def run() -> NoReturn:
+        loaded = load_config(config, overrides or [])
+        loaded.check_files()
+        from megatron_sdsearch.training.own_servers import serve as run_servers
+
+        run_servers(loaded, host=host, urls_file=urls_file, log_dir=log_dir, index=index)
+
+    _run(run)
 
 
 def main() -> None:

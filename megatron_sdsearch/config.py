@@ -109,7 +109,7 @@ class SGLangConfig(Section):
     urls: tuple[str, ...] = ()
     """Servers that somebody else runs, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` of our own."""
     num_servers: PositiveInt = 1
-    """Started by the first rank, on its node."""
+    """Started by the first rank, on its node. `serve` starts as many as its node's GPUs hold, without GPUs so many."""
     tensor: PositiveInt = 1
     """Tensor-parallel GPUs of each server; of attached ones it must be said, too."""
     command: tuple[str, ...] = ("python3", "-m", "sglang.launch_server")

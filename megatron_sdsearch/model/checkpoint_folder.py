@@ -174,8 +174,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-# What may change between a run and its continuation: where things lie, what is written, the layout, the rates.
-_MAY_CHANGE = ("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps")
+# What may change between a run and its continuation: where things and servers are, what is written, layout, rates.
+_MAY_CHANGE = (
+    *("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps"),
+    *("rollout.sglang.", "retrieval.http.", "retrieval.elasticsearch.urls"),
+)
 _PATHS = (
     "model.hf_dir",
     "model.megatron_dir",

@@ -51,6 +51,8 @@ class Guardian:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # With it Slurm asks all of a job to save: nothing is to be saved here, and the trainer needs its server still.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server inherits it
         # Safe here: this process has one thread, which lives as long as the process. Should somebody kill the guardian,
         # the server goes too.
         self._server = subprocess.Popen(

@@ -107,15 +107,17 @@ class ServerSupervisor:
             self.close()
             raise
 
-    def set_weights(self, path: Path | None, version: int) -> None:
+    def set_weights(self, path: Path | None, version: int, *, only_after_restart: bool = False) -> None:
         """To be called after each publish: restarted servers are brought to these weights.
 
         Args:
             path: Hugging Face folder, readable until the next call. None: there is no folder, and a restarted server
                 keeps reporting an older version, unused, until the trainer's next publish reaches it.
             version: of the policy, rising.
+            only_after_restart: servers that hold any version are left alone. For who sees a folder before the trainer
+                has told the servers of it, and would load it beside the trainer.
         """
-        published = Published(path=path, version=version)
+        published = Published(path=path, version=version, only_after_restart=only_after_restart)
         for server in self._servers:
             server.published = published
 

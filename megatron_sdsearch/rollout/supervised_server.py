@@ -18,6 +18,7 @@ from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.rollout.server_process import ServerProcess, load_weights, read_model_info, read_tail
 
 _log = logging.getLogger(__name__)
+_NOT_PUBLISHED = -1  # version of weights that the trainer did not publish; below all others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +44,17 @@ class Patience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What the trainer published last; ``path`` is None when the weights did not go through a folder."""
+    """What the trainer published last.
+
+    Attributes:
+        path: a folder; None when the weights did not go through one.
+        version: of the policy.
+        only_after_restart: meant for a server that has come back with none of the trainer's weights.
+    """
 
     path: Path | None
     version: int
+    only_after_restart: bool = False
 
 
 class SupervisedServer:
@@ -158,7 +166,7 @@ class SupervisedServer:
         has just been reached by a publish which `ServerSupervisor.set_weights` does not know of yet.
         """
         published = self.published
-        if published is None or published.path is None or _version_of(info) >= published.version:
+        if published is None or published.path is None or not self._is_behind(published, _version_of(info)):
             return None
         try:
             load_weights(self.url, published.path, published.version, self._config.start_timeout_s)
@@ -167,6 +175,11 @@ class SupervisedServer:
             return None if is_outdated or self._closing.is_set() else str(error)
         self._note(f"loaded version {published.version} from {published.path}")
         return None
+
+    def _is_behind(self, published: Published, held: int) -> bool:
+        if published.only_after_restart:
+            return held == _NOT_PUBLISHED and self.num_restarts > 0
+        return held < published.version
 
     def _give_up(self, cause: str) -> None:
         at_start = " at its start (see rollout.sglang.command and .arguments)"
@@ -181,6 +194,5 @@ class SupervisedServer:
 
 
 def _version_of(info: dict[str, Any]) -> int:
-    """-1 for weights that the trainer did not publish."""
     reported = str(info.get("weight_version"))
-    return int(reported) if reported.isdecimal() else -1
+    return int(reported) if reported.isdecimal() else _NOT_PUBLISHED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Protocol
 
@@ -15,8 +14,8 @@ from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.sglang_client import SGLangEngine
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights
 from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.own_servers import gpus_beside_trainer, supervise
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
@@ -113,7 +112,9 @@ class SGLangPolicyEngine:
     def __init__(self, config: RunConfig, renderer: Renderer, parallel: ParallelState) -> None:
         sglang = config.rollout.sglang
         self._parallel = parallel
-        self._supervisor = _supervisor(config) if parallel.is_main else None
+        self._is_colocated = sglang.colocated
+        gpus = gpus_beside_trainer(sglang.colocated)
+        self._supervisor = supervise(config, gpus=gpus) if parallel.is_main else None
         supervisor = self._supervisor
         together(parallel, supervisor.start if supervisor is not None else lambda: None)
         urls = next(u for u in parallel.all_gather_object(supervisor.urls if supervisor is not None else ()) if u)
@@ -131,6 +132,8 @@ class SGLangPolicyEngine:
 
     def publish(self, policy: Network, version: int) -> None:
         """See ``WeightPublisher``."""
+        if self._is_colocated:
+            torch.cuda.empty_cache()  # what torch keeps for itself, servers cannot take back
         self._publisher.publish(policy, version)
         self._client.set_policy_version(version)
 
@@ -163,27 +166,3 @@ class SGLangPolicyEngine:
         self._publisher.close()
         if self._supervisor is not None:
             self._supervisor.close()
-
-
-def _supervisor(config: RunConfig) -> ServerSupervisor:
-    sglang = config.rollout.sglang
-    check_has_weights(config.model.hf_dir)
-    # Without the second flag a server answers that it has released its memory, and keeps it.
-    flags = ("--dtype", config.model.dtype, *(("--enable-memory-saver",) if sglang.colocated else ()))
-    started = sglang.model_copy(update={"arguments": (*flags, *sglang.arguments)})
-    return ServerSupervisor(
-        started,
-        model_path=config.model.hf_dir.resolve(),
-        log_dir=config.run_dir / "logs",
-        seed=config.seed,
-        gpus=_gpus(sglang.colocated),
-    )
-
-
-def _gpus(is_colocated: bool) -> tuple[str, ...]:
-    """This node's GPUs for servers: the trainer's own, or those that its local ranks leave over."""
-    num_gpus = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = tuple(visible.split(",")) if visible else tuple(str(index) for index in range(num_gpus))
-    num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return names[:num_trainers] if is_colocated else names[num_trainers:num_gpus]

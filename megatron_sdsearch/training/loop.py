@@ -70,6 +70,7 @@ def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
     if step < config.train.num_steps:
         if parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
+        parallel.all_gather_object(None)  # nobody leaves before: srun ends all nodes when the first one ends
     else:
         if config.checkpoint.export_hf:
             write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)

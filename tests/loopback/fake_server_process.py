@@ -100,7 +100,7 @@ def map_new_file(path: Path) -> mmap.mmap:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for flag in ("--model-path", "--host", "--random-seed", "--tp-size"):
+    for flag in ("--model-path", "--host", "--random-seed", "--tp-size", "--dtype"):
         parser.add_argument(flag)
     parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
