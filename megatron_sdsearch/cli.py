@@ -86,6 +86,9 @@ def check(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes with trainers; else Slurm's, else 1.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Else Slurm's, else this machine's.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="As of torchrun; else one per free GPU.")] = None,
+    sglang_nodes: Annotated[
+        int | None, typer.Option(min=0, help="Further nodes, for SGLang; else SDSEARCH_SGLANG_NODES, else 0.")
+    ] = None,
     device: Annotated[
         Literal["gpu", "cpu"] | None, typer.Option(help="That trains; else told by GPUs in sight, or model.dtype.")
     ] = None,
@@ -103,7 +106,13 @@ def check(
     from megatron_sdsearch.check.run import run_checks
     from megatron_sdsearch.check.world import GivenWorld
 
-    given = GivenWorld(device=device, num_nodes=nodes, gpus_per_node=gpus_per_node, ranks_per_node=nproc_per_node)
+    given = GivenWorld(
+        device=device,
+        num_nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=nproc_per_node,
+        num_sglang_nodes=sglang_nodes,
+    )
     report = _run(run, failure=2)
     if as_json:
         print(json.dumps({"config": str(config), **report.to_dict()}))

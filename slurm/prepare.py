@@ -1,4 +1,4 @@
-"""Before the GPUs work: do the roles fit the allocation, does the search engine answer, has the last start got on?
+"""Before the GPUs work: do the roles fit the allocation, does `check` find nothing, has the last start got on?
 
 Runs once, on the first node, at every start of a job. Prints what `train.sh` has to know as ``name=value`` lines; an
 error is one line on standard error. Exit codes are those of the command line: 1 failed, 2 wrong input.
@@ -7,7 +7,6 @@ error is one line on standard error. Exit codes are those of the command line: 1
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import socket
 import sys
@@ -15,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sdsearch.config import RetrievalConfig, RunConfig, load_config
+from megatron_sdsearch.check.findings import Severity
+from megatron_sdsearch.check.run import run_checks
+from megatron_sdsearch.check.world import GivenWorld
+from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError
-from megatron_sdsearch.training.retrievers import open_retriever
 
 STARTS_FILE = "slurm_starts.json"
 RENDEZVOUS_PORTS = range(10_000, 20_000)
@@ -72,19 +73,16 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        config.check_files()
-        roles = assign_roles(
-            config,
-            Allocation(
-                num_nodes=arguments.nodes,
-                num_gpus=arguments.gpus,
-                num_sglang_nodes=arguments.sglang_nodes,
-                ranks_per_node=arguments.ranks,
-            ),
+        given = Allocation(
+            num_nodes=arguments.nodes,
+            num_gpus=arguments.gpus,
+            num_sglang_nodes=arguments.sglang_nodes,
+            ranks_per_node=arguments.ranks,
         )
+        roles = assign_roles(config, given)
+        if has_errors(arguments.config, arguments.overrides, given, roles):
+            return 2
         step = count_start(config.run_dir, arguments.job, arguments.restart, arguments.max_stalled_starts)
-        if config.retrieval is not None:
-            asyncio.run(ask_retriever(config.retrieval))
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -192,18 +190,24 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
     return step
 
 
-async def ask_retriever(config: RetrievalConfig) -> None:
-    """One search, with the run's own client and its patience.
+def has_errors(config: Path, overrides: Sequence[str], given: Allocation, roles: Roles) -> bool:
+    """What ``check --online`` has to say of the run, on standard error, a line for each finding but notes.
 
-    Raises:
-        SDSearchError: the engine is down, or set up wrongly.
+    The search engine is asked with the run's own client and patience. Servers that are not there yet are not asked.
     """
-    retriever = await open_retriever(config)
-    try:
-        if config.replay.mode != "only":  # a store that answers nothing else
-            await retriever.search("who", top_k=config.top_k)
-    finally:
-        await retriever.close()
+    world = GivenWorld(
+        device="gpu" if given.num_gpus else "cpu",
+        num_nodes=roles.train,
+        gpus_per_node=given.num_gpus,
+        ranks_per_node=roles.ranks,
+        num_sglang_nodes=given.num_sglang_nodes,
+    )
+    report = run_checks(config, overrides, given=world, is_online=True)
+    for finding in report.findings:
+        if finding.severity is not Severity.NOTE:
+            told = f"check: {finding.severity}: {finding.field}: {finding.problem}; {finding.mend}"
+            print(told, file=sys.stderr)
+    return report.count(Severity.ERROR) > 0
 
 
 def free_port(job: int, ports: Sequence[int] = RENDEZVOUS_PORTS) -> int:

@@ -38,13 +38,14 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
-    """Servers that the first rank starts."""
+    """Servers that the first rank starts, or slurm/train.sh."""
     world = subject.world
-    if world.num_nodes > 1:
+    is_elsewhere = world.num_sglang_nodes > 0 or sglang.colocated
+    if world.num_nodes > 1 and not is_elsewhere:
         yield Finding.error(
             f"{SECTION}.urls",
             f"empty, and the run has {world.num_nodes} nodes: own servers listen on 127.0.0.1 of the first one",
-            "start servers yourself and name them here",
+            "let slurm/train.sh start them on nodes of their own (SDSEARCH_SGLANG_NODES), or name yours here",
         )
     if subject.config.model.hf_dir.is_dir():
         attempt = Attempt.at(lambda: check_has_weights(subject.config.model.hf_dir))
@@ -52,9 +53,12 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
             yield Finding.of(attempt.error, "model.hf_dir")
     if world.has_gpu:
         yield from _gpus(subject, sglang)
-    ports = Attempt.at(lambda: free_ports(sglang.num_servers, "127.0.0.1"))
-    if ports.error is not None:
-        yield Finding.error(f"{SECTION}.num_servers", str(ports.error), "end what uses them, or start fewer servers")
+    if not world.num_sglang_nodes:
+        ports = Attempt.at(lambda: free_ports(sglang.num_servers, "127.0.0.1"))
+        if ports.error is not None:
+            yield Finding.error(
+                f"{SECTION}.num_servers", str(ports.error), "end what uses them, or start fewer servers"
+            )
     for flag in sorted(set(flags_of(sglang.arguments)) & set(_OURS)):
         yield Finding.error(
             f"{SECTION}.arguments",
@@ -67,6 +71,11 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
 def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
     """As the first rank hands them out: what its node's trainers leave over, or their own where colocated."""
     world = subject.world
+    if world.num_sglang_nodes:
+        if sglang.tensor > world.gpus_per_node:
+            told = f"{sglang.tensor} GPUs of a server, and nodes have {world.gpus_per_node}"
+            yield Finding.error(f"{SECTION}.tensor", told, "lower it")
+        return
     names = [str(index) for index in range(world.gpus_per_node)]
     trainers, rest = names[: world.ranks_per_node], names[world.ranks_per_node :]
     if not sglang.colocated and not rest and sglang.tensor == 1:

@@ -22,12 +22,14 @@ class GivenWorld:
         num_nodes: with trainers.
         gpus_per_node: of each.
         ranks_per_node: torchrun's --nproc-per-node.
+        num_sglang_nodes: on which slurm/train.sh starts servers.
     """
 
     device: Literal["gpu", "cpu"] | None = None
     num_nodes: int | None = None
     gpus_per_node: int | None = None
     ranks_per_node: int | None = None
+    num_sglang_nodes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class World:
         num_nodes: with trainers.
         gpus_per_node: 0 without GPUs.
         ranks_per_node: trainer processes on each.
+        num_sglang_nodes: further nodes, on which slurm/train.sh starts servers.
         num_idle_gpus: per node, that Slurm gives a run which nobody called one for the CPU, and which is taken for one.
         is_assumed: nobody said how many processes there will be: it is the smallest number that the layout allows.
         words: all of that with where it comes from.
@@ -48,6 +51,7 @@ class World:
     num_nodes: int
     gpus_per_node: int
     ranks_per_node: int
+    num_sglang_nodes: int
     num_idle_gpus: int
     is_assumed: bool
     words: str
@@ -62,8 +66,9 @@ class World:
         """The command line first, then torchrun's or Slurm's environment, then this machine, then an assumption."""
         has_gpu, device_from = _device(config, given)
         is_said = given.device is not None or given.gpus_per_node is not None
-        nodes, nodes_from = _num_nodes(given, environment)
-        servers = _server_gpus(config)
+        sglang_nodes = _num_sglang_nodes(given, environment)
+        nodes, nodes_from = _num_nodes(given, environment, sglang_nodes)
+        servers = 0 if sglang_nodes else _server_gpus(config)
         smallest = _smallest_ranks(config, nodes)
         gpus, gpus_from = (0, "") if not has_gpu else _gpus_per_node(given, environment)
         ranks, ranks_from = _ranks_per_node(given, environment)
@@ -81,10 +86,12 @@ class World:
             num_nodes=nodes,
             gpus_per_node=gpus,
             ranks_per_node=ranks,
+            num_sglang_nodes=sglang_nodes,
             num_idle_gpus=0 if has_gpu or is_said else _slurm_gpus(environment),
             is_assumed=is_assumed,
             words=f"{nodes} node{'s' * (nodes > 1)} ({nodes_from}), {on}{told}, "
-            f"{ranks} trainer processes per node ({ranks_from})",
+            f"{ranks} trainer processes per node ({ranks_from})"
+            + (f", and {sglang_nodes} with SGLang" if sglang_nodes else ""),
         )
 
 
@@ -99,13 +106,22 @@ def _device(config: RunConfig, given: GivenWorld) -> tuple[bool, str]:
     return config.model.dtype == "bfloat16", f"assumed from model.dtype={config.model.dtype}"
 
 
-def _num_nodes(given: GivenWorld, environment: Mapping[str, str]) -> tuple[int, str]:
+def _num_nodes(given: GivenWorld, environment: Mapping[str, str], num_sglang_nodes: int) -> tuple[int, str]:
     if given.num_nodes is not None:
         return given.num_nodes, "--nodes"
-    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "GROUP_WORLD_SIZE"):
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
         if environment.get(name, "").isdecimal():
-            return int(environment[name]), name
+            return max(1, int(environment[name]) - num_sglang_nodes), name
+    if environment.get("GROUP_WORLD_SIZE", "").isdecimal():
+        return int(environment["GROUP_WORLD_SIZE"]), "GROUP_WORLD_SIZE"
     return 1, "assumed"
+
+
+def _num_sglang_nodes(given: GivenWorld, environment: Mapping[str, str]) -> int:
+    if given.num_sglang_nodes is not None:
+        return given.num_sglang_nodes
+    told = environment.get("SDSEARCH_SGLANG_NODES", "")
+    return int(told) if told.isdecimal() else 0
 
 
 def _gpus_per_node(given: GivenWorld, environment: Mapping[str, str]) -> tuple[int, str]:

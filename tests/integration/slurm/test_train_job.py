@@ -173,7 +173,7 @@ def wrong_inputs(world: Path, run_dir: Path) -> dict[str, tuple[list[str], dict[
             {},
             "ConfigError: parallel.tensor: tensor 1 x pipeline 3 = 3 does not divide the 2 started processes",
         ),
-        "retriever down": ([*right, *down], {}, "RetrievalError: "),
+        "retriever down": ([*right, *down], {}, "check: error: retrieval.http: "),
         "no number": (right, {"SDSEARCH_SGLANG_NODES": "two"}, "train.sh: SDSEARCH_SGLANG_NODES: two is no number"),
     }
 
@@ -186,7 +186,7 @@ def test_wrong_input_is_one_line_before_anything_starts(cluster: Cluster, world:
         for name, (command, environment, _) in cases.items()
     }
     for name, job in jobs.items():
-        assert job.wait(LIMIT_S) == (1 if name == "retriever down" else 2), f"{name}: {job.output}"
+        assert job.wait(LIMIT_S) == 2, f"{name}: {job.output}"
         told = [line for line in job.output.splitlines() if cases[name][2] in line]
         assert len(told) == 1, f"{name}: {job.output}"
         assert "Traceback" not in job.output

@@ -164,7 +164,15 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "has no SGLang",
         "interpreter",
     ),
-    ((*SGLANG,), {"num_nodes": 2}, "error", "rollout.sglang.urls", "127.0.0.1", "name them here"),
+    (
+        (BF16, *SGLANG, "rollout.sglang.tensor=4"),
+        {"num_nodes": 2, "gpus_per_node": 2, "ranks_per_node": 1, "num_sglang_nodes": 1},
+        "error",
+        "rollout.sglang.tensor",
+        "nodes have 2",
+        "lower it",
+    ),
+    ((*SGLANG,), {"num_nodes": 2}, "error", "rollout.sglang.urls", "127.0.0.1", "name yours here"),
     (
         (*SGLANG, BF16),
         {"gpus_per_node": 4, "ranks_per_node": 4},

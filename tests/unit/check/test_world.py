@@ -69,5 +69,13 @@ def test_own_servers_take_gpus_from_the_trainers(tiny: TinyRun) -> None:
         assert World.of(load_config(tiny.config, [*own, more]), given, {}).ranks_per_node == ranks
 
 
+def test_nodes_for_sglang_are_no_nodes_of_trainers(tiny: TinyRun) -> None:
+    own = load_config(tiny.config, ["rollout.engine=sglang", "rollout.sglang.num_servers=2"])
+    world = World.of(own, GivenWorld(device="gpu"), SLURM | {"SDSEARCH_SGLANG_NODES": "1"})
+    assert (world.num_nodes, world.num_sglang_nodes, world.ranks_per_node) == (3, 1, 8)
+    assert world.words.endswith(", and 1 with SGLang")
+    assert World.of(own, GivenWorld(device="gpu", num_nodes=2, num_sglang_nodes=3), SLURM).num_nodes == 2
+
+
 def test_no_gpus_is_said_by_their_number(config: RunConfig) -> None:
     assert not World.of(config, GivenWorld(gpus_per_node=0), SLURM).has_gpu
