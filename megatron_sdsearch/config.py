@@ -57,6 +57,10 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     sequence: bool = False
     """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over data-parallel ranks: 12 bytes a parameter by their number. Needs a GPU."""
+    collective_timeout_minutes: PositiveInt = 30
+    """A rank that waits longer for its peers ends the run; more than one rank's rollouts can take beyond another's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -463,6 +467,12 @@ class RunConfig(Section):
         if self.model.dtype != wanted:
             reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
             raise ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+        if self.parallel.distributed_optimizer and not has_gpu:
+            raise ConfigError(
+                "parallel.distributed_optimizer",
+                "true without a GPU, where its checkpoints would be wrong (megatron-core with torch's AdamW)",
+                "set it to false",
+            )
         if self.samples_from_sglang and not has_gpu:
             _check_without_gpu(self.rollout.sglang)
 

@@ -21,7 +21,8 @@ from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parall
 from megatron_sdsearch.parallel.vocab import VocabShard
 from megatron_sdsearch.records import GROUP_CLASSES
 
-Metrics = dict[str, float]
+Metrics = dict[str, Tensor]
+"""0-dim, on the device and without gradient: reading each there would stall the GPU once per metric."""
 TeacherTarget = Tensor | TopKDistribution
 """[Q, V/tp] logits of the teacher, or its k most probable ids."""
 
@@ -149,14 +150,14 @@ def sd_search_loss(
     values["loss"] = loss
     if distill is not None:
         values |= _by_class(divergence.detach(), distill)
-    metrics = {name: float(value.detach()) for name, value in values.items()}
+    metrics = {name: value.detach() for name, value in values.items()}
     return loss, metrics | agreement(old, policy.rollout_logprobs, policy.weights)
 
 
 def supervised_loss(logits: RowLogits, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
     """Cross entropy (nats) of the demonstrated tokens, summed with global weights."""
     loss = -(weights * policy_logprobs(logits, rows, labels)).sum()
-    return loss, {"loss": float(loss.detach())}
+    return loss, {"loss": loss.detach()}
 
 
 def _read_rows(

@@ -44,6 +44,9 @@ from megatron_sdsearch.parallel.groups import ParallelState
 
 _log = logging.getLogger(__name__)
 _METADATA = ".metadata"
+# How the distributed optimizer writes its shards: as whole tensors by parameter, which every other layout can read. Its
+# default, fully_sharded_model_space, is deprecated (distrib_optimizer.py, sharded_state_dict, 0.16.1 and 0.19.2).
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpointable(Protocol):
@@ -343,6 +346,9 @@ _PATHS = (
 
 def _check_config(folder: Path, manifest: dict[str, Any], config: RunConfig) -> None:
     before, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
+    kind = "parallel.distributed_optimizer"
+    if bool(before.get(kind)) != now[kind]:  # the two keep their state under other names
+        raise CheckpointError(f"{folder} was written with {kind} = {not now[kind]}: set it back")
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if name in _PATHS and old is not None and new is not None:
@@ -365,7 +371,9 @@ def _content(policy: Checkpointable, parallel: ParallelState, *, is_loading: boo
         "rng": ShardedObject("rng", [_get_rng()], (parallel.world_size,), (parallel.rank,), replica_id=0),
     }
     if has_moments:
-        content["optimizer"] = policy.optimizer.sharded_state_dict(dict(model), is_loading=is_loading)
+        content["optimizer"] = policy.optimizer.sharded_state_dict(
+            dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        )
     return content
 
 
