@@ -152,13 +152,15 @@ def load_hf_config(hf_dir: Path) -> PretrainedConfig:
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Heads, layers and widths divide evenly.
+    """Heads, layers and widths divide evenly. Key-value heads may also be fewer than the tensor-parallel ranks.
+
+    megatron then cuts their projection all the same, and gathers it in the forward pass (attention.py, 0.16.1:1398).
 
     Raises:
         ConfigError: naming the parallel size and the model's figure that it does not divide.
     """
     figures = {
-        "parallel.tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "parallel.tensor": ("num_attention_heads", "intermediate_size"),
         "parallel.pipeline": ("num_hidden_layers",),
     }
     for field, names in figures.items():
@@ -168,6 +170,10 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
                 raise ConfigError(
                     field, f"{size} does not divide the model's {name} = {getattr(hf_config, name)}", "choose a divisor"
                 )
+    tensor, heads = parallel.tensor, hf_config.num_key_value_heads
+    if heads % tensor and tensor % heads:
+        told = f"{tensor} is neither divisor nor multiple of the model's num_key_value_heads = {heads}"
+        raise ConfigError("parallel.tensor", told, "choose one that is")
 
 
 def head_dim(hf_config: PretrainedConfig) -> int:

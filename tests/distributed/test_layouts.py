@@ -76,7 +76,7 @@ CASES = {
         Case("dp2 one microbatch", "qwen3", is_tied=False, max_tokens=1000),
     ],
     4: [
-        Case("tp4", "qwen2", is_tied=False, tensor=4, num_groups=4),
+        Case("tp4 of 2 key-value heads", "qwen2", is_tied=False, tensor=4),
         Case("tp4 sequence", "qwen3", is_tied=True, tensor=4, sequence=True, num_groups=4),
         Case("tp2 pp2 sequence", "qwen2", is_tied=True, tensor=2, pipeline=2, sequence=True),
         Case("tp2 dp2", "qwen3", is_tied=False, tensor=2),
