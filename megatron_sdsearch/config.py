@@ -44,6 +44,9 @@ class ModelConfig(Section):
     ``tools/convert_checkpoint.py to-megatron``, or a ``checkpoints/step_*`` of another run. Weights alone: step 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; bfloat16 needs a GPU."""
+    layer_spec: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Who computes the layers. ``auto``: transformer-engine with a GPU, torch without. ``local``: torch everywhere,
+    slower on a GPU, but in float32 as well: for comparisons."""
     recompute: Literal["none", "full"] = "none"
     """``full`` keeps only layer inputs and recomputes the rest in the backward pass."""
     logits_chunk_tokens: PositiveInt = 4096
@@ -463,10 +466,7 @@ class RunConfig(Section):
                 f"does not divide the {world_size} started processes",
                 f"start torchrun with --nproc-per-node a multiple of {per_replica}, or change parallel.*",
             )
-        wanted = "bfloat16" if has_gpu else "float32"
-        if self.model.dtype != wanted:
-            reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
-            raise ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+        _check_model(self.model, has_gpu)
         if self.parallel.distributed_optimizer and not has_gpu:
             raise ConfigError(
                 "parallel.distributed_optimizer",
@@ -531,6 +531,17 @@ def _check_command(sglang: SGLangConfig) -> None:
             f"{program} is no program" + (f" in {path}" if path else " here"),
             "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls",
         )
+
+
+def _check_model(model: ModelConfig, has_gpu: bool) -> None:
+    if model.layer_spec == "transformer_engine" and not has_gpu:
+        raise ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
+    if has_gpu and model.layer_spec == "local":
+        return
+    wanted = "bfloat16" if has_gpu else "float32"
+    if model.dtype != wanted:
+        reason = "with transformer-engine, whose packed attention takes no float32" if has_gpu else "without a GPU"
+        raise ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={wanted}")
 
 
 def _check_without_gpu(sglang: SGLangConfig) -> None:

@@ -1,8 +1,8 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
 Owns the table of model families (how to add one: docs/adding-a-model.md), the choice of layer spec (transformer-engine
-with CUDA, our packed local spec without) and the refusal of whatever megatron would run silently wrong. Weights are
-``hf_weights.py``'s.
+with CUDA; our packed local spec without, or where it is asked for) and the refusal of whatever megatron would run
+silently wrong. Weights are ``hf_weights.py``'s.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
     config = transformer_config(hf_config, model, parallel)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, parallel),
+        transformer_layer_spec=_layer_spec(config, model, parallel),
         vocab_size=padded_vocab_size(hf_config.vocab_size, parallel.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=parallel.is_first_stage,
@@ -265,8 +265,10 @@ def _scaled_frequencies(hf_config: PretrainedConfig) -> Tensor:
     return frequencies
 
 
-def _layer_spec(config: TransformerConfig, parallel: ParallelState) -> ModuleSpec | TransformerBlockSubmodules:
-    if parallel.device.type == "cuda":
+def _layer_spec(
+    config: TransformerConfig, model: ModelConfig, parallel: ParallelState
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if parallel.device.type == "cuda" and model.layer_spec != "local":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules = layer.submodules

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig, flatten
 from megatron_sdsearch.errors import CheckpointError
-from megatron_sdsearch.model.background_write import BackgroundWrite, describe, prepare_results_queue
+from megatron_sdsearch.model.background_write import BackgroundWrite, describe, plan_write
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
@@ -125,9 +125,8 @@ class CheckpointStore:
         (partial,) = self._on_main(lambda: (self._folder.begin(state.step),), f"step {state.step}")
         has_moments = _has_moments(self._policy.optimizer)
         content = _content(self._policy, self._parallel, is_loading=False, has_moments=has_moments)
-        prepare_results_queue()
         try:
-            request = dist_checkpointing.save({**content, "step": state.step}, str(partial), async_sharded_save=True)
+            request = plan_write({**content, "step": state.step}, partial)
         except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
             # On one rank perhaps: the others notice when it is gone.
             raise self._failure(state.step, describe(error)) from error
