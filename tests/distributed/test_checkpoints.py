@@ -41,14 +41,16 @@ def store_of(run: Run, root: Path) -> CheckpointStore:
     return CheckpointStore(root, run.policy, run.parallel, run.config)
 
 
-def through_layouts(rank: int, world_size: int, folder: Path) -> tuple[Weights, Weights, list[int]]:
-    straight = Run(config_of(folder, CHAIN[0]))
-    for step in range(len(CHAIN)):
+def through_layouts(
+    rank: int, world_size: int, folder: Path, chain: list[dict[str, object]]
+) -> tuple[Weights, Weights, list[int]]:
+    straight = Run(config_of(folder, chain[0]))
+    for step in range(len(chain)):
         straight.step(step)
     expected = straight.weights()
     straight.end()
     loaded = []
-    for step, layout in enumerate(CHAIN):
+    for step, layout in enumerate(chain):
         run = Run(config_of(folder, layout))
         store = store_of(run, folder / "chain")
         loaded.append(store.load().step)
@@ -60,16 +62,16 @@ def through_layouts(rank: int, world_size: int, folder: Path) -> tuple[Weights, 
     return expected, weights, loaded
 
 
-def one_more_step(rank: int, world_size: int, folder: Path) -> tuple[Weights, Weights]:
+def one_more_step(rank: int, world_size: int, folder: Path, chain: list[dict[str, object]]) -> tuple[Weights, Weights]:
     """A single process goes on from the last of the chain, with its moments and without them."""
     results = []
     for has_moments in (True, False):
-        run = Run(config_of(folder, {}))
-        assert store_of(run, folder / "chain").load().step == len(CHAIN)
+        run = Run(config_of(folder, chain[-1]))  # no sizes: a single process
+        assert store_of(run, folder / "chain").load().step == len(chain)
         if not has_moments:
             for state in run.policy.optimizer.chained_optimizers[0].optimizer.state.values():
                 state["exp_avg"].zero_()
-        run.step(len(CHAIN))
+        run.step(len(chain))
         results.append(run.weights())
         run.end()
     return results[0], results[1]
@@ -80,11 +82,15 @@ def gap(ours: Weights, theirs: Weights) -> float:
 
 
 def test_a_run_goes_on_across_layouts(tmp_path: Path) -> None:
-    make_model(tmp_path / "hf", "qwen2", is_tied=True, num_groups=4)
-    expected, weights, loaded = run_distributed(through_layouts, 4, tmp_path, timeout_s=280)[0]
+    check_chain(tmp_path, CHAIN)
+
+
+def check_chain(folder: Path, chain: list[dict[str, object]]) -> None:
+    make_model(folder / "hf", "qwen2", is_tied=True, num_groups=4)
+    expected, weights, loaded = run_distributed(through_layouts, 4, folder, chain, timeout_s=280)[0]
     assert loaded == [0, 1, 2, 3]
     assert gap(weights, expected) < 5e-6  # as between layouts without a checkpoint
-    ours, without = run_distributed(one_more_step, 1, tmp_path, timeout_s=200)[0]
+    ours, without = run_distributed(one_more_step, 1, folder, chain, timeout_s=200)[0]
     assert gap(ours, weights) > 1e-4, "the step does something"
     assert gap(without, ours) > 1e-4, "lost moments would show"
 

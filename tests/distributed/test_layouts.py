@@ -43,6 +43,8 @@ class Case:
     recompute: str = "none"
     num_groups: int = 2
     correction: str = "none"
+    dtype: str = "float32"
+    layer_spec: str = "local"
 
     @property
     def objective(self) -> dict[str, object]:
@@ -92,7 +94,8 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: Path) -> dict[
 def _loss_and_gradient(case: Case, folder: Path) -> Outcome:
     layout: dict[str, object] = {"tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence}
     config = make_config(folder / case.model, folder, case.objective, parallel=layout)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": case.recompute})})
+    how = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
+    config = config.model_copy(update={"model": config.model.model_copy(update=how)})
     parallel = ParallelState.initialize(config.parallel, seed=1)
     policy = Policy.build(config, parallel)
     reference = Network.load(_with_model(config, folder / f"{case.model}-reference"), parallel)
