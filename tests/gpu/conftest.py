@@ -13,8 +13,8 @@ import torch
 
 from tests.distributed.launch import DEVICE_VARIABLE
 
-# bf16 numbers carry 8 bits: what two correct ways of summing them may differ by, relative.
-BF16 = 2.0**-8
+# bf16 numbers carry 8 bits: two correct ways of summing them may differ by so much, relative, and by chance.
+BF16 = 2.0**-7
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,8 +1,8 @@
 """transformer-engine's layers in bf16 against torch's, by the oracle: unsharded, unpacked, in float64.
 
 bf16 has no tolerance of its own: torch's layers on the same GPU show what rounding costs, and transformer-engine may
-cost twice as much. Sequences that see each other in a packed row, a norm or a bias that is left out, a rotation that
-does not restart: each costs a hundred times that.
+cost twice as much (on a CPU 2 to 4 % of the gradient, and up to 3e-3 of the loss). Sequences that see each other in a
+packed row, a norm or a bias that is left out, a rotation that does not restart: each is wrong by tens of percent.
 """
 
 from __future__ import annotations
@@ -77,6 +77,6 @@ def test_it_is_no_further_from_the_oracle_than_torch_is(world_size: int, folder:
         )
         for results in by_rank:
             base, ours = (errors(results[name.name], exact) for name in (torch_s, engine_s))
-            assert base[1] < 0.05, f"{case.name}: torch's own layers are off, the comparison says nothing"
+            assert base[1] < 0.1, f"{case.name}: torch's own layers are off, the comparison says nothing"
             for kind, expected, measured in zip(("loss", "gradient"), base, ours, strict=True):
                 assert measured <= 2 * expected + BF16, f"{case.name}, {kind}: {measured:.1e}, torch's {expected:.1e}"
