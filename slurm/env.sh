@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Environment of every process of a run, sourced by train.sh, by on_node.sh and by a container's entry point.
+# Environment of every process of a run: on_node.sh sources it, and whatever else starts one, e.g. an image's entry.
 # What is set already stays as it is. One table of all variables, with reasons: docs/cluster.md.
 
 # What a site needs before anything else: module loads, an interface's name. Runs on every node.
