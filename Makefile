@@ -13,21 +13,28 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 #     make test TORCH="torch==2.13.0 --index-url <where the CPU-only wheels are>"
 TORCH ?= torch==2.13.0
 
+# For the newest megatron-core that pyproject.toml allows, whose 0.17 and later want Python 3.12. pyenv keeps its own aside.
+LATEST_PYTHON ?= $(shell for p in python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+
 OUT ?= runs/demo
 SEED ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 SGLANG := .sglang/.installed
+LATEST := .venv-latest/.installed
+GPU := .venv-gpu/.installed
 # Without what a benchmark runs in somebody else's environment.
 BENCHES = $(filter-out %_trl.py,$(wildcard tools/bench_*.py))
-SHELL_FILES = $(wildcard .ci/run slurm/*.sh tools/*/*.sh)
+SHELL_FILES = $(wildcard .ci/run docker/*.sh slurm/*.sh tools/*/*.sh)
+COMPOSE_FILES = docker-compose.yml docs/elasticsearch/docker-compose.yml
 
 # Ranks of one test share the machine's few cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-sglang test-elasticsearch test-slurm check format bench clean
+.PHONY: help demo test test-latest test-sglang test-elasticsearch test-slurm test-gpu check format bench clean
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
@@ -35,6 +42,8 @@ help:
 	@echo "make test-sglang  tests with real SGLang servers on the CPU (installs them into .sglang, 2.4 GB)"
 	@echo "make test-elasticsearch  tests with a real server of Elasticsearch's protocol (noida-db, 12 MB, in .venv)"
 	@echo "make test-slurm  tests with a real Slurm of two nodes on this machine (Debian's packages, as root), and SGLang"
+	@echo "make test-latest  unit and distributed tests on Python 3.12 with the newest megatron-core (in .venv-latest, 5.5 GB)"
+	@echo "make test-gpu     what only GPUs can show, on a machine with four of them: docs/gpu-first-run.md"
 	@echo "make check  format, lint, types, import floors, shell scripts"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
@@ -45,6 +54,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests/unit tests/loopback tests/distributed tests/e2e
+
+test-latest: $(LATEST)
+	.venv-latest/bin/python -m pytest tests/unit tests/distributed
+
+test-gpu:
+	@nvidia-smi --list-gpus || { echo "make test-gpu needs GPUs, and nvidia-smi finds none here" >&2; exit 1; }
+	$(MAKE) $(GPU)
+	.venv-gpu/bin/python -m pytest tests/gpu
 
 test-sglang: $(STAMP) $(SGLANG)
 	$(BIN)/python -m pytest tests/integration/sglang
@@ -62,6 +79,8 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec $(COMPOSE_FILES)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -71,13 +90,26 @@ bench: $(STAMP)
 	for bench in $(BENCHES); do $(BIN)/python "$$bench"; done
 
 clean:
-	rm -rf .venv .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
+	rm -rf .venv .venv-latest .venv-gpu .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+$(LATEST): pyproject.toml constraints.txt
+	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 is needed: make test-latest LATEST_PYTHON=/path/to/it" >&2; exit 1; }
+	test -x .venv-latest/bin/python || "$(LATEST_PYTHON)" -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet $(TORCH)
+	.venv-latest/bin/python -m pip install --quiet -c <(grep -v '^megatron-core==' constraints.txt) -e '.[dev,demo]'
+	touch $@
+
+# Over the packages of a GPU image's python3: its torch, megatron-core, transformer-engine and SGLang are what is tested.
+$(GPU): constraints.txt
+	test -x .venv-gpu/bin/python || python3 -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet -c constraints.txt pytest pytest-timeout hypothesis
 	touch $@
 
 # SGLang wants other versions of the trainer's libraries, so it has an environment of its own.

@@ -65,6 +65,9 @@ class ModelConfig(Section):
     ``tools/convert_checkpoint.py to-megatron``, or a ``checkpoints/step_*`` of another run. Weights alone: step 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; bfloat16 needs a GPU."""
+    layer_spec: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Who computes the layers. ``auto``: transformer-engine with a GPU, torch without. ``local``: torch everywhere,
+    slower on a GPU, but in float32 as well: for comparisons."""
     recompute: Literal["none", "full"] = "none"
     """``full`` keeps only layer inputs and recomputes the rest in the backward pass."""
     logits_chunk_tokens: PositiveInt = 4096
@@ -78,6 +81,10 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     sequence: bool = False
     """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer's state over data-parallel ranks: 12 bytes a parameter by their number. Needs a GPU."""
+    collective_timeout_minutes: PositiveInt = 30
+    """A rank that waits longer for its peers ends the run; more than one rank's rollouts can take beyond another's."""
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -524,10 +531,13 @@ class RunConfig(Section):
                 f"does not divide the {world_size} started processes",
                 f"start torchrun with --nproc-per-node a multiple of {per_replica}, or change parallel.*",
             )
-        wanted = "bfloat16" if has_gpu else "float32"
-        if self.model.dtype != wanted:
-            reason = "with a GPU, whose packed attention takes no float32" if has_gpu else "without a GPU"
-            yield ConfigError("model.dtype", f"{self.model.dtype} {reason}", f"set model.dtype={wanted}")
+        yield from _model_problems(self.model, has_gpu)
+        if self.parallel.distributed_optimizer and not has_gpu:
+            yield ConfigError(
+                "parallel.distributed_optimizer",
+                "true without a GPU, where its checkpoints would be wrong (megatron-core with torch's AdamW)",
+                "set it to false",
+            )
         if self.samples_from_sglang and not has_gpu:
             yield from _problems_without_gpu(self.rollout.sglang)
 
@@ -582,6 +592,17 @@ def _command_problems(sglang: SGLangConfig) -> Iterator[ConfigError]:
             f"{program} is no program" + (f" in {path}" if path else " here"),
             "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls",
         )
+
+
+def _model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
+    if model.layer_spec == "transformer_engine" and not has_gpu:
+        yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
+    if has_gpu and model.layer_spec == "local":
+        return
+    wanted = "bfloat16" if has_gpu else "float32"
+    if model.dtype != wanted:
+        reason = "with transformer-engine, whose packed attention takes no float32" if has_gpu else "without a GPU"
+        yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={wanted}")
 
 
 def _problems_without_gpu(sglang: SGLangConfig) -> Iterator[ConfigError]:

@@ -50,7 +50,7 @@ def importance_weights(
     return ratio.masked_fill(is_outside, 0.0), is_outside
 
 
-def agreement(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -> dict[str, float]:
+def agreement(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Statistics of ``old - rollout`` (nats) over this microbatch's tokens.
 
     Args:
@@ -65,8 +65,8 @@ def agreement(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -
     """
     gap = old_logprobs.detach() - rollout_logprobs
     return {
-        "rollout_gap": float((weights * gap.abs()).sum()),
-        "rollout_gap_max": float(gap.abs().max()) if len(gap) else 0.0,
-        "rollout_gap_share": float((weights * (gap.abs() > LARGE_GAP)).sum()),
-        "rollout_k3": float((weights * k3(gap)).sum()),
+        "rollout_gap": (weights * gap.abs()).sum(),
+        "rollout_gap_max": gap.abs().max() if len(gap) else gap.new_zeros(()),
+        "rollout_gap_share": (weights * (gap.abs() > LARGE_GAP)).sum(),
+        "rollout_k3": (weights * k3(gap)).sum(),
     }

@@ -22,7 +22,8 @@ from megatron_sdsearch.loss.topk import TopKDistribution, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 from megatron_sdsearch.records import GROUP_CLASSES
 
-Metrics = dict[str, float]
+Metrics = dict[str, Tensor]
+"""0-dim, on the device and without gradient: reading each there would stall the GPU once per metric."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -163,14 +164,14 @@ def sd_search_loss(
         gap = query_entropy - distill.target.entropy
         values["entropy_gap"] = (distill.weights * gap).sum()
         values |= _by_class({"jsd": divergence.detach(), "entropy_gap": gap}, distill)
-    metrics = {name: float(value.detach()) for name, value in values.items()}
+    metrics = {name: value.detach() for name, value in values.items()}
     return loss, metrics | agreement(old, policy.rollout_logprobs, policy.weights)
 
 
 def supervised_loss(logits: RowLogits, rows: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
     """Cross entropy (nats) of the demonstrated tokens, summed with global weights."""
     loss = -(weights * policy_logprobs(logits, rows, labels)).sum()
-    return loss, {"loss": float(loss.detach())}
+    return loss, {"loss": loss.detach()}
 
 
 def _read_rows(

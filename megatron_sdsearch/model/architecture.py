@@ -1,7 +1,7 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
-Owns the choice of layer spec: transformer-engine with CUDA, our packed local spec without. Which models there are, and
-what is refused, is ``hf_config.py``'s; weights are ``hf_weights.py``'s.
+Owns the choice of layer spec: transformer-engine with CUDA; our packed local spec without, or where it is asked for.
+Which models there are, and what is refused, is ``hf_config.py``'s; weights are ``hf_weights.py``'s.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
     config = transformer_config(hf_config, model, parallel)
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, parallel),
+        transformer_layer_spec=_layer_spec(config, model, parallel),
         vocab_size=padded_vocab_size(hf_config.vocab_size, parallel.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=parallel.is_first_stage,
@@ -160,8 +160,10 @@ def _scaled_frequencies(hf_config: PretrainedConfig) -> Tensor:
     return frequencies
 
 
-def _layer_spec(config: TransformerConfig, parallel: ParallelState) -> ModuleSpec | TransformerBlockSubmodules:
-    if parallel.device.type == "cuda":
+def _layer_spec(
+    config: TransformerConfig, model: ModelConfig, parallel: ParallelState
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if parallel.device.type == "cuda" and model.layer_spec != "local":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     modules = layer.submodules

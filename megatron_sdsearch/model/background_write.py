@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import queue
 import threading
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_sdsearch.model.checkpoint_folder import FileRecord
 
+# Since 0.17 the writer has to be asked for: NVIDIA's resiliency package writes by default, in processes of its own.
+_OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
-def prepare_results_queue() -> None:
-    """To be called before megatron plans a save: its results stay in this process, and no manager is started."""
-    filesystem_async._results_queue = queue.Queue()
+
+def plan_write(content: dict[str, Any], folder: Path) -> AsyncRequest:
+    """megatron's plan of who writes what of ``content`` into an empty folder. A collective; nothing is written yet."""
+    filesystem_async._results_queue = queue.Queue()  # results stay in this process, and no manager is started
+    return dist_checkpointing.save(content, str(folder), async_sharded_save=True, **_OWN_WRITER)
 
 
 class BackgroundWrite:

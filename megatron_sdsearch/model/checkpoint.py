@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, raise_first
-from megatron_sdsearch.model.background_write import BackgroundWrite, describe, prepare_results_queue
+from megatron_sdsearch.model.background_write import BackgroundWrite, describe, plan_write
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
@@ -45,6 +45,9 @@ from megatron_sdsearch.parallel.groups import ParallelState
 
 _log = logging.getLogger(__name__)
 _METADATA = ".metadata"
+# How the distributed optimizer writes its shards: as whole tensors by parameter, which every other layout can read. Its
+# default, fully_sharded_model_space, is deprecated (distrib_optimizer.py, sharded_state_dict, 0.16.1 and 0.19.2).
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpointable(Protocol):
@@ -123,9 +126,8 @@ class CheckpointStore:
         (partial,) = self._on_main(lambda: (self._folder.begin(state.step),), f"step {state.step}")
         has_moments = _has_moments(self._policy.optimizer)
         content = _content(self._policy, self._parallel, is_loading=False, has_moments=has_moments)
-        prepare_results_queue()
         try:
-            request = dist_checkpointing.save({**content, "step": state.step}, str(partial), async_sharded_save=True)
+            request = plan_write({**content, "step": state.step}, partial)
         except (OSError, RuntimeError, CheckpointingException, CheckpointException) as error:
             # On one rank perhaps: the others notice when it is gone.
             raise self._failure(state.step, describe(error)) from error
@@ -338,7 +340,9 @@ def _content(policy: Checkpointable, parallel: ParallelState, *, is_loading: boo
         "rng": ShardedObject("rng", [_get_rng()], (parallel.world_size,), (parallel.rank,), replica_id=0),
     }
     if has_moments:
-        content["optimizer"] = policy.optimizer.sharded_state_dict(dict(model), is_loading=is_loading)
+        content["optimizer"] = policy.optimizer.sharded_state_dict(
+            dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
+        )
     return content
 
 

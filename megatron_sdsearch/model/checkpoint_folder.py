@@ -192,6 +192,9 @@ _PATHS = (
 def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
     before, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
+    kind = "parallel.distributed_optimizer"
+    if bool(before.get(kind)) != now[kind]:  # the two keep their state under other names
+        yield CheckpointError(f"{folder} was written with {kind} = {not now[kind]}: set it back")
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if name in _PATHS and old is not None and new is not None:

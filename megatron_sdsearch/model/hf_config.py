@@ -105,7 +105,9 @@ def _refusal(problem: str, mend: str) -> ConfigError:
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Heads, layers and widths divide evenly.
+    """Heads, layers and widths divide evenly. Key-value heads may also be fewer than the tensor-parallel ranks.
+
+    megatron then cuts their projection all the same, and gathers it in the forward pass (attention.py, 0.16.1:1398).
 
     Raises:
         ConfigError: naming the parallel size and the model's figure that it does not divide.
@@ -121,18 +123,28 @@ def is_layout(hf_config: PretrainedConfig, tensor: int, pipeline: int) -> bool:
 def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
     """What ``check_layout`` raises the first of."""
     figures = {
-        "parallel.tensor": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "parallel.tensor": ("num_attention_heads", "intermediate_size"),
         "parallel.pipeline": ("num_hidden_layers",),
     }
+    heads = hf_config.num_key_value_heads
     for field, names in figures.items():
         size = getattr(parallel, field.removeprefix("parallel."))
         sizes = {name: getattr(hf_config, name) for name in names}
-        if wrong := [f"{name} = {value}" for name, value in sizes.items() if value % size]:
-            common = math.gcd(*sizes.values())
-            divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            yield ConfigError(
-                field, f"{size} does not divide the model's {', '.join(wrong)}", f"choose one of {divisors}"
-            )
+        wrong = [f"{name} = {value}" for name, value in sizes.items() if value % size]
+        choices = [n for n in range(1, math.gcd(*sizes.values()) + 1) if not any(v % n for v in sizes.values())]
+        mend = f"choose one of {', '.join(map(str, choices))}"
+        if field == "parallel.tensor":
+            mend = f"choose one of {', '.join(str(n) for n in choices if _shares(heads, n))}"
+            if not wrong and not _shares(heads, size):
+                told = f"{size} is neither divisor nor multiple of the model's num_key_value_heads = {heads}"
+                yield ConfigError(field, told, mend)
+        if wrong:
+            yield ConfigError(field, f"{size} does not divide the model's {', '.join(wrong)}", mend)
+
+
+def _shares(num_key_value_heads: int, tensor: int) -> bool:
+    """Each rank has whole heads, or each head whole ranks."""
+    return num_key_value_heads % tensor == 0 or tensor % num_key_value_heads == 0
 
 
 def check_lengths(hf_config: PretrainedConfig, config: RunConfig) -> None:

@@ -58,6 +58,7 @@ def install_cpu_layer() -> None:
     patches: dict[str, Callable[..., Any]] = {
         "current_device": lambda: _CPU,
         "synchronize": lambda *_: None,
+        "current_stream": torch.cpu.current_stream,  # since 0.17 (param_and_grad_buffer.py:632)
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "manual_seed": torch.manual_seed,
     }

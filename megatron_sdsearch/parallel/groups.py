@@ -21,9 +21,6 @@ from megatron_sdsearch.parallel.vocab import VocabShard
 
 T = TypeVar("T")
 
-# A rank that died leaves its peers in a collective; gloo notices a closed socket at once, this bounds the rest.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelState:
@@ -57,12 +54,14 @@ class ParallelState:
         """Start torch.distributed (from torchrun's environment, else as a single process) and megatron's groups.
 
         Args:
-            config: tensor and pipeline sizes; data parallel takes the rest.
+            config: tensor and pipeline sizes, data parallel takes the rest; and how long a collective may wait: gloo
+                notices at once that a peer has died, NCCL never does.
             seed: of megatron's RNG tracker, without which no parallel layer can be built (random.py:248).
         """
-        device = _start_distributed()
+        minutes = config.collective_timeout_minutes
+        device = _start_distributed(timedelta(minutes=minutes))
         install_cpu_layer()
-        parallel_state.initialize_model_parallel(config.tensor, config.pipeline)
+        parallel_state.initialize_model_parallel(config.tensor, config.pipeline, distributed_timeout_minutes=minutes)
         model_parallel_cuda_manual_seed(seed)
         random.seed(seed)  # nothing of ours draws from these two; a library that did would make a run unrepeatable
         np.random.seed(seed % 2**32)
@@ -119,7 +118,7 @@ class ParallelState:
         dist.destroy_process_group()
 
 
-def _start_distributed() -> torch.device:
+def _start_distributed(timeout: timedelta) -> torch.device:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
     if has_gpu:
@@ -130,7 +129,7 @@ def _start_distributed() -> torch.device:
         return device
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return device

@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Microbatch
 
-Metrics = dict[str, float]
+Metrics = dict[str, Tensor]
+"""0-dim, on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sdsearch.config import ParallelConfig, RunConfig
+from megatron_sdsearch.config import RunConfig
 
 ServerPlace = Literal["colocated", "beside", "attached"]
 """Servers on the trainer's GPUs, on others of the same allocation, or on GPUs that nobody counts here."""
@@ -78,7 +78,7 @@ class Layout:
             recompute=config.model.recompute == "full",
             max_tokens=config.train.max_tokens_per_microbatch,
             chunk_rows=config.model.logits_chunk_tokens,
-            distributed_optimizer=bool(getattr(parallel, "distributed_optimizer", False)),
+            distributed_optimizer=parallel.distributed_optimizer,
             servers=servers_of(config),
         )
 
@@ -88,11 +88,10 @@ class Layout:
             "parallel.tensor": self.tp,
             "parallel.pipeline": self.pp,
             "parallel.sequence": str(self.sequence).lower(),
+            "parallel.distributed_optimizer": str(self.distributed_optimizer).lower(),
             "model.recompute": "full" if self.recompute else "none",
             "train.max_tokens_per_microbatch": self.max_tokens,
         }
-        if "distributed_optimizer" in ParallelConfig.model_fields:
-            settings["parallel.distributed_optimizer"] = str(self.distributed_optimizer).lower()
         if self.servers is not None and self.servers.place != "attached":
             settings["rollout.sglang.num_servers"] = self.servers.num
             settings["rollout.sglang.tensor"] = self.servers.tensor

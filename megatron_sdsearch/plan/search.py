@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_sdsearch.config import ParallelConfig, RunConfig
+from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.plan.layout import Layout, Servers
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, plan_memory
 from megatron_sdsearch.plan.shape import ModelShape
@@ -111,8 +111,7 @@ class Planner:
 
     def _variants(self, base: Layout) -> Iterator[Layout]:
         budgets = sorted({self._least_tokens(), base.max_tokens // 2, base.max_tokens, 2 * base.max_tokens})
-        sharded = (False, True) if "distributed_optimizer" in ParallelConfig.model_fields else (False,)
-        for recompute, budget, is_sharded in product((False, True), budgets, sharded):
+        for recompute, budget, is_sharded in product((False, True), budgets, (False, True)):
             if budget >= self._least_tokens() and (base.dp > 1 or not is_sharded):
                 yield replace(base, recompute=recompute, max_tokens=budget, distributed_optimizer=is_sharded)
 

@@ -27,11 +27,12 @@ from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights, load_weights
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, Metrics, forward_backward, forward_collect
+from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, forward_backward, forward_collect
 from megatron_sdsearch.records import Microbatch, Minibatch
 
-RowLoss = Callable[[RowLogits, DeviceMicrobatch], tuple[Tensor, Metrics]]
-"""(logits on demand, batch) -> (scalar sum with global weights, metrics with global weights)."""
+Metrics = dict[str, float]
+RowLoss = Callable[[RowLogits, DeviceMicrobatch], tuple[Tensor, dict[str, Tensor]]]
+"""(logits on demand, batch) -> (scalar sum with global weights, 0-dim metrics with global weights)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,24 +119,27 @@ class Network:
 class Policy(Network):
     """The network that learns."""
 
-    def __init__(self, network: Network, optimizer: OptimizerConfig, model: ModelConfig, num_updates: int) -> None:
-        super().__init__(network.gpt, network.hf_config, model, network.parallel, network.temperature)
+    def __init__(self, network: Network, config: RunConfig) -> None:
+        super().__init__(network.gpt, network.hf_config, config.model, network.parallel, network.temperature)
+        is_distributed = config.parallel.distributed_optimizer
         self.ddp = DistributedDataParallel(
             config=self.gpt.config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=is_distributed
+            ),
             module=self.gpt,
         )
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            _megatron_optimizer_config(optimizer, self.gpt.config), [self.ddp]
+            _megatron_optimizer_config(config.optimizer, self.gpt.config, is_distributed=is_distributed), [self.ddp]
         )
-        self.scheduler = _scheduler(self.optimizer, optimizer, num_updates)
+        self.scheduler = _scheduler(self.optimizer, config.optimizer, config.num_updates)
         self.gpt.config.finalize_model_grads_func = finalize_model_grads
         self.gpt.config.grad_scale_func = self.optimizer.scale_loss
 
     @classmethod
     def build(cls, config: RunConfig, parallel: ParallelState) -> Policy:
         """The policy at its starting weights with a fresh optimizer."""
-        return cls(Network.load(config, parallel), config.optimizer, config.model, config.num_updates)
+        return cls(Network.load(config, parallel), config)
 
     def load_training_state(self, optimizer: Any, scheduler: Any) -> None:
         """Take over moments and counters of a checkpoint; rates stay those of this run's configuration."""
@@ -175,17 +179,25 @@ class Policy(Network):
         )
         return self._reduce(per_microbatch)
 
-    def _reduce(self, per_microbatch: Sequence[Metrics]) -> Metrics:
-        is_finite = torch.stack([p.main_grad.isfinite().all() for p in self.gpt.parameters()]).all().item()
+    def _reduce(self, per_microbatch: Sequence[dict[str, Tensor]]) -> Metrics:
+        is_finite = torch.stack([p.main_grad.isfinite().all() for p in self.gpt.parameters()]).all()
+        *parts, gradients = read_metrics([*per_microbatch, {"is_finite": is_finite}])
         # Tensor-parallel ranks hold equal metrics: one of them speaks for its data-parallel rank.
-        own = merge_metrics(per_microbatch) if self.parallel.tp_rank == 0 else {}
-        gathered = self.parallel.all_gather_object((own, is_finite))
+        own = merge_metrics(parts) if self.parallel.tp_rank == 0 else {}
+        gathered = self.parallel.all_gather_object((own, bool(gradients["is_finite"])))
         metrics = merge_metrics([part for part, _ in gathered])
         broken = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
         broken += [f"gradients of rank {rank}" for rank, (_, is_good) in enumerate(gathered) if not is_good]
         if broken:
             raise TrainingError(f"not finite: {', '.join(broken)}; the weights are as before: lower optimizer.lr")
         return metrics
+
+
+def read_metrics(parts: Sequence[dict[str, Tensor]]) -> list[Metrics]:
+    """Bring 0-dim tensors of one device to the host, all in one transfer."""
+    tensors = [value.double() for part in parts for value in part.values()]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [{name: next(values) for name in part} for part in parts]
 
 
 def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
@@ -202,7 +214,7 @@ def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
     return merged
 
 
-def _megatron_optimizer_config(config: OptimizerConfig, model: Any) -> MegatronOptimizerConfig:
+def _megatron_optimizer_config(config: OptimizerConfig, model: Any, *, is_distributed: bool) -> MegatronOptimizerConfig:
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -214,6 +226,7 @@ def _megatron_optimizer_config(config: OptimizerConfig, model: Any) -> MegatronO
         clip_grad=config.clip_grad,
         params_dtype=model.params_dtype,
         bf16=model.bf16,
+        use_distributed_optimizer=is_distributed,
     )
 
 

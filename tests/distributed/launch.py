@@ -1,4 +1,4 @@
-"""Run a function on several real processes that share a gloo process group.
+"""Run a function on several real processes that share a process group: gloo, or NCCL with one GPU for each.
 
 Owns the processes: their start, their rendezvous, their end, and which of them is to blame. Leaves to the worker what
 the processes do. A spawn costs 3 to 5 seconds of imports, so give one worker many cases rather than one.
@@ -24,7 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._pytree import tree_map_only
 
+# "cuda": as tests/gpu sets it. Else ranks compute on the CPU, and see no GPU even where there is one.
+DEVICE_VARIABLE = "SDSEARCH_TEST_DEVICE"
 _CHILD_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the ranks share a few cores, and threads of many pools would fight for them
     "MKL_NUM_THREADS": "1",
@@ -36,8 +39,15 @@ class WorkerFailed(RuntimeError):
     """A rank raised or died; the text names the rank that did so first, with its traceback."""
 
 
+def compute_device() -> torch.device:
+    """Where this rank computes."""
+    if os.environ.get(DEVICE_VARIABLE) == "cuda":
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
 def run_distributed(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
-    """Call ``worker(rank, world_size, *args)`` on ``world_size`` processes inside an initialised gloo group.
+    """Call ``worker(rank, world_size, *args)`` on ``world_size`` processes inside an initialised group.
 
     Args:
         worker: a module-level function, for it is found by name in processes that start from nothing.
@@ -46,10 +56,10 @@ def run_distributed(worker: Callable[..., Any], world_size: int, *args: Any, tim
         timeout_s: for everything, imports included. The collectives of the group have the same limit.
 
     Returns:
-        What the ranks returned, in rank order. It has to be picklable.
+        What the ranks returned, in rank order, tensors on the CPU. It has to be picklable.
 
     Raises:
-        WorkerFailed: a rank raised or died; the others are ended.
+        WorkerFailed: a rank raised or died; the others are ended. Or there are fewer GPUs than ranks.
         TimeoutError: time is up; the text shows where each rank stood.
     """
     with tempfile.TemporaryDirectory(prefix="run_distributed_") as directory:
@@ -67,7 +77,10 @@ def _start(
     worker: Callable[..., Any], world_size: int, args: tuple[Any, ...], deadline: float, folder: Path
 ) -> list[SpawnProcess]:
     context = mp.get_context("spawn")
-    with _environment(_CHILD_ENVIRONMENT):
+    is_on_gpus = os.environ.get(DEVICE_VARIABLE) == "cuda"
+    if is_on_gpus and torch.cuda.device_count() < world_size:
+        raise WorkerFailed(f"{world_size} ranks need as many GPUs; here are {torch.cuda.device_count()}")
+    with _environment(_CHILD_ENVIRONMENT | ({} if is_on_gpus else {"CUDA_VISIBLE_DEVICES": ""})):
         processes = [
             context.Process(target=_run_rank, args=(worker, rank, world_size, args, deadline, folder))
             for rank in range(world_size)
@@ -89,8 +102,12 @@ def _run_rank(
             # A file cannot be taken by somebody else in the meantime; a free port can.
             rendezvous = (folder / "rendezvous").as_uri()
             limit = timedelta(seconds=remaining_s)
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
-            result = worker(rank, world_size, *args)
+            device, backend = compute_device(), "gloo"
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                backend = "cpu:gloo,cuda:nccl"  # as ParallelState does
+            dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
+            result = tree_map_only(torch.Tensor, torch.Tensor.cpu, worker(rank, world_size, *args))
             dist.barrier()  # a rank that leaves early would look like a failure to those still talking
             dist.destroy_process_group()
             _file(folder, rank, "result").write_bytes(pickle.dumps(result))

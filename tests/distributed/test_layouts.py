@@ -44,6 +44,8 @@ class Case:
     num_groups: int = 2
     correction: str = "none"
     topk_of: str = "teacher"
+    dtype: str = "float32"
+    layer_spec: str = "local"
 
     @property
     def objective(self) -> dict[str, object]:
@@ -80,7 +82,7 @@ CASES = {
         Case("dp2 one microbatch", "qwen3", is_tied=False, max_tokens=1000),
     ],
     4: [
-        Case("tp4", "qwen2", is_tied=False, tensor=4, num_groups=4),
+        Case("tp4 of 2 key-value heads", "qwen2", is_tied=False, tensor=4),
         Case("tp4 sequence", "qwen3", is_tied=True, tensor=4, sequence=True, num_groups=4),
         Case("tp2 pp2 sequence", "qwen2", is_tied=True, tensor=2, pipeline=2, sequence=True),
         Case("tp4 union", "qwen2", is_tied=False, tensor=4, num_groups=4, topk_of="union"),
@@ -97,7 +99,8 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: Path) -> dict[
 def _loss_and_gradient(case: Case, folder: Path) -> Outcome:
     layout: dict[str, object] = {"tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence}
     config = make_config(folder / case.model, folder, case.objective, parallel=layout)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": case.recompute})})
+    how = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
+    config = config.model_copy(update={"model": config.model.model_copy(update=how)})
     parallel = ParallelState.initialize(config.parallel, seed=1)
     policy = Policy.build(config, parallel)
     reference = Network.load(_with_model(config, folder / f"{case.model}-reference"), parallel)

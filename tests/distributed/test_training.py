@@ -123,6 +123,41 @@ def test_three_steps_give_the_same_weights_on_every_layout(folder: Path, single:
                 assert gap < 5e-6, f"{layout} {name}: {gap:.2e}, where weights moved by up to {moved:.2e}"
 
 
+DISTRIBUTED: dict[int, list[dict[str, object]]] = {2: [{}], 4: [{"tensor": 2}]}
+
+
+def train_both_ways(
+    rank: int, world_size: int, layouts: list[dict[str, object]], folder: Path
+) -> list[tuple[list[Outcome], tuple[int, int]]]:
+    """With the plain and with the distributed optimizer; and how many first moments this rank holds in either case."""
+    results = []
+    for layout in layouts:
+        outcomes, sizes = [], []
+        for is_distributed in (False, True):
+            run = Run(_config(folder, {**layout, "distributed_optimizer": is_distributed}))
+            norms = [norm for step in range(NUM_STEPS) for norm in run.step(step)]
+            outcomes.append((norms, run.weights()))
+            states = run.policy.optimizer.chained_optimizers[0].optimizer.state.values()
+            sizes.append(sum(state["exp_avg"].numel() for state in states))
+            run.end()
+        results.append((outcomes, (sizes[0], sizes[1])))
+    return results
+
+
+@pytest.mark.parametrize("world_size", list(DISTRIBUTED))
+def test_the_distributed_optimizer_gives_the_weights_of_the_plain_one(folder: Path, world_size: int) -> None:
+    layouts = DISTRIBUTED[world_size]
+    by_rank = run_distributed(train_both_ways, world_size, layouts, folder, timeout_s=280)
+    for index, layout in enumerate(layouts):
+        for by_layout in by_rank:
+            (plain_norms, plain), (norms, weights) = by_layout[index][0]
+            assert norms == pytest.approx(plain_norms, rel=1e-5), layout
+            worst = max(float((weights[name] - plain[name]).abs().max()) for name in plain)
+            assert worst < 2e-7, f"{layout}: {worst:.1e}"
+        held = [by_layout[index][1] for by_layout in by_rank]
+        assert sum(num for _, num in held) == sum(num for num, _ in held) // 2, "each moment lives on one of two ranks"
+
+
 def _steps(config: RunConfig, num_steps: int) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"num_steps": num_steps})})
 
@@ -212,9 +247,9 @@ def refuse_what_is_not_finite(rank: int, world_size: int, folder: Path) -> dict[
     before = run.weights()
     minibatch = run.batch(0).minibatches[0]
 
-    def loss(logits: Any, batch: Any) -> tuple[Tensor, dict[str, float]]:
+    def loss(logits: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         value = policy_logprobs(logits, batch.policy_rows, batch.policy_labels).sum() * float("nan")
-        return value, {"loss": float(value)}
+        return value, {"loss": value.detach()}
 
     with pytest.raises(TrainingError, match="not finite"):
         run.policy.update(minibatch, loss)

@@ -19,7 +19,7 @@ from megatron_sdsearch.loss.jsd import Tail, teacher_topk, vocab_parallel_jsd, v
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
-from tests.distributed.launch import WorkerFailed, run_distributed
+from tests.distributed.launch import WorkerFailed, compute_device, run_distributed
 
 Loss = Literal["logprobs", "entropy", "full", "topk"]
 Logits = Literal["usual", "huge", "tied"]
@@ -116,12 +116,13 @@ def global_tensors(case: Case) -> dict[str, Tensor]:
         student, teacher = student.round(), teacher.round().clamp(-1, 1)
     for logits in (student, teacher):
         logits[:, case.vocab_size :] = math.nan
-    return {
+    tensors = {
         "student": student.to(case.dtype),
         "teacher": teacher.to(case.dtype),
         "labels": torch.randint(case.vocab_size, (case.num_rows,), generator=generator),
         "upstream": torch.rand(case.num_rows, generator=generator, dtype=torch.float64) + 0.5,
     }
+    return {name: tensor.to(compute_device()) for name, tensor in tensors.items()}
 
 
 def oracle(case: Case, tensors: dict[str, Tensor], student: Tensor) -> Tensor:
@@ -251,9 +252,10 @@ def check_shard(group: dist.ProcessGroup, tp_size: int) -> None:
     """Raises on the rank that disagrees."""
     shard = VocabShard.split(5 * tp_size, group)
     assert (shard.size, shard.shard_size, shard.num_valid) == (tp_size, 5, 5)
-    ranks = shard.all_gather(torch.tensor([shard.rank]))
+    own = torch.tensor([shard.rank], device=compute_device())
+    ranks = shard.all_gather(own)
     assert [int(rank) for rank in ranks] == list(range(tp_size))
-    assert shard.all_reduce(torch.tensor([float(shard.rank)]), "max").item() == tp_size - 1
+    assert shard.all_reduce(own.float(), "max").item() == tp_size - 1
     assert shard.all_gather(torch.empty(0, 3))[0].shape == (0, 3)
     if tp_size > 1:
         with pytest.raises(ValueError, match="does not divide"):
@@ -268,7 +270,7 @@ def check_that_backward_is_silent(case: Case, shard: VocabShard) -> None:
     values = sharded(case, shard, student, tensors["teacher"][:, columns], tensors["labels"])
     if shard.rank == 0:
         values.sum().backward()
-    assert shard.all_reduce(torch.ones(()), "sum").item() == shard.size
+    assert shard.all_reduce(torch.ones((), device=compute_device()), "sum").item() == shard.size
 
 
 @pytest.fixture(scope="module")

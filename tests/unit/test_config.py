@@ -395,6 +395,24 @@ def test_the_layout_has_to_divide_the_processes(tensor: int, pipeline: int, worl
     assert f"--nproc-per-node a multiple of {tensor * pipeline}" in caught.value.mend
 
 
+def test_the_distributed_optimizer_is_for_gpus() -> None:
+    config = parse_config(merged(RL, {"parallel.distributed_optimizer": True, "model.dtype": "float32"}))
+    with pytest.raises(ConfigError, match="checkpoints would be wrong") as caught:
+        config.check_world(2, has_gpu=False)
+    assert caught.value.field == "parallel.distributed_optimizer"
+    parse_config(merged(config.model_dump(), {"model.dtype": "bfloat16"})).check_world(2, has_gpu=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_torch_take_either_dtype_on_a_gpu(dtype: str) -> None:
+    config = parse_config(merged(RL, {"model.dtype": dtype, "model.layer_spec": "local"}))
+    config.check_world(1, has_gpu=True)
+    without = parse_config(merged(config.model_dump(), {"model.layer_spec": "transformer_engine"}))
+    with pytest.raises(ConfigError) as caught:
+        without.check_world(1, has_gpu=False)
+    assert caught.value.field == "model.layer_spec"
+
+
 @pytest.mark.parametrize(("value", "has_gpu", "mend"), [("bfloat16", False, "float32"), ("float32", True, "bfloat16")])
 def test_the_dtype_has_to_suit_the_hardware(value: str, has_gpu: bool, mend: str) -> None:
     config = parse_config(merged(RL, {"model.dtype": value}))

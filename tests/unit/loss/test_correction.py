@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.loss.correction import LARGE_GAP, agreement, importance_weights
-from megatron_sdsearch.loss.objective import Metrics, PolicyRows, RowLogits, policy_logprobs, sd_search_loss
+from megatron_sdsearch.loss.objective import PolicyRows, RowLogits, policy_logprobs, sd_search_loss
 from megatron_sdsearch.parallel.vocab import VocabShard
-from megatron_sdsearch.training.policy import merge_metrics
+from megatron_sdsearch.training.policy import Metrics, merge_metrics, read_metrics
 
 N, VOCAB, CAP = 40, 11, 1.5
 
@@ -61,7 +61,7 @@ class Batch:
         )
         loss, metrics = sd_search_loss(self.on_demand, rows, None, config)
         (gradient,) = torch.autograd.grad(loss, self.logits)
-        return loss.detach(), gradient, metrics
+        return loss.detach(), gradient, read_metrics([metrics])[0]
 
 
 def oracle(batch: Batch, correction: str) -> tuple[Tensor, Tensor, float]:
@@ -127,7 +127,7 @@ def test_agreement_by_hand() -> None:
     gaps = torch.tensor([0.0, 0.5, -0.2, 0.05], dtype=torch.float64)
     weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     assert LARGE_GAP == 0.1
-    assert agreement(old, old - gaps, weights) == pytest.approx(
+    assert read_metrics([agreement(old, old - gaps, weights)])[0] == pytest.approx(
         {
             "rollout_gap": 0.3 * 0.5 + 0.2 * 0.2 + 0.1 * 0.05,
             "rollout_gap_max": 0.5,
@@ -153,4 +153,4 @@ def test_the_bounds_of_the_mask_are_inside_and_both_corrections_forget_the_gradi
 
 def test_no_tokens_have_no_gap() -> None:
     none = torch.empty(0)
-    assert set(agreement(none, none, none).values()) == {0.0}
+    assert set(read_metrics([agreement(none, none, none)])[0].values()) == {0.0}

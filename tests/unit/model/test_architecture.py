@@ -172,7 +172,11 @@ def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline
             {"tensor": 4},
             "4 does not divide .* num_attention_heads = 6",
         ),
-        ({"num_attention_heads": 8, "num_key_value_heads": 2}, {"tensor": 4}, "4 .* num_key_value_heads = 2"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            {"tensor": 4},
+            "4 is neither divisor nor multiple of .* num_key_value_heads = 6",
+        ),
         ({"intermediate_size": 95}, {"tensor": 2}, "2 .* intermediate_size = 95"),
         ({"num_hidden_layers": 4}, {"pipeline": 3}, "3 .* num_hidden_layers = 4"),
     ],
@@ -183,7 +187,14 @@ def test_a_layout_that_does_not_divide_names_both_figures(
     with pytest.raises(ConfigError, match=told) as caught:
         check_layout(Qwen2Config(**SIZES | changes), ParallelConfig.model_validate(layout))
     assert caught.value.field == f"parallel.{next(iter(layout))}"
-    assert caught.value.mend.startswith("choose one of 1")
+    assert caught.value.mend.startswith("choose ")
+
+
+@pytest.mark.parametrize(("heads", "tensor"), [(1, 4), (2, 4), (4, 4), (8, 4)])
+def test_key_value_heads_may_be_fewer_than_ranks(heads: int, tensor: int) -> None:
+    check_layout(
+        Qwen2Config(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": heads}), ParallelConfig(tensor=tensor)
+    )
 
 
 @given(vocab_size=st.integers(1, 300_000), tp_size=st.integers(1, 16))

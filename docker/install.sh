@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# install.sh STEP: one step of the image, into the environment of PYTHON (python3). Run outside docker by tests, too.
+#   libraries  megatron-core, transformer-engine and our other dependencies
+#   apex       NVIDIA's apex, from source
+#   package    this package
+# Whatever the environment holds at the start stays as it is: SGLang is tested with exactly that. A requirement that it
+# does not meet ends the build.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d # 2026-07-08
+export PIP_BREAK_SYSTEM_PACKAGES=1 # the base's Python may be marked as the distribution's own
+
+pip() {
+  "$python" -m pip --no-cache-dir --disable-pip-version-check "$@"
+}
+
+# What is installed, then our own pins of what is not: "name==version" lines, the first of a name counts.
+constraints() {
+  { pip list --format=freeze; grep -v '^#' "$root/docker/requirements.txt"; cat "$root/constraints.txt"; } |
+    grep -v '^megatron-sdsearch==' |
+    awk -F'==' '!/^#/ { name = tolower($1); sub(/\[.*/, "", name); gsub(/[-_.]+/, "-", name)
+                        if (!(name in seen)) { seen[name]; sub(/\[[^]]*\]/, ""); print } }'
+}
+
+dependencies() {
+  "$python" -c 'import sys, tomllib
+print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]))' "$root/pyproject.toml"
+}
+
+install_libraries() {
+  # transformer-engine's torch part is a source package that needs the torch that is there, and no NCCL of its own.
+  pip install --constraint "$1" pybind11 ninja wheel
+  NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=0 MAX_JOBS=${MAX_JOBS:-8} \
+    pip install --no-build-isolation --constraint "$1" \
+    --requirement "$root/docker/requirements.txt" --requirement <(dependencies)
+}
+
+install_apex() {
+  APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD=${MAX_JOBS:-8} \
+    pip install --no-build-isolation --constraint "$1" "apex @ git+https://github.com/NVIDIA/apex.git@$APEX_COMMIT"
+}
+
+install_package() {
+  pip install --no-deps "$root"
+}
+
+main() {
+  case ${1:-} in
+    libraries | apex | package) ;;
+    *)
+      echo "usage: install.sh libraries|apex|package" >&2
+      exit 2
+      ;;
+  esac
+  held=$(mktemp)
+  trap 'rm -f "$held"' EXIT
+  constraints > "$held"
+  "install_$1" "$held"
+}
+
+main "$@"
