@@ -3,7 +3,7 @@
 Owns the text, and which search is shown what. The paper says no more than those three words. Read here: at the tokens
 of a query the teacher has seen the documents which that very query brought, none of the other searches'. So every
 search gets a teacher prompt, and with it a teacher sequence, of its own: one block with the documents of all searches
-would show an early query what only a later one found (``docs/adr/0010-current-step-documents.md``)::
+would show an early query what only a later one found (``docs/adr/0007-current-step-documents.md``)::
 
     Documents that the next search finds:
     Doc 1(Title: Lisbon) Lisbon is the capital of Portugal.
