@@ -44,7 +44,7 @@ help:
 	@echo "make test-slurm  tests with a real Slurm of two nodes on this machine (Debian's packages, as root), and SGLang"
 	@echo "make test-latest  unit and distributed tests on Python 3.12 with the newest megatron-core (in .venv-latest, 5.5 GB)"
 	@echo "make test-gpu     what only GPUs can show, on a machine with four of them: docs/gpu-first-run.md"
-	@echo "make check  format, lint, types, import floors, shell scripts"
+	@echo "make check  format, lint, types, import floors, shell scripts, image and compose files"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
 	@echo "make clean  delete .venv, caches and runs/demo"

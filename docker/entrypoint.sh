@@ -12,16 +12,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/../slurm/env.sh" # as under Slurm
 
 count_gpus() {
   local listed
-  if ! listed=$(nvidia-smi --list-gpus); then
+  if ! listed=$(nvidia-smi --list-gpus) || ! grep --count '^GPU ' <<< "$listed"; then
     echo "no GPU in this container: docker run --gpus all ..., with the NVIDIA container toolkit on the host" >&2
     exit 2
   fi
-  grep --count '^GPU ' <<< "$listed"
 }
 
 case ${1:-} in
   train)
     num_trainers=${NUM_TRAINERS:-$(count_gpus)}
+    code=0
+    "$SDSEARCH_PYTHON" -m megatron_sdsearch check "${@:2}" --nproc-per-node "$num_trainers" || code=$?
+    if [ "$code" -gt 1 ]; then exit "$code"; fi # 1 is warnings alone: docs/check.md
     # SIGUSR1 would kill torchrun unless it is told to hand it on; the ranks save at either.
     exec "$SDSEARCH_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$num_trainers" \
       --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SDSEARCH_STOP_TIMEOUT_S:-600}" \

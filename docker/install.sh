@@ -34,7 +34,7 @@ install_libraries() {
   pip install --constraint "$1" pybind11 ninja wheel
   NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=0 MAX_JOBS=${MAX_JOBS:-8} \
     pip install --no-build-isolation --constraint "$1" \
-    --requirement "$root/docker/requirements.txt" --requirement <(dependencies)
+    --requirement "$root/docker/requirements.txt" --requirement "$2"
 }
 
 install_apex() {
@@ -54,10 +54,11 @@ main() {
       exit 2
       ;;
   esac
-  held=$(mktemp)
-  trap 'rm -f "$held"' EXIT
-  constraints > "$held"
-  "install_$1" "$held"
+  folder=$(mktemp --directory)
+  trap 'rm -rf "$folder"' EXIT
+  constraints > "$folder/constraints.txt"
+  dependencies > "$folder/requirements.txt"
+  "install_$1" "$folder/constraints.txt" "$folder/requirements.txt"
 }
 
 main "$@"

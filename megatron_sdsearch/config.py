@@ -306,16 +306,19 @@ class HindsightConfig(Section):
     """Leave out siblings whose query holds a gold answer."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
         of_siblings = {"siblings": "all", "labels": "outcome", "drop_leaks": False}
         for name, default in of_siblings.items():
             if self.content == "documents" and getattr(self, name) != default:
-                raise ConfigError(
+                yield ConfigError(
                     f"hindsight.{name}",
                     f"{getattr(self, name)}, and content=documents shows no siblings",
                     f"leave it at {default}",
                 )
-        return self
 
 
 class ObjectiveConfig(Section):
@@ -355,14 +358,17 @@ class ObjectiveConfig(Section):
     reward: Literal["f1", "em", "autorefine"] = "autorefine"
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
         if self.topk is None and self.topk_of != "teacher":
-            raise ConfigError(
+            yield ConfigError(
                 "objective.topk_of",
                 f"{self.topk_of}, and objective.topk is null",
                 "set objective.topk, or drop topk_of",
             )
-        return self
 
     def alpha_at(self, step: int) -> float:
         """Weight of the distillation loss at a step (0-based): 0 through the warm-up, or rising linearly over it."""
@@ -547,6 +553,13 @@ class RunConfig(Section):
         return self.train.mode == "rl" and self.rollout.engine == "sglang"
 
     @property
+    def num_own_server_gpus(self) -> int:
+        """GPUs of the first rank's node that its own SGLang servers take from the trainer."""
+        sglang = self.rollout.sglang
+        is_taken = self.samples_from_sglang and not sglang.urls and not sglang.colocated
+        return sglang.num_servers * sglang.tensor if is_taken else 0
+
+    @property
     def num_updates(self) -> int:
         """Optimizer updates of the whole run, for the learning-rate schedule."""
         if self.train.mode == "warm_start":
@@ -660,6 +673,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def default_of(name: str) -> Any:
+    """Of a setting, by its dotted name, as JSON has it."""
+    *sections, last = name.split(".")
+    default = _section_at(sections).model_fields[last].get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -4,8 +4,11 @@
 
 # What a site needs before anything else: module loads, an interface's name. Runs on every node.
 if [ -n "${SDSEARCH_SETUP:-}" ]; then
+  case $- in *u*) is_strict=yes ;; *) is_strict='' ;; esac
+  set +u # modules and conda read variables that may be unset
   # shellcheck disable=SC1090
   source "$SDSEARCH_SETUP"
+  if [ -n "$is_strict" ]; then set -u; fi
 fi
 
 if [ -z "${SDSEARCH_PYTHON:-}" ]; then

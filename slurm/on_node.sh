@@ -22,6 +22,7 @@ case $role in
     while [ "$1" != -- ]; do addresses+=("$1"); shift; done
     shift
     index=$SLURM_PROCID
+    trap '' USR1 # the ranks may need the servers until they have saved
     exec "$SDSEARCH_PYTHON" -m megatron_sdsearch serve --index "$index" --host "${addresses[index]}" \
       --urls-file "$folder/urls.$index" --log-dir "$folder/sglang_$SLURMD_NODENAME" "$@"
     ;;

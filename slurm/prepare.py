@@ -19,6 +19,7 @@ from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.check.world import GivenWorld
 from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of, write_durably
 
 STARTS_FILE = "slurm_starts.json"
 RENDEZVOUS_PORTS = range(10_000, 20_000)
@@ -106,16 +107,9 @@ def assign_roles(config: RunConfig, given: Allocation) -> Roles:
     serve = _num_serving(config, given)
     is_colocated = config.samples_from_sglang and config.rollout.sglang.colocated
     train = given.num_nodes if is_colocated else given.num_nodes - serve
-    ranks = _ranks_per_node(given, _num_gpus_of_own_servers(config) if serve == 0 else 0)
+    ranks = _ranks_per_node(given, config.num_own_server_gpus if serve == 0 else 0)
     config.check_world(train * ranks, has_gpu=given.num_gpus > 0)
     return Roles(train=train, serve=serve, ranks=ranks)
-
-
-def _num_gpus_of_own_servers(config: RunConfig) -> int:
-    """Of those that the first rank starts on its own node, the only one then."""
-    sglang = config.rollout.sglang
-    is_own = config.samples_from_sglang and not sglang.urls and not sglang.colocated
-    return sglang.num_servers * sglang.tensor if is_own else 0
 
 
 def _ranks_per_node(given: Allocation, num_taken: int) -> int:
@@ -174,8 +168,8 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
     Raises:
         TrainingError: that is the ``max_stalled``-th time in a row at this step: requeueing it again would not help.
     """
-    pointer, file = run_dir / "checkpoints" / "latest", run_dir / STARTS_FILE
-    step = int(pointer.read_text().strip().removeprefix("step_")) if pointer.exists() else 0
+    newest, file = CheckpointFolder(run_dir / "checkpoints").candidates()[:1], run_dir / STARTS_FILE
+    step = step_of(newest[0]) if newest else 0
     before = json.loads(file.read_text()) if file.exists() else {}
     is_same = restart > 0 and before.get("job") == job and before.get("step") == step
     num_starts = before["num_starts"] + 1 if is_same else 1
@@ -186,7 +180,7 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
             "save in (sbatch --signal=B:USR1@SECONDS)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
+    write_durably(file, json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
     return step
 
 

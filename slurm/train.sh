@@ -70,7 +70,8 @@ address_of() {
 # end_step STEP PID SECONDS: SIGTERM to all of its processes; SIGKILL to those that are still there after so long.
 end_step() {
   local id waited
-  id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$1" '$2 == name { print $1 }')
+  id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$1" '$2 == name { print $1 }') \
+    || id='' # a controller that does not answer: srun hands the signal on
   # Slurm 22.05 signals a step and says besides that it does not know it.
   [ -z "$id" ] || scancel --signal=TERM "$id" 2> /dev/null || true
   for ((waited = 0; waited < $3; waited++)); do
@@ -173,12 +174,15 @@ fi
 
 # 3. Training.
 [ -z "$is_asked" ] || requeue "asked to stop before training began"
+master=$(address_of "${nodes[0]}")
+[ -n "$master" ] || fail "scontrol does not tell the address of ${nodes[0]}"
 exec 3> >(tee "$logs/train.log") # the job's own log, too
 tee_pid=$!
 SLURM_LABELIO=1 on_nodes train "${train_nodes[@]}" -- train "$logs" \
-  "$(address_of "${nodes[0]}")" "$(setting port)" "$(setting ranks)" "$@" >&3 2>&3 &
+  "$master" "$(setting port)" "$(setting ranks)" "$@" >&3 2>&3 &
 train_pid=$!
 exec 3>&-
+if [ -n "$is_asked" ]; then kill -USR1 "$train_pid" 2> /dev/null || true; fi # it came before there was anybody to tell
 while kill -0 "$train_pid" 2> /dev/null; do
   wait -n "$train_pid" ${serve_pid:+"$serve_pid"} || true # a signal ends it, too
   if [ -n "$serve_pid" ] && ! kill -0 "$serve_pid" 2> /dev/null; then
@@ -198,10 +202,11 @@ if [ "$code" = 0 ] && [ -f "$run_dir/summary.json" ]; then
   exit 0
 fi
 stopped_by=$(sed -n 's/.*"signal": "\([^"]*\)".*/\1/p' "$run_dir/stopped.json" 2> /dev/null || true)
-# The last is a rank, or torchrun, that was not yet able to save when the signal came.
-if [ "$stopped_by" = SIGUSR1 ] || [ -n "$is_asked" ] \
-  || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
+if [ "$stopped_by" = SIGUSR1 ]; then
   requeue "stopped as SIGUSR1 asked; $saved"
+elif [ -n "$is_asked" ] || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
+  # Mostly a rank, or torchrun, that was not yet able to save when the signal came.
+  requeue "stopped as SIGUSR1 asked, without saving: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved"
 elif [ "$stopped_by" = SIGTERM ]; then
   die 143 "stopped by SIGTERM; $saved; the same command goes on from there"
 fi

@@ -56,5 +56,11 @@ def _model(subject: Subject) -> Iterator[Finding]:
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {subject.num_ranks_dp}: "
         f"{hf_config.num_hidden_layers // parallel.pipeline} layers per stage, "
         f"{hf_config.num_attention_heads // parallel.tensor} heads and "
-        f"{hf_config.num_key_value_heads // parallel.tensor} KV heads per rank, vocabulary padded by {padding}",
+        f"{_per_rank(hf_config.num_key_value_heads, parallel.tensor)}, vocabulary padded by {padding}",
     )
+
+
+def _per_rank(num_key_value_heads: int, tensor: int) -> str:
+    if tensor > num_key_value_heads:
+        return f"one KV head for {tensor // num_key_value_heads} ranks"
+    return f"{num_key_value_heads // tensor} KV heads per rank"

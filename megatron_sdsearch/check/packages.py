@@ -57,7 +57,8 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
         yield Finding.note("packages", "this machine has no GPU: transformer-engine, NCCL and drivers cannot be seen")
         return
     try:
-        version("transformer-engine")
+        if subject.config.model.layer_spec != "local":
+            version("transformer-engine")
     except PackageNotFoundError:
         mend = "pip install 'megatron-sdsearch[gpu]', or use an image that has it"
         yield Finding.error("packages", "transformer-engine is not installed, and trains on GPUs", mend)

@@ -17,7 +17,7 @@ from megatron_sdsearch.rollout.server_process import (
     read_model_info,
     read_server_info,
 )
-from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports, split_gpus
+from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports, no_gpus_left, split_gpus
 
 _ANSWER_S = 10.0
 # The supervisor gives these itself; a second one would win.
@@ -79,11 +79,7 @@ def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
     names = [str(index) for index in range(world.gpus_per_node)]
     trainers, rest = names[: world.ranks_per_node], names[world.ranks_per_node :]
     if not sglang.colocated and not rest and sglang.tensor == 1:
-        yield Finding.error(
-            f"{SECTION}.num_servers",
-            f"{world.ranks_per_node} trainers take all {world.gpus_per_node} GPUs of a node: servers get none",
-            "start fewer trainers per node, set rollout.sglang.colocated=true, or attach to rollout.sglang.urls",
-        )
+        yield Finding.of(no_gpus_left(world.ranks_per_node, world.gpus_per_node), f"{SECTION}.num_servers")
         return
     attempt = Attempt.at(lambda: split_gpus(trainers if sglang.colocated else rest, sglang))
     if attempt.error is not None:

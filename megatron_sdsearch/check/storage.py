@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import CheckpointConfig, RunConfig
+from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE
 from megatron_sdsearch.telemetry.trajectories import step_files
+from megatron_sdsearch.training.run_lock import live_run
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _ADAM_BYTES = 8
@@ -29,6 +33,9 @@ def check(subject: Subject) -> Iterator[Finding]:
         what = "is no folder" if not home.is_dir() else "may not be written"
         yield Finding.error("run_dir", f"{home} {what}", "give another run_dir")
         return
+    in_use = live_run(run_dir)
+    if in_use is not None:
+        yield Finding.of(in_use, "run_dir")
     yield from _contents(subject.config)
     yield from _schedule(subject)
     yield from _space(subject, home)
@@ -48,7 +55,7 @@ def _contents(config: RunConfig) -> Iterator[Finding]:
     if attempt.error is not None:
         yield Finding.of(attempt.error, "run_dir")
     if attempt.value:
-        yield from _continuation(attempt.value[0], config)
+        yield from _newest_whole(attempt.value, config)
     elif (config.run_dir / METRICS_FILE).exists() or step_files(config.run_dir):
         yield Finding.warning(
             "run_dir",
@@ -57,29 +64,41 @@ def _contents(config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _continuation(newest: Path, config: RunConfig) -> Iterator[Finding]:
-    attempt = Attempt.at(lambda: read_manifest(newest))
-    if attempt.error is not None:
-        yield Finding.error("run_dir", str(attempt.error), "restore it, or take another run_dir")
-    if attempt.value is None:
-        return
-    files = attempt.value["files"]
-    if broken := damages(newest, files, list(files), verify=False):
-        yield Finding.error(
-            "run_dir", f"{newest} is damaged: {'; '.join(broken)}", "restore it, or set checkpoint.fallback=true"
-        )
-    problems = list(continuation_problems(newest, attempt.value, config))
+def _newest_whole(candidates: Sequence[Path], config: RunConfig) -> Iterator[Finding]:
+    """As training looks for it: the newest, or, with ``checkpoint.fallback``, the newest that is whole."""
+    for folder in candidates:
+        attempt = Attempt.at(partial(_whole_manifest, folder))
+        if attempt.value is not None:
+            yield from _continuation(folder, attempt.value, config)
+            return
+        if not config.checkpoint.fallback:
+            yield Finding.error("run_dir", str(attempt.error), "restore it, or set checkpoint.fallback=true")
+            return
+        yield Finding.warning("run_dir", str(attempt.error), "restore it, or let checkpoint.fallback pass it over")
+    yield Finding.error("run_dir", "no checkpoint of this run is whole", "restore one, or take another run_dir")
+
+
+def _whole_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    if broken := damages(folder, files, list(files), verify=False):
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(broken)}")
+    return manifest
+
+
+def _continuation(newest: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
+    problems = list(continuation_problems(newest, manifest, config))
     for problem in problems:
         told, _, mend = str(problem).rpartition(": ")
         yield Finding.error("run_dir", told, mend)
-    step, wanted = attempt.value["step"], config.train.num_steps
-    if not broken and not problems and step == wanted:
+    step, wanted = manifest["step"], config.train.num_steps
+    if not problems and step == wanted:
         yield Finding.warning(
             "run_dir",
             f"{newest} is the end of a run of {wanted} steps: nothing is left to train",
             "raise train.num_steps, or take another run_dir",
         )
-    elif not broken and not problems:
+    elif not problems:
         yield Finding.note("run_dir", f"the run goes on from step {step} of {wanted} ({newest})")
 
 
@@ -121,11 +140,14 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
     if config.samples_from_sglang and config.rollout.sglang.weight_sync == "disk":
         num_folders += 2  # the published one, and the next
     needed = num_kept * checkpoint + num_folders * weights
+    written = sum(_num_bytes(config.run_dir / name) for name in ("checkpoints", "weights", "hf"))
     trajectories = _trajectory_bytes(config)
     told = (
         f"{num_kept} checkpoints of {_size(checkpoint)} and {num_folders} folders of weights of {_size(weights)} make "
-        f"{_size(needed)}; trajectories at most {_size(trajectories)} more; {_size(free)} are free on {home}"
+        f"{_size(needed)}, of which {_size(min(written, needed))} are there; trajectories at most "
+        f"{_size(trajectories)} more; {_size(free)} are free on {home}"
     )
+    needed -= min(written, needed)
     if needed > free:
         mend = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
         yield Finding.error("run_dir", told, mend)
@@ -133,6 +155,10 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
         yield Finding.warning("run_dir", told, "free some, or set telemetry.trajectories=false")
     else:
         yield Finding.note("run_dir", told)
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _num_kept(config: CheckpointConfig, num_steps: int) -> int:

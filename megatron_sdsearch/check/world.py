@@ -68,7 +68,7 @@ class World:
         is_said = given.device is not None or given.gpus_per_node is not None
         sglang_nodes = _num_sglang_nodes(given, environment)
         nodes, nodes_from = _num_nodes(given, environment, sglang_nodes)
-        servers = 0 if sglang_nodes else _server_gpus(config)
+        servers = 0 if sglang_nodes else config.num_own_server_gpus
         smallest = _smallest_ranks(config, nodes)
         gpus, gpus_from = (0, "") if not has_gpu else _gpus_per_node(given, environment)
         ranks, ranks_from = _ranks_per_node(given, environment)
@@ -146,13 +146,6 @@ def _ranks_per_node(given: GivenWorld, environment: Mapping[str, str]) -> tuple[
     if environment.get("LOCAL_WORLD_SIZE", "").isdecimal():
         return int(environment["LOCAL_WORLD_SIZE"]), "LOCAL_WORLD_SIZE"
     return None, ""
-
-
-def _server_gpus(config: RunConfig) -> int:
-    """GPUs of the first node that own servers take from the trainer."""
-    sglang = config.rollout.sglang
-    is_taken = config.samples_from_sglang and not sglang.urls and not sglang.colocated
-    return sglang.num_servers * sglang.tensor if is_taken else 0
 
 
 def _smallest_ranks(config: RunConfig, num_nodes: int) -> int:

@@ -83,7 +83,12 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     old = partial.with_name(f"{partial.name}-old")
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_sdsearch.config import CheckpointConfig, RunConfig, flatten
+from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten
 from megatron_sdsearch.errors import CheckpointError
 
 MANIFEST: Final = "manifest.json"
@@ -196,10 +196,14 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
     if bool(before.get(kind)) != now[kind]:  # the two keep their state under other names
         yield CheckpointError(f"{folder} was written with {kind} = {not now[kind]}: set it back")
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
+        if name.startswith(_MAY_CHANGE):
+            continue
+        # A setting that the version of that time did not have yet was what its default is now.
+        old = before[name] if name in before else default_of(name)
+        new = now.get(name)
         if name in _PATHS and old is not None and new is not None:
             old, new = Path(old).name, Path(new).name  # a folder may have moved
-        if old != new and not name.startswith(_MAY_CHANGE):
+        if old != new:
             yield CheckpointError(
                 f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
             )

@@ -201,6 +201,15 @@ def check_has_weights(model_path: Path) -> None:
         raise ConfigError("model.hf_dir", told, "give a folder with safetensors; model.megatron_dir may stay")
 
 
+def no_gpus_left(num_trainers: int, num_gpus: int) -> ConfigError:
+    """Of a node, for servers beside its trainers."""
+    return ConfigError(
+        "rollout.sglang.num_servers",
+        f"{num_trainers} trainers take all {num_gpus} GPUs of a node: servers get none",
+        "start fewer trainers per node, set rollout.sglang.colocated=true, or attach to rollout.sglang.urls",
+    )
+
+
 def free_ports(num_ports: int, host: str) -> list[int]:
     """Ports of ``host`` that nobody uses now.
 

@@ -113,7 +113,7 @@ class SGLangPolicyEngine:
         sglang = config.rollout.sglang
         self._parallel = parallel
         self._is_colocated = sglang.colocated
-        gpus = gpus_beside_trainer(sglang.colocated)
+        gpus = gpus_beside_trainer(sglang)
         self._supervisor = supervise(config, gpus=gpus) if parallel.is_main else None
         supervisor = self._supervisor
         together(parallel, supervisor.start if supervisor is not None else lambda: None)

@@ -15,9 +15,9 @@ from typing import Final, NoReturn
 
 import torch
 
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import RunConfig, SGLangConfig
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights
+from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights, no_gpus_left
 
 _POLL_S: Final = 1.0
 
@@ -56,11 +56,18 @@ def supervise(
     )
 
 
-def gpus_beside_trainer(is_colocated: bool) -> tuple[str, ...]:
-    """This node's GPUs for servers of the first rank: the trainer's own, or those that its local ranks leave over."""
+def gpus_beside_trainer(sglang: SGLangConfig) -> tuple[str, ...]:
+    """This node's GPUs for servers of the first rank: the trainer's own, or those that its local ranks leave over.
+
+    Raises:
+        ConfigError: there are GPUs, and the ranks take them all: servers without a share would sit on the first one.
+    """
     names = _visible_gpus()
     num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return names[:num_trainers] if is_colocated else names[num_trainers:]
+    share = names[:num_trainers] if sglang.colocated else names[num_trainers:]
+    if names and not share and not sglang.urls:
+        raise no_gpus_left(num_trainers, len(names))
+    return share
 
 
 def serve(config: RunConfig, *, host: str, urls_file: Path, log_dir: Path | None = None, index: int = 0) -> NoReturn:

@@ -49,7 +49,7 @@ class RunLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._descriptor)
-            raise self._is_in_use() from error
+            raise _is_in_use(self._path) from error
         except OSError as error:
             _log.warning("%s: %s: nothing prevents a second run in this folder", self._path, error.strerror)
         holder = {
@@ -66,12 +66,30 @@ class RunLock:
     ) -> None:
         os.close(self._descriptor)
 
-    def _is_in_use(self) -> ConfigError:
-        try:
-            holder = json.loads(self._path.read_text())
-            who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not yet said who it is
-            who = "another process"
-        return ConfigError(
-            "run_dir", f"{self._path.parent} is in use by {who}", "wait for its end, end it, or set another run_dir"
-        )
+
+def live_run(run_dir: Path) -> ConfigError | None:
+    """What a run in this folder would be refused with now; None when nobody holds it, or nothing can be known."""
+    path = run_dir / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # no run has been here, or we may not look
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _is_in_use(path)
+    except OSError:  # a file system without locks: a run says so itself
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _is_in_use(path: Path) -> ConfigError:
+    try:
+        holder = json.loads(path.read_text())
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not yet said who it is
+        who = "another process"
+    told = f"{path.parent} is in use by {who}"
+    return ConfigError("run_dir", told, "wait for its end, end it, or set another run_dir")

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.slurm.cluster import ROOT, Cluster
 from tests.integration.slurm.conftest import ENVIRONMENT, LIMIT_S, arguments, metrics, num_rows
 
-NUM_STEPS = 12
+NUM_STEPS = 40  # of half a second: enough for a signal to come in time
 SERVER_LIMIT_S = 600.0  # two starts of a server, 40 s each on two quiet cores
 pytestmark = pytest.mark.timeout(2400)
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_sdsearch.check.findings import Severity
+from megatron_sdsearch.training.run_lock import RunLock
 from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
 from tests.unit.conftest import train_tokenizer
 
@@ -239,6 +240,35 @@ def test_damaged_checkpoints_are_found(tiny: TinyRun) -> None:
     assert "names 'elsewhere'" in only(tiny.found()).problem
 
 
+def test_a_damaged_checkpoint_is_passed_over_where_training_would_do_so(tiny: TinyRun) -> None:
+    write_checkpoint(tiny, 1)
+    (write_checkpoint(tiny, 2) / "shard").write_text("half")
+    assert "or set checkpoint.fallback=true" in only(tiny.found()).mend
+    passed_over = only(tiny.found("checkpoint.fallback=true"))
+    assert (passed_over.severity, "step_000002 is damaged" in passed_over.problem) == ("warning", True)
+    assert "the run goes on from step 1 of 4" in tiny.notes("checkpoint.fallback=true")
+    (tiny.folder / "run/checkpoints/step_000001/shard").unlink()
+    found = tiny.found("checkpoint.fallback=true")
+    assert [finding.severity for finding in found] == ["error", "warning", "warning"]
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_from(tiny: TinyRun) -> None:
+    path = write_checkpoint(tiny, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["model"]["layer_spec"], manifest["config"]["objective"]["topk_of"]
+    path.write_text(json.dumps(manifest))
+    assert tiny.found() == []
+    assert "objective.topk_of = teacher, this run has union" in only(tiny.found("objective.topk_of=union")).problem
+
+
+def test_a_folder_that_a_run_is_using_is_found(tiny: TinyRun) -> None:
+    with RunLock(tiny.folder / "run"):
+        finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "run_dir")
+    assert f"in use by process {os.getpid()}" in finding.problem
+    assert tiny.found() == []
+
+
 def test_metrics_that_a_new_run_would_delete_are_found(tiny: TinyRun) -> None:
     (tiny.folder / "run").mkdir()
     (tiny.folder / "run/metrics.jsonl").write_text("{}\n")
@@ -256,6 +286,17 @@ def test_room_on_the_disk_is_compared_with_what_is_written(
     # Twelve bytes a parameter and checkpoint, three at one time, and an export; trajectories up to their budgets.
     told = [f for f in tiny.check("train.num_steps=100").findings if "checkpoints of" in f.problem]
     assert only(told).severity == severity
+
+
+def test_what_a_run_has_written_already_needs_no_more_room(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tiny.folder)._replace(free=10**3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    folder = write_checkpoint(tiny, 2)
+    assert only([f for f in tiny.found() if "checkpoints of" in f.problem]).severity == "error"
+    with (folder / "shard").open("r+b") as file:
+        file.truncate(10**9)  # a hole: takes no room here
+    told = [f for f in tiny.check("telemetry.trajectories=false").findings if "checkpoints of" in f.problem]
+    assert only(told).severity == "note"
 
 
 # The index

@@ -29,7 +29,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
     (("train.max_tokens_per_microbatch=300",), {}, "error", "train.max_tokens_per_microbatch", "300", "at least 428"),
     (("optimizer.warmup_steps=4",), {}, "error", "optimizer.warmup_steps", "4 of the run's 4", "lower it"),
     (("data.train=nowhere.jsonl",), {}, "error", "data.train", "nowhere.jsonl does not exist", "that exists"),
-    (("parallel.tensor=4",), {}, "error", "parallel.tensor", "num_key_value_heads = 2", "choose one of 1, 2"),
+    (("parallel.tensor=3",), {}, "error", "parallel.tensor", "num_attention_heads = 4", "choose one of 1, 2, 4"),
     (("parallel.pipeline=3",), {}, "error", "parallel.pipeline", "num_hidden_layers = 2", "choose one of 1, 2"),
     (
         ("parallel.tensor=2",),
@@ -39,7 +39,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "does not divide the 3",
         "multiple of 2",
     ),
-    ((), GPU, "error", "model.dtype", "float32 with a GPU", "model.dtype=bfloat16"),
+    ((), GPU, "error", "model.dtype", "float32 with transformer-engine", "model.dtype=bfloat16"),
     ((BF16,), {"device": "cpu"}, "error", "model.dtype", "bfloat16 without a GPU", "model.dtype=float32"),
     ((BF16,), {"gpus_per_node": 2, "ranks_per_node": 4}, "error", "--nproc-per-node", "4 trainer processes", "start 2"),
     (
@@ -217,6 +217,20 @@ def test_all_mistakes_are_listed_whatever_their_kind(tiny: TinyRun) -> None:
     wrong = ("objective.alpa=1", "seed=-1", "rollout.group_size=1", "data.heldout=nowhere", "checkpoint.keep_every=3")
     fields = [finding.field for finding in tiny.found(*wrong)]
     assert fields == ["seed", "objective.alpa", "rollout.group_size", "data.heldout", "checkpoint.keep_every"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (("hindsight.content=documents", "hindsight.siblings=own"), "hindsight.siblings"),
+        (("objective.topk=null", "objective.topk_of=union"), "objective.topk_of"),
+    ],
+)
+def test_sections_that_contradict_themselves_are_listed_like_all_others(
+    tiny: TinyRun, overrides: tuple[str, ...], field: str
+) -> None:
+    fields = [finding.field for finding in tiny.found(*overrides, "checkpoint.keep_every=3")]
+    assert fields == [field, "checkpoint.keep_every"]
 
 
 def test_a_refused_value_is_not_judged_by_the_default_in_its_place(tiny: TinyRun) -> None:

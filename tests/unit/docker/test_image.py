@@ -118,10 +118,15 @@ def test_an_unknown_step_is_told(image: Path) -> None:
 # The entry point
 
 
-def run_entry(image: Path, folder: Path, *arguments: str, gpus: int | None = 8, **more: str) -> str:
+TELLS = 'echo "python3 $*; $NCCL_CUMEM_ENABLE"'
+
+
+def run_entry(
+    image: Path, folder: Path, *arguments: str, gpus: int | None = 8, python: str = TELLS, **more: str
+) -> str:
     """What it starts, with a machine's GPUs and an interpreter that tells its arguments; or what it says."""
     smi = "exit 9" if gpus is None else "\n".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'" for i in range(gpus))
-    scripts = {"nvidia-smi": smi, "python3": 'echo "python3 $*; $NCCL_CUMEM_ENABLE"'}
+    scripts = {"nvidia-smi": smi, "python3": python}
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
@@ -134,6 +139,7 @@ def run_entry(image: Path, folder: Path, *arguments: str, gpus: int | None = 8, 
 def test_training_takes_every_gpu_and_hands_signals_on(image: Path, tmp_path: Path) -> None:
     said = run_entry(image, tmp_path, "train", "a.yaml", "seed=2")
     assert said == (
+        "python3 -m megatron_sdsearch check a.yaml seed=2 --nproc-per-node 8; 0\n"
         "python3 -m torch.distributed.run --standalone --nproc-per-node 8 "
         "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 "
         "-m megatron_sdsearch train a.yaml seed=2; 0"
@@ -141,10 +147,18 @@ def test_training_takes_every_gpu_and_hands_signals_on(image: Path, tmp_path: Pa
     assert "--nproc-per-node 4 " in run_entry(image, tmp_path, "train", "a.yaml", NUM_TRAINERS="4")
 
 
+@pytest.mark.parametrize(("code", "is_started"), [(0, True), (1, True), (2, False)])
+def test_what_check_finds_wrong_is_not_started(image: Path, tmp_path: Path, code: int, is_started: bool) -> None:
+    script = f'case $* in *" check "*) echo "a: b; c" >&2; exit {code} ;; *) echo "$*" ;; esac'
+    said = run_entry(image, tmp_path, "train", "a.yaml", python=script)
+    assert ("torch.distributed.run" in said) == is_started
+    assert is_started or said == "2: a: b; c"
+
+
 def test_without_a_gpu_training_says_what_is_missing(image: Path, tmp_path: Path) -> None:
-    assert run_entry(image, tmp_path, "train", "a.yaml", gpus=None).startswith(
-        "2: no GPU in this container: docker run"
-    )
+    for none in (None, 0):
+        said = run_entry(image, tmp_path, "train", "a.yaml", gpus=none)
+        assert said.startswith("2: no GPU in this container: docker run")
 
 
 def test_other_commands_are_the_package_s_or_anything(image: Path, tmp_path: Path) -> None:
