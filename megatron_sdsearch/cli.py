@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import ConfigError, SDSearchError
+from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.telemetry import final_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -204,14 +204,14 @@ def _run(work: Callable[[], T], *, failure: int = 1) -> T:
 
     Args:
         work: of the command.
-        failure: the exit code of whatever is no ConfigError.
+        failure: the exit code of whatever is neither ConfigError nor DataError.
     """
     try:
         return work()
     except SDSearchError as error:
         if _is_first_to_fail():
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        _exit(2 if isinstance(error, ConfigError) else failure)
+        _exit(2 if isinstance(error, (ConfigError, DataError)) else failure)
     except Exception:  # noqa: BLE001  # said in full by one rank, and every rank leaves
         if _is_first_to_fail():  # else a peer's death broke our collective, and the peer has said why
             traceback.print_exc()

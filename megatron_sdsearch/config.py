@@ -702,15 +702,25 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
         ConfigError: there is no such file, it is no YAML, or an override is no ``key=value``.
     """
     if not path.is_file():
-        raise ConfigError("CONFIG", f"{path} does not exist", "give the path of a YAML file")
+        told = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError("CONFIG", f"{path} {told}", "give the path of a YAML file")
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError("override", f"{override!r} is not key=value", "write e.g. objective.alpha=0")
+        _read_override(override)
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
+
+
+def _read_override(override: str) -> None:
+    try:
+        OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        told = f"{override!r} is no YAML: {' '.join(str(error).split())}"
+        raise ConfigError(override.partition("=")[0], told, "quote or mend its value") from error
 
 
 def parse_config(tree: Any) -> RunConfig:

@@ -2,7 +2,7 @@
 
 SDSearchError
 |-- ConfigError             a setting is wrong: names the field, the value and the mend; exit code 2
-|-- DataError               a file with questions, passages or weights is wrong: names the file and line
+|-- DataError               a file with questions, passages or weights is wrong: names file and line; exit code 2
 |-- RetrievalError          the search engine failed (never: it found nothing)
 |   `-- RetrievalDownError      it has answered nobody for long: the run stops
 |-- EngineError             the rollout engine failed or refused a request

@@ -99,6 +99,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         progress.end()
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
+    for name, split in prepared.origins.get("test", {}).items():
+        if split == "train":
+            print(f"{name} has neither test nor dev: its training questions are asked as a test", file=sys.stderr)
     manifest = write_prepared(prepared, settings, arguments.out, arguments.format)
     return {
         "manifest": str(manifest),

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig
-from megatron_sdsearch.errors import ConfigError, SDSearchError
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         asyncio.run(run(arguments))
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, (ConfigError, DataError)) else 1)
     except KeyboardInterrupt:
         sys.exit(0)
 
@@ -54,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model, for dense and hybrid")
     parser.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
     arguments = parser.parse_args()
+    if not 0 <= arguments.port <= 65535:
+        parser.error(f"--port: {arguments.port} is no port; give one of 0 to 65535")
     if arguments.topk < 1:
         parser.error("--topk must be at least 1")
     if arguments.threads is not None and arguments.threads < 1:
@@ -67,6 +69,9 @@ async def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         mend = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
+    if arguments.engine == "tantivy" and Manifest.read(Path(arguments.index)) is None:
+        told = f"{arguments.index} is no index's folder"
+        raise ConfigError("--index", told, "give the --out of tools/index_corpus.py --to tantivy")
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any

@@ -44,6 +44,9 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _settings(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
+    if config.engine != "tantivy" and config.analyzer != RetrievalConfig.model_fields["analyzer"].default:
+        told = f"{config.analyzer}, and {config.engine} has its own: only tantivy reads this key"
+        yield Finding.warning("retrieval.analyzer", told, "drop it, and index with the analyzer that you want")
     if config.engine == "tantivy":
         yield from _tantivy(config, is_online=is_online)
     elif config.engine == "elasticsearch":

@@ -88,6 +88,11 @@ def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
         yield _refusal(f"attention_bias is true in a {config.model_type}", "use one without")
     if getattr(config, "mlp_bias", False):
         yield _refusal(f"mlp_bias is true in a {config.model_type}", "use one without")
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if heads % shared:
+        yield _refusal(
+            f"num_key_value_heads = {shared} does not divide num_attention_heads = {heads}", "mend config.json"
+        )
     if config.hidden_act != "silu":
         yield _refusal(f"hidden_act {config.hidden_act!r} is not supported", "use silu")
     is_full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())

@@ -101,6 +101,8 @@ def connect(config: ElasticsearchConfig, credentials: Credentials) -> AsyncElast
         raise ConfigError(f"{SECTION}.urls", "empty", "name at least one node, e.g. http://127.0.0.1:9200")
     # On DEBUG the client logs whole answers, and a proxy in between may echo the header that it refuses.
     logging.getLogger("elastic_transport.node").setLevel(logging.INFO)
+    # It warns of every failure of a node; ours are counted, and end in one error that names the cause.
+    logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)
     tls: dict[str, Any] = {}
     if config.ca_file is not None:
         if not all(is_tls):

@@ -159,7 +159,10 @@ class Cluster:
         """
         answer = await self.try_once(self.client.info)
         if isinstance(answer, Fault):
-            raise self.failed("first contact", f"{answer.cause}; see that the cluster runs and --url is its address")
+            mend = "see that the cluster runs and --url is its address (http or https)"
+            if "401" in answer.cause or "403" in answer.cause:
+                mend = "set ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
+            raise self.failed("first contact", f"{answer.cause}; {mend}")
 
     async def ask(self, request: Callable[[], Awaitable[T]], what: str) -> T:
         """The answer to a request that may be sent again.

@@ -123,8 +123,9 @@ class RetrieveServerRetriever:
                 return Fault(cause="no connection in time", is_retryable=True)
             return Fault(cause=f"{type(error).__name__}: {error}", is_retryable=True)
         if response.status != 200:
+            mend = "; give the whole route: http://host:8000/retrieve" if response.status == 404 else ""
             return Fault(
-                cause=f"HTTP {response.status}: {_words(body)}",
+                cause=f"HTTP {response.status}: {_words(body)}{mend}",
                 is_retryable=response.status in _RETRYABLE,
                 is_overload=response.status in _OVERLOADED,
                 retry_after_s=_seconds(response.headers.get("Retry-After", "")),

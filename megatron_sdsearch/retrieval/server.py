@@ -163,10 +163,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror as error:
+        raise ConfigError("--host", f"{host} is no address here ({error.strerror})", "give another") from error
+    try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        is_systems = error.errno is not None and error.errno > 0  # those of names are negative
-        reason = os.strerror(error.errno) if is_systems and error.errno else error.strerror
+        reason = os.strerror(error.errno) if error.errno else error.strerror
         mend = "give another --port or --host"
         raise ConfigError("--port", f"cannot listen at {host}:{port} ({reason})", mend) from error
 

@@ -172,9 +172,9 @@ def _call(url: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[st
     return answer
 
 
-def read_tail(log: Path, num_lines: int = 20) -> str:
-    """The log's last lines."""
+def read_tail(log: Path, num_lines: int = 20, *, begin: int = 0) -> str:
+    """The log's last lines, of those from byte ``begin`` on."""
     with log.open("rb") as stream:
-        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 200 * num_lines * 4))
+        stream.seek(max(begin, stream.seek(0, os.SEEK_END) - 200 * num_lines * 4))
         lines = stream.read().decode(errors="replace").splitlines()
     return "\n".join(lines[-num_lines:])

@@ -88,6 +88,7 @@ class SupervisedServer:
         self._command = command
         self._environment = environment
         self._log = log
+        self._log_begin = log.stat().st_size if log.exists() else 0  # what is before is of another run
         self._config = config
         self._patience = patience
         self._closing = threading.Event()
@@ -184,8 +185,8 @@ class SupervisedServer:
     def _give_up(self, cause: str) -> None:
         at_start = " at its start (see rollout.sglang.command and .arguments)"
         tries = f" (restarts: {self.num_restarts})" if self.has_served.is_set() else at_start
-        self.failure = (
-            f"SGLang server {self._index} ({self.url}) {cause}{tries}; {self._log} ends with:\n{read_tail(self._log)}"
+        self.failure = f"SGLang server {self._index} ({self.url}) {cause}{tries}; {self._log} ends with:\n" + read_tail(
+            self._log, begin=self._log_begin
         )
 
     def _note(self, text: str) -> None:

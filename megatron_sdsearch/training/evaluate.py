@@ -13,6 +13,7 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.evaluation import summarize
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -24,6 +25,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no held-out set, no search engine, or no model.
+        DataError: a question or a file of weights is damaged.
         RetrievalError: too many searches failed.
     """
     if config.data.heldout is None or config.retrieval is None:
@@ -35,6 +37,10 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     for field, path in {"data.heldout": config.data.heldout, **config.retrieval.files()}.items():
         if not path.is_file():
             raise ConfigError(field, f"{path} does not exist", "give a path that exists")
+    questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
+    weights = SafetensorsFolder(model_dir)
+    for name in weights.names():
+        weights.shape(name)  # a file that is missing or cut short is said here, by its name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -44,7 +50,6 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)
     runner = asyncio.Runner()
     collector = RolloutCollector(engine, runner.run(open_retriever(config.retrieval)), renderer, config, runner)
-    questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
     try:
         collected = collector.evaluate(questions, step=0)
         collected.losses.check(config.rollout.max_failed_search_share)

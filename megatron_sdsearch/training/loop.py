@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import RunLog, write_summary
+from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, write_summary
 from megatron_sdsearch.training.saving import Saving
-from megatron_sdsearch.training.stop_request import StopRequest, write_stopped
+from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
@@ -55,7 +54,11 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     check_lengths(hf_config, config)
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
-    with RunLock(config.run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    if os.environ.get("RANK", "0") != "0":
+        return _train(config, start)
+    with RunLock(config.run_dir):
+        for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
+            (config.run_dir / name).unlink(missing_ok=True)
         return _train(config, start)
 
 

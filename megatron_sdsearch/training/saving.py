@@ -9,8 +9,6 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import Policy
-from megatron_sdsearch.training.run_log import SUMMARY_FILE
-from megatron_sdsearch.training.stop_request import STOPPED_FILE
 
 
 class Saving:
@@ -25,7 +23,6 @@ class Saving:
     def __init__(self, config: RunConfig, policy: Policy, start: float) -> None:
         self._config = config
         self._store = CheckpointStore(config.run_dir / "checkpoints", policy, policy.parallel, config)
-        self._is_main = policy.parallel.is_main
         self._start = start
         self._scores: dict[int, float] = {}
 
@@ -35,13 +32,10 @@ class Saving:
         return time.monotonic() - self._start
 
     def load(self) -> int:
-        """Go on from the newest checkpoint; the number of finished steps. What a run before said of its end goes."""
+        """Go on from the newest checkpoint; the number of finished steps."""
         state = self._store.load()
         self._start -= state.wall_s
         self._scores = {step: score for step, score in state.scores.items() if step <= state.step}
-        if self._is_main:
-            for name in (SUMMARY_FILE, STOPPED_FILE):
-                (self._config.run_dir / name).unlink(missing_ok=True)
         return state.step
 
     def score(self, step: int, evaluated: Mapping[str, float | int]) -> None:

@@ -420,8 +420,16 @@ def test_the_tool_names_what_is_wrong(index_dir: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"ConfigError: --port: cannot listen at 127.0.0.1:{port} (Address already in use); ")
     command = serve_command("--engine", "tantivy", "--index", str(tmp_path), "--port", "0")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert "no index of this version; build it from its corpus" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} is no index's folder; ")
+    for flags, told in (
+        (("--port", "99999"), "--port: 99999 is no port"),
+        (("--host", "nohost.invalid"), "--host: nohost.invalid is no address here"),
+    ):
+        command = serve_command("--engine", "tantivy", "--index", str(index_dir), *flags)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr.splitlines()[-1]
 
 
 def test_searches_run_beside_each_other(index_dir: Path) -> None:

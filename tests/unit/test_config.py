@@ -237,17 +237,23 @@ def test_interpolation_follows_overrides(file: Path) -> None:
     assert load_config(file, ["run_dir=elsewhere"]).model.hf_dir == Path("elsewhere/hf")
 
 
+@pytest.mark.parametrize("override", ["rollout.sglang.command=[a", "seed=[1", "seed={a: 1"])
+def test_an_override_that_is_no_yaml_is_named_itself(file: Path, override: str) -> None:
+    error = error_of_file(file, "seed=3", override)
+    assert error.field == override.partition("=")[0]
+    assert f"'{override}' is no YAML" in str(error)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    assert f"{tmp_path} is a folder" in str(error_of_file(tmp_path))
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", "objective.alpha", ""])
 def test_an_override_without_key_or_value_is_named(file: Path, override: str) -> None:
     error = error_of_file(file, "seed=1", override)
     assert error.field == "override"
     assert repr(override) in str(error)
     assert "objective.alpha=0" in error.mend
-
-
-@pytest.mark.parametrize("override", ["seed=[1", "seed={a: 1"])
-def test_an_override_that_is_no_yaml_is_refused(file: Path, override: str) -> None:
-    assert "override" in error_of_file(file, override).mend
 
 
 def test_an_override_of_an_unknown_key_is_named_like_one_in_the_file(file: Path) -> None:

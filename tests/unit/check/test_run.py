@@ -197,6 +197,14 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "--port is given",
         "it",
     ),
+    (
+        ("retrieval.engine=http", "retrieval.analyzer=english"),
+        {},
+        "warning",
+        "retrieval.analyzer",
+        "only tantivy reads",
+        "index with",
+    ),
     ((*SGLANG, "rollout.sglang.colocated=true"), {}, "error", "rollout.sglang.colocated", "without a GPU", "false"),
 ]
 

@@ -143,6 +143,11 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         load_hf_config(write_config(tmp_path, qwen2(layer_types=["full_attention"])))
 
 
+def test_key_value_heads_that_no_group_shares_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_key_value_heads = 4 does not divide num_attention_heads"):
+        load_hf_config(write_config(tmp_path, qwen2(num_key_value_heads=4)))
+
+
 def test_biases_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="attention_bias"):
         load_hf_config(write_config(tmp_path, qwen3(attention_bias=True)))

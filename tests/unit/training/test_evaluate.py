@@ -1,0 +1,37 @@
+"""What is wrong with the folder or the questions is said before a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sdsearch.config import load_config
+from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.training.evaluate import evaluate_folder
+from tests.unit.check.tiny_run import TinyRun, save_model
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path, save_model(tmp_path / "saved"))
+
+
+def test_a_file_of_weights_that_was_cut_short_is_named(tiny: TinyRun) -> None:
+    first = sorted(tiny.model.glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-100])
+    with pytest.raises(DataError, match=first.name):
+        evaluate_folder(load_config(tiny.config), tiny.model)
+
+
+def test_a_folder_without_weights_is_named(tiny: TinyRun) -> None:
+    for path in tiny.model.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        evaluate_folder(load_config(tiny.config), tiny.model)
+
+
+def test_a_bad_question_is_named_by_its_line(tiny: TinyRun) -> None:
+    tiny.heldout.write_text(tiny.heldout.read_text() + "{}\n")
+    with pytest.raises(DataError, match=r"heldout\.jsonl:5"):
+        evaluate_folder(load_config(tiny.config), tiny.model)
