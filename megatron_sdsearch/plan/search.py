@@ -15,7 +15,7 @@ from megatron_sdsearch.plan.workload import StepLoad, Workload
 
 _WIDTHS = (1, 2, 4, 8)
 IsLegal = Callable[[int, int], bool]
-"""(tensor, pipeline); the rule is ``model.architecture.check_layout``'s."""
+"""(tensor, pipeline); the rule is ``model.hf_config.check_layout``'s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,7 +193,7 @@ def _rollout(
         by_cache = max(1.0, memory.kv_tokens / workload.student_tokens)
         at_once = min(per_engine, by_cache, config.rollout.sglang.max_concurrency * layout.num_trainers)
     waves = per_engine / at_once + efficiency.tail - 1
-    kv = shape.kv_bytes_per_token(_BF16) / min(tensor, shape.num_groups)
+    kv = shape.kv_bytes_per_token(_BF16, tensor)
     read = shape.num_params * _BF16 / tensor + at_once * workload.student_tokens / 2 * kv
     flops = at_once * 2 * shape.num_params / tensor
     roofline = max(read / machine.memory_bytes_s, flops / machine.prefill_flops)

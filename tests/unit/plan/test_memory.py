@@ -127,6 +127,26 @@ def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
     assert plan.kv_tokens == pytest.approx(plan.server["KV cache"] * 4 / shape_of(QWEN_7B).kv_bytes_per_token(2), abs=1)
 
 
+@pytest.mark.parametrize(("tensor", "share"), [(1, 1), (2, 2), (4, 2), (8, 2)])
+def test_ranks_that_share_a_key_head_cache_it_each(tensor: int, share: int) -> None:
+    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tensor": tensor, "urls": ["http://a:1"]}})
+    shape = shape_of(QWEN_3B)  # two key heads
+    plan = plan_memory(config, shape, Layout.of(config, 8), gpu_bytes=GPU)
+    assert plan.kv_tokens == plan.server["KV cache"] // (shape.kv_bytes_per_token(2) // share)
+
+
+def test_the_layers_are_those_of_the_configured_spec() -> None:
+    auto, engine, local = (
+        _plan(_layout(), model={"layer_spec": spec}).moments["backward"]["activations"]
+        for spec in ("auto", "transformer_engine", "local")
+    )
+    assert auto == engine
+    tokens = _layout().max_tokens
+    layer = LayerBytes.of(shape_of(QWEN_3B), "local", tokens, tp=1, sequence=False, element=2)
+    assert local == 36 * layer.saved + layer.boundary + (16 + 28) * tokens
+    assert local > auto
+
+
 def test_what_does_not_fit_does_not() -> None:
     plan = _plan(_layout())
     assert plan.peak_moment == "loss"
