@@ -14,6 +14,7 @@ from megatron_sdsearch.plan.activations import LayerBytes
 from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
 from megatron_sdsearch.plan.loss_memory import HeadSize, target_bytes, update_bytes
 from megatron_sdsearch.plan.memory import FRAMEWORK_BYTES, HEADROOM, MemoryPlan, plan_memory, plan_stages
+from megatron_sdsearch.plan.workload import StepLoad, Workload
 from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
 
 GPU = 79 * 2**30
@@ -145,6 +146,17 @@ def test_the_layers_are_those_of_the_configured_spec() -> None:
     layer = LayerBytes.of(shape_of(QWEN_3B), "local", tokens, tp=1, sequence=False, element=2)
     assert local == 36 * layer.saved + layer.boundary + (16 + 28) * tokens
     assert local > auto
+
+
+def test_with_documents_the_teachers_row_holds_all_sequences_of_the_longest_trajectory() -> None:
+    config = run(hindsight={"content": "documents"})
+    step, layout = StepLoad.of(config, Workload.of(config)), _layout(max_tokens=8704)
+    students = (2560, 3584, 4608, 5632, 6656)  # up to each of five queries, all budgets full
+    load = step.largest_microbatch(layout, distills_all=False)
+    assert load.teacher_tokens == sum(students) + 5 * 512
+    assert load.num_tokens == 8704
+    several = _plan(layout, hindsight={"content": "documents"}).moments["teacher"]
+    assert several["activations"] > _plan(layout).moments["teacher"]["activations"]
 
 
 def test_what_does_not_fit_does_not() -> None:
