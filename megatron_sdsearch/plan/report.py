@@ -9,11 +9,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from megatron_sdsearch.plan.hardware import Efficiency
 from megatron_sdsearch.plan.layout import Layout
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan
 from megatron_sdsearch.plan.search import Candidate, Planner, readable_size
-from megatron_sdsearch.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +76,7 @@ class RunPlan:
             console.print(f"[bold red]does not fit[/]: {why}", soft_wrap=True)
         nothing = "no faster layout of these GPUs fits" if why is None else "no layout of these GPUs fits"
         console.print(self._commands() or nothing, soft_wrap=True, highlight=False)
-        console.print(_told(self.planner.workload, self.planner.machine.efficiency), style="dim")
+        console.print(_told(self.planner), style="dim")
 
     def _memory_table(self) -> Table:
         memory, gpu = self.given.memory, self.planner.machine.gpu
@@ -200,7 +198,9 @@ def _add_rows(table: Table, parts: Mapping[str, int], prefix: str = "") -> None:
         table.add_row(prefix + name, readable_size(size))
 
 
-def _told(workload: Workload, efficiency: Efficiency) -> str:
-    lengths = ", ".join(f"{name} {value:g}" for name, value in asdict(workload).items())
-    shares = ", ".join(f"{name} {value:g}" for name, value in asdict(efficiency).items())
+def _told(planner: Planner) -> str:
+    lengths = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.workload).items())
+    shares = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.machine.efficiency).items())
+    if planner.config.hindsight.content == "documents":
+        lengths += "; a block and a teacher sequence for each search"
     return f"assumed lengths: {lengths}\nassumed efficiency: {shares}\nNothing of this was measured on a GPU."

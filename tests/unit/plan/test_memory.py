@@ -155,6 +155,8 @@ def test_with_documents_the_teachers_row_holds_all_sequences_of_the_longest_traj
     load = step.largest_microbatch(layout, distills_all=False)
     assert load.teacher_tokens == sum(students) + 5 * 512
     assert load.num_tokens == 8704
+    # A mean one has 4,800 tokens, and fills a row; with one block of siblings it has 3,072, and a row holds two.
+    assert load.num_microbatches == 2 * StepLoad.of(run(), Workload.of(run())).num_microbatches(layout)
     several = _plan(layout, hindsight={"content": "documents"}).moments["teacher"]
     assert several["activations"] > _plan(layout).moments["teacher"]["activations"]
 

@@ -205,6 +205,12 @@ def test_on_several_nodes_every_suggestion_can_be_submitted_and_is_planned_the_s
         assert again.given.time.step_s == pytest.approx(candidate.time.step_s)
 
 
+def test_tensor_parallel_ranks_are_never_on_two_nodes() -> None:
+    allocation = Allocation(num_nodes=2, gpus_per_node=6)
+    plan = _plan_config(run(rollout={"engine": "embedded"}), QWEN_3B, allocation=allocation)
+    assert {layout.tp for layout in plan.planner.layouts(plan.given.layout)} == {1, 2}  # four divide twelve, not six
+
+
 @pytest.mark.parametrize("given", [0, 1])
 def test_suggestions_say_how_many_nodes_serve_where_it_matters(given: int) -> None:
     config = run(rollout={"engine": "sglang", "sglang": {"colocated": not given, "num_servers": 4}})
@@ -229,6 +235,14 @@ def test_the_command_takes_the_nodes_that_serve_from_the_job_settings(config_fil
     assert by_option.stdout == by_environment.stdout
     layout = json.loads(by_option.stdout)["given"]["layout"]
     assert (layout["dp"], layout["servers"]["num"]) == (8, 8)
+
+
+def test_the_assumptions_say_that_the_teacher_reads_search_by_search() -> None:
+    for content in ("searches", "documents"):
+        console = Console(width=300)
+        with console.capture() as captured:
+            _plan(hindsight={"content": content}).show(console)
+        assert ("a teacher sequence for each search" in captured.get()) == (content == "documents")
 
 
 def test_the_tables_show_every_part_phase_and_layout() -> None:
