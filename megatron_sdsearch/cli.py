@@ -16,7 +16,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -125,8 +124,12 @@ def check(
 def plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    nodes: Annotated[int, typer.Option(min=1, help="of the allocation")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="all of the allocation, those with servers alone too")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="with --hardware cpu: processes")] = 8,
+    sglang_nodes: Annotated[
+        int,
+        typer.Option(min=0, envvar="SDSEARCH_SGLANG_NODES", help="of --nodes, the last so many serve and do not train"),
+    ] = 0,
     hardware: Annotated[str, typer.Option(help="h100, h800, h200, a100, or cpu (memory alone)")] = "h100",
     assume: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="e.g. response_tokens=200; see docs/planning.md")
@@ -138,35 +141,19 @@ def plan(
     Of the model's folder config.json is enough.
     """
 
-    def run() -> tuple[dict[str, Any], Callable[[Console], None]]:
-        loaded = load_config(config, overrides or [])
-        from megatron_sdsearch.model.hf_config import ARCHITECTURES, check_layout, is_layout, load_hf_config
-        from megatron_sdsearch.plan.planning import plan_on_cpu, plan_run
-        from megatron_sdsearch.plan.report import memory_dict, memory_table
-        from megatron_sdsearch.plan.shape import ModelShape
+    def run() -> RunPlan | ProcessPlan:
+        return plan_config(load_config(config, overrides or []), allocation, hardware, assume or [])
 
-        hf_config = load_hf_config(loaded.model.hf_dir)
-        check_layout(hf_config, loaded.parallel)
-        shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
-        if hardware == "cpu":
-            memory = plan_on_cpu(loaded, shape, num_processes=nodes * gpus_per_node, assumptions=assume or [])
-            return {"memory": memory_dict(memory)}, lambda console: console.print(memory_table(memory, "one process"))
-        planned = plan_run(
-            loaded,
-            shape,
-            nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            hardware=hardware,
-            is_legal=partial(is_layout, hf_config),
-            assumptions=assume or [],
-        )
-        return planned.to_dict(), planned.show
+    from megatron_sdsearch.plan.allocation import Allocation
+    from megatron_sdsearch.plan.planning import plan_config
+    from megatron_sdsearch.plan.report import ProcessPlan, RunPlan
 
-    content, show = _run(run)
+    allocation = Allocation(num_nodes=nodes, gpus_per_node=gpus_per_node, num_sglang_nodes=sglang_nodes)
+    planned = _run(run)
     if as_json:
-        print(json.dumps(content))
+        print(json.dumps(planned.to_dict()))
     else:
-        show(Console())
+        planned.show(Console())
 
 
 @app.command()

@@ -19,16 +19,23 @@ class Servers:
         num: of them.
         tensor: GPUs of each.
         place: where these GPUs are.
+        num_nodes: on which ``slurm/train.sh`` starts them, as many as fit; None where it is not needed for that.
     """
 
     num: int
     tensor: int
     place: ServerPlace
+    num_nodes: int | None = None
 
     @property
     def num_gpus(self) -> int:
         """All servers together."""
         return self.num * self.tensor
+
+    @property
+    def own_nodes(self) -> int:
+        """Nodes that no trainer stands on."""
+        return (self.num_nodes or 0) if self.place == "beside" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,10 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig, num_trainers: int) -> Layout:
-        """As configured; ``config.check_world`` has seen to it that the sizes divide."""
+        """As configured; ``config.check_world`` has seen to it that the sizes divide.
+
+        What several nodes make of the configured servers is ``allocation.servers_in``'s.
+        """
         parallel = config.parallel
         return cls(
             tp=parallel.tensor,
@@ -93,10 +103,17 @@ class Layout:
             "train.max_tokens_per_microbatch": self.max_tokens,
         }
         if self.servers is not None and self.servers.place != "attached":
-            settings["rollout.sglang.num_servers"] = self.servers.num
+            if self.servers.num_nodes is None:  # else a node's GPUs say how many
+                settings["rollout.sglang.num_servers"] = self.servers.num
             settings["rollout.sglang.tensor"] = self.servers.tensor
             settings["rollout.sglang.colocated"] = str(self.servers.place == "colocated").lower()
         return [f"{key}={value}" for key, value in settings.items()]
+
+    def environment(self) -> list[str]:
+        """What ``slurm/train.sh`` reads besides, as ``NAME=value``; empty where it starts no servers."""
+        if self.servers is None or self.servers.num_nodes is None:
+            return []
+        return [f"SDSEARCH_SGLANG_NODES={self.servers.own_nodes}"]
 
 
 def servers_of(config: RunConfig) -> Servers | None:

@@ -127,7 +127,7 @@ def plan_memory(
         load: the largest microbatch; by default a full row, every token of which is the policy's.
         workload: assumed lengths, for caches and the share of query tokens.
         gpu_bytes: memory of one GPU, which the caches of SGLang are cut to; None on CPU, where nothing is added for
-            CUDA and layers are those of the local spec.
+            CUDA and layers are those of the local spec, as they are with ``model.layer_spec=local``.
     """
     plans = plan_stages(config, shape, layout, load=load, workload=workload, gpu_bytes=gpu_bytes)
     return max(plans, key=lambda plan: plan.total_bytes)
@@ -147,7 +147,7 @@ def plan_stages(
     step = StepLoad.of(config, workload)
     load = load or step.largest_microbatch(layout, distills_all=config.objective.distill_positions == "all")
     element = 2 if config.model.dtype == "bfloat16" else _FP32
-    spec: LayerSpec = "te" if gpu_bytes is not None else "local"
+    spec: LayerSpec = "te" if gpu_bytes is not None and config.model.layer_spec != "local" else "local"
     ranks = [
         _Rank(config=config, shape=shape, layout=layout, load=load, stage=stage, element=element, spec=spec)
         for stage in range(layout.pp)
@@ -181,13 +181,12 @@ def _finish(
     rank: _Rank, standing: Parts, moments: Mapping[str, Parts], *, server: Parts, cache: int, needed: int
 ) -> MemoryPlan:
     servers = rank.layout.servers
-    per_token = rank.shape.kv_bytes_per_token(rank.element)
     return MemoryPlan(
         stage=rank.stage,
         standing={name: size for name, size in standing.items() if size},
         moments=moments,
         server=server,
-        kv_tokens=cache * servers.tensor // per_token if servers is not None else 0,
+        kv_tokens=cache // rank.shape.kv_bytes_per_token(rank.element, servers.tensor) if servers is not None else 0,
         server_parts_needed=needed,
     )
 
@@ -278,7 +277,7 @@ def _server_bytes(rank: _Rank, step: StepLoad) -> tuple[int, int, int]:
     servers, rollout = rank.layout.servers, rank.config.rollout
     if servers is None:
         return 0, 0, 0
-    per_token = rank.shape.kv_bytes_per_token(rank.element) // min(servers.tensor, rank.shape.num_groups)
+    per_token = rank.shape.kv_bytes_per_token(rank.element, servers.tensor)
     concurrent = -(-step.num_trajectories // servers.num)
     wanted = int(concurrent * step.workload.student_tokens * per_token)
     longest = rollout.max_total_tokens + rank.config.hindsight.max_block_tokens

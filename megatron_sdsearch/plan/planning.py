@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.model.hf_config import ARCHITECTURES, check_layout, is_layout, load_hf_config
+from megatron_sdsearch.plan.allocation import Allocation, check_sglang_nodes, servers_in
 from megatron_sdsearch.plan.hardware import Efficiency, hardware_of
 from megatron_sdsearch.plan.layout import Layout, servers_of
 from megatron_sdsearch.plan.memory import MemoryPlan, plan_memory
-from megatron_sdsearch.plan.report import RunPlan
+from megatron_sdsearch.plan.report import ProcessPlan, RunPlan
 from megatron_sdsearch.plan.search import IsLegal, Planner
 from megatron_sdsearch.plan.shape import ModelShape
 from megatron_sdsearch.plan.timing import Machine
@@ -20,34 +23,34 @@ from megatron_sdsearch.plan.workload import DEFAULT_FILL, Workload
 _FIELD = "--assume"
 
 
-def num_trainers(config: RunConfig, num_gpus: int) -> int:
-    """Ranks of torchrun on ``num_gpus`` GPUs: those that no server stands on.
+def plan_config(
+    config: RunConfig, allocation: Allocation, hardware: str, assumptions: Sequence[str] = ()
+) -> RunPlan | ProcessPlan:
+    """What the command line prints; of the model's folder config.json is read.
+
+    Args:
+        config: of the run.
+        allocation: nodes and GPUs; without GPUs, processes.
+        hardware: a name of ``hardware.HARDWARE``, or ``cpu``.
+        assumptions: ``name=value``, see ``assume``.
 
     Raises:
-        ConfigError: the servers take all of them.
+        ConfigError: the model is not supported, or see ``plan_run``.
     """
-    servers = servers_of(config)
-    if servers is None or servers.place == "attached":
-        return num_gpus
-    if servers.place == "colocated":
-        if servers.num_gpus > num_gpus:
-            told = f"{servers.num} servers of {servers.tensor} GPUs share {num_gpus}"
-            raise ConfigError("rollout.sglang.num_servers", told, "lower it, or rollout.sglang.tensor")
-        return num_gpus
-    if servers.num_gpus >= num_gpus:
-        told = f"{servers.num} servers of {servers.tensor} GPUs leave none of {num_gpus} to the trainer"
-        raise ConfigError(
-            "rollout.sglang.num_servers", told, "lower it, or set rollout.sglang.colocated=true, or take more GPUs"
-        )
-    return num_gpus - servers.num_gpus
+    hf_config = load_hf_config(config.model.hf_dir)
+    check_layout(hf_config, config.parallel)
+    shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
+    if hardware == "cpu":
+        return ProcessPlan(memory=plan_on_cpu(config, shape, allocation, assumptions=assumptions))
+    is_legal = partial(is_layout, hf_config)
+    return plan_run(config, shape, allocation, hardware=hardware, is_legal=is_legal, assumptions=assumptions)
 
 
 def plan_run(
     config: RunConfig,
     shape: ModelShape,
+    allocation: Allocation,
     *,
-    nodes: int,
-    gpus_per_node: int,
     hardware: str,
     is_legal: IsLegal,
     assumptions: Sequence[str] = (),
@@ -57,8 +60,7 @@ def plan_run(
     Args:
         config: of the run.
         shape: of its model.
-        nodes: of the allocation.
-        gpus_per_node: of each.
+        allocation: nodes and GPUs.
         hardware: a name of ``hardware.HARDWARE``.
         is_legal: sizes that may be suggested.
         assumptions: ``name=value``, see ``assume``.
@@ -67,31 +69,34 @@ def plan_run(
         ConfigError: the layout does not fit the allocation, or a name or a value is unknown.
     """
     workload, efficiency = assume(config, assumptions)
-    machine = Machine(gpu=hardware_of(hardware), gpus_per_node=gpus_per_node, efficiency=efficiency)
-    trainers = num_trainers(config, nodes * gpus_per_node)
+    machine = Machine(gpu=hardware_of(hardware), gpus_per_node=allocation.gpus_per_node, efficiency=efficiency)
+    servers = servers_in(config, allocation)
+    trainers = allocation.num_trainers(servers)
     config.check_world(trainers, has_gpu=True)
     planner = Planner(
         config=config,
         shape=shape,
         workload=workload,
         machine=machine,
-        num_gpus=nodes * gpus_per_node,
+        allocation=allocation,
         is_legal=is_legal,
     )
-    return RunPlan.of(planner, Layout.of(config, trainers))
+    return RunPlan.of(planner, replace(Layout.of(config, trainers), servers=servers))
 
 
 def plan_on_cpu(
-    config: RunConfig, shape: ModelShape, *, num_processes: int, assumptions: Sequence[str] = ()
+    config: RunConfig, shape: ModelShape, allocation: Allocation, *, assumptions: Sequence[str] = ()
 ) -> MemoryPlan:
-    """Memory of one process without a GPU; time is not planned there.
+    """Memory of one process without a GPU; time is not planned there. Servers take no trainer's place.
 
     Raises:
         ConfigError: see ``plan_run``.
     """
-    config.check_world(num_processes, has_gpu=False)
+    check_sglang_nodes(servers_of(config), allocation)
+    processes = (allocation.num_nodes - allocation.num_sglang_nodes) * allocation.gpus_per_node
+    config.check_world(processes, has_gpu=False)
     workload, _ = assume(config, assumptions)
-    return plan_memory(config, shape, Layout.of(config, num_processes), workload=workload)
+    return plan_memory(config, shape, Layout.of(config, processes), workload=workload)
 
 
 def assume(config: RunConfig, assumptions: Sequence[str]) -> tuple[Workload, Efficiency]:

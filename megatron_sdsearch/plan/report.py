@@ -9,11 +9,9 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from megatron_sdsearch.plan.hardware import Efficiency
 from megatron_sdsearch.plan.layout import Layout
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan
 from megatron_sdsearch.plan.search import Candidate, Planner, readable_size
-from megatron_sdsearch.plan.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +45,7 @@ class RunPlan:
         """Plain values: bytes, seconds, and the assumptions that they rest on."""
         gpu = self.planner.machine.gpu
         return {
-            "hardware": {**asdict(gpu), "num_gpus": self.planner.num_gpus, "headroom": HEADROOM},
+            "hardware": {**asdict(gpu), "num_gpus": self.planner.allocation.num_gpus, "headroom": HEADROOM},
             "assumptions": {
                 "workload": asdict(self.planner.workload),
                 "efficiency": asdict(self.planner.machine.efficiency),
@@ -61,6 +59,7 @@ class RunPlan:
         return {
             "layout": asdict(candidate.layout),
             "overrides": candidate.layout.overrides(),
+            "environment": candidate.layout.environment(),
             "fits": self.planner.fits(candidate),
             "why_not": self.planner.why_not(candidate),
             "memory": memory_dict(candidate.memory),
@@ -77,7 +76,7 @@ class RunPlan:
             console.print(f"[bold red]does not fit[/]: {why}", soft_wrap=True)
         nothing = "no faster layout of these GPUs fits" if why is None else "no layout of these GPUs fits"
         console.print(self._commands() or nothing, soft_wrap=True, highlight=False)
-        console.print(_told(self.planner.workload, self.planner.machine.efficiency), style="dim")
+        console.print(_told(self.planner), style="dim")
 
     def _memory_table(self) -> Table:
         memory, gpu = self.given.memory, self.planner.machine.gpu
@@ -99,7 +98,7 @@ class RunPlan:
         return table
 
     def _layout_table(self) -> Table:
-        title = f"Layouts of {self.planner.num_gpus} GPUs: the configured one, and faster ones that fit"
+        title = f"Layouts of {self.planner.allocation.num_gpus} GPUs: the configured one, and faster ones that fit"
         table = Table(title=title, title_justify="left")
         for column in ("", "TP x PP x DP", "recompute", "tokens", "servers", "memory", "fits", "s a step"):
             table.add_column(column)
@@ -122,14 +121,42 @@ class RunPlan:
 
     def _commands(self) -> str:
         """What to add to the command line, without what is configured already."""
-        given = set(self.given.layout.overrides())
-        changes = [[each for each in c.layout.overrides() if each not in given] for c in self.better]
+        changes = [_changes(self.given.layout, candidate.layout) for candidate in self.better]
         return "\n".join(f"{i + 1}: {' '.join(change)}" for i, change in enumerate(changes))
+
+
+def _changes(given: Layout, layout: Layout) -> list[str]:
+    """Nodes for servers are said wherever there are any: whoever submits the job has to say them again."""
+    has_nodes = layout.servers is not None and layout.servers.own_nodes > 0
+    environment = layout.environment() if has_nodes or layout.environment() != given.environment() else []
+    return [*environment, *(each for each in layout.overrides() if each not in given.overrides())]
 
 
 def _servers(layout: Layout) -> str:
     servers = layout.servers
-    return "embedded" if servers is None else f"{servers.num} x {servers.tensor} {servers.place}"
+    if servers is None:
+        return "embedded"
+    place = f"on {servers.own_nodes} of the nodes" if servers.own_nodes else servers.place
+    return f"{servers.num} x {servers.tensor} {place}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessPlan:
+    """Everything that ``plan`` says where there are no GPUs.
+
+    Attributes:
+        memory: of the busiest process.
+    """
+
+    memory: MemoryPlan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: bytes."""
+        return {"memory": memory_dict(self.memory)}
+
+    def show(self, console: Console) -> None:
+        """Draw the table."""
+        console.print(memory_table(self.memory, "one process"))
 
 
 def memory_dict(memory: MemoryPlan) -> dict[str, Any]:
@@ -171,7 +198,9 @@ def _add_rows(table: Table, parts: Mapping[str, int], prefix: str = "") -> None:
         table.add_row(prefix + name, readable_size(size))
 
 
-def _told(workload: Workload, efficiency: Efficiency) -> str:
-    lengths = ", ".join(f"{name} {value:g}" for name, value in asdict(workload).items())
-    shares = ", ".join(f"{name} {value:g}" for name, value in asdict(efficiency).items())
+def _told(planner: Planner) -> str:
+    lengths = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.workload).items())
+    shares = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.machine.efficiency).items())
+    if planner.config.hindsight.content == "documents":
+        lengths += "; a block and a teacher sequence for each search"
     return f"assumed lengths: {lengths}\nassumed efficiency: {shares}\nNothing of this was measured on a GPU."

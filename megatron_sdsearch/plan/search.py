@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.plan.allocation import Allocation
 from megatron_sdsearch.plan.layout import Layout, Servers
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, plan_memory
 from megatron_sdsearch.plan.shape import ModelShape
@@ -15,7 +16,7 @@ from megatron_sdsearch.plan.workload import StepLoad, Workload
 
 _WIDTHS = (1, 2, 4, 8)
 IsLegal = Callable[[int, int], bool]
-"""(tensor, pipeline); the rule is ``model.architecture.check_layout``'s."""
+"""(tensor, pipeline); the rule is ``model.hf_config.check_layout``'s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Planner:
         shape: of its model.
         workload: assumed lengths.
         machine: where it is to run.
-        num_gpus: in all nodes together.
+        allocation: nodes and GPUs, all of which a layout uses.
         is_legal: whether the model can be cut to so many tensor-parallel ranks and pipeline stages.
     """
 
@@ -50,7 +51,7 @@ class Planner:
     shape: ModelShape
     workload: Workload
     machine: Machine
-    num_gpus: int
+    allocation: Allocation
     is_legal: IsLegal
 
     def plan(self, layout: Layout) -> Candidate:
@@ -100,9 +101,9 @@ class Planner:
     def layouts(self, given: Layout) -> Iterator[Layout]:
         """Every legal layout of the same GPUs, with the engine that is configured."""
         for servers in self._servers(given.servers):
-            beside = servers.num_gpus if servers is not None and servers.place == "beside" else 0
-            trainers = self.num_gpus - beside
-            widths = [size for size in _WIDTHS if size <= self.machine.gpus_per_node]  # across nodes layers would wait
+            trainers = self.allocation.num_trainers(servers)
+            per_node = min(trainers, self.allocation.gpus_per_node)
+            widths = [size for size in _WIDTHS if per_node % size == 0]  # across nodes layers would wait
             for tp, pp in product(widths, range(1, min(trainers, self.shape.num_layers) + 1)):
                 if trainers % (tp * pp) or not self.is_legal(tp, pp):
                     continue
@@ -123,19 +124,8 @@ class Planner:
     def _servers(self, given: Servers | None) -> list[Servers | None]:
         if given is None or given.place == "attached":
             return [given]  # not ours to change
-        node = self.machine.gpus_per_node
-        tensors = [size for size in _WIDTHS if size <= node and self.shape.num_heads % size == 0]
-        choices = [
-            Servers(num=gpus // tensor, tensor=tensor, place="beside")
-            for tensor, gpus in product(tensors, range(1, min(node, self.num_gpus)))
-            if gpus % tensor == 0
-        ]
-        if self.num_gpus <= node:  # servers of our own stand on the first node
-            choices += [
-                Servers(num=self.num_gpus // tensor, tensor=tensor, place="colocated")
-                for tensor in tensors
-                if self.num_gpus % tensor == 0
-            ]
+        tensors = [size for size in _WIDTHS if self.shape.num_heads % size == 0]
+        choices = self.allocation.server_choices(tensors)
         return [given, *(each for each in choices if each != given)]
 
 

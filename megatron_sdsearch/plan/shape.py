@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Biases(Protocol):
-    """What distinguishes families; ``model/architecture.py`` has the table."""
+    """What distinguishes families; ``model/hf_config.py`` has the table."""
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -42,7 +42,7 @@ class ModelShape:
     Attributes:
         num_layers, hidden, intermediate, num_heads, num_groups, head_dim, vocab: megatron's sizes.
         is_tied: embedding and head are one tensor.
-        has_qkv_bias, has_qk_norm: see ``model/architecture.py``.
+        has_qkv_bias, has_qk_norm: see ``model/hf_config.py``.
     """
 
     num_layers: int
@@ -58,7 +58,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: TransformersConfig, family: Biases) -> ModelShape:
-        """Of a Hugging Face config and its row of ``model.architecture.ARCHITECTURES``."""
+        """Of a Hugging Face config and its row of ``model.hf_config.ARCHITECTURES``."""
         return cls(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -114,9 +114,9 @@ class ModelShape:
         """Of the whole model, as Hugging Face counts them."""
         return self.stage_params(0, tp=1, pp=1)
 
-    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Keys and values of all layers."""
-        return 2 * self.num_layers * self.key_width * bytes_per_element
+    def kv_bytes_per_token(self, bytes_per_element: int, tp: int = 1) -> int:
+        """Keys and values of all layers on one of ``tp`` ranks."""
+        return 2 * self.num_layers * self.key_width_on(tp) * bytes_per_element
 
     def forward_flops(self, num_tokens: float, mean_context: float) -> float:
         """Of all layers, without the head: two per weight and token, and causal attention over ``mean_context``."""

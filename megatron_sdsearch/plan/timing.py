@@ -82,8 +82,7 @@ def plan_time(
 ) -> TimePlan:
     """Of a step in which everything configured happens: with distillation, without evaluation and checkpoint."""
     trainer = _Trainer(shape=shape, layout=layout, step=step, machine=machine)
-    students, teachers = step.workload.student_tokens, step.workload.teacher_tokens
-    generated, distilled = step.workload.generated_tokens, step.workload.distilled_tokens
+    students, generated = step.workload.student_tokens, step.workload.generated_tokens
     phases: dict[str, dict[str, float]] = {}
     if config.train.mode == "rl":
         phases["publish"] = _publish(config, shape, layout, machine)
@@ -93,7 +92,7 @@ def plan_time(
     if step.num_minibatches > 1:
         phases["old"] = trainer.reading(students, generated)
     if step.is_distilled:
-        phases["teacher"] = trainer.reading(teachers, distilled)
+        phases["teacher"] = trainer.teacher()
     phases["update"] = trainer.update(students, generated)
     return TimePlan(phases=phases)
 
@@ -109,16 +108,24 @@ class _Trainer:
         """A forward pass over all trajectories, logits at ``rows`` of each."""
         return self._passes(tokens, rows, layer_passes=1, head_passes=1)
 
+    def teacher(self) -> dict[str, float]:
+        """The same of the teacher, with logits at the distilled tokens: one sequence per trajectory or several."""
+        step = self.step
+        rows, num_sequences = step.workload.distilled_tokens, step.teacher_sequences
+        return self._passes(step.teacher_tokens, rows, layer_passes=1, head_passes=1, num_sequences=num_sequences)
+
     def update(self, tokens: float, rows: float) -> dict[str, float]:
         """Forward and backward over all trajectories, and the optimizer once per minibatch."""
         is_chunked = self.layout.max_tokens > self.layout.chunk_rows  # then logits are projected twice
         parts = self._passes(tokens, rows, layer_passes=3 + self.layout.recompute, head_passes=3 + is_chunked)
         return {**parts, **self._gradients(), "optimizer": self._optimizer()}
 
-    def _passes(self, tokens: float, rows: float, *, layer_passes: int, head_passes: int) -> dict[str, float]:
+    def _passes(
+        self, tokens: float, rows: float, *, layer_passes: int, head_passes: int, num_sequences: float = 1.0
+    ) -> dict[str, float]:
         layout, num = self.layout, self.step.num_trajectories
         # The last stage has the head besides its layers, and sets the pace of all.
-        flops = layer_passes * self.shape.forward_flops(num * tokens, tokens / 2) / layout.pp
+        flops = layer_passes * self.shape.forward_flops(num * tokens, tokens / num_sequences / 2) / layout.pp
         flops += head_passes * self.shape.head_flops(num * rows)
         compute = flops / (layout.tp * layout.dp) / self.machine.training_flops
         bubble = compute * (layout.pp - 1) / self.step.num_microbatches(layout)
@@ -193,7 +200,7 @@ def _rollout(
         by_cache = max(1.0, memory.kv_tokens / workload.student_tokens)
         at_once = min(per_engine, by_cache, config.rollout.sglang.max_concurrency * layout.num_trainers)
     waves = per_engine / at_once + efficiency.tail - 1
-    kv = shape.kv_bytes_per_token(_BF16) / min(tensor, shape.num_groups)
+    kv = shape.kv_bytes_per_token(_BF16, tensor)
     read = shape.num_params * _BF16 / tensor + at_once * workload.student_tokens / 2 * kv
     flops = at_once * 2 * shape.num_params / tensor
     roofline = max(read / machine.memory_bytes_s, flops / machine.prefill_flops)

@@ -24,7 +24,7 @@ class Workload:
         response_tokens: per generation; there is one more generation than searches.
         observation_tokens: per search.
         query_tokens: per search, the distilled ones.
-        block_tokens: of the hindsight block.
+        block_tokens: of the hindsight block; with ``hindsight.content=documents``, of one search's.
         search_s: seconds that a trajectory waits for one search.
     """
 
@@ -40,13 +40,16 @@ class Workload:
     def of(cls, config: RunConfig, *, fill: float = DEFAULT_FILL) -> Workload:
         """Every budget of ``rollout`` and ``hindsight`` filled to the same share."""
         rollout, is_distilled = config.rollout, config.objective.alpha > 0
+        block = fill * config.hindsight.max_block_tokens
+        if config.hindsight.content == "documents":  # one observation, unless it is cut
+            block = min(fill * rollout.max_observation_tokens, config.hindsight.max_block_tokens)
         return cls(
             prompt_tokens=fill * rollout.max_prompt_tokens,
             searches=fill * rollout.max_turns,
             response_tokens=fill * rollout.max_response_tokens,
             observation_tokens=fill * rollout.max_observation_tokens,
             query_tokens=min(DEFAULT_QUERY_TOKENS, fill * rollout.max_response_tokens),
-            block_tokens=fill * config.hindsight.max_block_tokens * is_distilled,
+            block_tokens=block * is_distilled,
         ).within(rollout.max_total_tokens)
 
     def within(self, max_total_tokens: int) -> Workload:
@@ -85,6 +88,18 @@ class Workload:
         after = self.observation_tokens + self.response_tokens
         return self.student_tokens - after + self.block_tokens
 
+    @property
+    def document_teacher_tokens(self) -> float:
+        """One trajectory as the teacher reads it search by search, each time up to the search's query, all together.
+
+        ``hindsight.content=documents``: docs/adr/0007-current-step-documents.md.
+        """
+        if self.block_tokens == 0:
+            return 0.0
+        first = self.prompt_tokens + self.block_tokens + self.response_tokens
+        per_search = self.response_tokens + self.observation_tokens
+        return self.searches * (first + max(0.0, self.searches - 1) / 2 * per_search)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLoad:
@@ -96,6 +111,8 @@ class StepLoad:
         num_minibatches: optimizer updates of it.
         is_distilled: a teacher reads them.
         has_reference: a reference model reads them.
+        longest_documents: most tokens that the teacher reads of one trajectory, a sequence for each search; 0 where it
+            reads one sequence.
     """
 
     workload: Workload
@@ -103,6 +120,7 @@ class StepLoad:
     num_minibatches: int
     is_distilled: bool
     has_reference: bool
+    longest_documents: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, workload: Workload) -> StepLoad:
@@ -122,16 +140,32 @@ class StepLoad:
             num_minibatches=math.ceil(num / (config.train.trajectories_per_minibatch or num)),
             is_distilled=config.objective.alpha > 0 and workload.teacher_tokens > 0,
             has_reference=config.objective.kl_coef > 0,
+            longest_documents=_longest_documents(config) if config.hindsight.content == "documents" else 0,
         )
+
+    @property
+    def teacher_tokens(self) -> float:
+        """Of one trajectory, in all sequences that the teacher reads of it."""
+        if not self.is_distilled:
+            return 0.0
+        return self.workload.document_teacher_tokens if self.longest_documents else self.workload.teacher_tokens
+
+    @property
+    def teacher_sequences(self) -> float:
+        """That the teacher reads of one trajectory."""
+        return max(1.0, self.workload.searches) if self.longest_documents else 1.0
 
     def num_microbatches(self, layout: Layout) -> int:
         """Of one rank's minibatch: rows are filled by the longer of the two readings."""
-        per_trajectory = max(self.workload.student_tokens, self.workload.teacher_tokens * self.is_distilled)
+        per_trajectory = max(self.workload.student_tokens, self.teacher_tokens)
         per_rank = math.ceil(self.num_trajectories / self.num_minibatches / layout.dp)
         return max(1, math.ceil(per_rank / max(1, layout.max_tokens // max(1.0, per_trajectory))))
 
     def largest_microbatch(self, layout: Layout, *, distills_all: bool) -> MicrobatchLoad:
-        """A full row of which every token is the policy's: no batch can ask for more logits."""
+        """A full row of which every token is the policy's: no batch can ask for more logits.
+
+        The teacher's row is longer where the sequences of one trajectory are: they stay together (``packing.py``).
+        """
         workload = self.workload
         share = 1.0 if distills_all else workload.distilled_tokens / max(1.0, workload.generated_tokens)
         alignment = layout.tp if layout.sequence else 1
@@ -140,6 +174,22 @@ class StepLoad:
             num_tokens=num_tokens,
             policy_rows=num_tokens,
             query_rows=math.ceil(share * num_tokens) if self.is_distilled else 0,
-            teacher_tokens=num_tokens if self.is_distilled else 0,
+            teacher_tokens=max(num_tokens, _aligned(self.longest_documents, alignment)) if self.is_distilled else 0,
             num_microbatches=self.num_microbatches(layout),
         )
+
+
+def _aligned(num_tokens: int, alignment: int) -> int:
+    return -(-num_tokens // alignment) * alignment
+
+
+def _longest_documents(config: RunConfig) -> int:
+    """All budgets full: up to its i-th query a trajectory has i responses and i - 1 observations."""
+    rollout = config.rollout
+    per_search = rollout.max_response_tokens + rollout.max_observation_tokens
+    first = rollout.max_prompt_tokens + rollout.max_response_tokens
+    students = (min(first + i * per_search, rollout.max_total_tokens) for i in range(rollout.max_turns))
+    block = min(
+        rollout.max_observation_tokens, config.hindsight.max_block_tokens
+    )  # its header is an observation's tags
+    return sum(student + block for student in students)

@@ -14,6 +14,7 @@ from megatron_sdsearch.plan.activations import LayerBytes
 from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
 from megatron_sdsearch.plan.loss_memory import HeadSize, target_bytes, update_bytes
 from megatron_sdsearch.plan.memory import FRAMEWORK_BYTES, HEADROOM, MemoryPlan, plan_memory, plan_stages
+from megatron_sdsearch.plan.workload import StepLoad, Workload
 from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
 
 GPU = 79 * 2**30
@@ -125,6 +126,39 @@ def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
     plan = plan_memory(config, shape_of(QWEN_7B), Layout.of(config, 8), gpu_bytes=GPU)
     assert plan.server["server weights"] == 2 * 7_615_616_512 // 4
     assert plan.kv_tokens == pytest.approx(plan.server["KV cache"] * 4 / shape_of(QWEN_7B).kv_bytes_per_token(2), abs=1)
+
+
+@pytest.mark.parametrize(("tensor", "share"), [(1, 1), (2, 2), (4, 2), (8, 2)])
+def test_ranks_that_share_a_key_head_cache_it_each(tensor: int, share: int) -> None:
+    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tensor": tensor, "urls": ["http://a:1"]}})
+    shape = shape_of(QWEN_3B)  # two key heads
+    plan = plan_memory(config, shape, Layout.of(config, 8), gpu_bytes=GPU)
+    assert plan.kv_tokens == plan.server["KV cache"] // (shape.kv_bytes_per_token(2) // share)
+
+
+def test_the_layers_are_those_of_the_configured_spec() -> None:
+    auto, engine, local = (
+        _plan(_layout(), model={"layer_spec": spec}).moments["backward"]["activations"]
+        for spec in ("auto", "transformer_engine", "local")
+    )
+    assert auto == engine
+    tokens = _layout().max_tokens
+    layer = LayerBytes.of(shape_of(QWEN_3B), "local", tokens, tp=1, sequence=False, element=2)
+    assert local == 36 * layer.saved + layer.boundary + (16 + 28) * tokens
+    assert local > auto
+
+
+def test_with_documents_the_teachers_row_holds_all_sequences_of_the_longest_trajectory() -> None:
+    config = run(hindsight={"content": "documents"})
+    step, layout = StepLoad.of(config, Workload.of(config)), _layout(max_tokens=8704)
+    students = (2560, 3584, 4608, 5632, 6656)  # up to each of five queries, all budgets full
+    load = step.largest_microbatch(layout, distills_all=False)
+    assert load.teacher_tokens == sum(students) + 5 * 512
+    assert load.num_tokens == 8704
+    # A mean one has 4,800 tokens, and fills a row; with one block of siblings it has 3,072, and a row holds two.
+    assert load.num_microbatches == 2 * StepLoad.of(run(), Workload.of(run())).num_microbatches(layout)
+    several = _plan(layout, hindsight={"content": "documents"}).moments["teacher"]
+    assert several["activations"] > _plan(layout).moments["teacher"]["activations"]
 
 
 def test_what_does_not_fit_does_not() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.model.hf_config import is_layout
+from megatron_sdsearch.plan.allocation import Allocation
 from megatron_sdsearch.plan.planning import plan_run
 from megatron_sdsearch.plan.report import RunPlan
 from tests.unit.plan.models import QWEN_3B, run, shape_of
@@ -22,8 +23,7 @@ def _plan(alpha: float, *assumptions: str, recompute: str = "full") -> RunPlan:
     return plan_run(
         config,
         shape_of(QWEN_3B),
-        nodes=1,
-        gpus_per_node=8,
+        Allocation(gpus_per_node=8),
         hardware="h800",
         is_legal=legal,
         assumptions=assumptions,

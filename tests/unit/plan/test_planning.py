@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,37 @@ from megatron_sdsearch.cli import app
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model.hf_config import is_layout
-from megatron_sdsearch.plan.planning import assume, num_trainers, plan_on_cpu, plan_run
+from megatron_sdsearch.plan.allocation import Allocation
+from megatron_sdsearch.plan.layout import Layout, Servers
+from megatron_sdsearch.plan.planning import assume, plan_on_cpu, plan_run
 from megatron_sdsearch.plan.report import RunPlan
 from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
 
 BESIDE = {"engine": "sglang", "sglang": {"num_servers": 2, "tensor": 1}}
+NODE = Allocation(gpus_per_node=8)
 
 
 def _plan(hf_config: PretrainedConfig = QWEN_3B, **sections: dict[str, Any]) -> RunPlan:
     return _plan_config(run(**sections), hf_config)
 
 
-def _plan_config(config: RunConfig, hf_config: PretrainedConfig, hardware: str = "h100") -> RunPlan:
+def _plan_config(
+    config: RunConfig, hf_config: PretrainedConfig, hardware: str = "h100", allocation: Allocation = NODE
+) -> RunPlan:
     is_legal = partial(is_layout, hf_config)
-    return plan_run(config, shape_of(hf_config), nodes=1, gpus_per_node=8, hardware=hardware, is_legal=is_legal)
+    return plan_run(config, shape_of(hf_config), allocation, hardware=hardware, is_legal=is_legal)
+
+
+def _with_overrides(config: RunConfig, layout: Layout) -> RunConfig:
+    tree = config.model_dump(mode="json")
+    for override in layout.overrides():
+        key, _, value = override.partition("=")
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = yaml.safe_load(value)
+    return parse_config(tree)
 
 
 def test_better_layouts_fit_and_are_legal_and_sorted() -> None:
@@ -51,16 +69,7 @@ def test_better_layouts_fit_and_are_legal_and_sorted() -> None:
 def test_what_is_suggested_is_planned_the_same_when_it_is_configured() -> None:
     plan = _plan(QWEN_7B)
     for candidate in plan.better:
-        tree = run().model_dump(mode="json")
-        for override in candidate.layout.overrides():
-            key, _, value = override.partition("=")
-            *sections, name = key.split(".")
-            node = tree
-            for section in sections:
-                node = node[section]
-            node[name] = yaml.safe_load(value)
-        config = parse_config(tree)
-        again = _plan_config(config, QWEN_7B)
+        again = _plan_config(_with_overrides(run(), candidate.layout), QWEN_7B)
         assert again.given.layout == candidate.layout
         assert again.given.time.step_s == pytest.approx(candidate.time.step_s)
 
@@ -89,12 +98,6 @@ def test_when_nothing_fits_that_is_said() -> None:
         plan.show(console)
     assert plan.better == []
     assert "no layout of these GPUs fits" in captured.get()
-
-
-def test_servers_beside_the_trainer_take_their_gpus() -> None:
-    assert num_trainers(run(rollout=BESIDE), 8) == 6
-    assert num_trainers(run(), 8) == 8
-    assert num_trainers(run(rollout={"engine": "embedded"}), 8) == 8
 
 
 @pytest.mark.parametrize(
@@ -140,10 +143,10 @@ def test_a_warm_start_is_planned_without_rollouts() -> None:
 
 def test_without_gpus_memory_alone_is_planned() -> None:
     config = run(model={"dtype": "float32"}, rollout={"engine": "embedded"})
-    memory = plan_on_cpu(config, shape_of(QWEN_3B), num_processes=2)
+    memory = plan_on_cpu(config, shape_of(QWEN_3B), Allocation(gpus_per_node=2))
     assert "framework" not in memory.standing
     with pytest.raises(ConfigError, match="without a GPU"):
-        plan_on_cpu(run(), shape_of(QWEN_3B), num_processes=2)
+        plan_on_cpu(run(), shape_of(QWEN_3B), Allocation(gpus_per_node=2))
 
 
 @pytest.fixture
@@ -177,6 +180,69 @@ def test_the_command_prints_one_json_object(config_file: Path) -> None:
     assert content["given"]["step_s"] == pytest.approx(
         sum(sum(parts.values()) for parts in content["given"]["phases_s"].values())
     )
+
+
+def _nodes(config: RunConfig, num_nodes: int, num_sglang_nodes: int = 0) -> RunPlan:
+    allocation = Allocation(num_nodes=num_nodes, gpus_per_node=8, num_sglang_nodes=num_sglang_nodes)
+    return _plan_config(config, QWEN_7B, allocation=allocation)
+
+
+def test_on_several_nodes_every_suggestion_can_be_submitted_and_is_planned_the_same() -> None:
+    config = run(rollout={"engine": "sglang", "sglang": {"colocated": False, "num_servers": 4}})
+    plan = _nodes(config, 4, 1)
+    assert (plan.given.layout.num_trainers, plan.given.layout.servers) == (
+        24,
+        Servers(num=8, tensor=1, place="beside", num_nodes=1),
+    )
+    layouts = list(plan.planner.layouts(plan.given.layout))
+    assert {layout.servers.place for layout in layouts if layout.servers} == {"beside", "colocated"}
+    assert all(8 % layout.tp == 0 and layout.num_trainers % 8 == 0 for layout in layouts)
+    for candidate in plan.better:
+        (setting,) = candidate.layout.environment()
+        num_sglang_nodes = int(setting.removeprefix("SDSEARCH_SGLANG_NODES="))
+        again = _nodes(_with_overrides(config, candidate.layout), 4, num_sglang_nodes)
+        assert again.given.layout == candidate.layout
+        assert again.given.time.step_s == pytest.approx(candidate.time.step_s)
+
+
+def test_tensor_parallel_ranks_are_never_on_two_nodes() -> None:
+    allocation = Allocation(num_nodes=2, gpus_per_node=6)
+    plan = _plan_config(run(rollout={"engine": "embedded"}), QWEN_3B, allocation=allocation)
+    assert {layout.tp for layout in plan.planner.layouts(plan.given.layout)} == {1, 2}  # four divide twelve, not six
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_suggestions_say_how_many_nodes_serve_where_it_matters(given: int) -> None:
+    config = run(rollout={"engine": "sglang", "sglang": {"colocated": not given, "num_servers": 4}})
+    plan = _nodes(config, 4, given)
+    console = Console(width=200)
+    with console.capture() as captured:
+        plan.show(console)
+    lines = [line for line in captured.get().splitlines() if re.match(r"[123]: ", line)]
+    assert len(lines) == len(plan.better) > 0
+    for line, candidate in zip(lines, plan.better, strict=True):
+        assert candidate.layout.servers is not None
+        own_nodes = candidate.layout.servers.own_nodes
+        assert (f"SDSEARCH_SGLANG_NODES={own_nodes} " in line) == (own_nodes > 0 or given > 0)
+        assert "num_servers" not in line
+
+
+def test_the_command_takes_the_nodes_that_serve_from_the_job_settings(config_file: Path) -> None:
+    arguments = ["plan", str(config_file), "rollout.sglang.colocated=false", "--nodes", "2", "--json"]
+    by_option = CliRunner().invoke(app, [*arguments, "--sglang-nodes", "1"])
+    by_environment = CliRunner().invoke(app, arguments, env={"SDSEARCH_SGLANG_NODES": "1"})
+    assert by_option.exit_code == 0, by_option.output
+    assert by_option.stdout == by_environment.stdout
+    layout = json.loads(by_option.stdout)["given"]["layout"]
+    assert (layout["dp"], layout["servers"]["num"]) == (8, 8)
+
+
+def test_the_assumptions_say_that_the_teacher_reads_search_by_search() -> None:
+    for content in ("searches", "documents"):
+        console = Console(width=300)
+        with console.capture() as captured:
+            _plan(hindsight={"content": content}).show(console)
+        assert ("a teacher sequence for each search" in captured.get()) == (content == "documents")
 
 
 def test_the_tables_show_every_part_phase_and_layout() -> None:

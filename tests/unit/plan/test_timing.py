@@ -25,6 +25,7 @@ LENGTHS = Workload(
     block_tokens=300,
     search_s=0.25,
 )
+DOCUMENTS = {"content": "documents"}
 
 
 def _time(config: RunConfig, machine: Machine = MACHINE, lengths: Workload = LENGTHS, **changes: Any) -> TimePlan:
@@ -39,6 +40,22 @@ def test_lengths_add_up() -> None:
     assert LENGTHS.student_tokens == 200 + 300 + 300
     assert LENGTHS.teacher_tokens == 800 - 250 + 300  # what follows the last query is cut
     assert LENGTHS.distilled_tokens == 20
+
+
+def test_with_documents_the_teacher_reads_a_sequence_for_each_search() -> None:
+    up_to_queries = (200 + 100, 200 + 100 + 150 + 100)
+    assert LENGTHS.document_teacher_tokens == sum(up_to_queries) + 2 * 300
+    step = StepLoad.of(run(hindsight=DOCUMENTS), LENGTHS)
+    assert (step.teacher_tokens, step.teacher_sequences) == (LENGTHS.document_teacher_tokens, 2)
+    shape, num = shape_of(QWEN_3B), 1280
+    flops = shape.forward_flops(num * 1450, 1450 / 2 / 2) + shape.head_flops(num * 20)
+    assert _time(run(hindsight=DOCUMENTS)).phases["teacher"] == {"compute": pytest.approx(flops / 8 / (0.4 * 989e12))}
+
+
+def test_with_documents_a_block_is_as_long_as_an_observation() -> None:
+    assert Workload.of(run(hindsight=DOCUMENTS)).block_tokens == 256
+    assert Workload.of(run(hindsight={**DOCUMENTS, "max_block_tokens": 100})).block_tokens == 100
+    assert Workload.of(run()).block_tokens == 1024
 
 
 def test_searches_are_fewer_where_trajectories_would_be_too_long() -> None:
