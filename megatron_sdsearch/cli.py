@@ -130,7 +130,10 @@ def plan(
         int,
         typer.Option(min=0, envvar="SDSEARCH_SGLANG_NODES", help="of --nodes, the last so many serve and do not train"),
     ] = 0,
-    hardware: Annotated[str, typer.Option(help="h100, h800, h200, a100, or cpu (memory alone)")] = "h100",
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="h100, h800, h200, a100, or cpu (memory alone); else h100, cpu for model.dtype=float32"),
+    ] = None,
     assume: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="e.g. response_tokens=200; see docs/planning.md")
     ] = None,

@@ -24,14 +24,14 @@ _FIELD = "--assume"
 
 
 def plan_config(
-    config: RunConfig, allocation: Allocation, hardware: str, assumptions: Sequence[str] = ()
+    config: RunConfig, allocation: Allocation, hardware: str | None = None, assumptions: Sequence[str] = ()
 ) -> RunPlan | ProcessPlan:
     """What the command line prints; of the model's folder config.json is read.
 
     Args:
         config: of the run.
         allocation: nodes and GPUs; without GPUs, processes.
-        hardware: a name of ``hardware.HARDWARE``, or ``cpu``.
+        hardware: a name of ``hardware.HARDWARE``, or ``cpu``; by default what ``model.dtype`` is for, as in ``check``.
         assumptions: ``name=value``, see ``assume``.
 
     Raises:
@@ -40,6 +40,8 @@ def plan_config(
     hf_config = load_hf_config(config.model.hf_dir)
     check_layout(hf_config, config.parallel)
     shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
+    if hardware is None:
+        hardware = "cpu" if config.model.dtype == "float32" else "h100"
     if hardware == "cpu":
         return ProcessPlan(memory=plan_on_cpu(config, shape, allocation, assumptions=assumptions))
     is_legal = partial(is_layout, hf_config)
@@ -110,6 +112,8 @@ def assume(config: RunConfig, assumptions: Sequence[str]) -> tuple[Workload, Eff
     """
     given = dict(_parse(text) for text in assumptions)
     fill = given.pop("fill", DEFAULT_FILL)
+    if fill > 1:
+        raise ConfigError(_FIELD, f"'fill={fill:g}' is out of range", "give a share of the budgets, at most 1")
     of_workload, of_efficiency = _names(Workload), _names(Efficiency)
     for name in given:
         if name not in of_workload | of_efficiency:

@@ -128,7 +128,9 @@ def test_assumptions_take_the_place_of_defaults() -> None:
     assert efficiency.memory == 0.6
 
 
-@pytest.mark.parametrize("text", ["searches", "searches=many", "searchs=2", "training=0", "fill=-1", "fill=nan"])
+@pytest.mark.parametrize(
+    "text", ["searches", "searches=many", "searchs=2", "training=0", "fill=-1", "fill=1.5", "fill=nan"]
+)
 def test_an_assumption_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         assume(run(), [text])
@@ -180,6 +182,13 @@ def test_the_command_prints_one_json_object(config_file: Path) -> None:
     assert content["given"]["step_s"] == pytest.approx(
         sum(sum(parts.values()) for parts in content["given"]["phases_s"].values())
     )
+
+
+def test_a_run_for_cpus_is_planned_as_one_unless_a_gpu_is_named(config_file: Path) -> None:
+    on_cpu = ["plan", str(config_file), "model.dtype=float32", "rollout.engine=embedded"]
+    done = CliRunner().invoke(app, [*on_cpu, "--json"])
+    assert done.exit_code == 0, done.output
+    assert "hardware" not in json.loads(done.stdout)
 
 
 def _nodes(config: RunConfig, num_nodes: int, num_sglang_nodes: int = 0) -> RunPlan:
