@@ -12,6 +12,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +56,19 @@ class Node:
         return name
 
 
-@pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """Started once; ended, and seen to end, after the last test."""
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The address of a node that keeps its data in ``folder``; it is ended, and seen to end."""
     assert BINARY.is_file(), f"{BINARY} is missing: make test-elasticsearch installs it"
-    folder = tmp_path_factory.mktemp("noida")
     port = _free_port()
+    url = f"http://127.0.0.1:{port}"
     command = [str(BINARY), "start", "--data-dir", str(folder / "data"), "--only", "elasticsearch"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--elasticsearch-port", str(port)], stdout=log, stderr=subprocess.STDOUT)
-    node = Node(f"http://127.0.0.1:{port}")
     try:
-        _wait(node, process, folder / "log")
-        yield node
+        _wait(url, process, folder / "log")
+        yield url
     finally:
-        node.client.close()
         process.terminate()
         try:
             process.wait(10)
@@ -80,17 +79,27 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, "the server has outlived its end"
 
 
-def _wait(node: Node, process: subprocess.Popen[bytes], log: Path) -> None:
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Started once for all tests that make indices of their own."""
+    with serve(tmp_path_factory.mktemp("noida")) as url:
+        node = Node(url)
+        yield node
+        node.client.close()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
-    while True:
-        assert process.poll() is None, f"noida-db ended with {process.returncode}:\n{log.read_text()[-2000:]}"
-        try:
-            node.client.info()
-        except NoConnection:
-            assert time.monotonic() < deadline, f"noida-db is not there after {START_LIMIT_S} s:\n{log.read_text()}"
-            time.sleep(0.05)
-        else:
-            return
+    with Elasticsearch(url) as client:
+        while True:
+            assert process.poll() is None, f"noida-db ended with {process.returncode}:\n{log.read_text()[-2000:]}"
+            try:
+                client.info()
+            except NoConnection:
+                assert time.monotonic() < deadline, f"not there after {START_LIMIT_S} s:\n{log.read_text()}"
+                time.sleep(0.05)
+            else:
+                return
 
 
 def _free_port() -> int:

@@ -13,15 +13,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
 from megatron_sdsearch.retrieval.elastic_corpus import Cluster, IndexSettings
 from megatron_sdsearch.retrieval.encoder import Vectors
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+from tests.integration.elasticsearch.conftest import serve
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[3]
@@ -62,32 +61,9 @@ def call(url: str, method: str = "GET", body: Json | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a node."""
-    package = find_spec("noida_db")
-    assert package is not None, "noida-db is not installed: pip install -e '.[dev]'"
-    assert package.origin is not None
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("noida")
-    # The binary itself: the package's script would start it as a child, which outlives the script.
-    command = [str(Path(package.origin).with_name("noida-db")), "start", "--data-dir", str(folder / "data")]
-    command += ["--only", "elasticsearch", "--elasticsearch-port", str(port)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            with suppress(OSError):
-                call(url)
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.02)
+    """The address of a node of this module's own, whose indices each test deletes."""
+    with serve(tmp_path_factory.mktemp("noida")) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=10)
 
 
 @pytest.fixture

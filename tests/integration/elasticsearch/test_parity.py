@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_transport import ConnectionError as NoConnection
 from elasticsearch import Elasticsearch, helpers
+
+from tests.integration.elasticsearch.conftest import Node
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "bm25"
 INDEX = "parity"
 NUM_PASSAGES = 300  # the server scans them all for every query
 LUCENE_LACKS = 2.2  # the factor k1 + 1, which Elasticsearch's similarity keeps
-START_LIMIT_S = 60.0
 TOP_K = 10
 
 
@@ -34,37 +29,8 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elasticsearch]:
-    """Of a server of its own, which ends with the module."""
-    folder = tmp_path_factory.mktemp("noida")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("noida-db")), "start", "--data-dir", str(folder / "data")]
-    command += ["--only", "elasticsearch", "--elasticsearch-port", str(port)]
-    log = folder / "log"
-    with log.open("wb") as stream:
-        server = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT)
-    elastic = Elasticsearch(f"http://127.0.0.1:{port}", request_timeout=60, max_retries=0)
-    try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while not _answers(elastic):
-            assert server.poll() is None, log.read_text(errors="replace")
-            assert time.monotonic() < deadline, log.read_text(errors="replace")
-            time.sleep(0.05)
-        yield elastic
-    finally:
-        elastic.close()
-        server.kill()
-        server.wait(10)
-
-
-def _answers(client: Elasticsearch) -> bool:
-    try:
-        client.info()
-    except NoConnection:
-        return False
-    return True
+def client(node: Node) -> Elasticsearch:
+    return node.client.options(request_timeout=60)
 
 
 @pytest.fixture(scope="module")
