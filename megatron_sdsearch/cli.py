@@ -82,11 +82,12 @@ def check(
     overrides: OverridesArgument = None,
     online: Annotated[bool, typer.Option("--online", help="Ask the search engine and SGLang servers, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes with trainers; else Slurm's, else 1.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="All of the allocation; else Slurm's, else 1.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Else Slurm's, else this machine's.")] = None,
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="As of torchrun; else one per free GPU.")] = None,
     sglang_nodes: Annotated[
-        int | None, typer.Option(min=0, help="Further nodes, for SGLang; else SDSEARCH_SGLANG_NODES, else 0.")
+        int | None,
+        typer.Option(min=0, help="Of --nodes, that serve and do not train; else SDSEARCH_SGLANG_NODES, else 0."),
     ] = None,
     device: Annotated[
         Literal["gpu", "cpu"] | None, typer.Option(help="That trains; else told by GPUs in sight, or model.dtype.")

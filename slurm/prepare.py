@@ -191,7 +191,7 @@ def has_errors(config: Path, overrides: Sequence[str], given: Allocation, roles:
     """
     world = GivenWorld(
         device="gpu" if given.num_gpus else "cpu",
-        num_nodes=roles.train,
+        num_nodes=given.num_nodes,
         gpus_per_node=given.num_gpus,
         ranks_per_node=roles.ranks,
         num_sglang_nodes=given.num_sglang_nodes,

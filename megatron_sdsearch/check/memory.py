@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from megatron_sdsearch.check.findings import Finding
+from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.check.world import World
 from megatron_sdsearch.model.hf_config import ARCHITECTURES, is_layout
+from megatron_sdsearch.plan.allocation import Allocation, servers_in
 from megatron_sdsearch.plan.hardware import HARDWARE
 from megatron_sdsearch.plan.layout import Layout
 from megatron_sdsearch.plan.memory import GIB, HEADROOM, plan_memory
@@ -28,9 +31,13 @@ def check(subject: Subject) -> Iterator[Finding]:
         return
     if any(config.world_problems(subject.world.size, has_gpu=True)):
         return
+    servers = Attempt.at(lambda: servers_in(config, _allocation(subject.world)))
+    if servers.error is not None:  # the sglang section says it
+        return
     gpu_bytes, whose = _gpu()
     shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
-    plan = plan_memory(config, shape, Layout.of(config, subject.world.size), gpu_bytes=gpu_bytes)
+    layout = replace(Layout.of(config, subject.world.size), servers=servers.value)
+    plan = plan_memory(config, shape, layout, gpu_bytes=gpu_bytes)
     needed, largest = max(plan.total_bytes, plan.server_parts_needed), max(plan.parts, key=plan.parts.__getitem__)
     told = (
         f"{needed / GIB:.1f} GiB planned on the busiest GPU, most of it for {largest}; {whose} has "
@@ -42,6 +49,14 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding.warning(
             "model", told, "see faster layouts and what fits: python -m megatron_sdsearch plan CONFIG"
         )
+
+
+def _allocation(world: World) -> Allocation:
+    return Allocation(
+        num_nodes=world.num_nodes + world.num_sglang_nodes,
+        gpus_per_node=world.gpus_per_node,
+        num_sglang_nodes=world.num_sglang_nodes,
+    )
 
 
 def _gpu() -> tuple[int, str]:

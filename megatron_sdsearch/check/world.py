@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +20,10 @@ class GivenWorld:
 
     Attributes:
         device: that trains.
-        num_nodes: with trainers.
+        num_nodes: of the allocation, those with servers alone too.
         gpus_per_node: of each.
         ranks_per_node: torchrun's --nproc-per-node.
-        num_sglang_nodes: on which slurm/train.sh starts servers.
+        num_sglang_nodes: of them, on which slurm/train.sh starts servers.
     """
 
     device: Literal["gpu", "cpu"] | None = None
@@ -63,7 +64,11 @@ class World:
 
     @classmethod
     def of(cls, config: RunConfig, given: GivenWorld, environment: Mapping[str, str] = os.environ) -> World:
-        """The command line first, then torchrun's or Slurm's environment, then this machine, then an assumption."""
+        """The command line first, then torchrun's or Slurm's environment, then this machine, then an assumption.
+
+        Raises:
+            ConfigError: all nodes serve.
+        """
         has_gpu, device_from = _device(config, given)
         is_said = given.device is not None or given.gpus_per_node is not None
         sglang_nodes = _num_sglang_nodes(given, environment)
@@ -107,11 +112,16 @@ def _device(config: RunConfig, given: GivenWorld) -> tuple[bool, str]:
 
 
 def _num_nodes(given: GivenWorld, environment: Mapping[str, str], num_sglang_nodes: int) -> tuple[int, str]:
-    if given.num_nodes is not None:
-        return given.num_nodes, "--nodes"
+    """With trainers."""
+    told = {"--nodes": given.num_nodes}
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"):
-        if environment.get(name, "").isdecimal():
-            return max(1, int(environment[name]) - num_sglang_nodes), name
+        told[name] = int(environment[name]) if environment.get(name, "").isdecimal() else None
+    for name, num_nodes in told.items():
+        if num_nodes is not None:
+            if num_nodes <= num_sglang_nodes:
+                problem = f"{num_sglang_nodes} of {num_nodes} nodes ({name}) leave none to train on"
+                raise ConfigError("--sglang-nodes", problem, f"at most {num_nodes - 1}, or more nodes")
+            return num_nodes - num_sglang_nodes, name
     if environment.get("GROUP_WORLD_SIZE", "").isdecimal():
         return int(environment["GROUP_WORLD_SIZE"]), "GROUP_WORLD_SIZE"
     return 1, "assumed"

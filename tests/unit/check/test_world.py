@@ -8,6 +8,7 @@ import torch
 from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.check.world import GivenWorld, World
 from megatron_sdsearch.config import RunConfig, load_config
+from megatron_sdsearch.errors import ConfigError
 from tests.unit.check.tiny_run import TinyRun, only
 
 SLURM = {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_PER_NODE": "h100:8"}
@@ -74,7 +75,9 @@ def test_nodes_for_sglang_are_no_nodes_of_trainers(tiny: TinyRun) -> None:
     world = World.of(own, GivenWorld(device="gpu"), SLURM | {"SDSEARCH_SGLANG_NODES": "1"})
     assert (world.num_nodes, world.num_sglang_nodes, world.ranks_per_node) == (3, 1, 8)
     assert world.words.endswith(", and 1 with SGLang")
-    assert World.of(own, GivenWorld(device="gpu", num_nodes=2, num_sglang_nodes=3), SLURM).num_nodes == 2
+    assert World.of(own, GivenWorld(device="gpu", num_nodes=5, num_sglang_nodes=3), SLURM).num_nodes == 2
+    with pytest.raises(ConfigError, match=r"3 of 3 nodes \(--nodes\) leave none to train on"):
+        World.of(own, GivenWorld(device="gpu", num_nodes=3, num_sglang_nodes=3), SLURM)
 
 
 def test_no_gpus_is_said_by_their_number(config: RunConfig) -> None:

@@ -86,12 +86,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(home: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, machine: Machine, *overrides: str) -> list[Any]:
     """Everything but notes that does not speak of this machine."""
     monkeypatch.chdir(home)
-    num_training = machine.num_nodes - machine.num_sglang_nodes
-    if machine.num_sglang_nodes:  # slurm/train.sh starts servers there and names them to the ranks
-        urls = ",".join(f"http://10.0.0.{i}:30000" for i in range(machine.told[1]))
-        overrides = (*overrides, f"rollout.sglang.urls=[{urls}]")
-    world = f"--device gpu --nodes {num_training} --gpus-per-node {GPUS_PER_NODE}".split()
-    world += ["--nproc-per-node", str(machine.ranks_per_node)]
+    world = f"--device gpu --nodes {machine.num_nodes} --gpus-per-node {GPUS_PER_NODE}".split()
+    world += f"--nproc-per-node {machine.ranks_per_node} --sglang-nodes {machine.num_sglang_nodes}".split()
     path = str(ROOT / "examples" / recipe / "config.yaml")
     result = CliRunner().invoke(app, ["check", path, *overrides, "--json", *world])
     findings = json.loads(result.stdout)["findings"]
