@@ -248,7 +248,8 @@ def test_a_head_that_is_tied_in_name_only_is_refused(tmp_path: Path) -> None:
         ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is true"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias is true"),
-        ({"num_key_value_heads": 3}, "4 is neither divisor nor multiple of .* num_key_value_heads = 3"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
+        ({"intermediate_size": 6}, "4 does not divide .* intermediate_size = 6"),
     ],
 )
 def test_a_wrong_architecture_or_layout_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
