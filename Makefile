@@ -30,6 +30,9 @@ BENCHES = $(filter-out %_trl.py,$(wildcard tools/bench_*.py))
 SHELL_FILES = $(wildcard .ci/run docker/*.sh slurm/*.sh tools/*/*.sh)
 COMPOSE_FILES = docker-compose.yml docs/elasticsearch/docker-compose.yml
 
+# Two processes run tests, whatever the number of cores: one of them mostly waits for ranks (tests/conftest.py).
+PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
 # Ranks of one test share the machine's few cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -53,7 +56,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.tiny.run --out $(OUT) --seed $(SEED)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/loopback tests/distributed tests/e2e
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/loopback tests/distributed tests/e2e
 
 test-latest: $(LATEST)
 	.venv-latest/bin/python -m pytest tests/unit tests/distributed

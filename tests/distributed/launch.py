@@ -1,7 +1,7 @@
 """Run a function on several real processes that share a process group: gloo, or NCCL with one GPU for each.
 
-Owns the processes: their start, their rendezvous, their end, and which of them is to blame. Leaves to the worker what
-the processes do. A spawn costs 3 to 5 seconds of imports, so give one worker many cases rather than one.
+Owns the processes: their rendezvous, their end, and which of them is to blame. Leaves to the worker what the processes
+do, and to `tests/forkserver.py` where they come from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._pytree import tree_map_only
+
+from tests.forkserver import CONTEXT
 
 # "cuda": as tests/gpu sets it. Else ranks compute on the CPU, and see no GPU even where there is one.
 DEVICE_VARIABLE = "SDSEARCH_TEST_DEVICE"
@@ -75,13 +77,13 @@ def run_distributed(worker: Callable[..., Any], world_size: int, *args: Any, tim
 
 def _start(
     worker: Callable[..., Any], world_size: int, args: tuple[Any, ...], deadline: float, folder: Path
-) -> list[SpawnProcess]:
-    context = mp.get_context("spawn")
+) -> list[BaseProcess]:
     is_on_gpus = os.environ.get(DEVICE_VARIABLE) == "cuda"
     if is_on_gpus and torch.cuda.device_count() < world_size:
         raise WorkerFailed(f"{world_size} ranks need as many GPUs; here are {torch.cuda.device_count()}")
+    context: Any = mp.get_context("spawn") if is_on_gpus else CONTEXT
     with _environment(_CHILD_ENVIRONMENT | ({} if is_on_gpus else {"CUDA_VISIBLE_DEVICES": ""})):
-        processes = [
+        processes: list[BaseProcess] = [
             context.Process(target=_run_rank, args=(worker, rank, world_size, args, deadline, folder))
             for rank in range(world_size)
         ]
@@ -118,7 +120,7 @@ def _run_rank(
             faulthandler.cancel_dump_traceback_later()
 
 
-def _wait_for_all(processes: list[SpawnProcess], folder: Path, deadline: float) -> None:
+def _wait_for_all(processes: list[BaseProcess], folder: Path, deadline: float) -> None:
     running = list(range(len(processes)))
     while running:
         if not wait([processes[rank].sentinel for rank in running], timeout=max(deadline - time.monotonic(), 0)):
@@ -146,7 +148,7 @@ def _stacks(folder: Path, ranks: list[int]) -> str:
     return "\n".join(f"rank{rank}:\n{text}" for rank, text in zip(ranks, texts, strict=True))
 
 
-def _end(processes: list[SpawnProcess]) -> None:
+def _end(processes: list[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.kill()
@@ -161,7 +163,7 @@ def _file(folder: Path, rank: int, kind: str) -> Path:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Children read these while they import torch, before any code of ours could set them there."""
+    """Spawned children, and the server that others are forked from, read these while they import torch."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.ranks import ROOT, Ranks
+
 DEMO_SEED = 2
 DEMO_LIMIT_S = 1200  # 4 to 5 minutes on two quiet cores
 ENVIRONMENT = {
@@ -135,29 +137,29 @@ class Run:
             return []
 
 
-Start = Callable[..., Run]
+Start = Callable[..., Ranks]
 
 
 @pytest.fixture
 def start(demo: Demo, tmp_path: Path) -> Iterator[Start]:
-    """Start ``sdsearch train`` under torchrun on the demo's world and warm-started model; ended with the test."""
-    runs: list[Run] = []
+    """Start ``sdsearch train`` on two ranks with the demo's world and warm-started model; ended with the test."""
+    with ExitStack() as stack:
 
-    def begin(run_dir: Path, *overrides: str) -> Run:
-        run = Run(train_command(demo, run_dir, *overrides), tmp_path / f"{run_dir.name}.log")
-        runs.append(run)
-        return run
+        def begin(run_dir: Path, *overrides: str) -> Ranks:
+            ranks = Ranks(train_arguments(demo, run_dir, *overrides), tmp_path / f"{run_dir.name}.log")
+            return stack.enter_context(ranks)
 
-    yield begin
-    for run in runs:
-        run.kill()
+        yield begin
 
 
-def train_command(demo: Demo, run_dir: Path, *overrides: str) -> list[str]:
-    """Two processes on a small share of the demo's questions, with whatever a resume could get wrong switched on."""
+TORCHRUN_TRAIN = "-m torch.distributed.run --standalone --nproc-per-node=2 -m megatron_sdsearch train".split()
+
+
+def train_arguments(demo: Demo, run_dir: Path, *overrides: str) -> list[str]:
+    """Two ranks on a small share of the demo's questions, with whatever a resume could get wrong switched on."""
     world = demo.out / "world"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    settings = [
+    return [
+        str(ROOT / "examples/tiny/config.yaml"),
         f"run_dir={run_dir}",
         f"seed={DEMO_SEED}",
         f"model.hf_dir={demo.out / 'warm_start' / 'hf'}",
@@ -173,9 +175,8 @@ def train_command(demo: Demo, run_dir: Path, *overrides: str) -> list[str]:
         "checkpoint.every=1",
         "evaluation.every=0",
         "telemetry.query_probe=false",
+        *overrides,
     ]
-    train = ["-m", "megatron_sdsearch", "train", str(ROOT / "examples/tiny/config.yaml")]
-    return [sys.executable, *launcher, *train, *settings, *overrides]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

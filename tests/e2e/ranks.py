@@ -1,12 +1,11 @@
 """Ranks of a run that start in a second, for tests that kill many of them.
 
-Owns processes forked from a server that has imported the package once (torchrun and imports take 10 s and more each
-time), and ways to die at a chosen moment. What they run is ``sdsearch train`` as a user calls it, from ``cli.main`` on.
+Owns processes of one run (torchrun and imports take 10 s and more each time), and ways to die at a chosen moment. What
+they run is ``sdsearch train`` as a user calls it, from ``cli.main`` on.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,11 +17,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.forkserver import CONTEXT
+
 ROOT = Path(__file__).parents[2]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["megatron_sdsearch.cli", "megatron_sdsearch.training.loop", "megatron_sdsearch.report.page", "tensorboard"]
-)
 
 
 class Ranks:
@@ -49,7 +46,7 @@ class Ranks:
             port = probe.getsockname()[1]
         self._log = log
         self.processes: list[ForkServerProcess] = [
-            _CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, arguments, log, dies_at, max_file_bytes))
+            CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, arguments, log, dies_at, max_file_bytes))
             for rank in range(world_size)
         ]
 

@@ -10,16 +10,25 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.oracle import make_model
+from tests.forkserver import run_program
 
 ROOT = Path(__file__).parents[2]
 
 
-def convert(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run in the environment of a rank of some job, which must not matter."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-    variables |= {"RANK": "3", "WORLD_SIZE": "8", **environment}
-    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
+# The environment of a rank of some job, which must not matter.
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLUMNS="200", NO_COLOR="1")
+ENVIRONMENT |= {"RANK": "3", "WORLD_SIZE": "8"}
+
+
+def convert_from_nothing(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Start an interpreter: what the tool sets before its imports counts."""
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_program([TOOL, *map(str, arguments)], environment=ENVIRONMENT, cwd=ROOT, timeout_s=120)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +37,11 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_and_back_with_verification(hf_dir: Path, tmp_path: Path) -> None:
-    there = convert("to-megatron", hf_dir, tmp_path / "mg", "--tensor", 2, "--pipeline", 2, "--verify")
+    there = convert_from_nothing("to-megatron", hf_dir, tmp_path / "mg", "--tensor", 2, "--pipeline", 2, "--verify")
     assert (there.returncode, there.stderr) == (0, "")
     assert "verified: logits differ by " in there.stdout
     assert f"model.hf_dir={tmp_path / 'mg' / 'hf'} model.megatron_dir={tmp_path / 'mg'}" in there.stdout
-    back = convert("to-hf", tmp_path / "mg", tmp_path / "hf", "--verify")
+    back = convert_from_nothing("to-hf", tmp_path / "mg", tmp_path / "hf", "--verify")
     assert (back.returncode, back.stderr) == (0, "")
     assert "verified: logits differ by " in back.stdout
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (hf_dir / "model.safetensors").read_bytes()

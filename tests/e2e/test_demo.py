@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from examples.tiny.run import NUM_PROCESSES
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.telemetry import names
-from tests.e2e.conftest import DEMO_LIMIT_S, DEMO_SEED, ROOT, Demo, read_rows
+from tests.e2e.conftest import DEMO_LIMIT_S, DEMO_SEED, Demo, read_rows
+from tests.e2e.ranks import ROOT
 
 # The first test that asks for the demo pays for it.
 pytestmark = pytest.mark.timeout(DEMO_LIMIT_S + 60)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from examples.tiny.build_world import build
-from tests.e2e.conftest import Run, read_rows
+from tests.e2e.conftest import TORCHRUN_TRAIN, Run, read_rows
 from tests.e2e.ranks import ROOT, Ranks
 
 NUM_STEPS = 6
@@ -222,9 +222,8 @@ def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupt
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ranks_save_and_leave_when_torchrun_does(number: int, world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.every=0", "evaluation.every=0")
-    run = Run([*launcher, "-m", "megatron_sdsearch", "train", *settings], tmp_path / "log")
+    run = Run([sys.executable, *TORCHRUN_TRAIN, *settings], tmp_path / "log")
     try:
         metrics = run_dir / "metrics.jsonl"
         run.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
@@ -257,33 +256,23 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(world: Path, uninter
 
 def test_a_second_run_in_a_live_folder_is_refused_and_a_killed_one_leaves_it_free(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    settings = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.keep_every=0", "evaluation.every=0")
-    command = [*launcher, "-m", "megatron_sdsearch", "train", *settings]
+    command = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.keep_every=0", "evaluation.every=0")
     metrics = run_dir / "metrics.jsonl"
 
     def num_lines() -> int:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    first = Run(command, tmp_path / "first")
-    try:
-        first.wait_until(lambda: num_lines() >= 2)
-        holder = first.ranks()[0].pid
-        second = Run(command, tmp_path / "second")
-        try:
-            assert second.wait(180) == 1
-        finally:
-            second.kill()
+    with Ranks(command, tmp_path / "first") as first:
+        assert first.wait_until(lambda: num_lines() >= 2)
+        holder = first.processes[0].pid
+        with Ranks(command, tmp_path / "second") as second:
+            second.wait_until(lambda: False)  # its second rank waits for the first, as long as no torchrun ends it
+            assert second.exit_codes[0] == 2
         assert second.output.count(f"ConfigError: run_dir: {run_dir} is in use by process {holder} on") == 1
         reached = num_lines()
-        first.wait_until(lambda: num_lines() >= reached + 2)
-    finally:
-        first.kill()
+        assert first.wait_until(lambda: num_lines() >= reached + 2)
     latest = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
-    third = Run(command, tmp_path / "third")
-    try:
-        third.wait_until(lambda: num_lines() > latest + 1)
-    finally:
-        third.kill()
+    with Ranks(command, tmp_path / "third") as third:
+        assert third.wait_until(lambda: num_lines() > latest + 1)
     steps = [row["step"] for row in read_rows(metrics)]
     assert steps == list(range(1, steps[-1] + 1)), "it went on from where the first was killed"

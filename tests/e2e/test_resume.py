@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import DEMO_LIMIT_S, Demo, Run, Start, read_rows, train_command
+from tests.e2e.conftest import DEMO_LIMIT_S, TORCHRUN_TRAIN, Demo, Run, Start, read_rows, train_arguments
+from tests.e2e.ranks import Ranks
 
 NUM_STEPS = 4
 KILLED_AFTER = 2
@@ -45,11 +48,8 @@ def uninterrupted(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps at tp=2 that nobody disturbed; its searches are recorded."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     recorded = replay("cache", folder / "searches")
-    run = Run(train_command(demo, folder / "run", f"train.num_steps={NUM_STEPS}", *recorded), folder / "log")
-    try:
-        assert run.wait(LIMIT_S) == 0, run.output[-4000:]
-    finally:
-        run.kill()
+    with Ranks(train_arguments(demo, folder / "run", f"train.num_steps={NUM_STEPS}", *recorded), folder / "log") as run:
+        assert run.wait(LIMIT_S) == [0, 0], run.output[-4000:]
     return folder / "run"
 
 
@@ -60,15 +60,15 @@ def test_kill_and_resume_change_nothing(is_replayed: bool, uninterrupted: Path, 
     overrides = [f"train.num_steps={NUM_STEPS}", *searches]
     first = start(run_dir, *overrides)
     pointer = run_dir / "checkpoints" / "latest"
-    first.wait_until(lambda: pointer.is_file() and pointer.read_text() == f"step_{KILLED_AFTER:06d}")
-    first.kill()
-    assert first.wait(1) != 0
+    assert first.wait_until(lambda: pointer.is_file() and pointer.read_text() == f"step_{KILLED_AFTER:06d}")
+    first.kill([0, 1])
+    assert first.wait(10) == [-signal.SIGKILL] * 2
     assert not (run_dir / "summary.json").exists(), "killed before the end"
     assert pointer.read_text() == f"step_{KILLED_AFTER:06d}"
     before = without_times(run_dir)
 
     second = start(run_dir, *overrides)
-    assert second.wait(LIMIT_S) == 0, second.output[-4000:]
+    assert second.wait(LIMIT_S) == [0, 0], second.output[-4000:]
 
     assert f"step {KILLED_AFTER + 1}/{NUM_STEPS}" in second.output
     assert second.output.count("step 1/") == 1, "the second start repeats no finished step"
@@ -92,26 +92,30 @@ def test_the_steps_of_the_comparison_learn_and_distil(uninterrupted: Path, demo:
     assert [name for name in end if torch.equal(start[name], end[name])] == []
 
 
-def test_a_rank_that_is_killed_takes_the_others_along(start: Start, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_takes_the_others_along(demo: Demo, tmp_path: Path) -> None:
     run_dir = tmp_path / "one_dies"
-    run = start(run_dir, "train.num_steps=1000", "checkpoint.every=0")
-    metrics = run_dir / "metrics.jsonl"
-    run.wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
-    ranks = run.ranks()
-    assert sorted(ranks) == [0, 1]
-    ranks[1].kill()
-    killed_at = time.monotonic()
-    assert run.wait(60) != 0
-    _, alive = psutil.wait_procs(list(ranks.values()), timeout=20)
-    assert time.monotonic() - killed_at < 20
-    assert alive == []
-    assert not (run_dir / "summary.json").exists()
+    arguments = train_arguments(demo, run_dir, "train.num_steps=1000", "checkpoint.every=0")
+    run = Run([sys.executable, *TORCHRUN_TRAIN, *arguments], tmp_path / "log")
+    try:
+        metrics = run_dir / "metrics.jsonl"
+        run.wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+        ranks = run.ranks()
+        assert sorted(ranks) == [0, 1]
+        ranks[1].kill()
+        killed_at = time.monotonic()
+        assert run.wait(60) != 0
+        _, alive = psutil.wait_procs(list(ranks.values()), timeout=20)
+        assert time.monotonic() - killed_at < 20
+        assert alive == []
+        assert not (run_dir / "summary.json").exists()
+    finally:
+        run.kill()
 
 
 def test_two_replicas_sample_what_two_shards_sample(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "replicas"
     run = start(run_dir, "parallel.tensor=1", "train.num_steps=1", "optimizer.warmup_steps=0")
-    assert run.wait(LIMIT_S) == 0, run.output[-4000:]
+    assert run.wait(LIMIT_S) == [0, 0], run.output[-4000:]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["tp"], summary["dp"]) == (1, 2)
     ours = sampled_ids(run_dir, 1)

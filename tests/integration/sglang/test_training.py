@@ -18,7 +18,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from examples.tiny.build_world import build
-from tests.e2e.conftest import ENVIRONMENT, ROOT, Run, read_rows
+from tests.e2e.conftest import ENVIRONMENT, Run, read_rows
+from tests.e2e.ranks import ROOT
 from tests.integration.sglang.conftest import Servers, segments_of, weight_version
 
 START_LIMIT_S = 400.0  # two servers and two trainers on two cores that may have other work
