@@ -32,7 +32,7 @@ def read_gold_answers(value: Any) -> Any:
 
     Raises:
         PydanticCustomError: it is neither text nor list, or a text looks like a list or an object, and its answers
-            cannot be told for sure.
+            are not certain.
     """
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str | list | tuple):
         value = value[0]
@@ -55,7 +55,7 @@ def answers_in_text(text: str) -> list[str]:
     Brackets alone make no list: ``[REC]`` and ``(500) Days of Summer`` are answers.
 
     Raises:
-        PydanticCustomError: it looks like a list or an object, and its answers cannot be told for sure.
+        PydanticCustomError: it looks like a list or an object, and its answers are not certain.
     """
     text = text.strip()
     if not _CONTAINER.fullmatch(text) and not _BEGINS_AS_LIST.match(text):
@@ -68,7 +68,7 @@ def answers_in_text(text: str) -> list[str]:
     is_maybe_list = text[0] == "[" and (value is not None or "," in text or _NUMBERS.fullmatch(text))
     if is_maybe_list or _BEGINS_AS_LIST.match(text):
         raise PydanticCustomError(
-            "list_text", "Looks like the text of a list, but its answers cannot be told for sure: give a list of texts"
+            "list_text", "Looks like the text of a list, but its answers are not certain: give a list of texts"
         )
     return [text]
 
