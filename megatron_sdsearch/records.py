@@ -48,6 +48,24 @@ class Passage:
     score: float = 0.0
 
 
+def bare_title(line: str) -> str:
+    """A passage's first line without the pair of quotes around it; quotes that are no such pair stay.
+
+    Published corpora write ``"`` + title + ``"``, whatever the title holds: ``""Weird Al" Yankovic"`` is
+    ``"Weird Al" Yankovic``. In ``"A" and "B"`` the first quote's partner is not the last one.
+    """
+    if len(line) < 2 or not line[0] == line[-1] == '"':
+        return line
+    depth, opens = 0, True
+    for character in line[:-1]:
+        if character == '"':
+            depth += 1 if opens else -1
+            if depth == 0 and line.count('"') % 2 == 0:  # odd: one stands for inches, as in "7" Single"
+                return line
+        opens = (character == '"' and opens) or character.isspace() or character in "([{"
+    return line[1:-1]
+
+
 class Action(StrEnum):
     """What a sampled span asks for."""
 

@@ -7,7 +7,7 @@
 SOURCE is a folder or a file in one of the two published layouts, or the Hugging Face hub:
 
     FlashRAG    <dataset>/<split>.jsonl, rows {id, question, golden_answers}; "hub" alone is RUC-NLPIR/FlashRAG_datasets
-    Search-R1   <split>.parquet, rows {data_source, prompt, reward_model, extra_info}
+    Search-R1   <split>.parquet, rows {data_source, prompt, reward_model, extra_info[, question]}
 
 OUT gets train, heldout and test (parquet or JSONL, {question_id, text, gold_answers, dataset, gold_passage_ids}) and
 manifest.json: sources, counts, checksums, duplicates, questions of train that are asked in heldout or test. Ids are

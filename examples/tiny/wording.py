@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sdsearch.records import bare_title
+
 Kind = Literal["country", "province", "element"]
 
 UNKNOWN = "unknown"  # what a demonstration answers when its search ran into a trap
@@ -106,7 +108,7 @@ def answer_span(answer: str) -> str:
 def observation_span(contents: str) -> str:
     """What comes back for one passage: Search-R1's layout."""
     title, _, text = contents.partition("\n")
-    return f"\n\n<information>Doc 1(Title: {title.strip(chr(34))}) {text}\n</information>\n\n"
+    return f"\n\n<information>Doc 1(Title: {bare_title(title)}) {text}\n</information>\n\n"
 
 
 def block_text(lines: list[tuple[bool, list[str]]]) -> str:

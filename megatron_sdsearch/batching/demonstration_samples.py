@@ -19,7 +19,7 @@ def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_t
     """Encode each span once, in place.
 
     Raises:
-        DataError: the demonstration is longer than ``max_tokens``.
+        DataError: the demonstration is longer than ``max_tokens``, or its sampled text has no tokens.
     """
     prompt = renderer.prompt_ids(demonstration.prompt)
     pieces = [renderer.encode(span.text) for span in demonstration.spans]
@@ -33,6 +33,11 @@ def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_t
     is_sampled += [
         np.full(len(piece), span.kind == "sampled") for piece, span in zip(pieces, demonstration.spans, strict=True)
     ]
+    if not np.concatenate(is_sampled).any():
+        raise DataError(
+            f"demonstration {demonstration.demonstration_id}: the tokenizer makes no token of its sampled text, so "
+            "there is nothing to learn: remove it"
+        )
     return TrainingSample(
         sample_id=demonstration.demonstration_id,
         token_ids=ids,

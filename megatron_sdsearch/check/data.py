@@ -38,18 +38,18 @@ def _question_files(subject: Subject) -> Iterator[Finding]:
         datasets = sorted({question.dataset for question in attempt.value if question.dataset})
         of = f" of {', '.join(datasets[:8])}" if datasets else ""
         yield Finding.note(field, f"{len(attempt.value):,} questions{of}")
-        yield from _unanswerable(field, attempt.value)
+        yield from _compared_as_written(field, attempt.value)
 
 
-def _unanswerable(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
-    """SQuAD's normalisation leaves nothing of an answer such as "The": no answer of the policy could ever match it."""
-    hopeless = [q for q in questions if not any(normalize_answer(gold) for gold in q.gold_answers)]
-    if hopeless:
+def _compared_as_written(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
+    """SQuAD's normalisation leaves nothing of an answer such as "The", which is then compared as it is written."""
+    bare = [q for q in questions if not any(normalize_answer(gold) for gold in q.gold_answers)]
+    if bare:
         yield Finding.warning(
             field,
-            f"{len(hopeless)} questions whose gold answers are articles and punctuation alone can never be answered "
-            f"right, such as {hopeless[0].question_id} ({hopeless[0].gold_answers[0]!r})",
-            "remove them",
+            f"{len(bare)} questions whose gold answers are articles and punctuation alone are answered right only "
+            f"character for character, such as {bare[0].question_id} ({bare[0].gold_answers[0]!r})",
+            "remove them, or add an answer in words",
         )
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.file_kinds import refuse_other_kind
 
 
 class DemonstrationSpan(BaseModel):
@@ -20,6 +22,12 @@ class DemonstrationSpan(BaseModel):
     text: Annotated[str, Field(min_length=1)]
 
 
+def _with_sampled_text(spans: tuple[DemonstrationSpan, ...]) -> tuple[DemonstrationSpan, ...]:
+    if not any(span.kind == "sampled" and span.text.strip() for span in spans):
+        raise PydanticCustomError("nothing_sampled", "No span is sampled text, so there is nothing to learn")
+    return spans
+
+
 class Demonstration(BaseModel):
     """One row of the file; ``prompt`` is the user's message, before any chat template."""
 
@@ -27,17 +35,19 @@ class Demonstration(BaseModel):
 
     demonstration_id: str
     prompt: Annotated[str, Field(min_length=1)]
-    spans: Annotated[tuple[DemonstrationSpan, ...], Field(min_length=1)]
+    spans: Annotated[tuple[DemonstrationSpan, ...], Field(min_length=1), AfterValidator(_with_sampled_text)]
 
 
 def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
     """Read the whole file.
 
     Raises:
-        DataError: a row is malformed, naming file, line and field; or there is none.
+        DataError: a row is malformed or has no sampled text, naming file, line and field; there is no row; or the file
+            is of another kind.
     """
+    refuse_other_kind(path, "JSON Lines")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
     # Not splitlines: JSON strings may hold characters such as U+2028, at which it would cut a row in two.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.records import Passage
+from megatron_sdsearch.records import Passage, bare_title
 
 _SEARCH_R1_INSTRUCTIONS: Final = """\
 Answer the question at the end. Each time you learn something new, first think it over between <think> and </think>. \
@@ -87,8 +87,7 @@ class PromptProfile:
 
 def _format_passage(number: int, passage: Passage) -> str:
     title, _, rest = passage.contents.partition("\n")
-    bare_title = title.removeprefix('"').removesuffix('"')
-    return f"Doc {number}(Title: {bare_title}) {rest}\n"
+    return f"Doc {number}(Title: {bare_title(title)}) {rest}\n"
 
 
 _PROFILES: Final = {

@@ -1,6 +1,7 @@
 """Question files in, ``records.Question`` out; and which questions each step gets.
 
-Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. Prompts are ``prompts.py``'s.
+Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. How gold answers are written is
+``gold_answers.py``'s, where a Search-R1 row keeps its question ``search_r1.py``'s.
 """
 
 from __future__ import annotations
@@ -15,21 +16,17 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from megatron_sdsearch.data.gold_answers import GoldAnswers, Text
+from megatron_sdsearch.data.search_r1 import find_question
 from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.file_kinds import Wanted, refuse_other_kind
 from megatron_sdsearch.records import IntArray, Question
 
 _MENDS = "write {question_id, text, gold_answers}, a Search-R1 row, or a FlashRAG row {id, question, golden_answers}"
-_QUESTION_MARKER = "Question:"
 
-_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-_Id = Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
-_Answers = Annotated[
-    tuple[_Text, ...],
-    Field(min_length=1),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-]
+_Id = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 class _Row(BaseModel):
@@ -39,8 +36,8 @@ class _Row(BaseModel):
 
 class _OwnRow(_Row):
     question_id: _Id
-    text: _Text
-    gold_answers: _Answers
+    text: Text
+    gold_answers: GoldAnswers
     dataset: str = ""
     gold_passage_ids: tuple[_Id, ...] = ()
 
@@ -56,8 +53,8 @@ class _OwnRow(_Row):
 
 class _FlashRagRow(_Row):
     id: _Id
-    question: _Text
-    golden_answers: _Answers
+    question: Text
+    golden_answers: GoldAnswers
 
     def to_question(self, path: Path) -> Question:
         # Rows do not say where they come from; FlashRAG's layout does: <dataset>/<split>.jsonl. Links are not followed:
@@ -75,39 +72,54 @@ class _FlashRagRow(_Row):
 
 class _Message(_Row):
     role: str
-    content: _Text
+    content: str | None = None
 
 
 class _GroundTruth(_Row):
-    target: _Answers
+    target: GoldAnswers
 
 
 class _RewardModel(_Row):
-    ground_truth: _GroundTruth
+    # verl's rows of other tasks have the answers themselves there.
+    ground_truth: Annotated[
+        _GroundTruth, BeforeValidator(lambda value: {"target": value} if isinstance(value, str | list) else value)
+    ]
 
 
 class _ExtraInfo(_Row):
-    split: _Text
+    split: Text
     index: _Id
+    question: str | None = None
 
 
 class _SearchR1Row(_Row):
-    data_source: _Text
+    data_source: Text
     prompt: Annotated[tuple[_Message, ...], Field(min_length=1)]
     reward_model: _RewardModel
     extra_info: _ExtraInfo
+    question: str | None = None
+    golden_answers: GoldAnswers | None = None
 
     def to_question(self, path: Path) -> Question:
-        _, _, text = self.prompt[-1].content.rpartition(_QUESTION_MARKER)
-        if not text.strip():
-            raise DataError(f"prompt: nothing follows the last {_QUESTION_MARKER!r}; write the question there")
         return Question(
             # index restarts in each data set and split, so alone it would merge strangers into one group.
             question_id=f"{self.data_source}:{self.extra_info.split}:{self.extra_info.index}",
-            text=text.strip(),
-            gold_answers=self.reward_model.ground_truth.target,
+            text=find_question(
+                {"question": self.question, "extra_info.question": self.extra_info.question},
+                [(message.role, message.content or "") for message in self.prompt],
+            ),
+            gold_answers=self._gold_answers(),
             dataset=self.data_source,
         )
+
+    def _gold_answers(self) -> tuple[str, ...]:
+        target = self.reward_model.ground_truth.target
+        if self.golden_answers is not None and set(self.golden_answers) != set(target):
+            raise DataError(
+                f"golden_answers: is {self.golden_answers!r:.80}, but reward_model.ground_truth.target is "
+                f"{target!r:.80}; remove the wrong one"
+            )
+        return target
 
 
 class _Reader(Protocol):
@@ -141,14 +153,19 @@ def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
     """Place of every row, with its question or with what is wrong with it; for who wants to go on after a bad row.
 
     Raises:
-        DataError: the file itself cannot be read, or lacks a column that every row needs.
+        DataError: the file itself cannot be read, is of another kind, or lacks a column that every row needs.
     """
-    readers: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers: dict[str, tuple[Wanted, _Reader]] = {
+        ".jsonl": ("JSON Lines", _read_jsonl),
+        ".parquet": ("parquet", _read_parquet),
+    }
     if path.suffix not in readers:
         raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
     if not path.is_file():
         raise DataError(f"{path}: does not exist; give the path of a question file")
-    for place, row in readers[path.suffix](path):
+    wanted, read = readers[path.suffix]
+    refuse_other_kind(path, wanted)
+    for place, row in read(path):
         try:
             yield place, _parse_row(row, path, place)
         except DataError as error:

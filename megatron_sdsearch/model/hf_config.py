@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import ConfigError, raise_first
+from megatron_sdsearch.file_kinds import refuse_other_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +62,11 @@ def read_hf_config(hf_dir: Path) -> PretrainedConfig:
 
     Raises:
         ConfigError: there is none, or transformers does not know it.
+        DataError: it is another kind of file, such as a git LFS pointer.
     """
     if not (hf_dir / "config.json").is_file():
         raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
+    refuse_other_kind(hf_dir / "config.json", "JSON")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
     except (OSError, ValueError, StrictDataclassError) as error:  # the last: fields that contradict each other

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
 
 if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for megatron
@@ -278,6 +279,7 @@ class SafetensorsFolder:
     def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
         index = hf_dir / _INDEX
+        refuse_other_kind(index, "JSON")
         try:
             self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -335,6 +337,7 @@ class SafetensorsFolder:
         try:
             return safe_open(self._dir / file, framework="pt")
         except SafetensorError as error:
+            refuse_other_kind(self._dir / file, "safetensors")
             raise DataError(f"{self._dir / file} is no safetensors file ({error}): fetch it again") from error
 
 

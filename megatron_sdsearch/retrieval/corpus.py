@@ -6,6 +6,7 @@ published wiki-18 dump of Search-R1 is such a file: ``{"id": "0", "contents": "\
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import zlib
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.file_kinds import refuse_other_kind
+from megatron_sdsearch.records import bare_title
 
 OnReject = Callable[[str, str], None]
 """Told of a bad row: its place (``file:line``) and what is wrong with it."""
@@ -64,8 +67,7 @@ class CorpusRow(BaseModel):
         title, newline, text = self.contents.partition("\n")
         if not newline:
             return "", self.contents
-        is_quoted = len(title) > 1 and title[0] == title[-1] == '"'
-        return (title[1:-1] if is_quoted else title), text
+        return bare_title(title), text
 
 
 def read_corpus(path: Path, on_reject: OnReject | None = None) -> Iterator[CorpusRow]:
@@ -80,7 +82,7 @@ def read_corpus(path: Path, on_reject: OnReject | None = None) -> Iterator[Corpu
 
     Raises:
         DataError: naming file, line (or row), field and mend: a bad row, an id that stands twice, no rows, a file that
-            is missing, damaged, or no parquet.
+            is missing, damaged, or of another kind.
     """
     seen = _SeenIds()
     num_passages = 0
@@ -112,11 +114,14 @@ def sha256_of_corpus(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    is_gzip = path.suffix == ".gz"
+    refuse_other_kind(path, "gzip" if is_gzip else "JSON Lines")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        with gzip.open(path, "rb") if is_gzip else path.open("rb") as lines:
+            refuse_other_kind(path, "JSON Lines", lines.peek(512))
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", line
+                    yield f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # BadGzipFile is an OSError without an errno
         raise DataError(f"{path}: is not whole, or not gzip ({error}); fetch it again") from error
     except OSError as error:
@@ -125,6 +130,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
+    refuse_other_kind(path, "parquet")
     try:
         with path.open("rb") as source, pq.ParquetFile(source) as file:
             names = {"id", "_id", "contents", "title", "text"} & set(file.schema_arrow.names)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.tokenization.spans import TokenBytes
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Renderer:
         mend = "give a Hugging Face folder that holds tokenizer.json and tokenizer_config.json"
         if not (hf_dir / "tokenizer.json").is_file():
             raise DataError(f"{hf_dir}: no tokenizer.json there; {mend}")
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            refuse_other_kind(hf_dir / name, "JSON")
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
             more: int | list[int] | None = None

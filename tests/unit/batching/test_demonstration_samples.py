@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.normalizers import Replace
 
 from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
 from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSpan
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.tokenization.renderer import Renderer
+from tests.unit.conftest import train_tokenizer
 
 spans = st.builds(
     DemonstrationSpan, kind=st.sampled_from(["sampled", "observation"]), text=st.text("ab <>/hé\n", min_size=1)
@@ -19,7 +21,7 @@ demonstrations = st.builds(
     Demonstration,
     demonstration_id=st.just("d7"),
     prompt=st.text("abc ?", min_size=1),
-    spans=st.lists(spans, min_size=1, max_size=5).map(tuple),
+    spans=st.lists(spans, max_size=4).map(lambda spans: (*spans, DemonstrationSpan(kind="sampled", text="<a> b"))),
 )
 LESSON = Demonstration(
     demonstration_id="d7",
@@ -60,6 +62,16 @@ def test_what_an_observation_says_is_read_and_not_learned(renderer: Renderer) ->
     sample = demonstration_sample(LESSON, renderer, 10_000)
     text = renderer.decode(sample.labels[sample.loss_mask].tolist())
     assert text == "<search> author </search><answer> Lisbon </answer>"
+
+
+def test_sampled_text_without_a_token_is_refused() -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace("~", "")  # a tokenizer that loses a character
+    lesson = Demonstration(demonstration_id="d7", prompt="why?", spans=(DemonstrationSpan(kind="sampled", text="~~"),))
+    with pytest.raises(
+        DataError, match=r"demonstration d7: the tokenizer makes no token of its sampled text.*remove it"
+    ):
+        demonstration_sample(lesson, Renderer(tokenizer, []), 10_000)
 
 
 def test_a_demonstration_of_exactly_the_budget_fits_and_one_more_token_does_not(renderer: Renderer) -> None:

@@ -44,7 +44,7 @@ def test_heldout_questions_that_are_trained_on_are_counted(tiny: TinyRun) -> Non
 def test_answers_that_normalise_to_nothing_are_found(tiny: TinyRun) -> None:
     write_rows(tiny.heldout, [question("h0", "which article?", "The", "a"), question("h1", "who?", "The Who")])
     finding = only(tiny.found())
-    assert "h0 ('The')" in finding.problem
+    assert "answered right only character for character, such as h0 ('The')" in finding.problem
     assert finding.problem.startswith("1 questions")
 
 
@@ -67,6 +67,9 @@ def test_demonstrations_are_read_and_measured(tiny: TinyRun) -> None:
     finding = only(tiny.found(*tiny.warm_start, "train.max_tokens_per_microbatch=8"))
     assert finding.field == "train.max_tokens_per_microbatch"
     assert "more than train.max_tokens_per_microbatch = 8" in finding.problem
+    nothing_sampled = {"demonstration_id": "d", "prompt": "x", "spans": [{"kind": "observation", "text": "y"}]}
+    tiny.demonstrations.write_text(json.dumps(nothing_sampled))
+    assert "demonstrations.jsonl:1: spans: No span is sampled text" in only(tiny.found(*tiny.warm_start)).problem
     tiny.demonstrations.write_text('{"prompt": "x"}\n')
     assert "demonstrations.jsonl:1" in only(tiny.found(*tiny.warm_start)).problem
 
@@ -90,6 +93,16 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_found(tiny: TinyRun) -> Non
     assert f"{last} does not exist" in finding.problem
     last.write_bytes(whole)
     assert tiny.found() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "*.safetensors"]
+)
+def test_a_git_lfs_pointer_in_the_models_folder_is_called_one(tiny: TinyRun, name: str) -> None:
+    path = sorted(tiny.model.glob(name))[0]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    found = [finding for finding in tiny.found() if finding.severity is Severity.ERROR]
+    assert f"{path}: is a git LFS pointer, not the file itself" in found[0].problem
 
 
 def test_a_tensor_that_the_index_promises_and_no_file_holds_is_found(tiny: TinyRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -52,6 +53,8 @@ def test_rows_come_in_file_order_with_their_spans_untouched(tmp_path: Path) -> N
         (json.dumps(ROW | {"spans": [ROW["spans"][0], {"kind": "thought", "text": "x"}]}), "spans.1.kind"),
         (json.dumps(ROW | {"spans": [{"kind": "sampled", "text": ""}]}), "spans.0.text"),
         (json.dumps(ROW | {"extra": 1}), "extra"),
+        (json.dumps(ROW | {"spans": [ROW["spans"][1]]}), "spans"),
+        (json.dumps(ROW | {"spans": [{"kind": "sampled", "text": " \n"}, ROW["spans"][1]]}), "spans"),
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, line: str, field: str) -> None:
@@ -60,6 +63,33 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, line: str, fi
         read_demonstrations(path)
     assert str(caught.value).startswith(f"{path}:2: {field}: ")
     assert str(caught.value).endswith("mend or remove the row")
+
+
+def test_a_row_without_sampled_text_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [json.dumps(ROW | {"spans": [ROW["spans"][1]]})])
+    with pytest.raises(DataError, match=r"d\.jsonl:1: spans: No span is sampled text, so there is nothing to learn; m"):
+        read_demonstrations(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (gzip.compress(json.dumps(ROW).encode()), "is compressed with gzip, .*; unpack it: gunzip"),
+        (json.dumps([ROW]).encode(), "is a JSON array, .*; write one object per line"),
+        (json.dumps(ROW).encode("utf-16"), "is text in UTF-16, .*; convert it: iconv -f UTF-16 -t UTF-8"),
+    ],
+    ids=["gzip", "array", "utf-16"],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, content: bytes, complaint: str) -> None:
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"d\.jsonl: {complaint}"):
+        read_demonstrations(tmp_path / "d.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert [row.demonstration_id for row in read_demonstrations(path)] == ["d0"]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -138,6 +138,18 @@ def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(f
     assert len(prepared.splits["train"]) == 5
 
 
+def test_texts_of_lists_are_written_as_lists(flashrag: Path, tmp_path: Path) -> None:
+    published.write_flashrag(flashrag, "nq", "train", [("Who?", "x")], golden_answers="['Al' 'Bo']")
+    manifest = write_prepared(run(flashrag, train=("nq",)), DEFAULTS, tmp_path / "out", "parquet")
+    assert pq.read_table(manifest.parent / "train.parquet")["gold_answers"].to_pylist() == [["Al", "Bo"]]
+
+
+def test_a_pointer_in_place_of_a_file_is_no_heap_of_bad_rows(flashrag: Path) -> None:
+    (flashrag / "nq" / "train.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match=r"nq/train\.jsonl: is a git LFS pointer"):
+        run(flashrag, max_bad_rows=100)
+
+
 def test_a_long_list_of_bad_rows_is_cut_in_the_message_alone(flashrag: Path) -> None:
     published.write_flashrag(flashrag, "nq", "train", [("", "x")] * 23)
     listed: list[BadRow] = []

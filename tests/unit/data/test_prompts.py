@@ -70,8 +70,10 @@ def test_observation_is_wrapped_in_the_profiles_tags(name: str) -> None:
 
 def test_passages_are_numbered_lines_with_bare_titles() -> None:
     passages = [passage('"Salt "Old" Works"\nBuilt early.\nSold late.'), passage("Canal\nLong."), passage('"Alone"')]
+    passages.append(passage('"Weird Al" Yankovic\nSings.'))
     assert get_profile("search_r1").format_passages(passages) == (
         'Doc 1(Title: Salt "Old" Works) Built early.\nSold late.\nDoc 2(Title: Canal) Long.\nDoc 3(Title: Alone) \n'
+        'Doc 4(Title: "Weird Al" Yankovic) Sings.\n'
     )
 
 
@@ -83,7 +85,10 @@ def test_tags_inside_passages_are_text() -> None:
     assert profile.observation(body) == f"\n\n<documents>{body}</documents>\n\n"
 
 
-@given(st.text(min_size=1).filter(lambda text: "\n" not in text), st.text())
+TITLES = st.lists(st.sampled_from(["Weird", '"Al"', '"Old Canal"', "(7)", "A\tB", "é"]), min_size=1).map(" ".join)
+
+
+@given(st.text(min_size=1).filter(lambda text: not {*'\n"'} & {*text}) | TITLES, st.text())
 def test_contents_lose_nothing_but_the_quotes(title: str, rest: str) -> None:
     body = get_profile("plain").format_passages([passage(f'"{title}"\n{rest}')])
     assert body == f"Doc 1(Title: {title}) {rest}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.data.scoring import exact_match
 from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.records import Question
 
@@ -26,7 +28,7 @@ OWN = {
 }
 SEARCH_R1 = {
     "data_source": "nq",
-    "prompt": [{"role": "user", "content": "Write Question: first. Question: who built it?\n"}],
+    "prompt": [{"role": "user", "content": "Search, then answer. Question: who built it?\n"}],
     "ability": "fact-reasoning",
     "reward_model": {"style": "rule", "ground_truth": {"target": ["the king"]}},
     "extra_info": {"split": "train", "index": 7},
@@ -120,6 +122,16 @@ def test_id_that_stands_twice_is_a_data_error(tmp_path: Path, row: dict[str, Any
         (SEARCH_R1 | {"extra_info": {"split": "dev"}}, "extra_info.index: Field required"),
         (SEARCH_R1 | {"reward_model": {"ground_truth": {}}}, "reward_model.ground_truth.target: Field required"),
         (FLASHRAG | {"golden_answers": [3]}, "golden_answers.0: Input should be a valid string"),
+        (FLASHRAG | {"golden_answers": 3.5}, "golden_answers: Should be a text or a list of texts, got 3.5"),
+        (FLASHRAG | {"golden_answers": {"x": 1}}, "golden_answers: Should be a text or a list of texts, got {'x': 1}"),
+        (FLASHRAG | {"golden_answers": [True]}, "golden_answers.0: Input should be a valid string"),
+        (FLASHRAG | {"golden_answers": ["x", None]}, "golden_answers.1: Input should be a valid string"),
+        (FLASHRAG | {"golden_answers": [["x"], ["y"]]}, "golden_answers: One of several gold answers is itself a list"),
+        (FLASHRAG | {"golden_answers": "['x', '']"}, "golden_answers.1: String should have at least 1 character"),
+        (
+            SEARCH_R1 | {"reward_model": {"ground_truth": "{'target': ['x']}"}},
+            "reward_model.ground_truth.target: Text of an object",
+        ),
     ],
 )
 def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, row: Any, complaint: str) -> None:
@@ -128,6 +140,110 @@ def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, row: Any, compla
         read_questions(path)
     assert str(caught.value).startswith(f"{path}:3: {complaint}")
     assert "; write " in str(caught.value)
+
+
+IN_ROWS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "own": lambda answers: OWN | {"gold_answers": answers, "gold_passage_ids": ["p1"]},
+    "flashrag": lambda answers: FLASHRAG | {"golden_answers": answers},
+    "search_r1": lambda answers: SEARCH_R1 | {"reward_model": {"ground_truth": {"target": answers}}},
+    "verl": lambda answers: SEARCH_R1 | {"reward_model": {"ground_truth": answers}},
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("answers", ["['Al', 'Bo']", ["['Al', 'Bo']"], ["Al", "Bo"], [["Al", "Bo"]], [["['Al' 'Bo']"]]])
+@pytest.mark.parametrize("kind", list(IN_ROWS))
+def test_the_text_of_a_list_is_the_list_in_every_schema(tmp_path: Path, kind: str, answers: Any, suffix: str) -> None:
+    (question,) = read_questions(write(tmp_path / f"q{suffix}", [IN_ROWS[kind](answers)]))
+    assert question.gold_answers == ("Al", "Bo")
+    assert exact_match("the Bo", question.gold_answers) == 1.0
+
+
+@pytest.mark.parametrize("kind", list(IN_ROWS))
+def test_one_text_is_one_answer_in_every_schema(tmp_path: Path, kind: str) -> None:
+    (question,) = read_questions(write(tmp_path / "q.jsonl", [IN_ROWS[kind]("[REC]")]))
+    assert question.gold_answers == ("[REC]",)
+
+
+def prompt(*contents: str) -> dict[str, Any]:
+    """A system message, the user's, and what follows it."""
+    roles = ("system", "user", "assistant")
+    return {"prompt": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]}
+
+
+ASKED_ELSEWHERE = SEARCH_R1 | {"extra_info": {"split": "train", "index": 7, "question": "who built it?"}}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (SEARCH_R1 | prompt("Help.", "Search. Question: who built it?", "<think>"), "who built it?"),
+        (ASKED_ELSEWHERE | prompt("Help.", "Question: who built it?", "<think>"), "who built it?"),
+        (SEARCH_R1 | prompt("Be.", "Who made Question: Time?") | {"question": "Who made Question: Time?"}, None),
+        (ASKED_ELSEWHERE | prompt("Be brief.", "Answer this: Who built  it\nUse <search>."), "who built it?"),
+        (ASKED_ELSEWHERE | {"question": "who built it"}, "who built it"),
+        (SEARCH_R1 | prompt("Be.", "\u8bf7\u56de\u7b54\u8c01\u5efa\u7684") | {"question": "\u8c01\u5efa\u7684"}, None),
+    ],
+)
+def test_search_r1s_question_is_its_field_or_what_its_user_asks(
+    tmp_path: Path, row: dict[str, Any], text: str | None, suffix: str
+) -> None:
+    (question,) = read_questions(write(tmp_path / f"q{suffix}", [row]))
+    assert question.text == (text or row["question"])
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (
+            ASKED_ELSEWHERE | {"question": "who sold it?"},
+            "extra_info.question: is 'who built it?', but question is 'who s",
+        ),
+        (SEARCH_R1 | {"question": "who sold it?"}, "question: 'who sold it?' does not occur in the prompt 'Search, th"),
+        (SEARCH_R1 | {"question": "o bui"}, "question: 'o bui' does not occur in the prompt"),
+        (SEARCH_R1 | {"question": "??"}, "question: '??' does not occur in the prompt"),
+        (ASKED_ELSEWHERE | {"prompt": [{"role": "system", "content": "who built it?"}]}, "prompt: has no user message"),
+        (
+            SEARCH_R1 | prompt("Be.", "Answer with <answer>. who built it?"),
+            "prompt: has no 'Question:', so where its question begins",
+        ),
+        (SEARCH_R1 | prompt("Be.", "Question: Who made Question: Time?"), "prompt: has 'Question:' 2 times"),
+        (SEARCH_R1 | prompt("Be.", "Question: who?\nUse <search>."), "prompt: several lines follow 'Question:'"),
+        (
+            SEARCH_R1 | {"golden_answers": ["queen"]},
+            "golden_answers: is ('queen',), but reward_model.ground_truth.target is ('the king',)",
+        ),
+    ],
+)
+def test_a_search_r1_row_that_contradicts_itself_or_hides_its_question_is_refused(
+    tmp_path: Path, row: dict[str, Any], complaint: str
+) -> None:
+    path = write(tmp_path / "q.jsonl", [row])
+    with pytest.raises(DataError) as caught:
+        read_questions(path)
+    assert str(caught.value).startswith(f"{path}:1: {complaint}")
+    assert "; " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.parquet"])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "is a git LFS pointer, .*; fetch the file with",
+        ),
+        (b"<!DOCTYPE html>\n<html>", "is an HTML or XML page, .*; download the file itself"),
+        (json.dumps(OWN).encode("utf-16"), "is text in UTF-16, .*; convert it: iconv"),
+        (b"id,question,answer\n1,who?,me\n", "is comma-separated text .*; write each row as a JSON object"),
+    ],
+    ids=["pointer", "html", "utf-16", "csv"],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: {complaint}"):
+        read_questions(tmp_path / name)
 
 
 def test_bad_parquet_row_names_its_number(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import tracemalloc
@@ -106,6 +107,8 @@ def test_other_names_of_the_columns(tmp_path: Path, kind: str) -> None:
         ('""\nA waterway.', "", "A waterway."),
         ("A waterway.", "", "A waterway."),
         ('The "Canal"\nA waterway.', 'The "Canal"', "A waterway."),
+        ('"Weird Al" Yankovic\nA singer.', '"Weird Al" Yankovic', "A singer."),
+        ('""Weird Al" Yankovic"\nA singer.', '"Weird Al" Yankovic', "A singer."),
     ],
 )
 def test_title_and_text(contents: str, title: str, text: str) -> None:
@@ -135,11 +138,46 @@ def test_parquet_of_other_things_is_refused(tmp_path: Path) -> None:
         list(read_corpus(write_as("parquet", tmp_path, [{"id": 1, "contents": 2}])))
 
 
+TSV = b"id\ttext\ttitle\n1\tA waterway.\tCanal\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("c.jsonl", gzip.compress(b'{"id": "a", "contents": "A"}'), "is compressed with gzip, .*; unpack it: gunzip"),
+        ("c.jsonl", TSV, "is tab-separated text"),
+        ("c.jsonl.gz", gzip.compress(TSV), "is tab-separated text"),
+        ("c.jsonl.gz", gzip.compress(b"PAR1" + bytes(20)), r"is a parquet file, .*; name it \.parquet"),
+        ("c.jsonl.gz", POINTER, "is a git LFS pointer, not the file itself, .*; fetch the file with git lfs pull"),
+        ("c.parquet", POINTER, "is a git LFS pointer"),
+        ("c.parquet", b'{"id": "a", "contents": "A"}\n', r"is JSON Lines, where parquet is wanted; name it \.jsonl"),
+    ],
+    ids=["gzip", "tsv", "tsv in gzip", "parquet in gzip", "pointer as gzip", "pointer as parquet", "jsonl as parquet"],
+)
+def test_a_file_of_another_kind_is_called_what_it_is_even_where_rejects_are_left_out(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        list(read_corpus(tmp_path / name, lambda place, problem: None))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, suffix: str) -> None:
+    path = write_as(suffix, tmp_path, ROWS)
+    whole = path.read_bytes()
+    marked = codecs.BOM_UTF8 + (gzip.decompress(whole) if suffix == "jsonl.gz" else whole)
+    path.write_bytes(gzip.compress(marked) if suffix == "jsonl.gz" else marked)
+    assert [row.id for row in read_corpus(path)] == ["a", "7"]
+
+
 def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
     whole = write_as("jsonl.gz", tmp_path, ROWS).read_bytes()
     for name, damaged, words in (
         ("cut.jsonl.gz", whole[:-9], "is not whole, or not gzip"),
-        ("plain.jsonl.gz", b'{"id": "a", "contents": "A"}\n', "is not whole, or not gzip"),
+        ("text.jsonl.gz", b"A\n", "is not whole, or not gzip"),
+        ("plain.jsonl.gz", b'{"id": "a", "contents": "A"}\n', "is JSON Lines, where gzip is wanted; name it .jsonl"),
         ("x.parquet", b"PAR1 nonsense PAR1", "is not readable as parquet"),
     ):
         (tmp_path / name).write_bytes(damaged)

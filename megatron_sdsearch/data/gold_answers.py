@@ -1,0 +1,154 @@
+"""Gold answers as question files hold them: one text, a list, or the text of a list.
+
+A column that went through CSV, ``str()`` or numpy holds ``"['A', 'B']"``. Taken as one answer it can never be matched,
+and every right answer would score 0, so it is read as the list that it was, or refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+import warnings
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+_CONTAINER = re.compile(r"(?:(?:np\.|numpy\.)?(?:array|list|tuple|set)\s*\(\s*)?[\[({].*[\])}]", re.DOTALL)
+_BEGINS_AS_LIST = re.compile(r"""\[\s*(?:['"]|[\w.]+\()|(?:(?:np\.|numpy\.)?array|list)\s*\(\s*\[""")
+_NUMBERS = re.compile(r"\[[\s\d.,+-]*\]")
+_MAKERS = {"array", "list", "tuple", "set"}
+
+
+def read_gold_answers(value: Any) -> Any:
+    """A list out of one answer, or out of the text of a list; the type of each element is left to the caller.
+
+    A list, or a text of one, that is the only element stands for the whole. Among several elements it is refused.
+
+    Raises:
+        PydanticCustomError: it is neither text nor list, or a text looks like a list or an object, and its answers
+            are not certain.
+    """
+    while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str | list | tuple):
+        value = value[0]
+    if isinstance(value, str):
+        return answers_in_text(value)
+    if not isinstance(value, list | tuple):
+        raise PydanticCustomError("no_answers", "Should be a text or a list of texts")
+    if any(_is_list_for_sure(element) for element in value):
+        raise PydanticCustomError("list_in_list", "One of several gold answers is itself a list or an object")
+    return value
+
+
+GoldAnswers = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(read_gold_answers)]
+"""At least one answer, each a text with something in it."""
+
+
+def answers_in_text(text: str) -> list[str]:
+    """The answers in the text of a list (Python's, JSON's or numpy's); any other text is one answer.
+
+    Brackets alone make no list: ``[REC]`` and ``(500) Days of Summer`` are answers.
+
+    Raises:
+        PydanticCustomError: it looks like a list or an object, and its answers are not certain.
+    """
+    text = text.strip()
+    if not _CONTAINER.fullmatch(text) and not _BEGINS_AS_LIST.match(text):
+        return [text]
+    value = _parse(text)
+    if isinstance(value, list) and value and all(isinstance(element, str) for element in value):
+        return value
+    if isinstance(value, dict):
+        raise PydanticCustomError("object_text", "Text of an object where gold answers are wanted")
+    is_maybe_list = text[0] == "[" and (value is not None or "," in text or _NUMBERS.fullmatch(text))
+    if is_maybe_list or _BEGINS_AS_LIST.match(text):
+        raise PydanticCustomError(
+            "list_text", "Looks like the text of a list, but its answers are not certain: give a list of texts"
+        )
+    return [text]
+
+
+def _is_list_for_sure(element: Any) -> bool:
+    # Among others a doubtful text such as "[1905]" is an answer: the file has real lists.
+    if not isinstance(element, str):
+        return isinstance(element, list | tuple | dict)
+    text = element.strip()
+    if not _CONTAINER.fullmatch(text):
+        return False
+    value = _parse(text)
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(e, str) for e in value))
+
+
+def _parse(text: str) -> list[Any] | dict[str, Any] | None:
+    """A list (its strings, and None for all else), an object (empty), or None where the text is neither."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return _parse_python(text)
+    return {} if isinstance(value, dict) else _unwrapped(value)
+
+
+def _unwrapped(value: list[Any]) -> list[Any]:
+    return value[0] if len(value) == 1 and isinstance(value[0], list) else value
+
+
+def _parse_python(text: str) -> list[Any] | dict[str, Any] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a backslash that escapes nothing
+            node = ast.parse(text, mode="eval").body
+            while isinstance(inner := _inside(node), ast.expr):
+                node = inner
+            if isinstance(node, ast.Dict):
+                return {}
+            if not isinstance(node, ast.List | ast.Tuple | ast.Set):
+                return None
+            return _elements(text, node)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
+        return None
+
+
+def _inside(node: ast.expr) -> ast.expr | None:
+    """``array(X, ...)`` and ``[X]`` with a list X hold X."""
+    if isinstance(node, ast.Call) and _name(node.func) in _MAKERS and node.args:
+        return node.args[0]
+    if isinstance(node, ast.List) and len(node.elts) == 1:
+        (only,) = node.elts
+        is_list = isinstance(only, ast.List | ast.Tuple) or (isinstance(only, ast.Call) and _name(only.func) in _MAKERS)
+        return only if is_list else None
+    return None
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _elements(text: str, node: ast.List | ast.Tuple | ast.Set) -> list[Any] | None:
+    elements = [_element(element) for element in node.elts]
+    if any(isinstance(element, ast.expr) for element in elements):
+        return None
+    # numpy writes no commas, and Python joins neighbouring strings: ['A' 'B'] would be the one answer AB.
+    strings = _strings(ast.get_source_segment(text, node) or "")
+    num_strings = sum(isinstance(element, str) for element in elements)
+    if len(strings) == num_strings:
+        return elements
+    return strings if len(elements) == num_strings == 1 and isinstance(node, ast.List) else [None]
+
+
+def _element(node: ast.expr) -> Any:
+    """A string, None for another constant, or the node itself where it is no constant."""
+    if isinstance(node, ast.Call) and _name(node.func) == "str_" and len(node.args) == 1:
+        node = node.args[0]  # np.str_('A')
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    return node
+
+
+def _strings(source: str) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]

@@ -1,0 +1,69 @@
+"""Which question a Search-R1 or verl row asks: that of its own field, held against its prompt.
+
+The prompt is instructions and question in one text, in as many wordings as there are projects; Search-R1's rows also
+have the question as ``question``, verl's as ``extra_info.question``. Without both, the marker in the prompt counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from megatron_sdsearch.errors import DataError
+
+_MARKER = "Question:"
+_FIX = "write the question into a column question"
+
+
+def find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, str]]) -> str:
+    """The row's question, stripped.
+
+    Args:
+        fields: by name, those that may hold it; empty ones are not there.
+        prompt: (role, content) of each message. The last one of the user asks; an assistant's after it is a prefill.
+
+    Raises:
+        DataError: fields and prompt disagree, or the question is in no field and cannot be found in the prompt.
+    """
+    asked = next((content for role, content in reversed(prompt) if role == "user"), "")
+    if not asked.strip():
+        raise DataError("prompt: has no user message; write the question into one")
+    given = {name: text.strip() for name, text in fields.items() if text and text.strip()}
+    if not given:
+        return _after_marker(asked)
+    name, question = next(iter(given.items()))
+    for other, text in given.items():
+        if _key(text) != _key(question):
+            raise DataError(f"{other}: is {text!r:.80}, but {name} is {question!r:.80}; remove the wrong one")
+    if not _occurs(_key(question), _key(asked)):
+        raise DataError(f"{name}: {question!r:.80} does not occur in the prompt {asked!r:.200}; remove the wrong one")
+    return question
+
+
+def _after_marker(asked: str) -> str:
+    num_markers = asked.count(_MARKER)
+    if not num_markers:
+        raise DataError(f"prompt: has no {_MARKER!r}, so where its question begins is unclear; {_FIX}")
+    if num_markers > 1:
+        raise DataError(f"prompt: has {_MARKER!r} {num_markers} times, so where its question begins is unclear; {_FIX}")
+    question = asked.partition(_MARKER)[2].strip()
+    if not question:
+        raise DataError(f"prompt: nothing follows {_MARKER!r}; {_FIX}")
+    if "\n" in question:
+        raise DataError(f"prompt: several lines follow {_MARKER!r}, and not all need be the question; {_FIX}")
+    return question
+
+
+def _occurs(words: str, text: str) -> bool:
+    """Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words."""
+
+    def is_cut(character: str) -> bool:
+        return character.isascii() and character.isalnum()
+
+    parts = pairwise(text.split(words)) if words else ()
+    return any(not is_cut(before[-1:]) and not is_cut(after[:1]) for before, after in parts)
+
+
+def _key(text: str) -> str:
+    # Search-R1 adds the question mark to both, verl's ports to one of them.
+    return " ".join(text.split()).rstrip("? ").casefold()

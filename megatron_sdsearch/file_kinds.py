@@ -1,0 +1,134 @@
+"""What a file is by its first bytes, whatever its name says; how to turn it into what was wanted.
+
+Owns the answer to "what is this file?" for questions, demonstrations, passages and the small files of a model's folder.
+Readers ask before they parse, so that a git LFS pointer is called one, not "invalid JSON".
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_sdsearch.errors import DataError
+
+Wanted = Literal["JSON Lines", "JSON", "parquet", "gzip", "safetensors"]
+
+_NUM_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileKind:
+    """What a file turned out to be.
+
+    Attributes:
+        name: short, compared with what was wanted.
+        what: completes "the file is ...".
+        fix: what to do about it, in one clause.
+    """
+
+    name: str
+    what: str
+    fix: str
+
+
+_JSON_LINES = FileKind(name="JSON Lines", what="JSON Lines", fix="name it .jsonl")
+_JSON_ARRAY = FileKind(
+    name="JSON array", what="a JSON array", fix="write one object per line, for example with jq -c '.[]'"
+)
+_JSON_DOCUMENT = FileKind(
+    name="JSON document", what="JSON spread over several lines", fix="write one object per line: jq -c ."
+)
+_CSV = FileKind(name="CSV", what="comma-separated text (CSV)", fix="write each row as a JSON object, one per line")
+_TSV = FileKind(name="TSV", what="tab-separated text (TSV)", fix="write each row as a JSON object, one per line")
+_UTF16 = FileKind(name="UTF-16", what="text in UTF-16", fix="convert it: iconv -f UTF-16 -t UTF-8")
+_UTF32 = FileKind(name="UTF-32", what="text in UTF-32", fix="convert it: iconv -f UTF-32 -t UTF-8")
+_HTML = FileKind(
+    name="HTML",
+    what="an HTML or XML page, most likely what a failed download left",
+    fix="download the file itself (on the hub the link with /resolve/, not /blob/)",
+)
+_TAR = FileKind(name="tar", what="a tar archive", fix="unpack it: tar xf")
+
+_BY_MAGIC = {
+    b"version https://git-lfs.github.com/spec/": FileKind(
+        name="LFS pointer",
+        what="a git LFS pointer, not the file itself",
+        fix="fetch the file with git lfs pull, or download it again",
+    ),
+    b"PAR1": FileKind(
+        name="parquet",
+        what="a parquet file",
+        fix="name it .parquet (questions, passages) or write its rows as JSON Lines (demonstrations)",
+    ),
+    b"\x1f\x8b": FileKind(name="gzip", what="compressed with gzip", fix="unpack it: gunzip"),
+    b"PK\x03\x04": FileKind(name="zip", what="a zip archive", fix="unpack it: unzip"),
+    b"BZh": FileKind(name="bzip2", what="compressed with bzip2", fix="unpack it: bunzip2"),
+    b"\xfd7zXZ\x00": FileKind(name="xz", what="compressed with xz", fix="unpack it: unxz"),
+    b"\x28\xb5\x2f\xfd": FileKind(name="zstd", what="compressed with zstd", fix="unpack it: unzstd"),
+    b"7z\xbc\xaf\x27\x1c": FileKind(name="7z", what="a 7z archive", fix="unpack it: 7z x"),
+    b"ARROW1": FileKind(name="Arrow", what="an Arrow file", fix="write it as parquet (datasets: to_parquet)"),
+    codecs.BOM_UTF32_LE: _UTF32,  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_BE: _UTF32,
+    codecs.BOM_UTF16_LE: _UTF16,
+    codecs.BOM_UTF16_BE: _UTF16,
+}
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+_MARKUP = re.compile(rb"<(?:!doctype|html|head|\?xml|!--)", re.IGNORECASE)
+_TAKEN_FOR = {"JSON": ("JSON Lines", "JSON array", "JSON document")}
+
+
+def refuse_other_kind(path: Path, wanted: Wanted, head: bytes | None = None) -> None:
+    """Refuse a file that is recognisably something else; unrecognised files, missing ones and pipes pass.
+
+    Args:
+        path: of the file.
+        wanted: what it is to be.
+        head: its first bytes, for a stream inside another file (gzip); read from ``path`` by default.
+
+    Raises:
+        DataError: it is another kind; names the file, the kind and the fix.
+    """
+    try:
+        kind = kind_of(_head(path) if head is None else head)
+    except OSError:
+        return  # its reader says why it cannot be read
+    if kind is not None and kind.name not in _TAKEN_FOR.get(wanted, (wanted,)):
+        raise DataError(f"{path}: is {kind.what}, where {wanted} is wanted; {kind.fix}")
+
+
+def kind_of(head: bytes) -> FileKind | None:
+    """The kind of a file that begins with these bytes (a few hundred will do), or None where they do not tell."""
+    for magic, kind in _BY_MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if head[257:262] == b"ustar":
+        return _TAR
+    if len(head) >= 8 and any(not any(head[odd:8:2]) and all(head[1 - odd : 8 : 2]) for odd in (0, 1)):
+        return _UTF16  # without a byte order mark: every other byte is zero
+    return _kind_of_text(head)
+
+
+def _kind_of_text(head: bytes) -> FileKind | None:
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not text or _CONTROL.search(text):
+        return None
+    if _MARKUP.match(text):
+        return _HTML
+    lines = [line.strip() for line in text.split(b"\n") if line.strip()]
+    if text.startswith(b"["):
+        return _JSON_ARRAY
+    if text.startswith(b"{"):
+        return _JSON_DOCUMENT if lines[0] == b"{" and len(lines) > 1 else _JSON_LINES
+    if any(line.startswith(b"{") for line in lines):
+        return None  # JSON Lines whose first row is bad
+    return _TSV if b"\t" in lines[0] else _CSV if b"," in lines[0] else None
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():  # what is read of a pipe is gone
+        return b""
+    with path.open("rb") as file:
+        return file.read(_NUM_BYTES)
