@@ -96,7 +96,7 @@ def _tokenizer(subject: Subject, hf_config: PretrainedConfig | None) -> Iterator
 
 def _tags(renderer: Renderer) -> Iterator[Finding]:
     """A search survives the way to ids and back, and its query has tokens of its own to distil at."""
-    ids = renderer.encode(f"<think> who? </think>\n<search> {_QUERY} </search>")
+    ids = renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>")
     action = parse_action(renderer.token_bytes.of(ids))
     if action.argument != _QUERY:
         yield Finding.error(
@@ -111,7 +111,7 @@ def _tags(renderer: Renderer) -> Iterator[Finding]:
             "add the tags to the tokenizer as ordinary (not special) tokens",
         )
     tags = ("<search>", "</search>", "<answer>", "</answer>")
-    lengths = ", ".join(f"{tag} {len(renderer.encode(tag))}" for tag in tags)
+    lengths = ", ".join(f"{tag} {len(renderer.encode_own(tag))}" for tag in tags)
     yield Finding.note(_FIELD, f"tokens of the tags by themselves: {lengths}")
 
 
