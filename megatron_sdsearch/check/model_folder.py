@@ -89,7 +89,9 @@ def _tokenizer(subject: Subject, hf_config: PretrainedConfig | None) -> Iterator
     yield from _tags(renderer)
     if hf_config is not None:
         yield from _ids(renderer, hf_config)
-    how = "one user message of its chat template" if renderer.has_template else "raw text: it has no chat template"
+    in_front = len(renderer.prompt_ids(""))
+    raw = f"raw text behind {in_front} token(s) of the tokenizer's own" if in_front else "raw text"
+    how = "one user message of its chat template" if renderer.has_template else f"{raw}: it has no chat template"
     profile = subject.config.data.prompt_profile
     yield Finding.note(_FIELD, f"the tokenizer has {renderer.vocab_size:,} ids; prompts ({profile}) are {how}")
 

@@ -138,13 +138,10 @@ class Renderer:
         Those in the profile's own wording (the instructions of a prompt, the tags around an observation) are tokens,
         as in ``encode_own``. A text that spells no control token has the ids that the tokenizer itself gives it.
         """
-        encoding = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        ids: list[int] = encoding["input_ids"]
-        if self._controls.keys().isdisjoint(ids):
-            return tuple(ids)
-        return tuple(self._with_own_alone(text, ids, encoding["offset_mapping"]))
+        encoding = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)[0]
+        if self._controls.keys().isdisjoint(encoding.ids):
+            return tuple(encoding.ids)
+        return tuple(self._with_own_alone(text, encoding.ids, encoding.offsets))
 
     def encode_own(self, text: str) -> tuple[int, ...]:
         """Ids of the profile's own wording, or of what the policy writes: special tokens in it stay characters, other

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.training.run_lock import RunLock
@@ -188,6 +189,12 @@ def test_prompts_with_and_without_a_template_are_told_apart(tiny: TinyRun) -> No
     (tiny.model / "chat_template.jinja").unlink()
     train_tokenizer(has_template=False).save_pretrained(tiny.model)
     assert "raw text: it has no chat template" in tiny.notes()
+    base = train_tokenizer(has_template=False)
+    base.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    base.save_pretrained(tiny.model)
+    assert "raw text behind 1 token(s) of the tokenizer's own: it has no chat template" in tiny.notes()
 
 
 def test_longer_prompts_than_the_budget_are_counted(tiny: TinyRun) -> None:

@@ -112,6 +112,9 @@ def test_a_profile_knows_every_tag_that_is_read_or_written(name: str, names: set
     assert get_profile(name).tags == {f"<{slash}{tag}>" for tag in names for slash in ("", "/")}
 
 
+_FOREIGN = ["<think>", "</documents>", "CORRECT: ", "\n", HINDSIGHT_HEADER, "\n\n", " q"]
+
+
 def own_words(name: str, text: str) -> list[str]:
     return [text[start:end] for start, end in get_profile(name).own_spans(text) if end > start]
 
