@@ -107,7 +107,27 @@ class DataConfig(Section):
     """Questions for evaluation; needed when ``evaluation.every`` is set."""
     prompt_profile: Literal["search_r1", "autorefine", "plain"] = "autorefine"
     """Instructions and tags; ``plain`` asks the bare question (for models that were taught the tags)."""
+    chat_template_arguments: dict[str, bool | int | float | str] = {}
+    """For variables that the model's chat template reads, e.g. ``{enable_thinking: false}`` for Qwen3, whose template
+    lets it think at length otherwise. Empty, because names and defaults are the template's own."""
     questions_per_step: PositiveInt = 256
+
+    @field_validator("chat_template_arguments", mode="before")
+    @classmethod
+    def _check_are_scalars(cls, arguments: object, info: ValidationInfo) -> object:
+        field = "data.chat_template_arguments"
+        if not isinstance(arguments, dict):
+            fix = "write {name: value}, or leave it out"
+            _report([ConfigError(field, f"{arguments!r} is no mapping of names to values", fix)], info)
+            return {}
+        named = {str(name): value for name, value in arguments.items()}
+        scalars = {name: value for name, value in named.items() if isinstance(value, (bool, int, float, str))}
+        fix = "give true, false, a number or a text, or leave it out"
+        _report(
+            (ConfigError(f"{field}.{name}", f"{named[name]!r} is no scalar", fix) for name in named.keys() - scalars),
+            info,
+        )
+        return scalars
 
 
 class SGLangConfig(Section):
@@ -676,9 +696,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_of(name: str) -> Any:
-    """Of a setting, by its dotted name, as JSON has it."""
-    *sections, last = name.split(".")
-    default = _section_at(sections).model_fields[last].get_default(call_default_factory=True)
+    """Of a setting, by its dotted name, as JSON has it; None of a name within a mapping, which is empty by default."""
+    *outer, last = name.split(".")
+    section = _section_at(outer)
+    if section is None:
+        return None
+    default = section.model_fields[last].get_default(call_default_factory=True)
     return list(default) if isinstance(default, tuple) else default
 
 
@@ -760,7 +783,8 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
     path = [str(part) for part in item["loc"]]
     field = ".".join(path)
     if item["type"] == "extra_forbidden":
-        known = list(_section_at(path[:-1]).model_fields)
+        section = _section_at(path[:-1])
+        known = list(section.model_fields) if section is not None else []
         near = difflib.get_close_matches(path[-1], known, n=1)
         return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     if item["type"] == "missing":
@@ -768,10 +792,13 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
     return field, f"{item['input']!r} is not valid", item["msg"]
 
 
-def _section_at(path: Sequence[str]) -> type[BaseModel]:
+def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
+    """None where the path leads to a setting that is no section, such as a mapping."""
     section: type[BaseModel] = RunConfig
     for part in path:
         annotation: Any = section.model_fields[part].annotation
         options = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not options:
+            return None
         section = options[0]
     return section

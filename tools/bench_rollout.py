@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.errors import SDSearchError
 from megatron_sdsearch.records import Passage, Question, TrajectoryId
 from megatron_sdsearch.retrieval.base import Retriever
@@ -96,7 +97,7 @@ class MeasuredEngine:
         self._num_turns[request.trajectory_id] = turn + 1
         words = random.Random(f"{request.trajectory_id}{turn}").sample(WORDS, 3)
         tag = "search" if turn < (self._num_searches or 0) else "answer"
-        tail = self._renderer.encode(f"<{tag}> {' '.join(words)} </{tag}>")
+        tail = self._renderer.encode_own(f"<{tag}> {' '.join(words)} </{tag}>")
         kept = max(min(len(generation.token_ids), request.params.max_new_tokens - len(tail)), 0)
         return replace(
             generation,
@@ -182,7 +183,8 @@ def _arguments() -> argparse.Namespace:
 
 def _bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     hf_dir = arguments.model or _make_model(folder / "hf")
-    config, renderer = _config(arguments, hf_dir, folder), Renderer.from_folder(hf_dir)
+    config = _config(arguments, hf_dir, folder)
+    renderer = Renderer.from_folder(hf_dir, profile=get_profile(config.data.prompt_profile))
     inner, version = _engine(arguments, config, renderer)
     engine = MeasuredEngine(inner, renderer, arguments)
     index = _index(folder) if arguments.retriever == "tantivy" else None

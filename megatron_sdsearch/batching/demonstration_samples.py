@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
 
 def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_tokens: int) -> TrainingSample:
-    """Encode each span once, in place.
+    """Encode each span once, in place: as rollouts would, what is observed as text from outside.
 
     Raises:
         DataError: the demonstration is longer than ``max_tokens``, or its sampled text has no tokens.
     """
     prompt = renderer.prompt_ids(demonstration.prompt)
-    pieces = [renderer.encode(span.text) for span in demonstration.spans]
+    pieces = [
+        renderer.encode_own(span.text) if span.kind == "sampled" else renderer.encode(span.text)
+        for span in demonstration.spans
+    ]
     ids = np.asarray([*prompt, *(token for piece in pieces for token in piece)], dtype=np.int64)
     if len(ids) > max_tokens:
         raise DataError(

@@ -89,14 +89,16 @@ def _tokenizer(subject: Subject, hf_config: PretrainedConfig | None) -> Iterator
     yield from _tags(renderer)
     if hf_config is not None:
         yield from _ids(renderer, hf_config)
-    how = "one user message of its chat template" if renderer.has_template else "raw text: it has no chat template"
+    in_front = len(renderer.prompt_ids(""))
+    raw = f"raw text behind {in_front} token(s) of the tokenizer's own" if in_front else "raw text"
+    how = "one user message of its chat template" if renderer.has_template else f"{raw}: it has no chat template"
     profile = subject.config.data.prompt_profile
     yield Finding.note(_FIELD, f"the tokenizer has {renderer.vocab_size:,} ids; prompts ({profile}) are {how}")
 
 
 def _tags(renderer: Renderer) -> Iterator[Finding]:
     """A search survives the way to ids and back, and its query has tokens of its own to distil at."""
-    ids = renderer.encode(f"<think> who? </think>\n<search> {_QUERY} </search>")
+    ids = renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>")
     action = parse_action(renderer.token_bytes.of(ids))
     if action.argument != _QUERY:
         yield Finding.error(
@@ -111,7 +113,7 @@ def _tags(renderer: Renderer) -> Iterator[Finding]:
             "add the tags to the tokenizer as ordinary (not special) tokens",
         )
     tags = ("<search>", "</search>", "<answer>", "</answer>")
-    lengths = ", ".join(f"{tag} {len(renderer.encode(tag))}" for tag in tags)
+    lengths = ", ".join(f"{tag} {len(renderer.encode_own(tag))}" for tag in tags)
     yield Finding.note(_FIELD, f"tokens of the tags by themselves: {lengths}")
 
 

@@ -13,6 +13,7 @@ from megatron_sdsearch.check.world import World
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import PromptProfile, get_profile
 from megatron_sdsearch.data.questions import read_questions
+from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import read_hf_config
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.records import Question
@@ -77,9 +78,12 @@ class Subject:
         return Attempt.at(lambda: sum(_sizes(self.config.model.hf_dir))).value or 0
 
     def _renderer(self) -> Renderer:
-        renderer = Renderer.from_folder(self.config.model.hf_dir)
-        renderer.prompt_ids("Where is it?")  # a template is looked at when it is used first
-        return renderer
+        return Renderer.from_folder(
+            self.config.model.hf_dir,
+            profile=self.profile,
+            arguments=self.config.data.chat_template_arguments,
+            run_date=run_date_of(self.config.run_dir),
+        )
 
     def sampled_questions(self) -> list[Question]:
         """Some of the training questions: the longest ones, and others from all over the file."""

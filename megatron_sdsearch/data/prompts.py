@@ -5,6 +5,7 @@ Owns every fixed string that the policy reads. Chat templates and token ids are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,6 +30,17 @@ _INVALID_ACTION_NOTICE: Final = """
 That was no valid action. To search, put a query between <search> and </search>; to finish, put the answer between \
 <answer> and </answer>.
 """
+
+HINDSIGHT_HEADER: Final = "Earlier attempts at this question:"
+"""First line of a hindsight block."""
+CORRECT: Final = "CORRECT: "
+INCORRECT: Final = "INCORRECT: "
+
+_LABEL: Final = f"{CORRECT}|{INCORRECT}"
+_BLOCK: Final = re.compile(rf"{HINDSIGHT_HEADER}(?:\n(?:{_LABEL}|- )[^\n]*)*")
+_LINE_LABEL: Final = re.compile(rf"^(?:{_LABEL})", re.MULTILINE)
+_TAG: Final = re.compile(r"</?\w+>")
+_TAUGHT_TAGS: Final = "<think></think><refine></refine>"
 
 _NO_HITS_BODY: Final = "No passage matches this query.\n"
 
@@ -63,6 +75,32 @@ class PromptProfile:
         text = question_text.strip()
         question = f"Question: {text if text.endswith('?') else text + '?'}"
         return "\n".join(part for part in (self.instructions, hindsight, question) if part)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Every tag that the policy reads or writes.
+
+        A profile without instructions is for models that were taught the tags elsewhere: what they may write counts.
+        """
+        fixed = (self.instructions or _TAUGHT_TAGS, self.observation("").strip(), self.invalid_action_notice)
+        return frozenset(tag for text in fixed for tag in _TAG.findall(text))
+
+    def own_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where a text made by this profile is its own wording, as (start, end) in characters.
+
+        That is the notice, the tags around a whole observation, or in a user message the instructions at its start and
+        the labels of a hindsight block's lines. All go by position: nothing that a question, a passage or a query says
+        can come to stand there.
+        """
+        opening, closing = self.observation_prefix, self.observation_suffix
+        if text == self.invalid_action_notice:
+            return [(0, len(text))]
+        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
+            return [(0, len(opening)), (len(text) - len(closing), len(text))]
+        head = len(self.instructions) if text.startswith(self.instructions) else 0
+        block = _BLOCK.match(text, head + 1 if head else 0)
+        labels = _LINE_LABEL.finditer(text, *block.span()) if block else ()
+        return [(0, head), *(label.span() for label in labels)]
 
     @property
     def observation_prefix(self) -> str:

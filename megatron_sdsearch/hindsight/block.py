@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sdsearch.config import HindsightConfig
-from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.data.prompts import CORRECT, HINDSIGHT_HEADER, INCORRECT, PromptProfile
 from megatron_sdsearch.hindsight.documents import document_block
 from megatron_sdsearch.hindsight.leakage import leaking_siblings
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup, Trajectory
@@ -31,7 +31,6 @@ from megatron_sdsearch.records import HindsightBlock, RolloutGroup, Trajectory
 if TYPE_CHECKING:  # the renderer loads a tokenizer library; building blocks does not need it
     from megatron_sdsearch.tokenization.renderer import Renderer
 
-HEADER = "Earlier attempts at this question:"
 NO_SEARCH = "(no search)"
 QUERY_SEPARATOR = " | "
 
@@ -121,7 +120,7 @@ def _shuffled(outcomes: list[bool], group: RolloutGroup, seed: int) -> list[bool
 def _label(is_correct: bool, config: HindsightConfig) -> str:
     if config.labels == "none":
         return "- "
-    return "CORRECT: " if is_correct else "INCORRECT: "
+    return CORRECT if is_correct else INCORRECT
 
 
 def _content(trajectory: Trajectory, renderer: Renderer, config: HindsightConfig) -> str:
@@ -186,4 +185,4 @@ def _fit(chosen: Sequence[_Sibling], renderer: Renderer, max_tokens: int) -> tup
 
 
 def _text(siblings: Sequence[_Sibling]) -> str:
-    return "\n".join([HEADER, *(sibling.line for sibling in siblings)]) if siblings else ""
+    return "\n".join([HINDSIGHT_HEADER, *(sibling.line for sibling in siblings)]) if siblings else ""

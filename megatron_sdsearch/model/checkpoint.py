@@ -14,6 +14,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,11 +72,13 @@ class TrainingState:
             batch is a pure function of (seed, step).
         wall_s: spent on these steps by all processes that took part, one after the other.
         scores: held-out EM by step, for the checkpoint that is kept as the best.
+        run_date: on which the run began, for chat templates that tell the date: ``checkpoint_folder.run_date_of``.
     """
 
     step: int
     wall_s: float = 0.0
     scores: Mapping[int, float] = field(default_factory=dict)
+    run_date: date | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +283,7 @@ class CheckpointStore:
         manifest = {
             "format": 2,
             "step": state.step,
+            "run_date": state.run_date.isoformat() if state.run_date is not None else None,
             "layout": _layout(self._parallel),
             "has_moments": pending.has_moments,
             "state": {"wall_s": state.wall_s, "scores": {str(step): score for step, score in state.scores.items()}},

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
@@ -172,6 +173,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not {"step", "config", "layout", "files"} <= manifest.keys():
         raise CheckpointError(f"{path} is no manifest of this version: it lacks step, config, layout or files")
     return manifest
+
+
+def run_date_of(run_dir: Path) -> date:
+    """On which a run began, by its newest checkpoint that can be read; today for one that has none.
+
+    Chat templates that tell the date are told this one, so that prompts neither change at midnight nor at a resume. A
+    checkpoint of an earlier version records no date: its run goes on with today's, which its next checkpoint records.
+    What is wrong with a checkpoint is not said here: loading it does that.
+    """
+    today = date.today()
+    try:
+        newest = CheckpointFolder(run_dir / "checkpoints").candidates()
+    except (CheckpointError, OSError, ValueError):
+        return today
+    for folder in newest:
+        try:
+            recorded = str(read_manifest(folder).get("run_date"))
+        except CheckpointError:
+            continue
+        try:
+            return date.fromisoformat(recorded)
+        except ValueError:
+            _log.warning(
+                "%s records no date of its run: a chat template that tells one is told today's, %s", folder, today
+            )
+            return today
+    return today
 
 
 # What may change between a run and its continuation: where things and servers are, what is written, layout, rates.

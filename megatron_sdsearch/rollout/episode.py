@@ -42,8 +42,8 @@ class ObservationWriter:
     def __init__(self, renderer: Renderer, profile: PromptProfile, max_tokens: int) -> None:
         self._renderer = renderer
         self._profile = profile
-        self._prefix = renderer.encode(profile.observation_prefix)
-        self._suffix = renderer.encode(profile.observation_suffix)
+        self._prefix = renderer.encode_own(profile.observation_prefix)
+        self._suffix = renderer.encode_own(profile.observation_suffix)
         self._room = max_tokens - len(self._prefix) - len(self._suffix)
         if self._room < 1:
             tags = max_tokens - self._room
@@ -52,7 +52,7 @@ class ObservationWriter:
                 f"{max_tokens}, of which the {profile.name} profile's tags take {tags}",
                 f"set it to more than {tags}",
             )
-        self.notice = ContextSpan(kind="observation", token_ids=renderer.encode(profile.invalid_action_notice))
+        self.notice = ContextSpan(kind="observation", token_ids=renderer.encode_own(profile.invalid_action_notice))
 
     def write(self, passages: Sequence[Passage]) -> ContextSpan:
         """The observation for ``passages``; it lists those of which at least one byte survived the cut."""

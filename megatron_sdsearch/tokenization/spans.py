@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
@@ -40,21 +40,26 @@ class TokenBytes:
     Special tokens have no bytes: they are never part of a text. Added tokens that are not special stand for their own
     characters. Ids that the tokenizer does not know (the padded end of an embedding) have no bytes either.
 
+    Args:
+        tokenizer: a fast tokenizer.
+        tags: that must have bytes, next to those of actions.
+
     Raises:
-        DataError: the tokenizer is not byte-level, so an id's bytes depend on its neighbours; or one of the action tags
-            is a special token, so that no action could ever be seen.
+        DataError: the tokenizer is not byte-level, so an id's bytes depend on its neighbours; or a special token holds
+            one of the tags, so that no one would ever see it written.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tags: Iterable[str] = ()) -> None:
         _check_family(tokenizer)
         alphabet = _byte_of_character()
         added = tokenizer.added_tokens_decoder
-        special = set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
+        special = special_tokens(tokenizer)
+        _check_no_tags(special.values(), {*_TAGS, *tags})
         table = [b""] * (max(tokenizer.get_vocab().values()) + 1)
         for text, token_id in tokenizer.get_vocab().items():
             if token_id in special:
-                _check_not_tag(text)
-            elif token_id in added or any(character not in alphabet for character in text):
+                continue
+            if token_id in added or any(character not in alphabet for character in text):
                 table[token_id] = text.encode()  # as the tokenizer's own decoder does outside its alphabet
             else:
                 table[token_id] = bytes(alphabet[character] for character in text)
@@ -68,8 +73,17 @@ class TokenBytes:
         return [self[token_id] for token_id in ids]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Every special token by its id: those with a role (beginning, end, padding) and those only marked as special."""
+    roles = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return roles | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def _check_family(tokenizer: PreTrainedTokenizerFast) -> None:
-    supported = "supported are byte-level tokenizers with a tokenizer.json (GPT-2, Llama 3, Qwen 2 and later)"
+    supported = (
+        "supported are byte-level tokenizers with a tokenizer.json: GPT-2, Llama 3, Qwen 2 and later, Mistral's Tekken "
+        "(Mistral-Nemo); not SentencePiece (Llama 2, Mistral 7B v0.1 to v0.3)"
+    )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; {supported}")
@@ -80,9 +94,13 @@ def _check_family(tokenizer: PreTrainedTokenizerFast) -> None:
         raise DataError(f"{state['model']['type']} tokenizer with decoder {'+'.join(sorted(kinds))}; {supported}")
 
 
-def _check_not_tag(special_token: str) -> None:
-    if special_token in _TAGS:
-        raise DataError(f"{special_token} is a special token of the tokenizer; add it as a token that is not special")
+def _check_no_tags(special: Iterable[str], tags: Iterable[str]) -> None:
+    spoilt = sorted({token for token in special for tag in tags if tag in token})
+    if spoilt:
+        raise DataError(
+            f"{', '.join(spoilt)}: a special token of the tokenizer vanishes from what the policy writes; add it as a "
+            "token that is not special"
+        )
 
 
 class StopMatcher:

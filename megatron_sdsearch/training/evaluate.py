@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.evaluation import summarize
+from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
@@ -23,9 +25,12 @@ from megatron_sdsearch.training.retrievers import open_retriever
 def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     """Greedy rollouts of ``data.heldout`` with the model in ``model_dir``.
 
+    A chat template that tells the date is told that of the run in ``run_dir``, as in training, for this model and for
+    those it is compared with; today's where ``run_dir`` holds no checkpoint.
+
     Raises:
-        ConfigError: there is no held-out set, no search engine, or no model.
-        DataError: a question or a file of weights is damaged.
+        ConfigError: there is no held-out set, no search engine, or no model; or its chat template cannot be used.
+        DataError: a question, the tokenizer or a file of weights is damaged.
         RetrievalError: too many searches failed.
     """
     if config.data.heldout is None or config.retrieval is None:
@@ -41,12 +46,18 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     weights = SafetensorsFolder(model_dir)
     for name in weights.names():
         weights.shape(name)  # a file that is missing or cut short is said here, by its name
+    renderer = Renderer.from_folder(
+        model_dir,
+        profile=get_profile(config.data.prompt_profile),
+        arguments=config.data.chat_template_arguments,
+        run_date=run_date_of(config.run_dir),
+        field="--model",
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     model.to(device)
-    renderer = Renderer.from_folder(model_dir)
     engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)
     runner = asyncio.Runner()
     collector = RolloutCollector(engine, runner.run(open_retriever(config.retrieval)), renderer, config, runner)

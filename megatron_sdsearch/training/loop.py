@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
@@ -64,10 +68,19 @@ def train(config: RunConfig) -> dict[str, Any] | None:
 
 def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
+    run_date = _agreed_run_date(config, parallel)
+    # Before anything slow: a tokenizer or a chat template that cannot be used ends the run here.
+    renderer = Renderer.from_folder(
+        config.model.hf_dir,
+        profile=get_profile(config.data.prompt_profile),
+        arguments=config.data.chat_template_arguments,
+        run_date=run_date,
+    )
     with StopRequest(parallel) as stop:
         policy = Policy.build(config, parallel)
-        saving = Saving(config, policy, start)
-        step = (_warm_start if config.train.mode == "warm_start" else _reinforce)(config, policy, saving, stop)
+        saving = Saving(config, policy, start, run_date)
+        work = _warm_start if config.train.mode == "warm_start" else _reinforce
+        step = work(config, policy, saving, stop, renderer)
         saving.finish(step)
     summary = None
     if step < config.train.num_steps:
@@ -82,12 +95,19 @@ def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
     return summary
 
 
-def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:
+def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
+    """The main rank's: midnight may pass between two ranks, and a folder look different from two nodes."""
+    dates: list[date | None] = parallel.all_gather_object(run_date_of(config.run_dir) if parallel.is_main else None)
+    assert dates[0] is not None
+    return dates[0]
+
+
+def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest, renderer: Renderer) -> int:
     """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
     parallel = policy.parallel
     reference = Network.load(config, parallel) if config.objective.kl_coef > 0 else None
     learner = Learner(policy, reference, HindsightTeacher(policy, config.objective), config)
-    rollouts = DistributedRollouts(config, parallel)
+    rollouts = DistributedRollouts(config, parallel, renderer)
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
     step = saving.load()
@@ -127,9 +147,9 @@ def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequ
     return step
 
 
-def _warm_start(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:
+def _warm_start(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest, renderer: Renderer) -> int:
     """Returns the number of finished steps, as ``_reinforce`` does."""
-    warm_start = WarmStart(config, policy, policy.parallel)
+    warm_start = WarmStart(config, policy, policy.parallel, renderer)
     step = saving.load()
     with RunLog(config, policy.parallel, step, warm_start.renderer) as log:
         while step < config.train.num_steps and not stop.is_agreed():

@@ -44,13 +44,19 @@ class StepRollouts:
 
 
 class DistributedRollouts:
-    """This rank's engine and collector, and the exchange of what they produce."""
+    """This rank's engine and collector, and the exchange of what they produce.
 
-    def __init__(self, config: RunConfig, parallel: ParallelState) -> None:
+    Args:
+        config: of the run.
+        parallel: its ranks.
+        renderer: of the policy's tokenizer.
+    """
+
+    def __init__(self, config: RunConfig, parallel: ParallelState, renderer: Renderer) -> None:
         assert config.retrieval is not None  # RunConfig has checked it
         self._config = config
         self._parallel = parallel
-        self.renderer = Renderer.from_folder(config.model.hf_dir)
+        self.renderer = renderer
         self._profile = get_profile(config.data.prompt_profile)
         runner = asyncio.Runner()
         self._retriever = runner.run(open_retriever(config.retrieval))

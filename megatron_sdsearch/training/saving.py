@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import date
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
@@ -18,12 +19,14 @@ class Saving:
         config: of the run.
         policy: saved and loaded.
         start: when this process began, by ``time.monotonic``.
+        run_date: when the run began, which its prompts may tell.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, start: float) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, start: float, run_date: date) -> None:
         self._config = config
         self._store = CheckpointStore(config.run_dir / "checkpoints", policy, policy.parallel, config)
         self._start = start
+        self._run_date = run_date
         self._scores: dict[int, float] = {}
 
     @property
@@ -59,4 +62,4 @@ class Saving:
         self._store.prune(self._state(step))
 
     def _state(self, step: int) -> TrainingState:
-        return TrainingState(step=step, wall_s=self.wall_s, scores=dict(self._scores))
+        return TrainingState(step=step, wall_s=self.wall_s, scores=dict(self._scores), run_date=self._run_date)

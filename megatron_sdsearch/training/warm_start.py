@@ -19,11 +19,11 @@ from megatron_sdsearch.training.updates import pack_samples
 class WarmStart:
     """One update per step on a batch that is a pure function of (seed, step)."""
 
-    def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelState) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelState, renderer: Renderer) -> None:
         assert config.train.demonstrations is not None  # RunConfig has checked it
         demonstrations = read_demonstrations(config.train.demonstrations)
         self._sampler = DemonstrationSampler(demonstrations, config.seed, config.train.demonstrations_per_step)
-        self.renderer = Renderer.from_folder(config.model.hf_dir)
+        self.renderer = renderer
         self._config = config
         self._policy = policy
         self._parallel = parallel

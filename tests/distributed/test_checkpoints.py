@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
-from megatron_sdsearch.model.checkpoint_folder import FileRecord
+from megatron_sdsearch.model.checkpoint_folder import FileRecord, read_manifest
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_model
 from tests.distributed.test_training import Run, _config
@@ -111,9 +112,10 @@ def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     run.step(1)
     for _ in range(5):
         draws()
-    store.save(TrainingState(step=2, wall_s=7.0, scores={2: 0.5}))
+    store.save(TrainingState(step=2, wall_s=7.0, scores={2: 0.5}, run_date=date(2025, 2, 5)))
     next_draws = draws()
     store.finish()
+    assert read_manifest(root / "step_000002")["run_date"] == "2025-02-05"
     run.step(2)
     shard = root / "step_000002" / "__0_0.distcp"
     whole = shard.read_bytes()

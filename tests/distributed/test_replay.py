@@ -15,6 +15,7 @@ from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import ContextSpan, Question, RolloutGroup
 from megatron_sdsearch.retrieval.replay import HITS, MISSES
+from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.rollouts import DistributedRollouts
 from tests.distributed.launch import run_distributed
@@ -48,7 +49,7 @@ def worker(rank: int, world_size: int, folder: Path, mode: str) -> Outcome:
             "max_failed_search_share": 0.0,
         },
     )
-    rollouts = DistributedRollouts(config, parallel)
+    rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
     rollouts.publish(Network.load(config, parallel), version=STEP)
     pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(6)]
     step = rollouts.collect(QuestionSampler(pool, 1, 3), step=STEP)

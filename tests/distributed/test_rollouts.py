@@ -13,6 +13,7 @@ from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question
+from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.rollouts import DistributedRollouts
 from tests.distributed.launch import run_distributed
@@ -50,7 +51,7 @@ def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) 
         hindsight={"max_block_tokens": 100},
         rollout=ROLLOUT | rollout,
     )
-    rollouts = DistributedRollouts(config, parallel)
+    rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
     rollouts.publish(Network.load(config, parallel), version=STEP)
     pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
     step = rollouts.collect(QuestionSampler(pool, 1, PER_STEP), step=STEP)

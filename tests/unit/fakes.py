@@ -53,7 +53,7 @@ class ScriptedEngine:
         text = script[turn]
         if text == ABORT:
             return self._generation((), "abort")
-        ids = self._renderer.encode(text)
+        ids = self._renderer.encode_own(text)
         limit = request.params.max_new_tokens
         if len(ids) > limit:
             return self._generation(ids[:limit], "length")

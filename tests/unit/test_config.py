@@ -122,6 +122,19 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"retrieval": None}, "retrieval", "missing", "set retrieval"),
         ({"retrieval.corpus": None}, "retrieval.corpus", "missing", "set retrieval.corpus"),
         ({"evaluation.every": 5}, "data.heldout", "evaluation.every is set", "set data.heldout"),
+        ({"data.chat_template_arguments": "no"}, "data.chat_template_arguments", "'no' is no mapping", "{name: value}"),
+        (
+            {"data.chat_template_arguments": {"thinking": [1]}},
+            "data.chat_template_arguments.thinking",
+            "[1] is no scalar",
+            "a number or a text",
+        ),
+        (
+            {"data.chat_template_arguments": {"thinking": None}},
+            "data.chat_template_arguments.thinking",
+            "None is no scalar",
+            "leave it out",
+        ),
         ({"rollout.max_total_tokens": 2559}, "rollout.max_total_tokens", "2559", "at least 2560"),
         ({"train.max_tokens_per_microbatch": 8703}, "train.max_tokens_per_microbatch", "8703", "at least 8704"),
     ],
@@ -226,6 +239,21 @@ def test_override_values_are_yaml(file: Path) -> None:
     config = load_config(file, ["train.trajectories_per_minibatch=null", "objective.topk=null", "optimizer.lr=1e-4"])
     assert (config.train.trajectories_per_minibatch, config.objective.topk) == (None, None)
     assert config.optimizer.lr == 1e-4
+
+
+def test_arguments_of_the_chat_template_keep_their_types(file: Path) -> None:
+    values = ["enable_thinking=false", "level=2", "share=0.5", "date_string=05 Feb 2025", "flag='true'"]
+    config = load_config(file, [f"data.chat_template_arguments.{value}" for value in values])
+    told = config.data.chat_template_arguments
+    assert told == {
+        "enable_thinking": False,
+        "level": 2,
+        "share": 0.5,
+        "date_string": "05 Feb 2025",
+        "flag": "true",
+    }
+    assert [type(value) for value in told.values()] == [bool, int, float, str, str]
+    assert parse_config(config.model_dump(mode="json")) == config
 
 
 def test_an_override_of_null_takes_a_section_away(file: Path) -> None:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tokenizers.normalizers import Replace
 
 from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
 from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSpan
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.conftest import train_tokenizer
@@ -72,6 +74,27 @@ def test_sampled_text_without_a_token_is_refused() -> None:
         DataError, match=r"demonstration d7: the tokenizer makes no token of its sampled text.*remove it"
     ):
         demonstration_sample(lesson, Renderer(tokenizer, []), 10_000)
+
+
+def test_control_tokens_are_the_policys_and_the_profiles_never_a_passages() -> None:
+    tokenizer = train_tokenizer(has_tag_tokens=True)
+    tokenizer.add_tokens([AddedToken(f"<{tag}>", special=False) for tag in ("think", "information", "/information")])
+    lesson = Demonstration(
+        demonstration_id="d8",
+        prompt="<think> and <search>?",
+        spans=(
+            DemonstrationSpan(kind="sampled", text="<think>"),
+            DemonstrationSpan(
+                kind="observation", text="\n\n<information>Doc 1(Title: <think>) </information></information>\n\n"
+            ),
+            DemonstrationSpan(kind="sampled", text="<answer>a</answer>"),
+        ),
+    )
+    sample = demonstration_sample(lesson, Renderer(tokenizer, profile=get_profile("plain")), 10_000)
+    added = [tokenizer.added_tokens_decoder.get(token_id) for token_id in sample.token_ids.tolist()]
+    assert [token.content for token in added if token is not None and not token.special] == [
+        *("<think>", "<information>", "</information>", "<answer>", "</answer>")
+    ]
 
 
 def test_a_demonstration_of_exactly_the_budget_fits_and_one_more_token_does_not(renderer: Renderer) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.training.run_lock import RunLock
 from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
-from tests.unit.conftest import train_tokenizer
+from tests.unit.conftest import CHAT_TEMPLATE, train_tokenizer
 
 
 def shards(tiny: TinyRun) -> list[Path]:
@@ -169,6 +170,26 @@ def test_a_template_that_loses_the_question_is_found(tiny: TinyRun) -> None:
     assert "shows the user's text 0 times" in only(tiny.found()).problem
 
 
+def test_a_template_that_fails_and_arguments_that_it_does_not_read_are_found(tiny: TinyRun) -> None:
+    (tiny.model / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("error", "model.hf_dir")
+    assert "not today" in finding.problem
+    (tiny.model / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{{ enable_thinking }}")
+    assert tiny.found("data.chat_template_arguments.enable_thinking=false") == []
+    finding = only(tiny.found("data.chat_template_arguments.enable_thinkin=false"))
+    assert finding.field == "data.chat_template_arguments.enable_thinkin"
+    assert finding.mend == "did you mean enable_thinking?"
+
+
+def test_a_tag_of_the_profile_that_would_vanish_is_found(tiny: TinyRun) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<documents>"]})
+    tokenizer.save_pretrained(tiny.model)
+    assert tiny.found() == []
+    assert "<documents>: a special token" in tiny.found("data.prompt_profile=autorefine")[0].problem
+
+
 def test_an_end_of_sequence_that_only_the_model_knows_is_found(tiny: TinyRun) -> None:
     tiny.change_model(eos_token_id=0)
     finding = only(tiny.found())
@@ -181,6 +202,12 @@ def test_prompts_with_and_without_a_template_are_told_apart(tiny: TinyRun) -> No
     (tiny.model / "chat_template.jinja").unlink()
     train_tokenizer(has_template=False).save_pretrained(tiny.model)
     assert "raw text: it has no chat template" in tiny.notes()
+    base = train_tokenizer(has_template=False)
+    base.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    base.save_pretrained(tiny.model)
+    assert "raw text behind 1 token(s) of the tokenizer's own: it has no chat template" in tiny.notes()
 
 
 def test_longer_prompts_than_the_budget_are_counted(tiny: TinyRun) -> None:

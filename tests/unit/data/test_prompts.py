@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdsearch.config import DataConfig
-from megatron_sdsearch.data.prompts import get_profile
+from megatron_sdsearch.data.prompts import HINDSIGHT_HEADER, get_profile
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.records import Passage
 
@@ -103,3 +103,42 @@ def test_notices_say_what_happened(name: str) -> None:
     assert notice.endswith("\n")
     for part in ("no valid action", "<search>", "</search>", "<answer>", "</answer>"):
         assert part in notice
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("search_r1", {"think", "search", "information", "answer"}),
+        ("autorefine", {"think", "search", "documents", "refine", "answer"}),
+        ("plain", {"think", "search", "information", "refine", "answer"}),
+    ],
+)
+def test_a_profile_knows_every_tag_that_is_read_or_written(name: str, names: set[str]) -> None:
+    assert get_profile(name).tags == {f"<{slash}{tag}>" for tag in names for slash in ("", "/")}
+
+
+_FOREIGN = ["<think>", "</documents>", "CORRECT: ", "\n", HINDSIGHT_HEADER, "\n\n", " q"]
+
+
+def own_words(name: str, text: str) -> list[str]:
+    return [text[start:end] for start, end in get_profile(name).own_spans(text) if end > start]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    st.lists(st.sampled_from(["<think>", "</documents>", "CORRECT: ", "\n", HINDSIGHT_HEADER, "\n\n", " q"])).map(
+        "".join
+    )
+)
+def test_own_wording_goes_by_position_so_that_none_can_be_forged(name: str, foreign: str) -> None:
+    profile = get_profile(name)
+    instructions = [profile.instructions] if profile.instructions else []
+    assert own_words(name, profile.user_text(foreign)) == instructions
+    line = " ".join(foreign.split())
+    block = f"{HINDSIGHT_HEADER}\nCORRECT: {line}\n- {line}\nINCORRECT: {line}"
+    assert own_words(name, profile.user_text(foreign, block)) == [*instructions, "CORRECT: ", "INCORRECT: "]
+    assert own_words(name, block) == ["CORRECT: ", "INCORRECT: "]
+    body = profile.format_passages([passage(foreign)])
+    assert own_words(name, body) == []
+    assert own_words(name, profile.observation(body)) == [profile.observation_prefix, profile.observation_suffix]
+    assert own_words(name, profile.invalid_action_notice) == [profile.invalid_action_notice]

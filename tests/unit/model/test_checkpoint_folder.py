@@ -1,22 +1,25 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import CheckpointConfig
+from megatron_sdsearch.config import CheckpointConfig, parse_config
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
     best_step,
+    continuation_problems,
     damages,
     fingerprint,
     kept_steps,
     read_manifest,
+    run_date_of,
 )
 
 
@@ -151,3 +154,62 @@ def test_a_fingerprint_is_of_content_and_names(tmp_path: Path) -> None:
     changed = fingerprint(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({before, changed, fingerprint(tmp_path), fingerprint(tmp_path / "b"), fingerprint(tmp_path / "no")}) == 5
+
+
+def write_manifest(run_dir: Path, step: int, **more: object) -> Path:
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({"step": step, "config": {}, "layout": {}, "files": {}, **more}))
+    return path
+
+
+def test_a_run_keeps_the_date_on_which_it_began(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run_date_of(tmp_path) == date.today()
+    write_manifest(tmp_path, 2, run_date="2025-02-05")
+    newest = write_manifest(tmp_path, 4, run_date="2025-02-05")
+    assert run_date_of(tmp_path) == date(2025, 2, 5)
+    newest.write_text("{")  # what loading it would say, or pass over
+    assert run_date_of(tmp_path) == date(2025, 2, 5)
+    assert not caplog.records
+    (tmp_path / "checkpoints/latest").write_text("nonsense")
+    assert run_date_of(tmp_path) == date.today()
+
+
+@pytest.mark.parametrize("manifest", [{}, {"run_date": None}, {"run_date": "yesterday"}])
+def test_a_checkpoint_without_a_date_goes_on_with_todays_and_says_so(
+    manifest: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_manifest(tmp_path, 2, **manifest)
+    assert run_date_of(tmp_path) == date.today()
+    assert "step_000002 records no date of its run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"enable_thinking": False}),
+        ({"enable_thinking": True}, {"enable_thinking": False}),
+        ({"enable_thinking": False}, {}),
+        (None, {"enable_thinking": False}),
+    ],
+)
+def test_changed_arguments_of_the_chat_template_are_another_run(
+    before: dict[str, object] | None, now: dict[str, object], tmp_path: Path
+) -> None:
+    def settings(arguments: dict[str, object]) -> dict[str, object]:
+        return {
+            "run_dir": "run",
+            "model": {"hf_dir": "hf"},
+            "data": {"chat_template_arguments": arguments},
+            "train": {"mode": "warm_start", "demonstrations": "rows.jsonl"},
+        }
+
+    config = parse_config(settings(now))
+    recorded = parse_config(settings(before or {})).model_dump(mode="json")
+    if before is None:  # written before there was such a setting
+        del recorded["data"]["chat_template_arguments"]
+    manifest = {"step": 1, "config": recorded}
+    (problem,) = continuation_problems(tmp_path, manifest, config)
+    assert "data.chat_template_arguments.enable_thinking" in str(problem)
+    assert not list(continuation_problems(tmp_path, {"step": 1, "config": config.model_dump(mode="json")}, config))

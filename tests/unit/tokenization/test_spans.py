@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sdsearch.errors import DataError
@@ -49,8 +49,23 @@ def test_other_tokenizer_families_are_refused_by_name() -> None:
 def test_a_tag_as_special_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     spoilt = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     spoilt.add_special_tokens({"additional_special_tokens": ["<search>"]})
-    with pytest.raises(DataError, match="<search> is a special token"):
+    with pytest.raises(DataError, match="<search>: a special token"):
         TokenBytes(spoilt)
+
+
+def test_tags_that_would_vanish_are_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    spoilt = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    spoilt.add_special_tokens({"additional_special_tokens": ["<refine>", "</think>\n", "<other>"]})
+    TokenBytes(spoilt)  # another profile's
+    with pytest.raises(DataError, match="</think>\n, <refine>: a special token of the tokenizer vanishes"):
+        TokenBytes(spoilt, ["<refine>", "</refine>", "</think>"])
+
+
+def test_sentencepiece_is_refused_with_what_is_supported() -> None:
+    backend = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}, [("▁", "a")], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    with pytest.raises(DataError, match=r"ByteFallback.*; supported are .*Mistral-Nemo.*not .*Mistral 7B v0.1 to v0.3"):
+        TokenBytes(wrap(backend))
 
 
 @pytest.mark.parametrize(

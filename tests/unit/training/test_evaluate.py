@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.training.evaluate import evaluate_folder
 from tests.unit.check.tiny_run import TinyRun, save_model
 
@@ -34,4 +34,14 @@ def test_a_folder_without_weights_is_named(tiny: TinyRun) -> None:
 def test_a_bad_question_is_named_by_its_line(tiny: TinyRun) -> None:
     tiny.heldout.write_text(tiny.heldout.read_text() + "{}\n")
     with pytest.raises(DataError, match=r"heldout\.jsonl:5"):
+        evaluate_folder(load_config(tiny.config), tiny.model)
+
+
+def test_a_chat_template_that_fails_and_wrong_arguments_are_named(tiny: TinyRun) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.chat_template_arguments\.thinking: the chat template of .* never reads"
+    ):
+        evaluate_folder(load_config(tiny.config, ["data.chat_template_arguments.thinking=true"]), tiny.model)
+    (tiny.model / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    with pytest.raises(ConfigError, match=r"^--model: the chat template of .*not today"):
         evaluate_folder(load_config(tiny.config), tiny.model)
