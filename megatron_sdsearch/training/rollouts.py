@@ -165,8 +165,8 @@ class DistributedRollouts:
         self._has_warned = True
         if self._parallel.is_main:
             _log.warning(
-                "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories, and nothing "
-                "is distilled there: raise it (hindsight/num_emptied counts them in every step)",
+                "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
+                "not distilled; raise it (hindsight/num_emptied counts them in every step)",
                 step + 1,  # as metrics.jsonl counts
                 self._config.hindsight.max_block_tokens,
                 rollouts.num_emptied,
