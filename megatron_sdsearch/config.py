@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -314,14 +314,17 @@ class HindsightConfig(Section):
     """What the teacher sees; defaults are the paper's, the rest are its ablations."""
 
     siblings: Literal["all", "correct", "own", "others"] = "all"
-    labels: Literal["outcome", "none", "shuffled"] = "outcome"
+    labels: Literal["outcome", "none", "shuffled", "permuted"] = "outcome"
+    """``shuffled`` is a placebo: labels drawn from all outcomes of the step, whatever the group. ``permuted`` deals a
+    group's own labels out anew: groups that are all right or all wrong, most of them early on, keep true ones."""
     content: Literal["searches", "everything", "documents"] = "searches"
     """``searches`` is the paper's future masking; ``everything`` keeps reasoning, documents and answers. ``documents``
     shows no siblings: at each query the teacher has seen what that query found, in a sequence for each search."""
     rho: UnitFloat = 0.0
     """A sibling is CORRECT when its answer F1 > rho."""
     max_block_tokens: PositiveInt = 2048
-    """Longer blocks lose siblings, deterministically and counted. Not public."""
+    """Longer blocks lose siblings, deterministically and counted. Not public. ``content=everything`` needs room for
+    every sibling's whole response, and is refused with less."""
     drop_leaks: bool = False
     """Leave out siblings whose query holds a gold answer."""
 
@@ -358,8 +361,10 @@ class ObjectiveConfig(Section):
     keep the teacher's whole logits until the student has its own, as ``topk=null`` does."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     distill_positions: Literal["query", "all"] = "query"
-    distill_aggregation: Literal["trajectory", "token"] = "trajectory"
-    """``trajectory``: mean over query tokens, then over trajectories (paper). ``token``: mean over all query tokens."""
+    distill_aggregation: Literal["all_trajectories", "trajectory", "token"] = "all_trajectories"
+    """Mean over query tokens, then over ``all_trajectories`` of the minibatch, where one without a teacher counts as 0;
+    or over each ``trajectory`` that has one. ``token``: mean over all query tokens. The default is how the paper's
+    L_GRPO + alpha L_SD reads for each rollout. With the others the fewer rollouts search, the more alpha each gets."""
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     clip_high: PositiveFloat = 0.2
     loss_aggregation: Literal["token", "sequence"] = "token"
@@ -427,7 +432,8 @@ class TrainConfig(Section):
     mode: Literal["rl", "warm_start"] = "rl"
     num_steps: PositiveInt = 200
     trajectories_per_minibatch: PositiveInt | None = 256
-    """One optimizer update each; null takes the whole step at once."""
+    """At most so many for one optimizer update; null takes the whole step at once. A step is cut into as many nearly
+    equal parts as this makes of all its trajectories, also when failed searches leave fewer to train on."""
     max_tokens_per_microbatch: PositiveInt = 16384
     """Packing budget of one forward pass, the longest trajectory at least."""
     demonstrations: Path | None = None
@@ -475,6 +481,13 @@ class TelemetryConfig(Section):
     """At the first distilling step, search for what teacher and student would ask at the student's prefixes."""
 
 
+class SequenceLimit(NamedTuple):
+    """How long a sequence of the run may become, in tokens, and the settings whose sum that is."""
+
+    num_tokens: int
+    settings: str
+
+
 class RunConfig(Section):
     """The whole run."""
 
@@ -507,6 +520,7 @@ class RunConfig(Section):
             yield from _missing("data.train", self.data.train, "train.mode=rl samples from it")
             yield from _missing("retrieval", self.retrieval, "train.mode=rl searches")
             yield from _rollout_problems(self)
+            yield from _block_problems(self)
         if self.evaluation.every:
             yield from _missing("data.heldout", self.data.heldout, "evaluation.every is set")
             if self.train.mode == "warm_start":
@@ -580,13 +594,38 @@ class RunConfig(Section):
         return sglang.num_servers * sglang.tensor if is_taken else 0
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that every step takes, and that the learning-rate schedule counts for it."""
+        if self.train.mode == "warm_start":
+            return 1
+        trajectories = self.data.questions_per_step * self.rollout.group_size
+        return math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
+
+    @property
     def num_updates(self) -> int:
         """Optimizer updates of the whole run, for the learning-rate schedule."""
-        if self.train.mode == "warm_start":
-            return self.train.num_steps
-        trajectories = self.data.questions_per_step * self.rollout.group_size
-        per_step = math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
-        return self.train.num_steps * per_step
+        return self.train.num_steps * self.updates_per_step
+
+    @property
+    def is_distilling(self) -> bool:
+        """Some step has a distillation loss; a run that ends within the warm-up of alpha is GRPO alone."""
+        first = self.objective.first_distilling_step
+        return self.train.mode == "rl" and first is not None and first < self.train.num_steps
+
+    @property
+    def longest_sequence(self) -> SequenceLimit:
+        """Of those that the trainer reads: a trajectory, and where the run distils the block in front of it."""
+        trajectory, block = self.rollout.max_total_tokens, self.hindsight.max_block_tokens
+        if not self.is_distilling:
+            return SequenceLimit(trajectory, "rollout.max_total_tokens")
+        return SequenceLimit(trajectory + block, "rollout.max_total_tokens + hindsight.max_block_tokens")
+
+    @property
+    def longest_rollout(self) -> SequenceLimit:
+        """Of those that the rollout engine reads: only the query probe shows it a block."""
+        if self.telemetry.query_probe:
+            return self.longest_sequence
+        return SequenceLimit(self.rollout.max_total_tokens, "rollout.max_total_tokens")
 
 
 def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
@@ -662,13 +701,38 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}",
             f"set it to at least {least}",
         )
-    longest = rollout.max_total_tokens + (config.hindsight.max_block_tokens if config.objective.alpha > 0 else 0)
-    if config.train.max_tokens_per_microbatch < longest:
+    longest = config.longest_sequence
+    if config.train.max_tokens_per_microbatch < longest.num_tokens:
         yield ConfigError(
             "train.max_tokens_per_microbatch",
-            f"{config.train.max_tokens_per_microbatch} cannot hold the longest sequence of rollout.max_total_tokens + "
-            f"hindsight.max_block_tokens = {longest}",
-            f"set it to at least {longest}",
+            f"{config.train.max_tokens_per_microbatch} cannot hold the longest sequence of {longest.settings} = "
+            f"{longest.num_tokens}",
+            f"set it to at least {longest.num_tokens}",
+        )
+
+
+def _block_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """A block of whole responses holds every sibling that it is meant to show.
+
+    A response counts with what the budgets leave it behind a prompt of full length. One behind a shorter prompt may be
+    longer; then the block loses a sibling, which is counted.
+    """
+    rollout, hindsight = config.rollout, config.hindsight
+    if hindsight.content != "everything" or not config.is_distilling:
+        return
+    num_shown = {"own": 1, "others": rollout.group_size - 1}.get(hindsight.siblings, rollout.group_size)
+    per_turn = rollout.max_response_tokens + rollout.max_observation_tokens
+    response = min(
+        rollout.max_total_tokens - rollout.max_prompt_tokens,
+        rollout.max_turns * per_turn + rollout.max_response_tokens,
+    )
+    needed = num_shown * response
+    if hindsight.max_block_tokens < needed:
+        yield ConfigError(
+            "hindsight.max_block_tokens",
+            f"{hindsight.max_block_tokens} cannot hold what hindsight.content=everything shows: {num_shown} responses "
+            f"of up to {response} tokens = {needed}",
+            f"set it to at least {needed}, and train.max_tokens_per_microbatch to {rollout.max_total_tokens + needed}",
         )
 
 

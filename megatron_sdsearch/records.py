@@ -292,6 +292,7 @@ class HindsightBlock:
         leaks: sibling indices whose queries hold a normalised gold answer.
         search_prompt_ids: ids of the teacher prompt of each search in turn, where each has its own; ``()`` at a search
             that has none.
+        is_emptied: the token budget left nothing of a teacher prompt that there was something to show in.
     """
 
     text: str
@@ -300,6 +301,7 @@ class HindsightBlock:
     dropped: tuple[int, ...]
     leaks: tuple[int, ...]
     search_prompt_ids: tuple[tuple[int, ...], ...] = ()
+    is_emptied: bool = False
 
     def prompt_of_search(self, index: int) -> tuple[int, ...]:
         """Ids of the teacher prompt for the trajectory's search number ``index``; ``()`` without one."""

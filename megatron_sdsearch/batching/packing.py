@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from megatron_sdsearch.batching.microbatches import (
     PackedSequence,
@@ -55,7 +56,7 @@ def pack(
     *,
     num_ranks: int,
     rank: int,
-    trajectories_per_minibatch: int | None,
+    num_minibatches: int,
     max_tokens: int,
     alignment: int,
     equal_lengths: bool,
@@ -71,7 +72,8 @@ def pack(
         samples: of the whole step, the same list on all ranks.
         num_ranks: data-parallel ranks.
         rank: this one, in [0, num_ranks).
-        trajectories_per_minibatch: consecutive samples of one update; ``None`` takes all; a remainder is a minibatch.
+        num_minibatches: planned updates of the step, each of consecutive samples, their numbers equal or one apart.
+            With fewer samples than that the last minibatches are empty: the schedule counts on every one.
         max_tokens: bound on the tokens of one microbatch, padding to ``alignment`` included, for student and teacher
             each. A single longer sample still gets a microbatch, of its own; of a teacher with a prompt for each
             search a sample holds several sequences.
@@ -86,9 +88,15 @@ def pack(
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank {rank} is not in [0, {num_ranks})")
     shape = _Shape(num_ranks=num_ranks, max_tokens=max_tokens, alignment=alignment, equal_lengths=equal_lengths)
-    size = trajectories_per_minibatch or max(1, len(samples))
-    chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
-    return TrainBatch(minibatches=tuple(_minibatch(chunk, shape, rank, objective) for chunk in chunks))
+    parts = _parts(samples, num_minibatches)
+    return TrainBatch(minibatches=tuple(_minibatch(part, shape, rank, objective) for part in parts))
+
+
+def _parts(samples: Sequence[TrainingSample], num_parts: int) -> list[Sequence[TrainingSample]]:
+    """The larger parts come first."""
+    size, num_larger = divmod(len(samples), num_parts)
+    bounds = accumulate((size + (index < num_larger) for index in range(num_parts)), initial=0)
+    return [samples[start:end] for start, end in pairwise(bounds)]
 
 
 def _minibatch(samples: Sequence[TrainingSample], shape: _Shape, rank: int, objective: ObjectiveConfig) -> Minibatch:
@@ -109,8 +117,8 @@ def _minibatch(samples: Sequence[TrainingSample], shape: _Shape, rank: int, obje
 def _rows(samples: Sequence[TrainingSample], objective: ObjectiveConfig) -> list[_Row]:
     policy_counts = [int(sample.loss_mask.sum()) for sample in samples]
     distill_counts = [int(sample.query_mask.sum()) if sample.teacher_prompts else 0 for sample in samples]
-    policy = _weights(policy_counts, per_token=objective.loss_aggregation == "token")
-    distill = _weights(distill_counts, per_token=objective.distill_aggregation == "token")
+    policy = _weights(policy_counts, objective.loss_aggregation)
+    distill = _weights(distill_counts, objective.distill_aggregation)
     return [
         _Row(
             student=student_sequence(
@@ -122,11 +130,15 @@ def _rows(samples: Sequence[TrainingSample], objective: ObjectiveConfig) -> list
     ]
 
 
-def _weights(counts: Sequence[int], *, per_token: bool) -> list[float]:
-    """Weight of one token of each sample, so that all tokens together weigh 1: equal tokens, or equal samples."""
-    if per_token:
+def _weights(counts: Sequence[int], aggregation: str) -> list[float]:
+    """Weight of one token of each sample: equal tokens (``token``), or equal samples.
+
+    All tokens together weigh 1. Over ``all_trajectories`` they weigh what share of the samples has any: the others
+    count as samples whose loss is 0.
+    """
+    if aggregation == "token":
         return [1.0 / max(1, sum(counts))] * len(counts)
-    num_samples = sum(count > 0 for count in counts)
+    num_samples = len(counts) if aggregation == "all_trajectories" else sum(count > 0 for count in counts)
     return [1.0 / (num_samples * count) if count else 0.0 for count in counts]
 
 
@@ -173,7 +185,7 @@ def _microbatches(
     """This rank's microbatches of students or of teachers; ``plan`` is [rank][microbatch][sequence]."""
     lengths = [[padded_length(sum(map(len, part)), shape.alignment) for part in parts] for parts in plan]
     longest = max((len(sequence) for parts in plan for part in parts for sequence in part), default=0)
-    common = max(length for row in lengths for length in row)
+    common = max((length for row in lengths for length in row), default=0)
     return tuple(
         assemble(
             part,

@@ -59,6 +59,8 @@ def _minibatches(subject: Subject) -> Iterator[Finding]:
     field = "train.trajectories_per_minibatch"
     per_step = config.data.questions_per_step * config.rollout.group_size
     size = config.train.trajectories_per_minibatch or per_step
+    num_updates = config.updates_per_step
+    smallest = per_step // num_updates
     told = f"{config.data.questions_per_step} questions x {config.rollout.group_size} = {per_step} trajectories"
     if size > per_step:
         yield Finding.warning(
@@ -66,17 +68,16 @@ def _minibatches(subject: Subject) -> Iterator[Finding]:
             f"{size} is more than a step's {told}: it makes one update, never one of {size}",
             "give null for one update a step, or ask more questions",
         )
-    elif rest := per_step % size:
-        yield Finding.warning(
-            field,
-            f"{size} does not divide a step's {told}: the last update of every step has {rest} of them, and moves the "
-            "policy as far as the others",
-            f"choose a divisor of {per_step}",
+    elif per_step % size:
+        most = -(-per_step // num_updates)
+        parts = f"{smallest} or {most}" if smallest < most else f"{most}"
+        yield Finding.note(
+            field, f"{size} does not divide a step's {told}: it makes {num_updates} updates of {parts} of them"
         )
-    if min(size, per_step) < num_ranks:
+    if smallest < num_ranks:
         yield Finding.warning(
             field,
-            f"{min(size, per_step)} trajectories for {num_ranks} data-parallel ranks: some have nothing to learn from",
+            f"{smallest} trajectories for {num_ranks} data-parallel ranks: some have nothing to learn from",
             f"give at least {num_ranks}, and better many times that",
         )
 

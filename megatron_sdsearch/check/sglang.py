@@ -157,15 +157,15 @@ def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[s
         yield Finding.error(
             f"{SECTION}.tensor", f"{sglang.tensor}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
         )
-    rollout, hindsight = subject.config.rollout, subject.config.hindsight
-    longest = rollout.max_total_tokens + hindsight.max_block_tokens
+    longest = subject.config.longest_rollout
     limits = {name: told.get(name) for name in ("context_length", "max_total_num_tokens")}
     for name, limit in limits.items():
-        if isinstance(limit, int) and limit < longest:
+        if isinstance(limit, int) and limit < longest.num_tokens:
             yield Finding.error(
                 "rollout.max_total_tokens",
-                f"with hindsight.max_block_tokens {longest} tokens, {url} takes {limit} ({name})",
-                "lower one of the two, or start the server with more (--context-length, --mem-fraction-static)",
+                f"{longest.settings} makes {longest.num_tokens} tokens, {url} takes {limit} ({name})",
+                f"lower {longest.settings.replace(' + ', ' or ')}, or start the server with more (--context-length, "
+                "--mem-fraction-static)",
             )
     if sglang.colocated and told.get("enable_memory_saver") is False:
         yield Finding.error(

@@ -1,8 +1,8 @@
 """The hindsight block: what the siblings searched for and how they ended, as the teacher reads it.
 
-Owns the choice of siblings, future masking, labels, the text and its budget. Leaves the wording around the block to
-``data/prompts.py``, the chat template to ``tokenization/renderer.py`` and the alignment of teacher and student to
-``batching/samples.py``.
+Owns the choice of siblings, future masking, the text and its budget. Leaves the labels that are shown to ``labels.py``,
+the wording around the block to ``data/prompts.py``, the chat template to ``tokenization/renderer.py`` and the alignment
+of teacher and student to ``batching/samples.py``.
 
 The text is a contract with everything that teaches a model to read it (warm-start demonstrations): one line per
 sibling, in sibling order::
@@ -15,18 +15,15 @@ sibling, in sibling order::
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from megatron_sdsearch.config import HindsightConfig
 from megatron_sdsearch.data.prompts import CORRECT, HINDSIGHT_HEADER, INCORRECT, PromptProfile
 from megatron_sdsearch.hindsight.documents import document_block
 from megatron_sdsearch.hindsight.leakage import leaking_siblings
-from megatron_sdsearch.records import HindsightBlock, RolloutGroup, Trajectory
+from megatron_sdsearch.records import HindsightBlock, RolloutGroup, Trajectory, TrajectoryId
 
 if TYPE_CHECKING:  # the renderer loads a tokenizer library; building blocks does not need it
     from megatron_sdsearch.tokenization.renderer import Renderer
@@ -45,7 +42,11 @@ class _Sibling:
 
 
 def build_hindsight(
-    group: RolloutGroup, renderer: Renderer, profile: PromptProfile, config: HindsightConfig, *, seed: int
+    group: RolloutGroup,
+    renderer: Renderer,
+    profile: PromptProfile,
+    config: HindsightConfig,
+    labels: Mapping[TrajectoryId, bool],
 ) -> list[HindsightBlock]:
     """Build what the teacher is shown for each trajectory of a group (paper: h(G), section "Hindsight block").
 
@@ -54,11 +55,11 @@ def build_hindsight(
     ``documents.py``.
 
     Args:
-        group: one question's trajectories with their scores; labels come from F1, never from the shaped reward.
+        group: one question's trajectories with their scores; outcomes come from F1, never from the shaped reward.
         renderer: encodes the block and the teacher's prompt; decodes responses for ``content="everything"``.
         profile: puts the block into the user's message.
-        config: siblings, labels, content, budget.
-        seed: of the run; with the step and the question's id the key of the shuffled labels.
+        config: siblings, whether labels are shown, content, budget.
+        labels: whether each trainable trajectory is shown as CORRECT: ``labels.shown_labels``.
 
     Returns:
         One block per trajectory in their order; trajectories that see the same siblings share one object. A block
@@ -71,7 +72,7 @@ def build_hindsight(
             document_block(t, group.question, renderer, profile, config.max_block_tokens, leaks)
             for t in group.trajectories
         ]
-    siblings = _siblings(group, renderer, config, seed)
+    siblings = _siblings(group, renderer, config, labels)
     blocks: dict[tuple[int, ...], HindsightBlock] = {}
     result = []
     for trajectory in group.trajectories:
@@ -94,27 +95,18 @@ def search_line(queries: Sequence[str]) -> str:
     return QUERY_SEPARATOR.join(shown) or NO_SEARCH
 
 
-def _siblings(group: RolloutGroup, renderer: Renderer, config: HindsightConfig, seed: int) -> list[_Sibling]:
-    pairs = [(t, s.f1 > config.rho) for t, s in zip(group.trajectories, group.scores, strict=True) if t.is_trainable]
-    outcomes = [is_correct for _, is_correct in pairs]
-    shown_outcomes = _shuffled(outcomes, group, seed) if config.labels == "shuffled" else outcomes
+def _siblings(
+    group: RolloutGroup, renderer: Renderer, config: HindsightConfig, labels: Mapping[TrajectoryId, bool]
+) -> list[_Sibling]:
     return [
         _Sibling(
             index=trajectory.trajectory_id.sibling,
-            is_correct=is_correct,
-            line=_label(shown, config) + _content(trajectory, renderer, config),
+            is_correct=score.f1 > config.rho,
+            line=_label(labels[trajectory.trajectory_id], config) + _content(trajectory, renderer, config),
         )
-        for (trajectory, is_correct), shown in zip(pairs, shown_outcomes, strict=True)
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True)
+        if trajectory.is_trainable
     ]
-
-
-def _shuffled(outcomes: list[bool], group: RolloutGroup, seed: int) -> list[bool]:
-    if not outcomes:
-        return []
-    step = group.trajectories[0].trajectory_id.step
-    key = hashlib.sha256(f"hindsight/{seed}/{step}/{group.question.question_id}".encode()).digest()
-    order = np.random.default_rng(int.from_bytes(key, "big")).permutation(len(outcomes))
-    return [outcomes[i] for i in order]
 
 
 def _label(is_correct: bool, config: HindsightConfig) -> str:
@@ -163,18 +155,20 @@ def _block(
         sources=sources,
         dropped=tuple(sibling.index for sibling in chosen if sibling.index not in sources),
         leaks=leaks,
+        is_emptied=bool(chosen) and not kept,
     )
 
 
 def _fit(chosen: Sequence[_Sibling], renderer: Renderer, max_tokens: int) -> tuple[list[_Sibling], str]:
-    """Drop siblings until the text fits: incorrect ones from the last down to one, correct ones, then that one.
+    """Drop siblings until the text fits, from the last: incorrect ones but the first, correct ones but the first.
 
-    A correct attempt says more than a wrong one, and one wrong attempt keeps the contrast. The order goes by the true
+    Then the incorrect one that is left, and the correct one last of all: a correct attempt says more than a wrong one,
+    and one wrong attempt keeps the contrast. The order goes by the true
     outcome under every ``labels`` setting, so that the ablations differ in labels alone.
     """
     wrong = [sibling for sibling in chosen if not sibling.is_correct]
     right = [sibling for sibling in chosen if sibling.is_correct]
-    first_out = [*reversed(wrong[1:]), *reversed(right), *wrong[:1]]
+    first_out = [*reversed(wrong[1:]), *reversed(right[1:]), *wrong[:1], *right[:1]]
     kept, text = list(chosen), _text(chosen)
     for sibling in first_out:
         if len(renderer.encode(text)) <= max_tokens:

@@ -48,10 +48,8 @@ def document_block(
     Returns:
         The block: ``search_prompt_ids`` in the order of the searches; ``text`` all texts, for people.
     """
-    texts = [
-        "" if observation is None else _text(observation, renderer, profile, max_tokens)
-        for observation in _found(trajectory)
-    ]
+    found = _found(trajectory)
+    texts = ["" if observation is None else _text(observation, renderer, profile, max_tokens) for observation in found]
     prompts = [renderer.prompt_ids(profile.user_text(question.text, hindsight=text)) if text else () for text in texts]
     return HindsightBlock(
         text="\n\n".join(filter(None, texts)),
@@ -60,6 +58,7 @@ def document_block(
         dropped=(),
         leaks=leaks,
         search_prompt_ids=tuple(map(tuple, prompts)),
+        is_emptied=any(observation is not None and not text for observation, text in zip(found, texts, strict=True)),
     )
 
 

@@ -104,7 +104,7 @@ class DistillRows:
     Attributes:
         rows: [Q] indices into T, ascending.
         target: of the teacher, row by row.
-        weights: [Q]; sum to 1 over the global minibatch.
+        weights: [Q]; sum to 1 over the global minibatch, or to the share of its trajectories that have a teacher.
         classes: [Q] index into ``records.GROUP_CLASSES``; for metrics alone.
         alpha: weight of the distillation loss at this step.
     """
@@ -157,13 +157,11 @@ def sd_search_loss(
     if importance is not None:
         values["importance_cut_share"] = (policy.weights * is_cut).sum()
     if distill is not None:
-        values["jsd"] = (distill.weights * divergence).sum()
-        loss = loss + distill.alpha * values["jsd"]
-    values["loss"] = loss
-    if distill is not None:
+        values["distill_loss"] = (distill.weights * divergence).sum()
+        loss = loss + distill.alpha * values["distill_loss"]
         gap = query_entropy - distill.target.entropy
-        values["entropy_gap"] = (distill.weights * gap).sum()
         values |= _by_class({"jsd": divergence.detach(), "entropy_gap": gap}, distill)
+    values["loss"] = loss
     metrics = {name: value.detach() for name, value in values.items()}
     return loss, metrics | agreement(old, policy.rollout_logprobs, policy.weights)
 

@@ -34,6 +34,7 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, raise_first
 from megatron_sdsearch.model.background_write import BackgroundWrite, describe, plan_write
 from megatron_sdsearch.model.checkpoint_folder import (
+    FORMAT,
     CheckpointFolder,
     FileRecord,
     continuation_problems,
@@ -281,7 +282,7 @@ class CheckpointStore:
         }
         records = dict(sorted({**shards, **others}.items()))
         manifest = {
-            "format": 2,
+            "format": FORMAT,
             "step": state.step,
             "run_date": state.run_date.isoformat() if state.run_date is not None else None,
             "layout": _layout(self._parallel),

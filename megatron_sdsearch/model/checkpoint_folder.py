@@ -23,6 +23,8 @@ from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, fl
 from megatron_sdsearch.errors import CheckpointError
 
 MANIFEST: Final = "manifest.json"
+FORMAT: Final = 3
+"""Of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
 LATEST: Final = "latest"
 BEST: Final = "best"
 _STEP: Final = "step_"
@@ -219,7 +221,7 @@ _PATHS = (
 
 def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
-    before, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
+    before, now = _settings(manifest), flatten(config.model_dump(mode="json"))
     kind = "parallel.distributed_optimizer"
     if bool(before.get(kind)) != now[kind]:  # the two keep their state under other names
         yield CheckpointError(f"{folder} was written with {kind} = {not now[kind]}: set it back")
@@ -239,6 +241,14 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
         yield CheckpointError(
             f"{folder} is beyond train.num_steps = {config.train.num_steps}: raise it or take another run_dir"
         )
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the run that wrote a manifest, under today's names."""
+    settings = flatten(manifest["config"])
+    if manifest.get("format", 0) < FORMAT and settings.get("hindsight.labels") == "shuffled":
+        settings["hindsight.labels"] = "permuted"  # what format 2 called so
+    return settings
 
 
 def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, verify: bool) -> list[str]:

@@ -159,15 +159,14 @@ def check_lengths(hf_config: PretrainedConfig, config: RunConfig) -> None:
     """The longest sequence of the run has positions in the model.
 
     Raises:
-        ConfigError: a trajectory with its hindsight block is longer.
+        ConfigError: ``RunConfig.longest_sequence`` is longer.
     """
-    longest = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
-    max_positions = hf_config.max_position_embeddings
-    if config.train.mode == "rl" and longest > max_positions:
+    longest, max_positions = config.longest_sequence, hf_config.max_position_embeddings
+    if config.train.mode == "rl" and longest.num_tokens > max_positions:
         raise ConfigError(
             "rollout.max_total_tokens",
-            f"with hindsight.max_block_tokens it makes {longest} tokens, the model has {max_positions} positions",
-            "lower one of the two",
+            f"{longest.settings} makes {longest.num_tokens} tokens, the model has {max_positions} positions",
+            f"lower {longest.settings.replace(' + ', ' or ')}",
         )
 
 

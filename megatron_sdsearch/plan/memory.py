@@ -274,14 +274,14 @@ def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
 
 def _server_bytes(rank: _Rank, step: StepLoad) -> tuple[int, int, int]:
     """On one GPU of a server: weights; cache of all its trajectories at once; cache of the longest one."""
-    servers, rollout = rank.layout.servers, rank.config.rollout
+    servers = rank.layout.servers
     if servers is None:
         return 0, 0, 0
     per_token = rank.shape.kv_bytes_per_token(rank.element, servers.tensor)
     concurrent = -(-step.num_trajectories // servers.num)
     wanted = int(concurrent * step.workload.student_tokens * per_token)
-    longest = rollout.max_total_tokens + rank.config.hindsight.max_block_tokens
-    return rank.shape.num_params * rank.element // servers.tensor, max(wanted, longest * per_token), longest * per_token
+    longest = rank.config.longest_rollout.num_tokens * per_token
+    return rank.shape.num_params * rank.element // servers.tensor, max(wanted, longest), longest
 
 
 def _publish(rank: _Rank) -> dict[str, int]:

@@ -111,15 +111,11 @@ class Planner:
                 yield from self._variants(base)
 
     def _variants(self, base: Layout) -> Iterator[Layout]:
-        budgets = sorted({self._least_tokens(), base.max_tokens // 2, base.max_tokens, 2 * base.max_tokens})
+        least = self.config.longest_sequence.num_tokens  # as ``RunConfig`` asks, it must fit a row
+        budgets = sorted({least, base.max_tokens // 2, base.max_tokens, 2 * base.max_tokens})
         for recompute, budget, is_sharded in product((False, True), budgets, (False, True)):
-            if budget >= self._least_tokens() and (base.dp > 1 or not is_sharded):
+            if budget >= least and (base.dp > 1 or not is_sharded):
                 yield replace(base, recompute=recompute, max_tokens=budget, distributed_optimizer=is_sharded)
-
-    def _least_tokens(self) -> int:
-        """As ``RunConfig`` asks: the longest sequence must fit a row."""
-        config = self.config
-        return config.rollout.max_total_tokens + config.hindsight.max_block_tokens * (config.objective.alpha > 0)
 
     def _servers(self, given: Servers | None) -> list[Servers | None]:
         if given is None or given.place == "attached":

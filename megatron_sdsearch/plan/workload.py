@@ -39,7 +39,7 @@ class Workload:
     @classmethod
     def of(cls, config: RunConfig, *, fill: float = DEFAULT_FILL) -> Workload:
         """Every budget of ``rollout`` and ``hindsight`` filled to the same share."""
-        rollout, is_distilled = config.rollout, config.objective.alpha > 0
+        rollout, is_distilled = config.rollout, config.is_distilling
         block = fill * config.hindsight.max_block_tokens
         if config.hindsight.content == "documents":  # one observation, unless it is cut
             block = min(fill * rollout.max_observation_tokens, config.hindsight.max_block_tokens)
@@ -137,8 +137,8 @@ class StepLoad:
         return cls(
             workload=workload,
             num_trajectories=num,
-            num_minibatches=math.ceil(num / (config.train.trajectories_per_minibatch or num)),
-            is_distilled=config.objective.alpha > 0 and workload.teacher_tokens > 0,
+            num_minibatches=config.updates_per_step,
+            is_distilled=config.is_distilling and workload.teacher_tokens > 0,
             has_reference=config.objective.kl_coef > 0,
             longest_documents=_longest_documents(config) if config.hindsight.content == "documents" else 0,
         )

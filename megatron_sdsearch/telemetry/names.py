@@ -28,8 +28,16 @@ NUM_ABANDONED: Final = "train/num_abandoned"
 LEAK_SHARE: Final = "hindsight/leak_share"
 """Share of trajectories with a gold answer inside a query."""
 
+NUM_EMPTIED: Final = "hindsight/num_emptied"
+"""Trajectories of the step with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of: there nothing is
+distilled."""
+
 JSD: Final = "loss/jsd"
-"""Mean over query tokens, then over trajectories; absent when nothing was distilled."""
+"""Mean over the distilled tokens, weighed against each other as ``objective.distill_aggregation`` does; absent when
+nothing was distilled."""
+DISTILL: Final = "loss/distill"
+"""L_SD, which alpha multiplies: the JSD's mean or, over ``all_trajectories``, that times the share of trajectories that
+are distilled."""
 ENTROPY_GAP: Final = "loss/entropy_gap"
 """Entropy of the student minus that of the teacher, nats, over the whole vocabulary at the sampling temperature; the
 same mean as the JSD's, and absent with it. Positive where hindsight makes the policy surer."""

@@ -73,11 +73,6 @@ def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState)
     return SGLangPolicyEngine(config, renderer, parallel)
 
 
-def _max_tokens(config: RunConfig) -> int:
-    """Of one sequence: the query probe asks with the teacher's prompt, which is longer by the block."""
-    return config.rollout.max_total_tokens + config.hindsight.max_block_tokens
-
-
 class EmbeddedPolicyEngine:
     """A transformers model in this very process. Implements ``PolicyEngine``."""
 
@@ -85,7 +80,9 @@ class EmbeddedPolicyEngine:
         dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
         model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir), dtype=dtype)
         model.to(parallel.device).eval()
-        self._embedded = EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, _max_tokens(config))
+        self._embedded = EmbeddedEngine(
+            model, renderer.token_bytes, renderer.eos_ids, config.longest_rollout.num_tokens
+        )
         self.engine: Engine = self._embedded
 
     def publish(self, policy: Network, version: int) -> None:
@@ -123,7 +120,7 @@ class SGLangPolicyEngine:
             renderer.token_bytes,
             renderer.eos_ids,
             load_hf_config(config.model.hf_dir).vocab_size,
-            _max_tokens(config),
+            config.longest_rollout.num_tokens,
             sglang,
             deterministic=parallel.device.type == "cuda",
         )

@@ -151,6 +151,8 @@ class Policy(Network):
     def update(self, minibatch: Minibatch, loss: RowLoss) -> UpdateResult:
         """One optimizer step on the gradient of ``loss`` summed over the global minibatch.
 
+        Without a policy token the weights stay as they are; the schedule counts the update all the same.
+
         Raises:
             TrainingError: the loss or a gradient is not finite; the weights are as before.
         """

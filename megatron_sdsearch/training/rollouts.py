@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,17 +14,19 @@ from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.hindsight.block import build_hindsight
+from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
-from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
+from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, SearchLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.retrievers import open_retriever, take_counts
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 
@@ -41,6 +44,15 @@ class StepRollouts:
     groups: list[HindsightGroup]
     counts: CollectionCounts
     engine_counts: dict[str, int]
+
+    @property
+    def num_emptied(self) -> int:
+        """Trainable trajectories with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of."""
+        return sum(
+            block.is_emptied and trajectory.is_trainable
+            for group, blocks in self.groups
+            for trajectory, block in zip(group.trajectories, blocks, strict=True)
+        )
 
 
 class DistributedRollouts:
@@ -62,6 +74,7 @@ class DistributedRollouts:
         self._retriever = runner.run(open_retriever(config.retrieval))
         self._source = start_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
+        self._has_warned = False
 
     def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
@@ -82,17 +95,17 @@ class DistributedRollouts:
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
-        groups = [(group, self._hindsight(group)) for group in collected.groups]
+        groups = self._with_hindsight(collected)
         counts = self._source.take_counts() | take_counts(self._retriever)
         own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
-        gathered = self._parallel.all_gather_object((own, collected.losses))
-        self._check([losses for _, losses in gathered])
-        parts = [part for part, _ in gathered]
-        return StepRollouts(
+        parts = self._parallel.all_gather_object(own)
+        whole = StepRollouts(
             groups=_in_turn([part.groups for part in parts]),
             counts=sum((part.counts for part in parts), CollectionCounts()),
             engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
         )
+        self._warn_of_emptied(whole, step)
+        return whole
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order, on every rank; raises as ``collect`` does."""
@@ -140,8 +153,30 @@ class DistributedRollouts:
     def _check(self, losses: Sequence[SearchLosses]) -> None:
         sum(losses, SearchLosses()).check(self._config.rollout.max_failed_search_share)
 
-    def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
-        return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)
+    def _with_hindsight(self, collected: Collected) -> list[HindsightGroup]:
+        """This rank's groups; labels may be drawn from the outcomes of all ranks."""
+        config = self._config.hindsight
+        own = outcomes_of(collected.groups, config.rho)
+        gathered = self._parallel.all_gather_object((own, collected.losses))
+        self._check([losses for _, losses in gathered])
+        labels = shown_labels([o for outcomes, _ in gathered for o in outcomes], config, seed=self._config.seed)
+        return [
+            (group, build_hindsight(group, self.renderer, self._profile, config, labels)) for group in collected.groups
+        ]
+
+    def _warn_of_emptied(self, rollouts: StepRollouts, step: int) -> None:
+        """Once: ``hindsight/num_emptied`` counts it in every step."""
+        if self._has_warned or not self._config.is_distilling or not rollouts.num_emptied:
+            return
+        self._has_warned = True
+        if self._parallel.is_main:
+            _log.warning(
+                "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
+                "not distilled; raise it (hindsight/num_emptied counts them in every step)",
+                step + 1,  # as metrics.jsonl counts
+                self._config.hindsight.max_block_tokens,
+                rollouts.num_emptied,
+            )
 
     def _share(self, items: Sequence[T]) -> Sequence[T]:
         return items[self._parallel.rank :: self._parallel.world_size]

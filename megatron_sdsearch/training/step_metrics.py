@@ -12,7 +12,7 @@ from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import GROUP_CLASSES, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult
-from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
+from megatron_sdsearch.training.rollouts import StepRollouts
 
 Values = dict[str, float | int]
 _BY_CLASS = ("jsd", "entropy_gap")
@@ -38,7 +38,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
         **_rollout_values(metrics, "train/"),
         **_query_values(rollouts),
     }
-    return values | _hindsight_values(groups) | of_updates(results)
+    return values | _hindsight_values(collected) | of_updates(results)
 
 
 def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
@@ -60,7 +60,7 @@ def of_updates(results: Sequence[UpdateResult]) -> Values:
     if not reported:
         return {}
     values: Values = {}
-    columns = [_class_means(result.metrics) for result in reported]
+    columns = [_distillation_means(result.metrics) for result in reported]
     for name in sorted({name for column in columns for name in column}):
         column = [metrics[name] for metrics in columns if name in metrics]
         key = f"loss/{name.removesuffix('_loss')}" if name != "loss" else "loss/total"
@@ -70,12 +70,17 @@ def of_updates(results: Sequence[UpdateResult]) -> Values:
     return values
 
 
-def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Sums by group class become means; a class without a query token is left out."""
-    sums = {f"{name}_{kind}": f"distill_weight_{kind}" for name in _BY_CLASS for kind in GROUP_CLASSES}
-    means = {name: value for name, value in metrics.items() if name not in {*sums, *sums.values()}}
-    known = {name: weight for name, weight in sums.items() if metrics.get(weight, 0.0)}
-    return means | {name: metrics[name] / metrics[weight] for name, weight in known.items()}
+def _distillation_means(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Sums by group class become means, of each class and of all; a class without a distilled token is left out."""
+    sums = {name: {kind: f"{name}_{kind}" for kind in GROUP_CLASSES} for name in ("distill_weight", *_BY_CLASS)}
+    own = {column for by_class in sums.values() for column in by_class.values()}
+    means = {name: value for name, value in metrics.items() if name not in own}
+    weights = {kind: metrics.get(column, 0.0) for kind, column in sums["distill_weight"].items()}
+    for name in _BY_CLASS if any(weights.values()) else ():
+        known = {kind: metrics[sums[name][kind]] for kind, weight in weights.items() if weight}
+        means[name] = sum(known.values()) / sum(weights.values())
+        means |= {sums[name][kind]: value / weights[kind] for kind, value in known.items()}
+    return means
 
 
 def _rollout_values(metrics: Metrics, prefix: str) -> Values:
@@ -101,7 +106,8 @@ def _query_values(groups: Sequence[RolloutGroup]) -> Values:
     }
 
 
-def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:
+def _hindsight_values(collected: StepRollouts) -> Values:
+    groups = collected.groups
     num_trajectories = sum(len(group.trajectories) for group, _ in groups)
     leaks = sum(
         trajectory.trajectory_id.sibling in block.leaks
@@ -113,6 +119,7 @@ def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:
         "hindsight/num_leaks": leaks,
         names.LEAK_SHARE: leaks / num_trajectories,
         "hindsight/dropped_per_block": dropped / num_trajectories,
+        names.NUM_EMPTIED: collected.num_emptied,
     }
 
 

@@ -28,13 +28,12 @@ T = TypeVar("T")
 
 
 def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel: ParallelState) -> TrainBatch:
-    """This rank's part of a step's samples, as configured; a warm start learns from all of them at once."""
-    is_rl = config.train.mode == "rl"
+    """This rank's part of a step's samples, in as many minibatches as the schedule counts on."""
     return pack(
         samples,
         num_ranks=parallel.dp_size,
         rank=parallel.dp_rank,
-        trajectories_per_minibatch=config.train.trajectories_per_minibatch if is_rl else None,
+        num_minibatches=config.updates_per_step,
         max_tokens=config.train.max_tokens_per_microbatch,
         alignment=parallel.alignment,
         equal_lengths=parallel.pp_size > 1,
@@ -59,16 +58,17 @@ class Learner:
         self._objective = config.objective
 
     def learn(self, batch: TrainBatch, step: int, timer: PhaseTimer) -> list[UpdateResult]:
-        """One update per minibatch, in order.
+        """One update per minibatch, in order; an empty one advances the schedule alone.
 
-        With one minibatch the policy's own pass is the old policy: the extra forward pass is left out.
+        With one to learn from the policy's own pass is the old policy: the extra forward pass is left out.
         """
         alpha = self._objective.alpha_at(step)
         minibatches = batch.minibatches
         with timer.phase("reference"):
             ref = [self._reference.logprobs(m) for m in minibatches] if self._reference is not None else None
         with timer.phase("old"):
-            old = [self._policy.logprobs(m) for m in minibatches] if len(minibatches) > 1 else None
+            is_only = sum(m.num_policy_tokens > 0 for m in minibatches) <= 1
+            old = None if is_only else [self._policy.logprobs(m) for m in minibatches]
         results = []
         for index, minibatch in enumerate(minibatches):
             with timer.phase("teacher"):

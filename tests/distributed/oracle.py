@@ -132,6 +132,7 @@ def oracle(
     num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
     distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompts]
     loss = torch.zeros((), dtype=torch.float64)
+    distill = torch.zeros((), dtype=torch.float64)
     gaps, entropy_gaps = [], []
     for sample in samples:
         logits = _logits(model, sample.token_ids)
@@ -150,13 +151,22 @@ def oracle(
         loss = loss + token_loss.sum() / num_tokens
         if any(sample is other for other in distilled):
             p, q = _teacher(model, sample), logits[torch.as_tensor(sample.query_mask)].softmax(-1)
-            loss = loss + config.alpha * _jsd(p, q, config.topk, config.topk_of).mean() / len(distilled)
-            entropy_gaps.append((_entropy(q.detach()) - _entropy(p)).mean())
+            # Of one query token: a mean over this trajectory's and over trajectories, or a mean over all query tokens.
+            num_query = int(sample.query_mask.sum())
+            weight = {
+                "all_trajectories": 1 / num_query / len(samples),
+                "trajectory": 1 / num_query / len(distilled),
+                "token": 1 / sum(int(other.query_mask.sum()) for other in distilled),
+            }[config.distill_aggregation]
+            distill = distill + weight * _jsd(p, q, config.topk, config.topk_of).sum()
+            entropy_gaps.append(weight * (_entropy(q.detach()) - _entropy(p)).sum())
+    loss = loss + config.alpha * distill
     loss.backward()
     gap = torch.cat(gaps)
     metrics = {
         "loss": loss.detach(),
-        "entropy_gap": torch.stack(entropy_gaps).mean(),
+        "distill_loss": distill.detach(),
+        "entropy_gap_mixed": torch.stack(entropy_gaps).sum(),  # the class of all samples here
         "rollout_gap": gap.abs().mean(),
         "rollout_gap_max": gap.abs().max(),
         "rollout_gap_share": (gap.abs() > 0.1).double().mean(),

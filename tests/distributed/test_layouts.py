@@ -44,13 +44,15 @@ class Case:
     num_groups: int = 2
     correction: str = "none"
     topk_of: str = "teacher"
+    aggregation: str = "all_trajectories"
     dtype: str = "float32"
     layer_spec: str = "local"
 
     @property
     def objective(self) -> dict[str, object]:
         form = TOPK if self.is_topk else WHOLE
-        return {**form, "importance_correction": self.correction, "topk_of": self.topk_of}
+        how = {"topk_of": self.topk_of, "distill_aggregation": self.aggregation}
+        return {**form, "importance_correction": self.correction, **how}
 
     @property
     def model(self) -> str:
@@ -60,7 +62,7 @@ class Case:
 CASES = {
     1: [
         Case("one microbatch", "qwen2", is_tied=False, max_tokens=1000),
-        Case("many microbatches", "qwen2", is_tied=False),
+        Case("many microbatches", "qwen2", is_tied=False, aggregation="token"),
         Case("whole distributions", "qwen3", is_tied=True, is_topk=False),
         Case("recompute", "qwen3", is_tied=True, recompute="full"),
         Case("llama", "llama", is_tied=True),
@@ -78,7 +80,7 @@ CASES = {
         Case("tp2 mistral", "mistral", is_tied=False, tensor=2),
         Case("pp2 tied", "qwen2", is_tied=True, pipeline=2),
         Case("dp2", "qwen2", is_tied=True),
-        Case("dp2 mask", "qwen2", is_tied=True, correction="mask"),
+        Case("dp2 mask", "qwen2", is_tied=True, correction="mask", aggregation="trajectory"),
         Case("dp2 one microbatch", "qwen3", is_tied=False, max_tokens=1000),
     ],
     4: [
@@ -87,7 +89,7 @@ CASES = {
         Case("tp2 pp2 sequence", "qwen2", is_tied=True, tensor=2, pipeline=2, sequence=True),
         Case("tp4 union", "qwen2", is_tied=False, tensor=4, num_groups=4, topk_of="union"),
         Case("tp2 dp2", "qwen3", is_tied=False, tensor=2),
-        Case("pp2 dp2", "qwen2", is_tied=True, pipeline=2),
+        Case("pp2 dp2", "qwen2", is_tied=True, pipeline=2, aggregation="token"),
     ],
 }
 
@@ -125,7 +127,7 @@ def _pack(samples: list[TrainingSample], case: Case, config: RunConfig, parallel
         samples,
         num_ranks=parallel.dp_size,
         rank=parallel.dp_rank,
-        trajectories_per_minibatch=None,
+        num_minibatches=1,
         max_tokens=case.max_tokens,
         alignment=parallel.alignment,
         equal_lengths=parallel.pp_size > 1,

@@ -121,7 +121,7 @@ def _pack(config: RunConfig, parallel: ParallelState) -> TrainBatch:
         samples,
         num_ranks=parallel.dp_size,
         rank=parallel.dp_rank,
-        trajectories_per_minibatch=None,
+        num_minibatches=1,
         max_tokens=config.train.max_tokens_per_microbatch,
         alignment=parallel.alignment,
         equal_lengths=parallel.pp_size > 1,

@@ -150,7 +150,7 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, nobody
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
         ("server_info", {"tp_size": 2}, "rollout.sglang.tensor", "runs with --tp-size 2"),
-        ("server_info", {"context_length": 400}, "rollout.max_total_tokens", "428 tokens"),
+        ("server_info", {"context_length": 299}, "rollout.max_total_tokens", "makes 300 tokens"),
         ("server_info", {"max_total_num_tokens": 100}, "rollout.max_total_tokens", "takes 100 (max_total_num_tokens)"),
         ("server_info", {"skip_tokenizer_init": True}, "rollout.sglang.urls", "has no tokenizer"),
         ("model_info", {"model_type": "llama"}, "rollout.sglang.urls", "serves a llama, the policy is a qwen2"),

@@ -137,6 +137,18 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ),
         ({"rollout.max_total_tokens": 2559}, "rollout.max_total_tokens", "2559", "at least 2560"),
         ({"train.max_tokens_per_microbatch": 8703}, "train.max_tokens_per_microbatch", "8703", "at least 8704"),
+        (
+            {"hindsight.content": "everything"},
+            "hindsight.max_block_tokens",
+            "2048 cannot hold what hindsight.content=everything shows: 5 responses of up to 4608 tokens = 23040",
+            "at least 23040, and train.max_tokens_per_microbatch to 29696",
+        ),
+        (
+            {"objective.distill_aggregation": "searching"},
+            "objective.distill_aggregation",
+            "'searching'",
+            "'all_trajectories', 'trajectory' or 'token'",
+        ),
     ],
 )
 def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: str, value: str, mend: str) -> None:
@@ -194,6 +206,54 @@ def test_warm_start_asks_for_its_own_sections(changes: dict[str, Any], field: st
 def test_budgets_that_just_fit_are_accepted(changes: dict[str, Any], limit: int) -> None:
     config = parse_config(merged(RL, changes))
     assert limit in (config.rollout.max_total_tokens, config.train.max_tokens_per_microbatch)
+
+
+EVERYTHING: dict[str, Any] = {"hindsight.content": "everything", "train.max_tokens_per_microbatch": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, 5 * 4608),
+        ({"hindsight.siblings": "correct"}, 5 * 4608),
+        ({"hindsight.siblings": "others"}, 4 * 4608),
+        ({"hindsight.siblings": "own"}, 4608),
+        ({"rollout.group_size": 8}, 8 * 4608),
+        # Two searches and an answer end before the budget of the whole trajectory does.
+        ({"rollout.max_turns": 2}, 5 * (2 * (512 + 512) + 512)),
+    ],
+)
+def test_a_block_of_whole_responses_has_to_hold_them(changes: dict[str, Any], needed: int) -> None:
+    tree = merged(RL, EVERYTHING | changes)
+    error = error_of(merged(tree, {"hindsight.max_block_tokens": needed - 1}))
+    assert (error.field, f"at least {needed}" in error.mend) == ("hindsight.max_block_tokens", True)
+    assert parse_config(merged(tree, {"hindsight.max_block_tokens": needed})).hindsight.max_block_tokens == needed
+
+
+NEVER_DISTILS: list[dict[str, Any]] = [
+    {"objective.alpha": 0},
+    {"objective.alpha_warmup_steps": 200},
+    {"train.num_steps": 1, "objective.alpha_schedule": "ramp"},
+]
+
+
+@pytest.mark.parametrize("changes", NEVER_DISTILS)
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_run_without_distillation_needs_no_room_for_a_block(changes: dict[str, Any], probe: bool) -> None:
+    more = {"train.max_tokens_per_microbatch": 6656, "hindsight.content": "everything", "telemetry.query_probe": probe}
+    config = parse_config(merged(RL, more | changes))
+    assert not config.is_distilling
+    assert config.longest_sequence == config.longest_rollout == (6656, "rollout.max_total_tokens")
+
+
+def test_the_longest_sequences_of_trainer_and_engine() -> None:
+    config = parse_config(RL)
+    assert config.is_distilling
+    with_block = (6656 + 2048, "rollout.max_total_tokens + hindsight.max_block_tokens")
+    assert config.longest_sequence == with_block
+    assert config.longest_rollout == (6656, "rollout.max_total_tokens"), "blocks are the trainer's alone"
+    assert parse_config(merged(RL, {"telemetry.query_probe": True})).longest_rollout == with_block
+    assert not parse_config(WARM_START).is_distilling
 
 
 def test_a_warm_start_does_not_evaluate() -> None:
@@ -473,6 +533,7 @@ def test_updates_are_counted_by_minibatch() -> None:
     assert parse_config(merged(RL, changes)).num_updates == 3 * 5
     whole_steps = {"train": {"num_steps": 3, "trajectories_per_minibatch": None}}
     assert parse_config(merged(RL, changes | whole_steps)).num_updates == 3
+    assert parse_config(merged(WARM_START, changes)).num_updates == 3
 
 
 # Defaults, examples, schedule
@@ -484,7 +545,7 @@ def test_defaults_are_the_papers_and_autorefines() -> None:
     # arXiv 2605.18299: section 3 and the published recipe
     assert (objective.alpha, objective.alpha_warmup_steps, objective.alpha_schedule) == (1e-3, 50, "gate")
     assert (objective.divergence, objective.beta, objective.topk) == ("jsd", 0.5, 50)
-    assert (objective.distill_positions, objective.distill_aggregation) == ("query", "trajectory")
+    assert (objective.distill_positions, objective.distill_aggregation) == ("query", "all_trajectories")
     assert (config.hindsight.siblings, config.hindsight.labels, config.hindsight.content) == (
         "all",
         "outcome",

@@ -123,7 +123,7 @@ def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelStat
         [sample],
         num_ranks=1,  # every replica reads it
         rank=0,
-        trajectories_per_minibatch=None,
+        num_minibatches=1,
         max_tokens=len(ids) + parallel.alignment,
         alignment=parallel.alignment,
         equal_lengths=parallel.pp_size > 1,

@@ -58,7 +58,7 @@ def run(
     samples: Sequence[TrainingSample], *, num_ranks: int = 1, objective: ObjectiveConfig | None = None, **changes: Any
 ) -> list[TrainBatch]:
     options: dict[str, Any] = {
-        "trajectories_per_minibatch": None,
+        "num_minibatches": 1,
         "max_tokens": BUDGET,
         "alignment": 1,
         "equal_lengths": False,
@@ -110,7 +110,7 @@ def sample_lists(draw: st.DrawFn) -> list[TrainingSample]:
 layouts = given(
     samples=sample_lists(),
     num_ranks=st.integers(1, 4),
-    size=st.sampled_from([None, 1, 3]),
+    num_minibatches=st.sampled_from([1, 2, 3, 10]),
     alignment=st.sampled_from([1, 2, 4]),
     equal_lengths=st.booleans(),
 )
@@ -119,12 +119,12 @@ layouts = given(
 @unhurried
 @layouts
 def test_every_token_exactly_once(
-    samples: list[TrainingSample], num_ranks: int, size: int | None, alignment: int, equal_lengths: bool
+    samples: list[TrainingSample], num_ranks: int, num_minibatches: int, alignment: int, equal_lengths: bool
 ) -> None:
     batches = run(
         samples,
         num_ranks=num_ranks,
-        trajectories_per_minibatch=size,
+        num_minibatches=num_minibatches,
         alignment=alignment,
         equal_lengths=equal_lengths,
     )
@@ -142,13 +142,13 @@ def test_every_token_exactly_once(
 @unhurried
 @layouts
 def test_arrays_are_carried_over_position_by_position(
-    samples: list[TrainingSample], num_ranks: int, size: int | None, alignment: int, equal_lengths: bool
+    samples: list[TrainingSample], num_ranks: int, num_minibatches: int, alignment: int, equal_lengths: bool
 ) -> None:
     by_first_id = {int(sample.token_ids[0]): sample for sample in samples}
     batches = run(
         samples,
         num_ranks=num_ranks,
-        trajectories_per_minibatch=size,
+        num_minibatches=num_minibatches,
         alignment=alignment,
         equal_lengths=equal_lengths,
     )
@@ -171,12 +171,12 @@ def test_arrays_are_carried_over_position_by_position(
 @unhurried
 @layouts
 def test_shapes_budgets_and_counts(
-    samples: list[TrainingSample], num_ranks: int, size: int | None, alignment: int, equal_lengths: bool
+    samples: list[TrainingSample], num_ranks: int, num_minibatches: int, alignment: int, equal_lengths: bool
 ) -> None:
     batches = run(
         samples,
         num_ranks=num_ranks,
-        trajectories_per_minibatch=size,
+        num_minibatches=num_minibatches,
         alignment=alignment,
         equal_lengths=equal_lengths,
     )
@@ -184,6 +184,7 @@ def test_shapes_budgets_and_counts(
     for i in range(len(batches[0].minibatches)):
         parts = whole(batches, i)
         assert len({len(part.student) for part in parts}) == 1
+        assert bool(parts[0].student) == (parts[0].num_trajectories > 0)
         assert all(len(part.teacher) in (0, len(part.student)) for part in parts)
         assert (
             len({(p.num_trajectories, p.num_policy_tokens, p.num_distill_tokens, len(p.teacher)) for p in parts}) == 1
@@ -217,19 +218,21 @@ def check_shape(microbatch: Microbatch, alignment: int) -> int:
 
 @unhurried
 @layouts
-@pytest.mark.parametrize("aggregation", [("token", "trajectory"), ("sequence", "token")])
-def test_weights_sum_to_one_over_all_ranks(
+@pytest.mark.parametrize(
+    "aggregation", [("token", "trajectory"), ("sequence", "token"), ("sequence", "all_trajectories")]
+)
+def test_weights_sum_to_one_over_all_ranks_or_to_the_share_that_distils(
     aggregation: tuple[str, str],
     samples: list[TrainingSample],
     num_ranks: int,
-    size: int | None,
+    num_minibatches: int,
     alignment: int,
     equal_lengths: bool,
 ) -> None:
     batches = run(
         samples,
         num_ranks=num_ranks,
-        trajectories_per_minibatch=size,
+        num_minibatches=num_minibatches,
         alignment=alignment,
         equal_lengths=equal_lengths,
         objective=ObjectiveConfig.model_validate(
@@ -238,12 +241,22 @@ def test_weights_sum_to_one_over_all_ranks(
     )
     for i in range(len(batches[0].minibatches)):
         parts = whole(batches, i)
+        if not parts[0].num_trajectories:
+            continue
         students = microbatches(parts)
         assert sum(m.policy_weights.sum() for m in students) == pytest.approx(1.0, abs=1e-12)
         assert sum(int(m.loss_mask.sum()) for m in students) == parts[0].num_policy_tokens
         assert sum(int(m.query_mask.sum()) for m in students) == parts[0].num_distill_tokens
         distills = parts[0].num_distill_tokens > 0
-        assert sum(m.distill_weights.sum() for m in students) == pytest.approx(float(distills), abs=1e-12)
+        share = float(distills)
+        if aggregation[1] == "all_trajectories":
+            num_distilled = sum(
+                bool(m.query_mask[start:end].any())
+                for m in students
+                for start, end in zip(m.cu_seqlens, m.cu_seqlens[1:], strict=False)
+            )
+            share = num_distilled / parts[0].num_trajectories
+        assert sum(m.distill_weights.sum() for m in students) == pytest.approx(share, abs=1e-12)
         assert bool(parts[0].teacher) == distills
         for m in students:
             assert ((m.policy_weights > 0) == m.loss_mask).all()
@@ -253,13 +266,13 @@ def test_weights_sum_to_one_over_all_ranks(
 @unhurried
 @layouts
 def test_teacher_rows_are_the_student_s_rows(
-    samples: list[TrainingSample], num_ranks: int, size: int | None, alignment: int, equal_lengths: bool
+    samples: list[TrainingSample], num_ranks: int, num_minibatches: int, alignment: int, equal_lengths: bool
 ) -> None:
     assume(any(sample.teacher_prompts and sample.query_mask.any() for sample in samples))
     batches = run(
         samples,
         num_ranks=num_ranks,
-        trajectories_per_minibatch=size,
+        num_minibatches=num_minibatches,
         alignment=alignment,
         equal_lengths=equal_lengths,
     )
@@ -288,8 +301,15 @@ def test_sequence_weights_by_hand() -> None:
     assert sorted(student.policy_weights[student.loss_mask].tolist()) == [0.1] * 5 + [0.5]
 
 
-@pytest.mark.parametrize(("aggregation", "expected"), [("trajectory", [1 / 6] * 3 + [0.5]), ("token", [0.25] * 4)])
-def test_distillation_weights_count_only_trajectories_that_distil(aggregation: str, expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("all_trajectories", [1 / 12] * 3 + [0.25]),
+        ("trajectory", [1 / 6] * 3 + [0.5]),
+        ("token", [0.25] * 4),
+    ],
+)
+def test_distillation_weights_by_hand(aggregation: str, expected: list[float]) -> None:
     samples = [
         make_sample(0, query=[1], teacher_prompt=3),
         make_sample(1, query=[0, 1, 2], teacher_prompt=3),
@@ -306,11 +326,52 @@ def test_distillation_weights_count_only_trajectories_that_distil(aggregation: s
 
 def test_weights_are_those_of_the_own_minibatch() -> None:
     samples = [make_sample(0, response=2), make_sample(1, response=2), make_sample(2, response=4)]
-    (batch,) = run(samples, trajectories_per_minibatch=2)
-    assert [m.num_trajectories for m in batch.minibatches] == [2, 1], "the remainder is a minibatch of its own"
+    (batch,) = run(samples, num_minibatches=2)
+    assert [m.num_trajectories for m in batch.minibatches] == [2, 1], "the larger part first"
     assert [m.num_policy_tokens for m in batch.minibatches] == [4, 4]
     assert batch.num_policy_tokens == 8
     assert [sequences(m.student[0])[0][0] // 1000 for m in batch.minibatches] == [1, 3], "consecutive samples"
+
+
+def contents(batch: TrainBatch) -> list[list[int]]:
+    """Indices of the samples of each minibatch, in their order."""
+    return [
+        sorted(int(ids[0]) // 1000 - 1 for m in minibatch.student for ids in sequences(m) if not is_padding(ids))
+        for minibatch in batch.minibatches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_minibatches", "sizes"),
+    [
+        (1280, 5, [256] * 5),
+        (1025, 5, [205] * 5),  # a fifth was lost to failed searches
+        (10, 3, [4, 3, 3]),
+        (7, 4, [2, 2, 2, 1]),
+        (2, 5, [1, 1, 0, 0, 0]),
+        (0, 2, [0, 0]),
+    ],
+)
+def test_a_step_makes_the_planned_number_of_nearly_equal_minibatches(
+    num_samples: int, num_minibatches: int, sizes: list[int]
+) -> None:
+    samples = [make_sample(i, prompt=1, response=1) for i in range(num_samples)]
+    by_rank = run(samples, num_ranks=2, num_minibatches=num_minibatches, max_tokens=10_000)
+    for batch in by_rank:
+        assert [m.num_trajectories for m in batch.minibatches] == sizes
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    learned = [sorted(a + b) for a, b in zip(*map(contents, by_rank), strict=True)]
+    assert learned == [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)], "in their order"
+    idle = [m for batch in by_rank for m in batch.minibatches if not m.num_trajectories]
+    assert all(len(m.student) == len(m.teacher) == m.num_policy_tokens == 0 for m in idle)
+
+
+def test_the_last_searcher_of_a_minibatch_does_not_carry_the_whole_alpha() -> None:
+    samples = [make_sample(i, query=[1] if i == 5 else [], teacher_prompt=3) for i in range(8)]
+    for num_minibatches, share in ((1, 1 / 8), (2, 1 / 4)):
+        batches = run(samples, num_ranks=2, num_minibatches=num_minibatches)
+        weights = [m.distill_weights.sum() for part in whole(batches, num_minibatches - 1) for m in part.student]
+        assert sum(weights) == pytest.approx(share), "one of all trajectories of its minibatch, at any split"
 
 
 def test_the_longest_goes_first_to_the_lightest_rank() -> None:
@@ -390,12 +451,6 @@ def test_packing_is_a_pure_function() -> None:
         assert one.token_ids.tolist() == other.token_ids.tolist()
 
 
-def test_no_samples_is_a_batch_without_minibatches() -> None:
-    for batch in run([], num_ranks=2):
-        assert list(batch.minibatches) == []
-        assert batch.num_policy_tokens == 0
-
-
 def test_demonstrations_pack_like_any_sample() -> None:
     samples = [make_sample(i, response=3, advantage=0.0) for i in range(2)]
     (batch,) = run(samples)
@@ -414,7 +469,7 @@ def test_a_misaligned_teacher_raises_on_every_rank() -> None:
                 [spoilt],
                 num_ranks=2,
                 rank=rank,
-                trajectories_per_minibatch=None,
+                num_minibatches=1,
                 max_tokens=BUDGET,
                 alignment=1,
                 equal_lengths=False,
@@ -428,7 +483,7 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
             [make_sample(0)],
             num_ranks=1,
             rank=1,
-            trajectories_per_minibatch=None,
+            num_minibatches=1,
             max_tokens=BUDGET,
             alignment=1,
             equal_lengths=False,

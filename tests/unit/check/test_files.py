@@ -301,6 +301,15 @@ def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_from(tiny: TinyRu
     assert "objective.topk_of = teacher, this run has union" in only(tiny.found("objective.topk_of=union")).problem
 
 
+def test_what_older_checkpoints_called_shuffled_labels_are_permuted_ones(tiny: TinyRun) -> None:
+    path = write_checkpoint(tiny, 2, "hindsight.labels=shuffled") / "manifest.json"
+    assert tiny.found("hindsight.labels=permuted") == []
+    assert "labels = permuted, this run has shuffled" in only(tiny.found("hindsight.labels=shuffled")).problem
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    assert tiny.found("hindsight.labels=shuffled") == []
+    assert "labels = shuffled, this run has permuted" in only(tiny.found("hindsight.labels=permuted")).problem
+
+
 def test_a_folder_that_a_run_is_using_is_found(tiny: TinyRun) -> None:
     with RunLock(tiny.folder / "run"):
         finding = only(tiny.found())

@@ -60,14 +60,6 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "lower it to 1",
     ),
     (
-        ("train.trajectories_per_minibatch=3",),
-        {},
-        "warning",
-        "train.trajectories_per_minibatch",
-        "has 2",
-        "divisor of 8",
-    ),
-    (
         ("train.trajectories_per_minibatch=9",),
         {},
         "warning",
@@ -99,6 +91,22 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "rollout.max_total_tokens",
         "528 tokens, the model has 512",
         "lower",
+    ),
+    (
+        ("objective.alpha=0", "rollout.max_total_tokens=513"),
+        {},
+        "error",
+        "rollout.max_total_tokens",
+        "rollout.max_total_tokens makes 513 tokens, the model has 512",
+        "lower rollout.max_total_tokens",
+    ),
+    (
+        ("hindsight.content=everything",),
+        {},
+        "error",
+        "hindsight.max_block_tokens",
+        "2 responses of up to 192 tokens = 384",
+        "at least 384, and train.max_tokens_per_microbatch to 684",
     ),
     (("rollout.max_total_tokens=150",), {}, "warning", "rollout.max_total_tokens", "holds 0 searches", "set it to"),
     (("rollout.max_observation_tokens=4",), {}, "error", "rollout.max_observation_tokens", "tags take", "more than"),
@@ -219,6 +227,19 @@ def test_a_mistake_is_one_finding_with_its_mend(
     assert (finding.severity, finding.field) == (severity, field)
     assert what in finding.problem
     assert mend in finding.mend
+
+
+def test_a_minibatch_size_that_does_not_divide_the_step_is_a_note(tiny: TinyRun) -> None:
+    assert tiny.found("train.trajectories_per_minibatch=3") == []
+    assert "8 trajectories: it makes 3 updates of 2 or 3 of them" in tiny.notes("train.trajectories_per_minibatch=3")
+    assert "does not divide" not in tiny.notes("train.trajectories_per_minibatch=4")
+    assert "2 updates of 4 of them" in tiny.notes("train.trajectories_per_minibatch=5")
+
+
+def test_a_run_without_distillation_may_fill_the_model_s_positions(tiny: TinyRun) -> None:
+    assert tiny.found("objective.alpha=0", "rollout.max_total_tokens=512") == []
+    only_a_warning = tiny.found("objective.alpha_warmup_steps=4", "rollout.max_total_tokens=512")
+    assert [finding.field for finding in only_a_warning] == ["objective.alpha_warmup_steps"]
 
 
 def test_all_mistakes_are_listed_whatever_their_kind(tiny: TinyRun) -> None:

@@ -113,9 +113,31 @@ def test_every_model_fits_its_layout(recipe: str, model: str) -> None:
         assert shape[name] % config.parallel.tensor == 0, name
         assert shape[name] % config.rollout.sglang.tensor == 0, name
     assert shape["num_hidden_layers"] % config.parallel.pipeline == 0
-    longest = config.rollout.max_total_tokens + config.hindsight.max_block_tokens
-    assert longest <= shape["max_position_embeddings"]
-    assert longest <= config.train.max_tokens_per_microbatch
+    assert config.longest_sequence.num_tokens <= shape["max_position_embeddings"]
+
+
+def _ablations() -> dict[str, list[str]]:
+    """Overrides by the paper's name of the row."""
+    text = (ROOT / "examples" / "sd_search" / "README.md").read_text(encoding="utf-8")
+    table = text.split("| the paper's row |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {name: _overrides(cell) for name, cell, _ in rows}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("ablation", _ablations())
+def test_every_ablation_differs_from_the_method_and_fits_the_models(ablation: str, model: str) -> None:
+    method, config = load("sd_search", *MODELS[model]), load("sd_search", *MODELS[model], *_ablations()[ablation])
+    changed = {
+        name for name, value in flatten(config.model_dump()).items() if flatten(method.model_dump())[name] != value
+    }
+    assert changed == {override.split("=")[0] for override in _ablations()[ablation]}
+    assert config.longest_sequence.num_tokens <= SHAPES[model]["max_position_embeddings"]
+
+
+def test_the_table_of_ablations_is_the_papers() -> None:
+    assert len(_ablations()) == 11
+    assert _ablations()["shuffled labels"] == ["hindsight.labels=shuffled"]
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"{machine.num_nodes}_nodes")
@@ -209,6 +231,7 @@ PUBLISHED = {
         "objective.beta": 0.5,
         "objective.topk": 50,
         "objective.distill_positions": "query",
+        "objective.distill_aggregation": "all_trajectories",
         "hindsight.siblings": "all",
         "hindsight.labels": "outcome",
         "hindsight.content": "searches",

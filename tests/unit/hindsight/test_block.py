@@ -10,6 +10,7 @@ import pytest
 from megatron_sdsearch.config import HindsightConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.hindsight.block import build_hindsight
+from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -81,8 +82,11 @@ def group_of(*attempts: tuple[Sequence[str], float], failed: Sequence[int] = (),
 
 
 def build(group: RolloutGroup, seed: int = 1, **settings: Any) -> list[HindsightBlock]:
+    """The group is the whole step."""
     renderer: Any = CharRenderer()
-    return build_hindsight(group, renderer, PLAIN, HindsightConfig(**settings), seed=seed)
+    config = HindsightConfig(**settings)
+    labels = shown_labels(outcomes_of([group], config.rho), config, seed=seed)
+    return build_hindsight(group, renderer, PLAIN, config, labels)
 
 
 MIXED = group_of((["first query", "second query"], 0.5), (["other query"], 0.0), ([], 0.0))
@@ -144,6 +148,7 @@ def test_without_siblings_nothing_is_distilled() -> None:
         assert block.text == ""
         assert block.teacher_prompt_ids == ()
         assert block.sources == ()
+        assert not block.is_emptied, "there was nothing to show"
 
 
 def test_labels_none_shows_a_dash() -> None:
@@ -154,26 +159,12 @@ def test_labels_none_shows_a_dash() -> None:
     ]
 
 
-def labels_of(block: HindsightBlock) -> list[str]:
-    return [line.split(":")[0] for line in block.text.splitlines()[1:]]
-
-
-def test_shuffled_labels_keep_their_number_and_depend_on_seed_step_and_question_alone() -> None:
-    attempts = [([f"query {i}"], float(i < 4)) for i in range(8)]
-    group = group_of(*attempts)
-    true = labels_of(build(group)[0])
-    shuffled = [labels_of(build(group, seed=seed, labels="shuffled")[0]) for seed in range(6)]
-    assert all(sorted(labels) == sorted(true) for labels in shuffled)
-    assert len({tuple(labels) for labels in shuffled}) > 1
-    assert shuffled[2] == labels_of(build(group, seed=2, labels="shuffled")[0])
-    steps = {tuple(labels_of(build(group_of(*attempts, step=s), labels="shuffled")[0])) for s in range(6)}
-    assert len(steps) > 1
-
-
-def test_a_sibling_keeps_its_shuffled_label_in_every_block() -> None:
-    group = group_of(*[([f"query{i}"], float(i < 2)) for i in range(5)])
-    whole = set(build(group, labels="shuffled")[0].text.splitlines())
-    for block in build(group, labels="shuffled", siblings="others"):
+@pytest.mark.parametrize("labels", ["shuffled", "permuted"])
+def test_a_sibling_keeps_a_label_that_is_not_its_own_in_every_block(labels: str) -> None:
+    group = group_of(*[([f"query{i}"], float(i < 4)) for i in range(8)])
+    whole = set(build(group, labels=labels)[0].text.splitlines())
+    assert whole != set(build(group)[0].text.splitlines())
+    for block in build(group, labels=labels, siblings="others"):
         assert set(block.text.splitlines()) < whole
 
 
@@ -216,8 +207,8 @@ def test_leaks_are_reported_and_left_out_only_when_asked() -> None:
         (5, (0, 1, 2, 3, 4)),  # the last incorrect one goes first
         (4, (0, 1, 2, 3)),
         (3, (0, 1, 3)),  # ... down to one, which keeps the contrast
-        (2, (0, 1)),  # then the correct ones from the last
-        (1, (0,)),
+        (2, (0, 1)),  # then the correct ones from the last, down to one
+        (1, (1,)),  # which stays longest
         (0, ()),
     ],
 )
@@ -232,6 +223,7 @@ def test_the_budget_drops_siblings_in_a_fixed_order(num_kept: int, sources: tupl
     assert block.sources == sources
     assert sorted(block.sources + block.dropped) == list(range(6))
     assert bool(block.text) == bool(block.teacher_prompt_ids) == (num_kept > 0)
+    assert block.is_emptied == (num_kept == 0)
 
 
 def test_a_group_without_trajectories_has_no_blocks() -> None:

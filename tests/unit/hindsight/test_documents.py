@@ -57,7 +57,7 @@ def group_of(*spans: Any) -> RolloutGroup:
 def block_of(group: RolloutGroup, **settings: Any) -> HindsightBlock:
     renderer: Any = CharRenderer()
     config = HindsightConfig(content="documents", **settings)
-    return build_hindsight(group, renderer, PLAIN, config, seed=1)[0]
+    return build_hindsight(group, renderer, PLAIN, config, {})[0]
 
 
 def prompts_of(block: HindsightBlock) -> list[str]:
@@ -86,6 +86,7 @@ def test_a_search_whose_documents_never_came_has_no_prompt() -> None:
     block = block_of(group_of(FIRST, found("Doc 1 one"), SECOND))
     assert [bool(ids) for ids in block.search_prompt_ids] == [True, False]
     assert block.prompt_of_search(1) == ()
+    assert not block.is_emptied, "not for want of a budget"
     assert block_of(group_of(ANSWER)).search_prompt_ids == ()
 
 
@@ -96,6 +97,7 @@ def test_the_budget_drops_the_worst_passages_first(num_kept: int, is_shown: bool
     block = block_of(group_of(FIRST, found(*lines), ANSWER), max_block_tokens=budget)
     assert block.text == ("\n".join([HEADER, *lines[:num_kept]]) if is_shown else "")
     assert bool(block.search_prompt_ids[0]) == is_shown
+    assert block.is_emptied != is_shown
 
 
 def teacher_texts(group: RolloutGroup, **objective: Any) -> list[tuple[str, str]]:

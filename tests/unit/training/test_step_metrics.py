@@ -115,6 +115,7 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
         "hindsight/num_leaks": 1,
         names.LEAK_SHARE: pytest.approx(1 / 8),
         "hindsight/dropped_per_block": pytest.approx(2 / 8),
+        names.NUM_EMPTIED: 0,
     }
 
 
@@ -142,6 +143,13 @@ def test_of_step_adds_the_updates() -> None:
     values = of_step(step(STEP), [update(policy_loss=2.0, grad_norm=3.0)], config())
     assert (values[names.POLICY_LOSS], values[names.GRAD_NORM]) == (2.0, 3.0)
     assert values["train/num_trajectories"] == 8
+
+
+def test_blocks_that_the_budget_emptied_are_counted_where_something_would_have_been_learned() -> None:
+    rollout = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
+    block = HindsightBlock(text="", teacher_prompt_ids=(), sources=(), dropped=(0,), leaks=(), is_emptied=True)
+    values = of_step(step([(rollout, [block] * 2), *STEP]), [], config())
+    assert values[names.NUM_EMPTIED] == 1
 
 
 def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
@@ -185,15 +193,16 @@ def test_of_updates_leaves_out_updates_that_learned_nothing() -> None:
 
 
 def test_of_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
-    values = of_updates([update(loss=1.0), update(loss=1.0, jsd=0.2), update(loss=1.0, jsd=0.4)])
-    assert values[names.JSD] == pytest.approx(0.3)
+    values = of_updates([update(loss=1.0), update(loss=1.0, distill_loss=0.2), update(loss=1.0, distill_loss=0.4)])
+    assert values[names.DISTILL] == pytest.approx(0.3)
+    assert names.JSD not in values
 
 
 def by_class(**classes: tuple[float, float, float]) -> UpdateResult:
     """Sums of divergence, entropy gap and weight of each class."""
     fields = ("jsd", "entropy_gap", "distill_weight")
     parts = {f"{f}_{kind}": v for kind, values in classes.items() for f, v in zip(fields, values, strict=True)}
-    return update(jsd=0.5, **parts)
+    return update(loss=0.5, **parts)
 
 
 def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
@@ -209,6 +218,9 @@ def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
     assert values[f"{names.ENTROPY_GAP_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.2)
     assert not [name for name in values if name.endswith("all_correct")]
     assert not [name for name in values if "weight" in name]
+    # Over all classes: of those that distil, a quarter of the first update's trajectories.
+    assert values[names.JSD] == pytest.approx((0.1 / 0.25 + 0.5 / 1.0) / 2)
+    assert values[names.ENTROPY_GAP] == pytest.approx((-0.5 / 0.25 + 0.6 / 1.0) / 2)
 
 
 def test_of_probe_reports_shares_and_counts() -> None:

@@ -1,0 +1,53 @@
+"""A step takes the updates that its configuration plans, whatever is left of its trajectories."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sdsearch.config import parse_config
+from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import TrainingSample
+from megatron_sdsearch.training.updates import pack_samples
+
+
+def sample(index: int) -> TrainingSample:
+    return TrainingSample(
+        sample_id=f"sample {index}",
+        token_ids=np.array([index, 1, 2]),
+        labels=np.array([1, 2, 0]),
+        loss_mask=np.array([True, True, False]),
+        query_mask=np.zeros(3, dtype=np.bool_),
+        rollout_logprobs=np.zeros(3),
+        advantage=1.0,
+        prompt_length=1,
+    )
+
+
+@settings(deadline=None)
+@given(questions=st.integers(1, 8), group_size=st.integers(2, 6), size=st.integers(1, 60), share=st.floats(0, 1))
+def test_a_step_makes_the_updates_that_are_planned_for_it(
+    questions: int, group_size: int, size: int, share: float
+) -> None:
+    config = parse_config(
+        {
+            "run_dir": "r",
+            "model": {"hf_dir": "m"},
+            "data": {"train": "t", "questions_per_step": questions},
+            "rollout": {"group_size": group_size},
+            "retrieval": {"corpus": "c"},
+            "train": {"trajectories_per_minibatch": size},
+        }
+    )
+    num_trainable = int(share * questions * group_size)
+    parallel = SimpleNamespace(dp_size=1, dp_rank=0, alignment=1, pp_size=1)
+    batch = pack_samples([sample(i) for i in range(num_trainable)], config, cast("ParallelState", parallel))
+    sizes = [minibatch.num_trajectories for minibatch in batch.minibatches]
+    assert len(sizes) * config.train.num_steps == config.num_updates
+    assert sum(sizes) == num_trainable
+    assert max(sizes) <= size
+    assert max(sizes) - min(sizes) <= 1
