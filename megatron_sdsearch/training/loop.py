@@ -101,17 +101,17 @@ def _train(config: RunConfig, start: float, say: Callable[[str], None], *, was_f
         learn = _warm_start if config.train.mode == "warm_start" else _reinforce
         step = learn(config, policy, saving, stop, say)
         saving.finish(step)
-    summary = None
-    if step < config.train.num_steps:
-        if parallel.is_main:
+        is_stopped = step < config.train.num_steps
+        if is_stopped and parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
-        parallel.all_gather_object(None)  # nobody leaves before: srun ends all nodes when the first one ends
-    else:
+        parallel.all_gather_object(None)  # no rank leaves before: srun ends all nodes when the first one ends
+    summary = None
+    if not is_stopped:
         if config.checkpoint.export_hf:
             write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
     parallel.shutdown()
-    return Outcome(step=step, stopped_by="" if summary else stop.name, summary=summary)
+    return Outcome(step=step, stopped_by=stop.name if is_stopped else "", summary=summary)
 
 
 def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:

@@ -30,7 +30,7 @@ class Peers:
         return [value if self.first is None else self.first, value]
 
 
-def config(num_steps: int = 100, **checkpoint: float) -> RunConfig:
+def config(num_steps: int = 100, **checkpoint: Any) -> RunConfig:
     tree: dict[str, Any] = {"run_dir": "r", "model": {"hf_dir": "m"}, "data": {"train": "t"}}
     settings = {"train": {"num_steps": num_steps}, "checkpoint": checkpoint}
     return parse_config(tree | settings | {"retrieval": {"corpus": "c"}})
@@ -38,7 +38,8 @@ def config(num_steps: int = 100, **checkpoint: float) -> RunConfig:
 
 def saved(config: RunConfig, minutes_per_step: float, peers: Any = None) -> list[int]:
     clock = Clock()
-    schedule = SaveSchedule(config, peers or Peers(), clock)
+    ranks: Any = peers or Peers()
+    schedule = SaveSchedule(config, ranks, clock)
     steps = []
     for step in range(1, config.train.num_steps + 1):
         clock.minutes += minutes_per_step
@@ -78,7 +79,7 @@ def test_the_first_ranks_clock_decides_for_all(first: bool, steps: list[int]) ->
         ({"every_minutes": 0.5, "every": 0}, True),
     ],
 )
-def test_a_run_that_would_lose_everything_is_a_problem(checkpoint: dict[str, float], is_saved: bool) -> None:
+def test_a_run_that_would_lose_everything_is_a_problem(checkpoint: dict[str, Any], is_saved: bool) -> None:
     problem = config(**checkpoint).saving_problem()
     assert (problem is None) == is_saved
     assert problem is None or "before the end of 100 steps" in problem.problem

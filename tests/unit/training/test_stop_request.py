@@ -38,7 +38,8 @@ def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request(theirs: str = "", *, is_main: bool = True, said: list[str] | None = None) -> StopRequest:
     peers: Any = Peers(theirs, is_main=is_main)
-    return StopRequest(peers, [].append if said is None else said.append)
+    heard: list[str] = [] if said is None else said
+    return StopRequest(peers, heard.append)
 
 
 def wait_for(said: list[str]) -> list[str]:
