@@ -95,15 +95,20 @@ bench: $(STAMP)
 clean:
 	rm -rf .venv .venv-latest .venv-gpu .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
 
+# $(call require,PROGRAM,VERSIONS,SETTING): before anything is downloaded. A .venv that is there is what is used.
+require = @found=$$("$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || found="no Python"; \
+	case " $(2) " in *" $$found "*) ;; *) \
+		echo "Python $(subst $() $(), or ,$(2)) is needed, and '$(1)' is $$found: $(if $(filter .%/python,$(1)),make clean and )make $(3)=/path/to/python" >&2; exit 1;; esac
+
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(call require,$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)),3.11 3.12,PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
 $(LATEST): pyproject.toml constraints.txt
-	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 is needed: make test-latest LATEST_PYTHON=/path/to/it" >&2; exit 1; }
+	$(call require,$(if $(wildcard .venv-latest/bin/python),.venv-latest/bin/python,$(LATEST_PYTHON)),3.12,LATEST_PYTHON)
 	test -x .venv-latest/bin/python || "$(LATEST_PYTHON)" -m venv .venv-latest
 	.venv-latest/bin/python -m pip install --quiet $(TORCH)
 	.venv-latest/bin/python -m pip install --quiet -c <(grep -v '^megatron-core==' constraints.txt) -e '.[dev,demo]'
@@ -117,4 +122,5 @@ $(GPU): constraints.txt
 
 # SGLang wants other versions of the trainer's libraries, so it has an environment of its own.
 $(SGLANG): tools/sglang_cpu/install.sh tools/sglang_cpu/requirements.txt
+	$(call require,$(if $(wildcard .sglang/venv/bin/python),.sglang/venv/bin/python,$(PYTHON)),3.11 3.12,PYTHON)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/sglang_cpu/install.sh .sglang

@@ -1,8 +1,8 @@
 """The command line: ``train``, ``evaluate``, ``check``, ``plan`` and ``serve``.
 
-Exit codes: 0 done, or saved and stopped as SIGTERM or SIGUSR1 asked (``run_dir/stopped.json`` tells which); 1 the run
-failed; 2 the command or the configuration is wrong. Of ``check``: 0 nothing but notes; 1 warnings, and a run would
-start; 2 errors, it would fail.
+Exit codes: 0 done, or saved and stopped as Ctrl-C or another signal asked (``run_dir/stopped.json`` tells which); 1 the
+run failed; 2 the command or the configuration is wrong; 130 Ctrl-C where there was nothing to save. Of ``check``: 0
+nothing but notes; 1 warnings, and a run would start; 2 errors, it would fail.
 """
 
 from __future__ import annotations
@@ -11,24 +11,36 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import shlex
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 
-from megatron_sdsearch.config import load_config
+from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-from megatron_sdsearch.telemetry import final_table
+from megatron_sdsearch.telemetry import final_table, warnings_of
+from megatron_sdsearch.telemetry.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from megatron_sdsearch.training.loop import Outcome
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 _HEAD_START_S = 5.0
+_FOLLOWED_S = 5
+_INTERRUPTED = 130
+_LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
+# Of gloo and of torch's store; of NCCL.
+_PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 T = TypeVar("T")
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
@@ -41,22 +53,24 @@ OverridesArgument = Annotated[
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
 
-    def run() -> dict[str, Any] | None:
+    def run() -> None:
         loaded = load_config(config, overrides or [])
         loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
+        if _rank() == 0:
+            _say(_first_line(config, loaded))
         from megatron_sdsearch.report.page import write_page
         from megatron_sdsearch.training.loop import train as run_loop
 
-        summary = run_loop(loaded)
-        if _rank() == 0 and summary is not None:
+        outcome = run_loop(loaded, _say)
+        if _rank() != 0:
+            return
+        if outcome.summary is not None:
             write_page(loaded.run_dir)
-        return summary
+            Console().print(final_table(outcome.summary))
+        for line in _last_lines(loaded, outcome):
+            _say(line)
 
-    summary = _run(run)
-    if summary is not None:
-        _show(summary)
-    elif _rank() == 0:
-        print("saved and stopped, as a signal asked; the same command goes on from here")
+    _run(run)
 
 
 @app.command()
@@ -183,10 +197,13 @@ def serve(
 
 def main() -> None:
     """Entry point of ``sdsearch`` and ``python -m megatron_sdsearch``."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_StandardError()]
+    )
     # megatron says at import, many times over, which GPU libraries it goes without, and announces its own renames.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)  # at each resume
     app()
 
 
@@ -200,13 +217,42 @@ def _run(work: Callable[[], T], *, failure: int = 1) -> T:
     try:
         return work()
     except SDSearchError as error:
-        if _is_first_to_fail():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        _exit(2 if isinstance(error, (ConfigError, DataError)) else failure)
-    except Exception:  # noqa: BLE001  # said in full by one rank, and every rank leaves
-        if _is_first_to_fail():  # else a peer's death broke our collective, and the peer has said why
-            traceback.print_exc()
-        _exit(failure)
+        _fail(f"{type(error).__name__}: {error}", 2 if isinstance(error, (ConfigError, DataError)) else failure)
+    except KeyboardInterrupt:
+        if _rank() == 0:
+            print("interrupted, with nothing to save at this point", file=sys.stderr)
+        _exit(_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001  # said in full by one rank, and every rank leaves
+        _fail(_LOST_PEER if _is_lost_peer(error) else traceback.format_exc().rstrip(), failure)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Say it, if no other rank has failed before; leave word for torchrun, and leave."""
+    is_first = _is_first_to_fail()
+    if is_first:
+        print(message, file=sys.stderr)
+    # A lost peer's launcher knows what became of it, and sees it in the next seconds.
+    _tell_torchrun(message if is_first else _LOST_PEER, is_cause=is_first and message != _LOST_PEER)
+    _exit(code)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """A collective broke because another rank has gone: that rank, or what ended it, is the cause."""
+    return isinstance(error, RuntimeError) and bool(_PEER_IS_GONE.search(str(error)))
+
+
+def _tell_torchrun(message: str, *, is_cause: bool) -> None:
+    """Leave the error where torchrun looks for it, as torch's ``record`` does, which ``os._exit`` would pass by.
+
+    torchrun reports the failure with the earliest time, in whole seconds: that of a rank that only followed is later.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    when = int(time.time()) + (0 if is_cause else _FOLLOWED_S)
+    extra = {"py_callstack": message, "timestamp": str(when)}
+    with suppress(OSError):  # it is torchrun's own folder; the message has been printed
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _is_first_to_fail() -> bool:
@@ -241,6 +287,59 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _show(summary: dict[str, Any]) -> None:
-    if _rank() == 0:
-        Console().print(final_table(summary))
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _first_line(config: Path, loaded: RunConfig) -> str:
+    world, parallel = int(os.environ.get("WORLD_SIZE", "1")), loaded.parallel
+    replicas = world // (parallel.tensor * parallel.pipeline)
+    ranks = f"{world} rank{'s' if world > 1 else ''}"
+    layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas}"
+    return f"sdsearch train: {config} -> {loaded.run_dir}; {ranks}: {layout}"
+
+
+def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
+    """How the run ended, what it left where, and what to do next."""
+    from megatron_sdsearch.model.checkpoint_folder import folder_name
+    from megatron_sdsearch.report.page import PAGE_FILE
+
+    run_dir, step = config.run_dir, outcome.step
+    if outcome.stopped_by:
+        saved = f"saved and stopped at step {step}" if step else "stopped before the first step, with nothing to save"
+        return [f"{saved} ({outcome.stopped_by}); the same command continues from here"]
+    if outcome.summary is None:
+        told = [f"finished at step {step}: raise train.num_steps to go on"]
+    else:
+        told = [f"WARNING: {line}" for line in warnings_of(read_metrics(run_dir))]
+    checkpoint = run_dir / "checkpoints" / folder_name(step)
+    left = {"page": run_dir / PAGE_FILE, "model": run_dir / "hf", "checkpoint": checkpoint}
+    return [*told, *(_line(name, path) for name, path in left.items() if path.exists()), *_next_command(config)]
+
+
+def _next_command(config: RunConfig) -> list[str]:
+    from megatron_sdsearch.training.run_record import config_path
+
+    hf_dir, resolved = config.run_dir / "hf", config_path(config.run_dir)
+    if not hf_dir.exists():
+        return []
+    if config.train.mode == "warm_start":
+        return [_line("next", f"train with model.hf_dir={hf_dir}")]
+    if config.data.heldout is None or not resolved.exists():
+        return []
+    return [_line("next", shlex.join(["sdsearch", "evaluate", str(resolved), "--model", str(hf_dir)]))]
+
+
+def _line(name: str, value: object) -> str:
+    return f"{name + ':':<12}{value}"
+
+
+class _StandardError(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: the progress display takes its place, to keep the bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; a stream that cannot be written is no reason to end a run."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # noqa: BLE001
+            self.handleError(record)

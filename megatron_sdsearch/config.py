@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -454,7 +455,10 @@ class CheckpointConfig(Section):
     """Resumable state under ``run_dir/checkpoints``."""
 
     every: NonNegativeInt = 0
-    """Steps between saves; 0 saves at the end alone, and when a signal asks to stop."""
+    """Steps between saves; 0 counts none. The last step is always saved, and the one at which a signal asks to stop."""
+    every_minutes: NonNegativeFloat = 30.0
+    """Minutes between saves, by the first rank's clock and at the end of a step; 0 looks at no clock. How long a step
+    takes is not known beforehand; half an hour is the most that a crash may cost, and a save costs seconds of it."""
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     """Checkpoints of every so many steps stay for good; 0 keeps none of them."""
@@ -580,6 +584,18 @@ class RunConfig(Section):
             )
         if self.samples_from_sglang and not has_gpu:
             yield from _problems_without_gpu(self.rollout.sglang)
+
+    def saving_problem(self) -> ConfigError | None:
+        """What `check` and `train` warn of: a run that dies would leave no checkpoint, however far it came."""
+        checkpoint, num_steps = self.checkpoint, self.train.num_steps
+        if checkpoint.every_minutes > 0 or 0 < checkpoint.every < num_steps:
+            return None
+        return ConfigError(
+            "checkpoint.every_minutes",
+            f"0, and checkpoint.every is {checkpoint.every}: nothing is saved before the end of {num_steps} steps, "
+            "unless a signal asks",
+            f"set checkpoint.every_minutes={default_of('checkpoint.every_minutes'):g}: a run that dies begins anew",
+        )
 
     @property
     def samples_from_sglang(self) -> bool:
@@ -746,6 +762,18 @@ def _optimizer_problems(config: RunConfig) -> Iterator[ConfigError]:
             f"{optimizer.warmup_steps} of the run's {config.num_updates} updates leaves none at optimizer.lr",
             "lower it",
         )
+
+
+_SECRET_NAME = re.compile(r"password|passwd|secret|credential|api[-_]?key|_key\b|_token\b", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"--[a-z-]*(api-key|token|password)\b|://[^/\s]*@", re.IGNORECASE)
+
+
+def is_secret(name: str, value: object) -> bool:
+    """Whether a setting may hold a secret, by its dotted name or by what its value looks like.
+
+    True for ``rollout.sglang.environment.HF_TOKEN``, for arguments with ``--api-key``, for a URL with a user in it.
+    """
+    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of,
 STARTS_FILE = "slurm_starts.json"
 RENDEZVOUS_PORTS = range(10_000, 20_000)
 """Below the ports of SGLang servers (`sglang_servers.PORTS`), and below those of outgoing connections."""
-_ENDINGS = ("summary.json", "stopped.json")
+_STOPPED = "stopped.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +87,8 @@ def main() -> int:
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    for name in _ENDINGS:  # what a start before this one said of its end
-        (config.run_dir / name).unlink(missing_ok=True)
+    # What a start before this one said of its end. Its summary stays: training removes it when it goes on.
+    (config.run_dir / _STOPPED).unlink(missing_ok=True)
     print(f"run_dir={config.run_dir.resolve()}")
     print(f"step={step}")
     print(f"port={free_port(arguments.job)}")

@@ -207,7 +207,7 @@ if [ "$stopped_by" = SIGUSR1 ]; then
 elif [ -n "$is_asked" ] || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
   # Mostly a rank, or torchrun, that was not yet able to save when the signal came.
   requeue "stopped as SIGUSR1 asked, without saving: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved"
-elif [ "$stopped_by" = SIGTERM ]; then
-  die 143 "stopped by SIGTERM; $saved; the same command goes on from there"
+elif [ "$stopped_by" = SIGTERM ] || [ "$stopped_by" = SIGINT ]; then
+  die 143 "stopped by $stopped_by; $saved; the same command goes on from there"
 fi
 fail "failed: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved; logs: $logs"

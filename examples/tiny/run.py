@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -87,7 +88,16 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
 def _call(name: str, command: list[str], *, is_captured: bool = False) -> str:
     console.rule(name)
     console.print(shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE if is_captured else None, text=True, check=False)
+    # Ctrl-C goes to the command as well: it saves and ends by itself, where `run` would kill it after a moment.
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE if is_captured else None, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if interrupts:
+        console.print("interrupted; the same command goes on from here")
+        raise typer.Exit(130)
     if done.returncode:
         console.print(f"{name} failed with exit code {done.returncode}; the cause is above", style="red")
         raise typer.Exit(1)

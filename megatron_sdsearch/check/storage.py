@@ -104,14 +104,19 @@ def _continuation(newest: Path, manifest: Mapping[str, Any], config: RunConfig) 
 
 def _schedule(subject: Subject) -> Iterator[Finding]:
     config = subject.config
-    checkpoint, num_steps, every = config.checkpoint, config.train.num_steps, config.checkpoint.every
-    if every == 0 or every > num_steps:
-        told = f"{every}: nothing is saved before the end of {num_steps} steps, unless a signal asks"
-        if subject.world.has_gpu:
-            mend = f"set it to about {max(1, num_steps // 10)}: a run that dies begins anew"
-            yield Finding.warning("checkpoint.every", told, mend)
-        else:
-            yield Finding.note("checkpoint.every", told)
+    checkpoint, every = config.checkpoint, config.checkpoint.every
+    if (problem := config.saving_problem()) is not None:
+        yield Finding.warning(problem.field, problem.problem, problem.mend)
+        return
+    if every == 0 or every > config.train.num_steps:
+        minutes = f"{checkpoint.every_minutes:g}: which steps are saved depends on how long they take"
+        yield Finding.note("checkpoint.every_minutes", minutes)
+        if checkpoint.keep_every:
+            yield Finding.warning(
+                "checkpoint.keep_every",
+                f"{checkpoint.keep_every}, and checkpoint.every is {every}: only by chance is one of these saved",
+                f"set checkpoint.every={checkpoint.keep_every}",
+            )
         return
     if checkpoint.keep_every % every:
         yield Finding.warning(
@@ -164,6 +169,8 @@ def _num_bytes(folder: Path) -> int:
 def _num_kept(config: CheckpointConfig, num_steps: int) -> int:
     """At one time: those that stay, the best one, and the one that is being written."""
     num_saved = -(-num_steps // config.every) if config.every else 1
+    if config.every_minutes:
+        num_saved = num_steps  # each step may take longer
     num_for_good = num_steps // config.keep_every if config.keep_every else 0
     return min(num_saved, config.keep_last + num_for_good + int(config.keep_best)) + 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Subject:
     @cached_property
     def num_parameters(self) -> int:
         """Of the model by the headers of its weights; 0 where they cannot be read."""
-        return Attempt.at(lambda: sum(_sizes(self.config.model.hf_dir))).value or 0
+        return Attempt.at(lambda: SafetensorsFolder(self.config.model.hf_dir).num_parameters).value or 0
 
     def _renderer(self) -> Renderer:
         return Renderer.from_folder(
@@ -96,12 +96,3 @@ class Subject:
 
 def _questions(path: Path | None) -> Sequence[Question]:
     return read_questions(path) if path is not None and path.exists() else ()
-
-
-def _sizes(hf_dir: Path) -> Iterator[int]:
-    tensors = SafetensorsFolder(hf_dir)
-    for name in tensors.names():
-        size = 1
-        for dim in tensors.shape(name):
-            size *= dim
-        yield size

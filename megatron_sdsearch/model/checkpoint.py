@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import pickle
 import platform
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from megatron_sdsearch.model.checkpoint_folder import (
     FORMAT,
     CheckpointFolder,
     FileRecord,
+    changed_settings,
     continuation_problems,
     damages,
     fingerprint,
@@ -74,12 +76,14 @@ class TrainingState:
         wall_s: spent on these steps by all processes that took part, one after the other.
         scores: held-out EM by step, for the checkpoint that is kept as the best.
         run_date: on which the run began, for chat templates that tell the date: ``checkpoint_folder.run_date_of``.
+        changes: of a loaded one: what this run does otherwise than the one that saved it, in words.
     """
 
     step: int
     wall_s: float = 0.0
     scores: Mapping[int, float] = field(default_factory=dict)
     run_date: date | None = None
+    changes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,8 +209,12 @@ class CheckpointStore:
             _set_rng(loaded["rng"])
         self._saved_step = int(loaded["step"])
         state = manifest.get("state", {})
-        scores = {int(step): float(score) for step, score in state.get("scores", {}).items()}
-        return TrainingState(step=self._saved_step, wall_s=float(state.get("wall_s", 0.0)), scores=scores)
+        return TrainingState(
+            step=self._saved_step,
+            wall_s=float(state.get("wall_s", 0.0)),
+            scores={int(step): float(score) for step, score in state.get("scores", {}).items()},
+            changes=[*changed_settings(manifest, self._config), *_changed_world(manifest, self._parallel)],
+        )
 
     def _choose(self) -> Path | None:
         """The checkpoint to go on from, whole as far as one can see: the same one on every rank."""
@@ -291,7 +299,7 @@ class CheckpointStore:
             "inputs": self._fingerprints() if self._config.checkpoint.verify else {},
             "config": self._config.model_dump(mode="json"),
             "code": _code_sha256(),
-            "versions": _versions(),
+            "versions": package_versions(),
             "files": {name: {"num_bytes": r.num_bytes, "sha256": r.sha256} for name, r in records.items()},
         }
         self._folder.commit(partial, manifest)
@@ -405,7 +413,16 @@ def _layout(parallel: ParallelState) -> dict[str, int]:
     return {"tp": parallel.tp_size, "pp": parallel.pp_size, "dp": parallel.dp_size}
 
 
-def _versions() -> dict[str, str]:
+def _changed_world(manifest: Mapping[str, Any], parallel: ParallelState) -> Iterator[str]:
+    """What no setting says: the number of processes, and the libraries' versions."""
+    before = {"ranks": math.prod(manifest["layout"].values()), **manifest.get("versions", {})}
+    for name, new in {"ranks": parallel.world_size, **package_versions()}.items():
+        if name in before and before[name] != new:
+            yield f"{name} {before[name]} -> {new}"
+
+
+def package_versions() -> dict[str, str]:
+    """Of this package, of Python, and of the libraries that a run's numbers depend on."""
     packages = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "tantivy")
     own = {"megatron_sdsearch": megatron_sdsearch.__version__, "python": platform.python_version()}
     return own | {name: version(name) for name in packages}

@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten
+from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret
 from megatron_sdsearch.errors import CheckpointError
 
 MANIFEST: Final = "manifest.json"
@@ -209,6 +209,7 @@ _MAY_CHANGE = (
     *("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps"),
     *("rollout.sglang.", "retrieval.http.", "retrieval.elasticsearch.urls"),
 )
+_FREE_NAMES = "rollout.sglang.environment."
 _PATHS = (
     "model.hf_dir",
     "model.megatron_dir",
@@ -221,19 +222,11 @@ _PATHS = (
 
 def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
-    before, now = _settings(manifest), flatten(config.model_dump(mode="json"))
     kind = "parallel.distributed_optimizer"
-    if bool(before.get(kind)) != now[kind]:  # the two keep their state under other names
-        yield CheckpointError(f"{folder} was written with {kind} = {not now[kind]}: set it back")
-    for name in sorted(before.keys() | now.keys()):
-        if name.startswith(_MAY_CHANGE):
-            continue
-        # A setting that the version of that time did not have yet was what its default is now.
-        old = before[name] if name in before else default_of(name)
-        new = now.get(name)
-        if name in _PATHS and old is not None and new is not None:
-            old, new = Path(old).name, Path(new).name  # a folder may have moved
-        if old != new:
+    for name, old, new in _differences(manifest, config):
+        if name == kind:  # the two keep their state under other names
+            yield CheckpointError(f"{folder} was written with {kind} = {old}: set it back")
+        elif not name.startswith(_MAY_CHANGE):
             yield CheckpointError(
                 f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
             )
@@ -249,6 +242,32 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if manifest.get("format", 0) < FORMAT and settings.get("hindsight.labels") == "shuffled":
         settings["hindsight.labels"] = "permuted"  # what format 2 called so
     return settings
+
+
+def changed_settings(manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What a run of ``config`` does otherwise than its checkpoint, in words: ``optimizer.lr 1e-06 -> 0.0001``."""
+    changes = []
+    for name, old, new in _differences(manifest, config):
+        hidden = is_secret(name, old) or is_secret(name, new)
+        changes.append(f"{name} (a secret)" if hidden else f"{name} {_word(old)} -> {_word(new)}")
+    return changes
+
+
+def _word(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that were others when the checkpoint was written: name, value then, value now."""
+    before, now = _settings(manifest), flatten(config.model_dump(mode="json"))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name not in before and not name.startswith(_FREE_NAMES):
+            old = default_of(name)  # what the version of that time did without knowing the setting
+        if name in _PATHS and old is not None and new is not None:
+            old, new = Path(old).name, Path(new).name  # a folder may have moved
+        if old != new:
+            yield name, old, new
 
 
 def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, verify: bool) -> list[str]:

@@ -7,7 +7,8 @@ owns the run's folder uses the sinks; reducing numbers over ranks is the loop's.
 from megatron_sdsearch.telemetry.metrics import MetricsLog
 from megatron_sdsearch.telemetry.phases import PhaseTimer
 from megatron_sdsearch.telemetry.progress import ProgressDisplay
+from megatron_sdsearch.telemetry.stalls import warnings_of
 from megatron_sdsearch.telemetry.summary import final_table
 from megatron_sdsearch.telemetry.trajectories import TrajectoryLog
 
-__all__ = ["MetricsLog", "PhaseTimer", "ProgressDisplay", "TrajectoryLog", "final_table"]
+__all__ = ["MetricsLog", "PhaseTimer", "ProgressDisplay", "TrajectoryLog", "final_table", "warnings_of"]

@@ -25,6 +25,9 @@ NUM_REFILLED: Final = "train/num_refilled"
 EM, F1 and reward are those of the groups that stayed, and no measure of the policy."""
 NUM_ABANDONED: Final = "train/num_abandoned"
 """Groups begun by over-sampling that the step did not wait for. They are in no other number of the step."""
+SHARE_WITHOUT_ADVANTAGE: Final = "train/share_without_advantage"
+"""Share of groups in which every advantage is 0: their rewards are equal, or fewer than two siblings count. GRPO learns
+nothing from them. A group without contrast by F1 may still have some, from a shaped reward or from partial F1."""
 LEAK_SHARE: Final = "hindsight/leak_share"
 """Share of trajectories with a gold answer inside a query."""
 

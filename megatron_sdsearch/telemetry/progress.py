@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -61,7 +62,11 @@ class ProgressDisplay:
         )
         self._task = self._bar.add_task("", total=num_steps, completed=first_step, phase="start", left="")
         is_live = is_enabled and self._console.is_terminal
-        self._live = Live(self._view(), console=self._console, refresh_per_second=4) if is_live else None
+        self._live = self._make_live() if is_live else None
+
+    def _make_live(self) -> Live:
+        # What is printed meanwhile goes above the bar; errors that somebody sends to a file go to that file.
+        return Live(self._view(), console=self._console, refresh_per_second=4, redirect_stderr=sys.stderr.isatty())
 
     def __enter__(self) -> Self:
         self._start = self._clock()

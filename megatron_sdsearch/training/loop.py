@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
@@ -28,23 +32,43 @@ from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, write_summary
+from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, is_finished, write_summary
+from megatron_sdsearch.training.run_record import write_run_record
 from megatron_sdsearch.training.saving import Saving
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
 
+_log = logging.getLogger(__name__)
 
-def train(config: RunConfig) -> dict[str, Any] | None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a start of a run ended.
+
+    Attributes:
+        step: finished steps of the run.
+        stopped_by: the signal that asked to stop, whereupon the run was saved; "" for a run that is finished.
+        summary: of a run that this start has finished, also in ``run_dir/summary.json``; None when it was stopped, or
+            when nothing was left to do.
+    """
+
+    step: int
+    stopped_by: str = ""
+    summary: dict[str, Any] | None = None
+
+
+def train(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Outcome:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
     Every rank of the run calls it; ranks come from torchrun's environment.
 
     No other run may be at work in ``run_dir``.
 
-    Returns:
-        The summary, which is also ``run_dir/summary.json``; None when a signal asked to stop: the run is saved.
+    Args:
+        config: of the run.
+        say: shows one line to the person at the terminal; called on the main rank alone.
 
     Raises:
         ConfigError: before anything slow has started.
@@ -59,15 +83,22 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
-        return _train(config, start)
+        return _train(config, start, lambda _: None, was_finished=False)
     with RunLock(config.run_dir):
-        for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
-            (config.run_dir / name).unlink(missing_ok=True)
-        return _train(config, start)
+        was_finished = is_finished(config)
+        if not was_finished:
+            for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
+                (config.run_dir / name).unlink(missing_ok=True)
+            write_run_record(config)
+            say(f"model: {_model_words(config, hf_config)}; device: {_device_words()}")
+        return _train(config, start, say, was_finished=was_finished)
 
 
-def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
+def _train(config: RunConfig, start: float, say: Callable[[str], None], *, was_finished: bool) -> Outcome:
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
+    if parallel.all_gather_object(was_finished)[0]:
+        parallel.shutdown()
+        return Outcome(step=config.train.num_steps)
     run_date = _agreed_run_date(config, parallel)
     # Before anything slow: a tokenizer or a chat template that cannot be used ends the run here.
     renderer = Renderer.from_folder(
@@ -76,23 +107,23 @@ def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
         arguments=config.data.chat_template_arguments,
         run_date=run_date,
     )
-    with StopRequest(parallel) as stop:
+    with StopRequest(parallel, say) as stop:
         policy = Policy.build(config, parallel)
         saving = Saving(config, policy, start, run_date)
-        work = _warm_start if config.train.mode == "warm_start" else _reinforce
-        step = work(config, policy, saving, stop, renderer)
+        learn = _warm_start if config.train.mode == "warm_start" else _reinforce
+        step = learn(config, policy, saving, stop, renderer, say)
         saving.finish(step)
-    summary = None
-    if step < config.train.num_steps:
-        if parallel.is_main:
+        is_stopped = step < config.train.num_steps
+        if is_stopped and parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
-        parallel.all_gather_object(None)  # nobody leaves before: srun ends all nodes when the first one ends
-    else:
+        parallel.all_gather_object(None)  # no rank leaves before: srun ends all nodes when the first one ends
+    summary = None
+    if not is_stopped:
         if config.checkpoint.export_hf:
             write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
     parallel.shutdown()
-    return summary
+    return Outcome(step=step, stopped_by=stop.name if is_stopped else "", summary=summary)
 
 
 def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
@@ -102,7 +133,39 @@ def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
     return dates[0]
 
 
-def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest, renderer: Renderer) -> int:
+def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:
+    source = config.model.megatron_dir or config.model.hf_dir
+    try:
+        size = f"{SafetensorsFolder(config.model.hf_dir).num_parameters / 1e6:,.1f} M parameters, "
+    except DataError:  # with model.megatron_dir the folder need not hold weights; else loading them says more
+        size = ""
+    return f"{hf_config.model_type}, {size}{config.model.dtype}, from {source}"
+
+
+def _device_words() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, say: Callable[[str], None]) -> int:
+    """Load the newest checkpoint and say so; its step. Right before the loop, for random numbers go on from there."""
+    loaded = saving.load()
+    if parallel.is_main:
+        begins = f"continues from step {loaded.step}" if loaded.step else "begins at step 0"
+        changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
+        say(f"{begins} of {config.train.num_steps}{changed}")
+        if (problem := config.saving_problem()) is not None:
+            _log.warning("%s", problem)
+    return loaded.step
+
+
+def _reinforce(
+    config: RunConfig,
+    policy: Policy,
+    saving: Saving,
+    stop: StopRequest,
+    renderer: Renderer,
+    say: Callable[[str], None],
+) -> int:
     """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
     parallel = policy.parallel
     reference = Network.load(config, parallel) if config.objective.kl_coef > 0 else None
@@ -110,7 +173,7 @@ def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequ
     rollouts = DistributedRollouts(config, parallel, renderer)
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
-    step = saving.load()
+    step = _begin(config, saving, parallel, say)
 
     with RunLog(config, parallel, step, rollouts.renderer) as log:
         phase = log.timer.phase
@@ -147,10 +210,17 @@ def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequ
     return step
 
 
-def _warm_start(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest, renderer: Renderer) -> int:
+def _warm_start(
+    config: RunConfig,
+    policy: Policy,
+    saving: Saving,
+    stop: StopRequest,
+    renderer: Renderer,
+    say: Callable[[str], None],
+) -> int:
     """Returns the number of finished steps, as ``_reinforce`` does."""
     warm_start = WarmStart(config, policy, policy.parallel, renderer)
-    step = saving.load()
+    step = _begin(config, saving, policy.parallel, say)
     with RunLog(config, policy.parallel, step, warm_start.renderer) as log:
         while step < config.train.num_steps and not stop.is_agreed():
             with log.timer.phase("update"):

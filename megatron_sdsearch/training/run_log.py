@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import raise_first
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, read_manifest, step_of
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup
 from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
 from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.telemetry.stalls import due_warnings, num_stalled
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 SUMMARY_FILE = "summary.json"
 Values = Mapping[str, float | int]
+_log = logging.getLogger(__name__)
 _BESIDE_THE_STEP = {names.PHASE_PREFIX + name for name in ("evaluate", "probe", "checkpoint")}
 
 
@@ -30,9 +35,11 @@ class RunLog:
         self._metrics: MetricsLog | None = None
         self._trajectories: TrajectoryLog | None = None
         self._display: ProgressDisplay | None = None
+        self._rows: list[Mapping[str, Any]] = []
         if parallel.is_main:
             run_dir, telemetry = config.run_dir, config.telemetry
             self._metrics = MetricsLog(run_dir, telemetry.tensorboard, resume_step=first_step)
+            self._rows = [*read_metrics(run_dir)]
             self._display = ProgressDisplay(
                 config.train.num_steps, first_step=first_step, is_enabled=telemetry.progress
             )
@@ -74,12 +81,36 @@ class RunLog:
         seconds = sum(value for name, value in phases.items() if name not in _BESIDE_THE_STEP)
         times = {names.STEP_SECONDS: seconds, names.TOKENS_PER_SECOND: num_policy_tokens / seconds}
         self.add(step, {**values, **phases, **times})
+        self._warn({"step": step, **values, **times})
 
     def add(self, step: int, values: Values) -> None:
         """More numbers of a step, such as an evaluation of the policy that it gave; step 0 is the starting policy."""
         if self._metrics is not None and self._display is not None:
             self._metrics.log(step, values)
             self._display.step(step, values)
+
+    def _warn(self, row: Mapping[str, Any]) -> None:
+        """Of steps in a row that taught nothing, those before this process included."""
+        if self._metrics is not None:
+            self._rows.append(row)
+            for line in due_warnings(self._rows):
+                _log.warning("%s", line)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether an earlier start has done all that is asked for: the last step, its evaluation, the export, the summary.
+
+    Raises:
+        CheckpointError: it was another run, which this configuration does not continue.
+    """
+    run_dir, last = config.run_dir, config.train.num_steps
+    newest = next(iter(CheckpointFolder(run_dir / "checkpoints").candidates()), None)
+    if newest is None or step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
+        return False
+    raise_first(continuation_problems(newest, read_manifest(newest), config))
+    evaluated = {row["step"] for row in read_metrics(run_dir) if names.EVAL_EM in row}
+    is_exported = (run_dir / "hf" / "config.json").is_file()
+    return (last in evaluated or not config.evaluation.every) and (is_exported or not config.checkpoint.export_hf)
 
 
 def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> dict[str, Any]:
@@ -113,7 +144,11 @@ def _step_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             ("num_leaks", "hindsight/num_leaks"),
         )
     }
-    return {"s_per_step": sum(seconds) / len(seconds) if seconds else None, **totals}
+    without = {
+        "steps_without_contrast": num_stalled(rows, "contrast"),
+        "steps_without_gradient": num_stalled(rows, "gradient"),
+    }
+    return {"s_per_step": sum(seconds) / len(seconds) if seconds else None, **totals, **without}
 
 
 def _evaluation_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

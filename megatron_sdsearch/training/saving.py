@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
+from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import Policy
+
+
+class SaveSchedule:
+    """When a save is due: after so many steps, after so many minutes, and after the last step.
+
+    Args:
+        config: of the run.
+        parallel: its ranks; the first one's clock counts for all of them.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, config: RunConfig, parallel: ParallelState, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = config.checkpoint.every
+        self._every_s = config.checkpoint.every_minutes * 60
+        self._num_steps = config.train.num_steps
+        self._parallel = parallel
+        self._clock = clock
+        self._last_save = clock()
+
+    def is_due(self, step: int) -> bool:
+        """A collective: whether the state after ``step`` finished steps is to be saved. Minutes count from here on."""
+        is_due = step == self._num_steps or (self._every > 0 and step % self._every == 0)
+        if not is_due and self._every_s > 0:
+            is_due = self._parallel.all_gather_object(self._clock() - self._last_save >= self._every_s)[0]
+        if is_due:
+            self._last_save = self._clock()
+        return is_due
 
 
 class Saving:
@@ -23,7 +51,7 @@ class Saving:
     """
 
     def __init__(self, config: RunConfig, policy: Policy, start: float, run_date: date) -> None:
-        self._config = config
+        self._schedule = SaveSchedule(config, policy.parallel)
         self._store = CheckpointStore(config.run_dir / "checkpoints", policy, policy.parallel, config)
         self._start = start
         self._run_date = run_date
@@ -34,12 +62,12 @@ class Saving:
         """Spent on the finished steps: of this process, and of those before it up to the checkpoint it began from."""
         return time.monotonic() - self._start
 
-    def load(self) -> int:
-        """Go on from the newest checkpoint; the number of finished steps."""
+    def load(self) -> TrainingState:
+        """Go on from the newest checkpoint, if there is one."""
         state = self._store.load()
         self._start -= state.wall_s
         self._scores = {step: score for step, score in state.scores.items() if step <= state.step}
-        return state.step
+        return state
 
     def score(self, step: int, evaluated: Mapping[str, float | int]) -> None:
         """Remember the held-out EM of a step."""
@@ -48,8 +76,7 @@ class Saving:
 
     def after_step(self, step: int) -> None:
         """Begin a save if one is due; else complete one that has been written meanwhile."""
-        every = self._config.checkpoint.every
-        if step == self._config.train.num_steps or (every > 0 and step % every == 0):
+        if self._schedule.is_due(step):
             self._store.save(self._state(step))
         else:
             self._store.poll()

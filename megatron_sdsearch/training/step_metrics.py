@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.evaluation import Metrics, summarize
@@ -30,6 +31,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
         "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
+        names.SHARE_WITHOUT_ADVANTAGE: _share_without_advantage(rollouts),
         names.NUM_REFILLED: counts.num_refilled,
         names.NUM_ABANDONED: counts.num_abandoned,
         **collected.engine_counts,
@@ -121,6 +123,11 @@ def _hindsight_values(collected: StepRollouts) -> Values:
         "hindsight/dropped_per_block": dropped / num_trajectories,
         names.NUM_EMPTIED: collected.num_emptied,
     }
+
+
+def _share_without_advantage(groups: Sequence[RolloutGroup]) -> float:
+    # Divided by the deviation or not, an advantage is 0 in the same groups.
+    return sum(not any(group_advantages(group, normalize_std=False)) for group in groups) / len(groups)
 
 
 def _count(groups: Sequence[RolloutGroup], status: TrajectoryStatus) -> int:

@@ -14,4 +14,7 @@ def test_a_wrong_setting_is_said_once_under_torchrun(tmp_path: Path) -> None:
     command = [*launcher, "-m", "megatron_sdsearch", "train", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode != 0
-    assert done.stderr.count("ConfigError: seed: 'x' is not valid") == 1
+    said, _, report = done.stderr.partition("megatron_sdsearch FAILED")
+    assert said.count("ConfigError: seed: 'x' is not valid") == 1
+    last = report.strip().splitlines()[-2]  # below it is a border
+    assert last.startswith("  traceback : ConfigError: seed: 'x' is not valid"), "the last words are ours"

@@ -149,6 +149,20 @@ def test_what_is_compared_would_show_a_difference(uninterrupted: Path, world: Pa
     assert [name for name in third if name.startswith("rng")], sorted(third)
 
 
+def test_a_finished_run_that_is_started_again_says_so_and_does_nothing(
+    world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    def content() -> dict[Path, bytes]:
+        files = (path for path in uninterrupted.rglob("*") if path.is_file() and path.name != "run.lock")
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
+    with Ranks(arguments(world, uninterrupted, "optimizer.lr=0.5"), tmp_path / "log") as ranks:
+        assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
+    assert f"finished at step {NUM_STEPS}: raise train.num_steps to go on\n" in ranks.output
+    assert content() == before
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_kills_at_random_moments_change_nothing(seed: int, world: Path, uninterrupted: Path, tmp_path: Path) -> None:
     chance = random.Random(seed)
@@ -211,6 +225,8 @@ def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupt
     with Ranks(command, log) as ranks:
         assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
     assert not (run_dir / "stopped.json").exists()
+    assert f"continues from step {stopped['step']} of {NUM_STEPS}\n" in ranks.output, "and nothing has changed"
+    assert len(json.loads((run_dir / "environment.json").read_text())) == 2
     wall_s = json.loads((run_dir / "summary.json").read_text())["rl_wall_s"]
     assert 5000 < wall_s < 5000 + LIMIT_S, "time adds up over processes"
     ours, theirs = everything(run_dir), everything(uninterrupted)
@@ -219,7 +235,7 @@ def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupt
     assert ours["checkpoints"]["step_000006"] == theirs["checkpoints"]["step_000006"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_ranks_save_and_leave_when_torchrun_does(number: int, world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = arguments(world, run_dir, "train.num_steps=1000", "checkpoint.every=0", "evaluation.every=0")
@@ -234,7 +250,9 @@ def test_ranks_save_and_leave_when_torchrun_does(number: int, world: Path, tmp_p
     finally:
         run.kill()
     stopped = json.loads((run_dir / "stopped.json").read_text())
-    assert stopped["signal"] == ("SIGTERM" if number == signal.SIGTERM else "launcher gone")
+    assert stopped["signal"] == ("SIGINT" if number == signal.SIGINT else "launcher gone")
+    is_said = "SIGINT: stopping at the next boundary" in run.output
+    assert is_said == (number == signal.SIGINT), "torchrun hands a Ctrl-C on"
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{stopped['step']:06d}"
 
 

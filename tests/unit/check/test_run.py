@@ -136,7 +136,25 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "top_p=1",
     ),
     (("evaluation.num_questions=9",), {}, "warning", "evaluation.num_questions", "9 of 4", "null"),
-    ((BF16, "checkpoint.every=0"), GPU, "warning", "checkpoint.every", "nothing is saved", "about 1"),
+    *(
+        (
+            (f"checkpoint.every={every}", "checkpoint.every_minutes=0"),
+            {},
+            "warning",
+            "checkpoint.every_minutes",
+            f"checkpoint.every is {every}: nothing is saved before the end of 4 steps",
+            "every_minutes=30",
+        )
+        for every in (0, 4)
+    ),
+    (
+        ("checkpoint.every=0", "checkpoint.keep_every=2"),
+        {},
+        "warning",
+        "checkpoint.keep_every",
+        "only by chance",
+        "checkpoint.every=2",
+    ),
     (("checkpoint.keep_every=3",), {}, "warning", "checkpoint.keep_every", "no multiple", "multiple of 2"),
     (("retrieval.engine=http", "retrieval.http.url=http://h:1"), {}, "error", "retrieval.http.url", "not whole", "all"),
     (

@@ -3,17 +3,19 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import CheckpointConfig, parse_config
+from megatron_sdsearch.config import CheckpointConfig, RunConfig, parse_config
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
     FileRecord,
     best_step,
+    changed_settings,
     continuation_problems,
     damages,
     fingerprint,
@@ -213,3 +215,47 @@ def test_changed_arguments_of_the_chat_template_are_another_run(
     (problem,) = continuation_problems(tmp_path, manifest, config)
     assert "data.chat_template_arguments.enable_thinking" in str(problem)
     assert not list(continuation_problems(tmp_path, {"step": 1, "config": config.model_dump(mode="json")}, config))
+
+
+def config(**sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {"run_dir": "r", "model": {"hf_dir": "a/m"}, "data": {"train": "t"}}
+    return parse_config(tree | {"retrieval": {"corpus": "c"}} | sections)
+
+
+def manifest(before: RunConfig, *, without: tuple[str, str] | None = None) -> dict[str, Any]:
+    tree = before.model_dump(mode="json")
+    if without is not None:
+        del tree[without[0]][without[1]]
+    return {"step": 3, "config": tree}
+
+
+def test_what_a_continued_run_does_otherwise_is_named_with_both_values() -> None:
+    now = config(
+        optimizer={"lr": 1e-4},
+        model={"hf_dir": "b/m"},
+        rollout={"sglang": {"environment": {"HF_TOKEN": "hush", "HOME": "/h"}}},
+        evaluation={"every": 5},
+        data={"train": "t", "heldout": "h"},
+    )
+    assert changed_settings(manifest(config()), now) == [
+        "data.heldout null -> h",
+        "evaluation.every 0 -> 5",
+        "optimizer.lr 1e-06 -> 0.0001",
+        "rollout.sglang.environment.HF_TOKEN (a secret)",
+        "rollout.sglang.environment.HOME null -> /h",
+    ], "a folder that has moved is none"
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_was_what_its_default_is() -> None:
+    before = manifest(config(), without=("checkpoint", "every_minutes"))
+    assert changed_settings(before, config()) == []
+    assert changed_settings(before, config(checkpoint={"every_minutes": 5})) == ["checkpoint.every_minutes 30.0 -> 5.0"]
+
+
+def test_what_may_not_change_is_refused_and_what_may_is_not() -> None:
+    now = config(optimizer={"lr": 1e-4}, seed=9, parallel={"distributed_optimizer": True})
+    told = [str(problem) for problem in continuation_problems(Path("c"), manifest(config()), now)]
+    assert told == [
+        "c was written with parallel.distributed_optimizer = False: set it back",
+        "c was trained with seed = 1, this run has 9: set it back or take another run_dir",
+    ]

@@ -105,6 +105,7 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
         "train/num_trajectories": 8,
         "train/num_retrieval_failed": 1,
         names.NUM_WITHOUT_CONTRAST: 2,
+        names.SHARE_WITHOUT_ADVANTAGE: 1 / 4,
         names.NUM_REFILLED: 3,
         names.NUM_ABANDONED: 2,
         "train/status/answered": 7 / 8,
@@ -137,6 +138,16 @@ def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
     values = of_step(step(STEP), [], config(rho=0.5))
     shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
     assert shares == [0.0, 0.5, 0.5]
+
+
+def test_a_group_has_an_advantage_where_rewards_of_those_that_count_differ() -> None:
+    def share(*groups: RolloutGroup) -> float:
+        return of_step(step([with_blocks(g) for g in groups]), [], config())[names.SHARE_WITHOUT_ADVANTAGE]
+
+    right_and_half_right, alike = group([1.0, 0.5]), group([0.5, 0.5])
+    lost = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
+    assert share(right_and_half_right, alike) == 0.5
+    assert share(alike, lost) == 1.0, "one that counts has nothing to be better than"
 
 
 def test_of_step_adds_the_updates() -> None:
