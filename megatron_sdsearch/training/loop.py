@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, write_summary
+from megatron_sdsearch.training.run_log import RunLog, write_summary
 from megatron_sdsearch.training.saving import Saving
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
@@ -32,12 +34,16 @@ from megatron_sdsearch.training.updates import Learner, pack_samples
 from megatron_sdsearch.training.warm_start import WarmStart
 
 
-def train(config: RunConfig) -> dict[str, Any] | None:
+def train(config: RunConfig, on_news: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
     Every rank of the run calls it; ranks come from torchrun's environment.
 
     No other run may be at work in ``run_dir``.
+
+    Args:
+        config: of the run.
+        on_news: called on every rank after each evaluation, and when the run has finished or stopped; must not raise.
 
     Returns:
         The summary, which is also ``run_dir/summary.json``; None when a signal asked to stop: the run is saved.
@@ -55,34 +61,39 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
-        return _train(config, start)
+        return _train(config, start, on_news)
     with RunLock(config.run_dir):
         for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
             (config.run_dir / name).unlink(missing_ok=True)
-        return _train(config, start)
+        return _train(config, start, on_news)
 
 
-def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
+def _train(config: RunConfig, start: float, on_news: Callable[[], None]) -> dict[str, Any] | None:
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
     with StopRequest(parallel) as stop:
         policy = Policy.build(config, parallel)
         saving = Saving(config, policy, start)
-        step = (_warm_start if config.train.mode == "warm_start" else _reinforce)(config, policy, saving, stop)
+        learn = _warm_start if config.train.mode == "warm_start" else partial(_reinforce, on_evaluated=on_news)
+        step = learn(config, policy, saving, stop)
         saving.finish(step)
     summary = None
     if step < config.train.num_steps:
         if parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
+        on_news()
         parallel.all_gather_object(None)  # nobody leaves before: srun ends all nodes when the first one ends
     else:
         if config.checkpoint.export_hf:
             write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
+        on_news()
     parallel.shutdown()
     return summary
 
 
-def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest) -> int:
+def _reinforce(
+    config: RunConfig, policy: Policy, saving: Saving, stop: StopRequest, on_evaluated: Callable[[], None]
+) -> int:
     """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
     parallel = policy.parallel
     reference = Network.load(config, parallel) if config.objective.kl_coef > 0 else None
@@ -102,6 +113,7 @@ def _reinforce(config: RunConfig, policy: Policy, saving: Saving, stop: StopRequ
                     evaluated = step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step))
                 log.add(step, evaluated)
                 saving.score(step, evaluated)
+                on_evaluated()
             if step == config.train.num_steps or stop.is_agreed():
                 break
             with phase("rollout"):

@@ -13,9 +13,9 @@ from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup
 from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
 from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 
-SUMMARY_FILE = "summary.json"
 Values = Mapping[str, float | int]
 _BESIDE_THE_STEP = {names.PHASE_PREFIX + name for name in ("evaluate", "probe", "checkpoint")}
 
