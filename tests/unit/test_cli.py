@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from megatron_sdsearch.cli import app
 from megatron_sdsearch.telemetry import MetricsLog

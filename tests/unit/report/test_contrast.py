@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ NO_CONTRAST = "No group had contrast in {}: "
 NO_GRADIENT = "The gradient norm was 0 in {}: "
 
 
-def rows_of(shares: list[float | None], norms: list[float | None] | None = None) -> list[dict[str, Any]]:
-    values = {"train/share_mixed": shares, "loss/grad_norm": norms or [None] * len(shares)}
+def rows_of(shares: Sequence[float | None], norms: Sequence[float | None] = ()) -> list[dict[str, Any]]:
+    values = {"train/share_mixed": shares, "loss/grad_norm": norms or (None,) * len(shares)}
     return [
         {"step": step, **{name: column[step - 1] for name, column in values.items() if column[step - 1] is not None}}
         for step in range(1, len(shares) + 1)
