@@ -7,10 +7,10 @@
 # are taken as they are. `tokenizers` alone, and servers that use it, always follow the file.
 #
 # Output seen on 2026-11-28, Python 3.11:
-#   tokenizer_class on disk: TokenizersBackend
+#   qwen3: ['in', 'Ġ', '19', '69'] TokenizersBackend
+#   qwen2: ['I', 'N', 'Ġ', '1', '9', '6', '9'] Qwen2Tokenizer
 #   tokenizers: ['in', 'Ġ', '19', '69']
-#   qwen3:      ['in', 'Ġ', '19', '69']               TokenizersBackend
-#   qwen2:      ['I', 'N', 'Ġ', '1', '9', '6', '9']   Qwen2Tokenizer
+#   tokenizer_class on disk: TokenizersBackend
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
