@@ -1,4 +1,4 @@
-"""The command line: ``train``, ``evaluate``, ``check``, ``plan`` and ``serve``.
+"""The command line: ``train``, ``evaluate``, ``report``, ``check``, ``plan`` and ``serve``.
 
 Exit codes: 0 done, or saved and stopped as Ctrl-C or another signal asked (``run_dir/stopped.json`` tells which); 1 the
 run failed; 2 the command or the configuration is wrong; 130 Ctrl-C where there was nothing to save. Of ``check``: 0
@@ -58,14 +58,15 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
         if _rank() == 0:
             _say(_first_line(config, loaded))
-        from megatron_sdsearch.report.page import write_page
+        from megatron_sdsearch.report.live import LivePage
+        from megatron_sdsearch.training.loop import Display
         from megatron_sdsearch.training.loop import train as run_loop
 
-        outcome = run_loop(loaded, _say)
+        with LivePage(loaded.run_dir, is_writer=_rank() == 0) as page:
+            outcome = run_loop(loaded, Display(say=_say, refresh_page=page.write))
         if _rank() != 0:
             return
         if outcome.summary is not None:
-            write_page(loaded.run_dir)
             Console().print(final_table(outcome.summary))
         for line in _last_lines(loaded, outcome):
             _say(line)
@@ -88,6 +89,25 @@ def evaluate(
         return evaluate_folder(loaded, model)
 
     print(json.dumps(_run(run)))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, e.g. runs/demo")],
+    out: Annotated[Path | None, typer.Option(help="The page's file  [default: RUN_DIR/report.html]")] = None,
+) -> None:
+    """Write the page of a run, whether it is going, was stopped or killed, failed, or has finished; prints its path."""
+
+    def run() -> Path:
+        from megatron_sdsearch.report.page import write_page
+
+        try:
+            return write_page(_home(run_dir), _home(out) if out is not None else None)
+        except OSError as error:
+            told = f"{error.filename}: {error.strerror}"
+            raise DataError(f"{told}; the run must be readable, and --out a file that can be written") from error
+
+    print(_run(run))
 
 
 @app.command()
@@ -261,15 +281,13 @@ def _is_first_to_fail() -> bool:
     Before the ranks have met there is nobody to ask. A node's first rank speaks at once; the others wait, for torchrun
     ends all ranks when one exits, and speak only if nobody has ended them: then the failure is theirs alone.
     """
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    if not dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")  # not loaded: a command without torch, or too early to have met
+    if dist is None or not dist.is_initialized():
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_HEAD_START_S)
         return True
     try:
-        return bool(distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)
+        return bool(dist.distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)
     except RuntimeError:  # the store went down with its host: better said twice than not at all
         return True
 
@@ -281,6 +299,10 @@ def _exit(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()  # would outlive us and hold our output open
     os._exit(code)
+
+
+def _home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))  # Path's own raises for a user that there is not
 
 
 def _rank() -> int:

@@ -16,6 +16,8 @@ GROUPS_PER_STEP = 3
 GROUPS_LOOKED_AT = 64
 """Bounds the reading of a big step's file, 100 MB at the published sizes."""
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
@@ -60,13 +62,16 @@ def pick_examples(run_dir: Path) -> list[Example]:
 
 def _examples_of(path: Path) -> list[Example]:
     by_question = groupby(_rows(path), key=lambda row: row["question_id"])
-    groups = [list(rows) for _, rows in islice(by_question, GROUPS_LOOKED_AT)]
-    # A stable sort: groups with both outcomes first, otherwise in the order of the file.
-    groups.sort(key=lambda rows: len({row["is_correct"] for row in rows}) < 2)
-    return [_example(rows, path) for rows in groups[:GROUPS_PER_STEP]]
+    mixed, others = list[list[Row]](), list[list[Row]]()
+    for _, rows in islice(by_question, GROUPS_LOOKED_AT):
+        group = list(rows)
+        (mixed if len({row["is_correct"] for row in group}) > 1 else others).append(group)
+        if len(mixed) == GROUPS_PER_STEP:  # the rest of a big file would be read for nothing
+            break
+    return [_example(group) for group in (mixed + others)[:GROUPS_PER_STEP]]
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -79,7 +84,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _example(rows: Sequence[Mapping[str, Any]], path: Path) -> Example:
+def _example(rows: Sequence[Row]) -> Example:
     hindsights: dict[str, list[int]] = {}
     for row in rows:
         hindsights.setdefault(row["hindsight"]["text"], []).append(row["sibling"])

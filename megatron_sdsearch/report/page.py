@@ -1,15 +1,16 @@
 """One self-contained page about a run: headline numbers, curves, and a few groups to read.
 
-Reads only what the run wrote (``metrics.jsonl``, ``summary.json``, ``trajectories/``). The page holds no script and
-asks the network for nothing; all text of a run is escaped, whatever a model or a passage put into it.
+Reads only what the run wrote (``metrics.jsonl``, ``summary.json``, ``stopped.json``, ``trajectories/``), finished or
+not. The page holds no script and asks the network for nothing; all text of a run is escaped, whatever a model or a
+passage put into it.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,13 +22,16 @@ from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.report import charts
 from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_chart
 from megatron_sdsearch.report.examples import pick_examples
-from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.report.state import read_object, run_state
+from megatron_sdsearch.telemetry import names, warnings_of
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
-from megatron_sdsearch.telemetry.summary import short
+from megatron_sdsearch.telemetry.summary import SUMMARY_FILE, short
 
 PAGE_FILE = "report.html"
 EDGE_STEPS = 5
 """Noisy training numbers are compared as means over so many first and last steps."""
+NUM_LOST = "eval/num_lost"
+"""Held-out trajectories that a failed search or engine cut short: in no other number of the evaluation."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,18 +56,29 @@ class MetricRow:
     high: str
 
 
-def write_page(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html``, replacing an older one.
+def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = False) -> Path:
+    """Write the page of a run that is going, has stopped, failed or finished, replacing an older one whole.
+
+    Args:
+        run_dir: of the run.
+        out: the page's file; ``run_dir/report.html`` without one.
+        is_running: True when the run itself writes.
 
     Returns:
         The page's path.
 
     Raises:
-        DataError: the run has no metrics, or one of its files is malformed; names it.
+        DataError: the folder is no run's, or one of its files is malformed; names it.
+        OSError: a file cannot be read, or the page not be written.
     """
-    rows = read_metrics(run_dir)
-    if not rows:
-        raise DataError(f"{run_dir / METRICS_FILE}: no metrics; give the folder of a run that made at least one step")
+    path = run_dir / PAGE_FILE if out is None else out
+    if not (run_dir / METRICS_FILE).exists():
+        raise DataError(f"{run_dir / METRICS_FILE} does not exist; give the folder of a run (its run_dir)")
+    _replace(path, _html(run_dir, is_running=is_running))
+    return path
+
+
+def _html(run_dir: Path, *, is_running: bool) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,35 +86,30 @@ def write_page(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = short
-    html = environment.get_template("page.html.j2").render(
+    environment.filters |= {"short": short, "time": lambda time: time.isoformat(" ", "seconds")}
+    rows = read_metrics(run_dir)
+    return environment.get_template("page.html.j2").render(
         title=run_dir.resolve().name,
-        last_step=rows[-1]["step"],
+        state=run_state(run_dir, rows[-1]["step"] if rows else 0, is_running=is_running),
+        now=datetime.now().astimezone(),
+        warnings=warnings_of(rows),
         tiles=_tiles(rows),
         charts=_charts(rows),
         frame=charts,
-        summary=flatten(_summary(run_dir)),
+        summary=flatten(read_object(run_dir / SUMMARY_FILE)),
         metrics=_metric_rows(rows),
         examples=pick_examples(run_dir),
     )
-    path = run_dir / PAGE_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
-def _summary(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "summary.json"
-    if not path.exists():
-        return {}
+def _replace(path: Path, content: str) -> None:
+    # The run and a person's command may both be writing: each has a file of its own.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error.msg})") from error
-    if not isinstance(summary, dict):
-        raise DataError(f"{path}: not a mapping of names to numbers")
-    return summary
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _series(rows: Rows, name: str, label: str) -> Series:
@@ -108,7 +118,7 @@ def _series(rows: Rows, name: str, label: str) -> Series:
 
 def _tiles(rows: Rows) -> list[Tile]:
     tiles = [
-        _change(rows, names.EVAL_EM, "Held-out EM", edge=1),
+        _evaluated(rows),
         _change(rows, names.REWARD, "Training reward"),
         _change(rows, names.HIT_RATE, "Retrieval hit rate"),
         _change(rows, names.JSD, "JSD, nats"),
@@ -117,10 +127,21 @@ def _tiles(rows: Rows) -> list[Tile]:
     return [tile for tile in tiles if tile is not None]
 
 
+def _evaluated(rows: Rows) -> Tile | None:
+    """Held-out EM, and how many trajectories it leaves out."""
+    tile = _change(rows, names.EVAL_EM, "Held-out EM", edge=1)
+    lost = [row[NUM_LOST] for row in rows if NUM_LOST in row and names.EVAL_EM in row]
+    if tile is None or not lost:
+        return tile
+    return replace(tile, note=f"{tile.note}; lost trajectories left out: {lost[0]} → {lost[-1]}")
+
+
 def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS) -> Tile | None:
     values = [float(value) for _, value in _series(rows, name, label).points]
     if not values:
         return None
+    if len(values) == 1:
+        return Tile(label=label, value=f"{values[0]:.3g}", note="so far once")
     edge = min(edge, max(1, len(values) // 2))
     note = "first and last" if edge == 1 else f"means of the first and last {edge} steps"
     return Tile(label=label, value=f"{fmean(values[:edge]):.3g} → {fmean(values[-edge:]):.3g}", note=note)

@@ -87,14 +87,27 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole lines of a run's metrics in order; none where there is no file.
 
+    A torn last line is dropped, with its end or without: that line is written over when numbers join it, and then the
+    old one's end stays behind what a killed run had written.
+
     Raises:
         DataError: a line is not JSON with a step; names file and line.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines and not torn and not _is_json(lines[-1]):
+        lines.pop()
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:

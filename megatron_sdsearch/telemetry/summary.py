@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from rich.table import Table
 from rich.text import Text
 
 from megatron_sdsearch.config import flatten
+
+SUMMARY_FILE: Final = "summary.json"
+"""In ``run_dir``; only a finished run has it."""
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:

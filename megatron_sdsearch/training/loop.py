@@ -27,12 +27,13 @@ from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, is_finished, write_summary
+from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
 from megatron_sdsearch.training.saving import Saving
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
@@ -59,7 +60,23 @@ class Outcome:
     summary: dict[str, Any] | None = None
 
 
-def train(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Outcome:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Display:
+    """What a person sees of a run while it goes on; neither call may raise.
+
+    Attributes:
+        say: shows one line at the terminal; called on the main rank alone.
+        refresh_page: called on every rank after each evaluation, and when the run has finished or stopped.
+    """
+
+    say: Callable[[str], None] = lambda _: None
+    refresh_page: Callable[[], None] = lambda: None
+
+
+NO_DISPLAY = Display()
+
+
+def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
     Every rank of the run calls it; ranks come from torchrun's environment.
@@ -68,7 +85,7 @@ def train(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Out
 
     Args:
         config: of the run.
-        say: shows one line to the person at the terminal; called on the main rank alone.
+        display: of the run.
 
     Raises:
         ConfigError: before anything slow has started.
@@ -83,18 +100,18 @@ def train(config: RunConfig, say: Callable[[str], None] = lambda _: None) -> Out
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
-        return _train(config, start, lambda _: None, was_finished=False)
+        return _train(config, start, display, was_finished=False)
     with RunLock(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
             for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
                 (config.run_dir / name).unlink(missing_ok=True)
             write_run_record(config)
-            say(f"model: {_model_words(config, hf_config)}; device: {_device_words()}")
-        return _train(config, start, say, was_finished=was_finished)
+            display.say(f"model: {_model_words(config, hf_config)}; device: {_device_words()}")
+        return _train(config, start, display, was_finished=was_finished)
 
 
-def _train(config: RunConfig, start: float, say: Callable[[str], None], *, was_finished: bool) -> Outcome:
+def _train(config: RunConfig, start: float, display: Display, *, was_finished: bool) -> Outcome:
     parallel = ParallelState.initialize(config.parallel, seed=config.seed)
     if parallel.all_gather_object(was_finished)[0]:
         parallel.shutdown()
@@ -107,21 +124,23 @@ def _train(config: RunConfig, start: float, say: Callable[[str], None], *, was_f
         arguments=config.data.chat_template_arguments,
         run_date=run_date,
     )
-    with StopRequest(parallel, say) as stop:
+    with StopRequest(parallel, display.say) as stop:
         policy = Policy.build(config, parallel)
         saving = Saving(config, policy, start, run_date)
         learn = _warm_start if config.train.mode == "warm_start" else _reinforce
-        step = learn(config, policy, saving, stop, renderer, say)
+        step = learn(config, policy, saving, stop, renderer, display)
         saving.finish(step)
         is_stopped = step < config.train.num_steps
         if is_stopped and parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
+            display.refresh_page()
         parallel.all_gather_object(None)  # no rank leaves before: srun ends all nodes when the first one ends
     summary = None
     if not is_stopped:
         if config.checkpoint.export_hf:
             write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
+        display.refresh_page()
     parallel.shutdown()
     return Outcome(step=step, stopped_by=stop.name if is_stopped else "", summary=summary)
 
@@ -146,13 +165,13 @@ def _device_words() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, say: Callable[[str], None]) -> int:
+def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, display: Display) -> int:
     """Load the newest checkpoint and say so; its step. Right before the loop, for random numbers go on from there."""
     loaded = saving.load()
     if parallel.is_main:
         begins = f"continues from step {loaded.step}" if loaded.step else "begins at step 0"
         changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
-        say(f"{begins} of {config.train.num_steps}{changed}")
+        display.say(f"{begins} of {config.train.num_steps}{changed}")
         if (problem := config.saving_problem()) is not None:
             _log.warning("%s", problem)
     return loaded.step
@@ -164,7 +183,7 @@ def _reinforce(
     saving: Saving,
     stop: StopRequest,
     renderer: Renderer,
-    say: Callable[[str], None],
+    display: Display,
 ) -> int:
     """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
     parallel = policy.parallel
@@ -173,7 +192,7 @@ def _reinforce(
     rollouts = DistributedRollouts(config, parallel, renderer)
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
-    step = _begin(config, saving, parallel, say)
+    step = _begin(config, saving, parallel, display)
 
     with RunLog(config, parallel, step, rollouts.renderer) as log:
         phase = log.timer.phase
@@ -185,6 +204,7 @@ def _reinforce(
                     evaluated = step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step))
                 log.add(step, evaluated)
                 saving.score(step, evaluated)
+                display.refresh_page()
             if step == config.train.num_steps or stop.is_agreed():
                 break
             with phase("rollout"):
@@ -216,11 +236,11 @@ def _warm_start(
     saving: Saving,
     stop: StopRequest,
     renderer: Renderer,
-    say: Callable[[str], None],
+    display: Display,
 ) -> int:
     """Returns the number of finished steps, as ``_reinforce`` does."""
     warm_start = WarmStart(config, policy, policy.parallel, renderer)
-    step = _begin(config, saving, policy.parallel, say)
+    step = _begin(config, saving, policy.parallel, display)
     with RunLog(config, policy.parallel, step, warm_start.renderer) as log:
         while step < config.train.num_steps and not stop.is_agreed():
             with log.timer.phase("update"):

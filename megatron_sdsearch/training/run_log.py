@@ -17,9 +17,9 @@ from megatron_sdsearch.records import HindsightBlock, RolloutGroup
 from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
 from megatron_sdsearch.telemetry.metrics import read_metrics
 from megatron_sdsearch.telemetry.stalls import due_warnings, num_stalled
+from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 
-SUMMARY_FILE = "summary.json"
 Values = Mapping[str, float | int]
 _log = logging.getLogger(__name__)
 _BESIDE_THE_STEP = {names.PHASE_PREFIX + name for name in ("evaluate", "probe", "checkpoint")}

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from megatron_sdsearch.parallel.groups import ParallelState
+if TYPE_CHECKING:  # the page reads STOPPED_FILE, and needs no torch
+    from megatron_sdsearch.parallel.groups import ParallelState
 
 EXIT_STOPPED: Final = 0
 """Exit code of every rank after a stop that was asked for. Another code would make torchrun report a crash; who has to

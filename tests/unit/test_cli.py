@@ -17,11 +17,12 @@ import pytest
 import yaml
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from typer.testing import CliRunner, Result
 
 from megatron_sdsearch import cli
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import TrainingError
-from megatron_sdsearch.telemetry import ProgressDisplay
+from megatron_sdsearch.telemetry import MetricsLog, ProgressDisplay
 from megatron_sdsearch.training.loop import Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -234,3 +235,53 @@ def test_a_warning_goes_above_the_progress_bar_and_not_into_it(monkeypatch: pyte
     assert errors.getvalue() == ""
     handler.emit(record)
     assert errors.getvalue() == "no group had contrast\n"
+
+
+# --- report: in process, for it loads no torch ----------------------------------------------------------------------
+
+
+def report(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    monkeypatch.setattr("os._exit", sys.exit)  # the test's process goes on
+    return CliRunner().invoke(cli.app, ["report", *arguments])
+
+
+@pytest.fixture
+def killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = MetricsLog(tmp_path / "run", tensorboard=False)
+    log.log(3, {"train/reward": 0.5})
+    log.close()
+    return tmp_path / "run"
+
+
+def test_report_writes_the_page_of_a_killed_run_and_prints_its_path(
+    killed_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = report(monkeypatch, "~/run")
+    assert (done.exit_code, done.stdout) == (0, f"{killed_run}/report.html\n")
+    assert "killed after step 3" in (killed_run / "report.html").read_text()
+
+
+def test_report_writes_to_another_file_on_request(killed_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = report(monkeypatch, str(killed_run), "--out", "~/page.html")
+    assert (done.exit_code, done.stdout) == (0, f"{killed_run.parent}/page.html\n")
+    assert not (killed_run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("~/nowhere",), "nowhere/metrics.jsonl does not exist; give the folder of a run (its run_dir)"),
+        (("~/run/metrics.jsonl",), "metrics.jsonl/metrics.jsonl does not exist"),
+        (("~/run", "--out", "~/no/folder/page.html"), "No such file or directory; the run must be readable, and --out"),
+        (("~/run", "--out", "~/run"), "Is a directory; the run must be readable, and --out"),
+    ],
+)
+def test_report_refuses_what_is_no_run_and_no_place_for_a_page(
+    arguments: tuple[str, ...], told: str, killed_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = report(monkeypatch, *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("DataError: ")
+    assert told in line

@@ -160,6 +160,14 @@ def test_resuming_cuts_off_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert lines_of(tmp_path)[2:] == [{"step": 3, "a": 3, "eval": 1.0}, {"step": 4, "a": 40}]
 
 
+def test_a_line_torn_while_numbers_joined_it_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 1, "eval/e"train/em": 0.25}\n')
+    log = MetricsLog(tmp_path, tensorboard=False, resume_step=2)
+    log.log(2, {"a": 2})
+    log.close()
+    assert lines_of(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": 2}]
+
+
 def test_a_spoilt_file_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not JSON"):

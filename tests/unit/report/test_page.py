@@ -13,6 +13,7 @@ import pytest
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.report.page import write_page
 from megatron_sdsearch.telemetry import MetricsLog, names
+from megatron_sdsearch.training.run_lock import RunLock
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -175,6 +176,16 @@ def test_mixed_groups_of_the_first_and_last_step_come_first(tmp_path: Path) -> N
     assert shown == ["step1-3", "step1-0", "step1-1", "step10-3", "step10-0", "step10-1"]
 
 
+def test_a_big_step_is_read_no_further_than_the_groups_that_are_shown(tmp_path: Path) -> None:
+    log_metrics(tmp_path)
+    rows = [row(s, question_id=f"q{i}", is_correct=s == 0 and i != 1) for i in range(5) for s in (0, 1)]
+    log_trajectories(tmp_path, 1, rows)
+    with (tmp_path / "trajectories" / "step_000001.jsonl").open("a") as file:
+        file.write("never read\n")
+    _, page = read_page(tmp_path)
+    assert list(dict.fromkeys(re.findall(r"who is (q\d)", page.text))) == ["q0", "q2", "q3"]
+
+
 def test_different_blocks_are_shown_with_their_siblings(tmp_path: Path) -> None:
     log_metrics(tmp_path)
     empty = {"text": "", "sources": [], "dropped": []}
@@ -189,6 +200,92 @@ def test_a_run_without_trajectories_says_so(tmp_path: Path) -> None:
     log_metrics(tmp_path)
     _, page = read_page(tmp_path)
     assert "No trajectories were kept" in page.text
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "told"),
+    [
+        ({}, "failed", "Failed or was killed after step 6: the same command goes on from the newest checkpoint."),
+        ({"summary.json": {"steps": 6}}, "finished", "Finished after step 6."),
+        (
+            {"stopped.json": {"signal": "SIGTERM", "step": 6}},
+            "stopped",
+            "Stopped after step 6 (SIGTERM) and saved: the same command goes on from there.",
+        ),
+    ],
+)
+def test_the_state_is_read_from_what_the_run_left(files: dict[str, Any], kind: str, told: str, tmp_path: Path) -> None:
+    log_metrics(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    _, page = read_page(tmp_path)
+    assert page.by_class[kind] == [told]
+
+
+def test_a_run_that_holds_its_folder_is_running(tmp_path: Path) -> None:
+    log_metrics(tmp_path)
+    with RunLock(tmp_path):
+        _, page = read_page(tmp_path)
+        assert "Running: step 6 is done." in page.text
+    _, page = read_page(tmp_path)
+    assert "Running" not in page.text
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 7, "train/rew', '{"step": 7, "train/reward": 0.7, "loss/jsd": 0.0"loss/jsd": 1}\n']
+)
+def test_a_torn_last_line_of_a_killed_run_is_passed_over(torn: str, tmp_path: Path) -> None:
+    log_metrics(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    _, page = read_page(tmp_path)
+    assert "Failed or was killed after step 6" in page.text
+
+
+def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, tensorboard=False).close()
+    _, page = read_page(tmp_path)
+    assert "Failed or was killed before the first step was done" in page.text
+    assert not [tag for tag, _ in page.tags if tag == "svg"]
+
+
+def test_a_number_known_once_is_no_comparison(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.log(0, {names.EVAL_EM: 0.125})
+    log.close()
+    _, page = read_page(tmp_path)
+    assert "Held-out EM0.125so far once" in page.text
+
+
+def test_the_held_out_figure_names_how_many_it_leaves_out(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.log(0, {names.EVAL_EM: 0.5, "eval/num_lost": 0})
+    log.log(5, {names.EVAL_EM: 0.75, "eval/num_lost": 19})
+    log.close()
+    _, page = read_page(tmp_path)
+    assert "Held-out EM0.5 → 0.75first and last; lost trajectories left out: 0 → 19" in page.text
+
+
+def test_steps_that_taught_nothing_are_said_at_the_top(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in range(1, 6):
+        log.log(step, {names.STEP_SECONDS: 1.0, names.SHARE_WITHOUT_ADVANTAGE: 1.0, names.GRAD_NORM: 0.0})
+    log.close()
+    _, page = read_page(tmp_path)
+    contrast, gradient = page.by_class["warning"]
+    assert contrast.startswith("no group had contrast for 5 steps (1 to 5): ")
+    assert gradient.startswith("the gradient was exactly 0 for 5 steps (1 to 5): ")
+
+
+def test_the_page_goes_to_another_file_on_request_and_replaces_it_whole(tmp_path: Path) -> None:
+    run_dir, out = tmp_path / "run", tmp_path / "page.html"
+    log_metrics(run_dir)
+    out.write_text("old")
+    out.chmod(0o400)
+    assert write_page(run_dir, out) == out
+    assert out.read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "run"]
+    assert [path.name for path in run_dir.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_without_metrics_is_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -206,9 +303,10 @@ def test_a_spoilt_trajectory_file_is_an_error_that_names_the_line(tmp_path: Path
         write_page(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "stopped.json"])
 @pytest.mark.parametrize("content", ["not json", "[1]"])
-def test_a_spoilt_summary_is_an_error(tmp_path: Path, content: str) -> None:
+def test_a_spoilt_summary_is_an_error(tmp_path: Path, content: str, name: str) -> None:
     log_metrics(tmp_path)
-    (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(DataError, match=r"summary\.json"):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(name)):
         write_page(tmp_path)
