@@ -15,14 +15,16 @@ from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.errors import raise_first
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
+from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, write_summary
 from megatron_sdsearch.training.saving import Saving
@@ -52,10 +54,12 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     hf_config = load_hf_config(config.model.hf_dir)
     check_layout(hf_config, config.parallel)
     check_lengths(hf_config, config)
+    raise_first(own_server_problems(config, hf_config))
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start)
+    check_questions(config)
     with RunLock(config.run_dir):
         for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
             (config.run_dir / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from typing import TypeVar
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.evaluation import require_sampled
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
-from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
-from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
+from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.rollout.checks import check_prompts
+from megatron_sdsearch.rollout.collector import RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
@@ -25,6 +28,7 @@ from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.retrievers import open_retriever, take_counts
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 
 
@@ -43,6 +47,24 @@ class StepRollouts:
     engine_counts: dict[str, int]
 
 
+def check_questions(config: RunConfig) -> None:
+    """Of the questions that a run trains on and is judged by, at least one each fits ``rollout.max_prompt_tokens``.
+
+    Raises:
+        ConfigError: of one of the two files none does.
+        DataError: a file or the tokenizer is malformed.
+    """
+    if config.train.mode != "rl":
+        return
+    renderer, profile = Renderer.from_folder(config.model.hf_dir), get_profile(config.data.prompt_profile)
+    files = [("data.train", config.data.train, None)]
+    if config.evaluation.every:
+        files.append(("data.heldout", config.data.heldout, config.evaluation.num_questions))
+    for field, path, number in files:
+        assert path is not None  # RunConfig has checked it
+        check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
+
+
 class DistributedRollouts:
     """This rank's engine and collector, and the exchange of what they produce."""
 
@@ -56,6 +78,7 @@ class DistributedRollouts:
         self._retriever = runner.run(open_retriever(config.retrieval))
         self._source = start_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
+        self._has_warned = False
 
     def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
@@ -69,21 +92,24 @@ class DistributedRollouts:
         """The step's groups with their hindsight, in the order of their places, on every rank.
 
         Raises:
-            RetrievalError: on every rank: more of the step's trajectories than ``rollout.max_failed_search_share`` were
-                lost to failed searches, of all ranks together.
+            RetrievalError, EngineError: on every rank: more of the step's trajectories than
+                ``rollout.max_failed_search_share`` were lost, of all ranks together.
+            TrainingError: on every rank: no trajectory has a sampled token to learn from.
         """
         rank, world_size = self._parallel.rank, self._parallel.world_size
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
-        groups = [(group, self._hindsight(group)) for group in collected.groups]
+        own_groups = [(group, self._hindsight(group)) for group in collected.groups]
         counts = self._source.take_counts() | take_counts(self._retriever)
-        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
+        own = StepRollouts(groups=own_groups, counts=collected.counts, engine_counts=counts)
         gathered = self._parallel.all_gather_object((own, collected.losses))
         self._check([losses for _, losses in gathered])
         parts = [part for part, _ in gathered]
+        groups = _in_turn([part.groups for part in parts])
+        self._look_at([group for group, _ in groups], f"step {step + 1}")
         return StepRollouts(
-            groups=_in_turn([part.groups for part in parts]),
+            groups=groups,
             counts=sum((part.counts for part in parts), CollectionCounts()),
             engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
         )
@@ -94,7 +120,9 @@ class DistributedRollouts:
             collected = self._collector.evaluate(self._share(questions), step=step)
         gathered = self._parallel.all_gather_object((collected.groups, collected.losses))
         self._check([losses for _, losses in gathered])
-        return _in_turn([groups for groups, _ in gathered])
+        groups = _in_turn([groups for groups, _ in gathered])
+        self._look_at(groups, f"evaluation after step {step}")
+        return groups
 
     def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
         """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
@@ -131,8 +159,24 @@ class DistributedRollouts:
                 self._source.explain()
                 raise
 
-    def _check(self, losses: Sequence[SearchLosses]) -> None:
-        sum(losses, SearchLosses()).check(self._config.rollout.max_failed_search_share)
+    def _check(self, losses: Sequence[RolloutLosses]) -> None:
+        sum(losses, RolloutLosses()).check(self._config.rollout.max_failed_search_share)
+
+    def _look_at(self, groups: Sequence[RolloutGroup], what: str) -> None:
+        """Refuse what has no sampled token; the first time that prompts are too long, say so."""
+        require_sampled(groups, what)
+        statuses = [trajectory.status for group in groups for trajectory in group.trajectories]
+        num_too_long = statuses.count(TrajectoryStatus.PROMPT_TOO_LONG)
+        if num_too_long and self._parallel.is_main and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s: %d of %d trajectories never began, their prompts exceed rollout.max_prompt_tokens = %d; from now "
+                "on they are counted in train/num_prompt_too_long and eval/num_prompt_too_long alone",
+                what,
+                num_too_long,
+                len(statuses),
+                self._config.rollout.max_prompt_tokens,
+            )
 
     def _hindsight(self, group: RolloutGroup) -> list[HindsightBlock]:
         return build_hindsight(group, self.renderer, self._profile, self._config.hindsight, seed=self._config.seed)

@@ -23,19 +23,22 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
     groups, counts = collected.groups, collected.counts
     rollouts = [group for group, _ in groups]
     metrics = summarize(rollouts).overall
-    rewards = [score.reward for group in rollouts for score in group.scores]
+    rewards = [
+        score.reward
+        for group in rollouts
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True)
+        if not trajectory.status.is_lost
+    ]
     classes = [group_class(group, config.hindsight.rho) for group in rollouts]
     values: Values = {
         names.REWARD: sum(rewards) / len(rewards),
-        "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.NUM_REFILLED: counts.num_refilled,
         names.NUM_ABANDONED: counts.num_abandoned,
         **collected.engine_counts,
-        **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
-        **_rollout_values(metrics, "train/"),
+        **_rollout_values(metrics, names.TRAIN_PREFIX),
         **_query_values(rollouts),
     }
     return values | _hindsight_values(groups) | of_updates(results)
@@ -43,7 +46,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
 
 def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
     """A greedy evaluation."""
-    return _rollout_values(summarize(groups).overall, "eval/")
+    return _rollout_values(summarize(groups).overall, names.EVAL_PREFIX)
 
 
 def of_probe(result: ProbeResult) -> Values:
@@ -79,6 +82,14 @@ def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rollout_values(metrics: Metrics, prefix: str) -> Values:
+    """Counts and status shares of all trajectories, beside the means over those that were not lost."""
+    values: Values = {
+        f"{prefix}num_trajectories": metrics.num_trajectories,
+        f"{prefix}num_lost": metrics.num_lost,
+        f"{prefix}num_prompt_too_long": metrics.num_prompt_too_long,
+        f"{prefix}num_eos_without_action": metrics.num_eos_without_action,
+        **{f"{prefix}status/{status.value}": share for status, share in metrics.status_shares.items()},
+    }
     known = {
         "em": metrics.em,
         "f1": metrics.f1,
@@ -86,7 +97,7 @@ def _rollout_values(metrics: Metrics, prefix: str) -> Values:
         "num_searches": metrics.searches_per_question,
         "response_tokens": metrics.mean_response_tokens,
     }
-    return {prefix + name: value for name, value in known.items() if value is not None}
+    return values | {prefix + name: value for name, value in known.items() if value is not None}
 
 
 def _query_values(groups: Sequence[RolloutGroup]) -> Values:
