@@ -61,7 +61,7 @@ def _prompts(subject: Subject, renderer: Renderer, field: str, questions: Sequen
             f"set it to at least {lengths[longest]}, or remove them",
         )
     if field == "data.train":
-        yield from _turns(subject, typical)
+        yield from _turns(subject, min(typical, limit))
 
 
 def _turns(subject: Subject, num_prompt_tokens: int) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question
 from megatron_sdsearch.training.policy import Network
@@ -20,6 +21,7 @@ from tests.distributed.oracle import make_config
 from tests.unit.conftest import train_tokenizer
 
 PER_STEP, STEP = 3, 2
+POOL = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
 ROLLOUT: dict[str, object] = {
     "group_size": 2,
     "max_turns": 1,
@@ -32,15 +34,37 @@ ROLLOUT: dict[str, object] = {
 
 REFILLED: dict[str, object] = {"max_refills": 2}
 OVERSAMPLED: dict[str, object] = {"oversample": 1.5}
+TOO_LONG: dict[str, object] = {"max_prompt_tokens": 1}
 Outcome = tuple[list[list[tuple[str, list[int]]]], CollectionCounts]
 
 
-def worker(rank: int, world_size: int, folder: Path, cases: list[dict[str, object]]) -> list[Outcome]:
+def worker(rank: int, world_size: int, folder: Path, cases: list[dict[str, object]]) -> tuple[list[Outcome], list[str]]:
+    """Outcomes of each case, and what is said where no prompt is short enough: of a step, and of an evaluation."""
     parallel = ParallelState.initialize(ParallelConfig(), seed=1)
-    return [_collect(parallel, folder, rollout) for rollout in cases]
+    outcomes = [_collect(parallel, folder, rollout) for rollout in cases]
+    return outcomes, _refusals(_rollouts(parallel, folder, TOO_LONG))
+
+
+def _refusals(rollouts: DistributedRollouts) -> list[str]:
+    said = []
+    with pytest.raises(TrainingError) as caught:
+        rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
+    said.append(str(caught.value))
+    with pytest.raises(TrainingError) as caught:
+        rollouts.evaluate(POOL[:PER_STEP], step=STEP)
+    rollouts.close()
+    return [*said, str(caught.value)]
 
 
 def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) -> Outcome:
+    rollouts = _rollouts(parallel, folder, rollout)
+    step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
+    rollouts.close()
+    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
+    return ids, step.counts
+
+
+def _rollouts(parallel: ParallelState, folder: Path, rollout: dict[str, object]) -> DistributedRollouts:
     config = make_config(
         folder / "hf",
         folder / "run",
@@ -52,11 +76,7 @@ def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) 
     )
     rollouts = DistributedRollouts(config, parallel)
     rollouts.publish(Network.load(config, parallel), version=STEP)
-    pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
-    step = rollouts.collect(QuestionSampler(pool, 1, PER_STEP), step=STEP)
-    rollouts.close()
-    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
-    return ids, step.counts
+    return rollouts
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +102,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_give_the_groups_of_one_and_count_together(folder: Path) -> None:
-    ((alone,),) = run_distributed(worker, 1, folder, [REFILLED])
-    first, second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
-    assert first == second, "all ranks see all groups"
+    (((alone,), _),) = run_distributed(worker, 1, folder, [REFILLED])
+    (first, refusals), second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
+    assert (first, refusals) == second, "all ranks see all groups, and end together"
+    for said, what, number in zip(
+        refusals, ("step 3", "evaluation after step 2"), (PER_STEP * 2, PER_STEP), strict=True
+    ):
+        assert said.startswith(f"{what}: none of its {number} trajectories ({number} prompt_too_long) has a token")
+        assert said.endswith("raise rollout.max_prompt_tokens, `check` says how long prompts are")
     assert first[0] == alone
     ids, counts = alone
     assert len(ids) == PER_STEP

@@ -255,6 +255,21 @@ def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: Mod
     assert all(len(t.sampled_spans) > 1 for group in ours for t in group.trajectories)
 
 
+@pytest.mark.parametrize(("rule", "num_turns"), [("stop", 1), ("notice", 3)])
+def test_both_engines_keep_the_rule_of_eos(
+    build: Build, make_model: ModelFactory, renderer: Renderer, rule: str, num_turns: int
+) -> None:
+    """Every id ends a sequence: each generation is one token, and no action."""
+    ids = range(make_model().config.vocab_size)
+    engines = [kind(make_model(), renderer.token_bytes, ids, 500) for kind in (EmbeddedEngine, PlainEngine)]
+    for engine in engines:
+        for group in build(engine, eos_without_action=rule).evaluate(QUESTIONS, step=0).groups:
+            (trajectory,) = group.trajectories
+            assert trajectory.status is TrajectoryStatus.NO_ANSWER
+            assert [len(span.token_ids) for span in trajectory.sampled_spans] == [1] * num_turns
+            assert trajectory.num_eos_without_action == num_turns
+
+
 def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFactory, renderer: Renderer) -> None:
     engine = EmbeddedEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 500)
     collector = build(engine)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.training.evaluate import evaluate_folder
 from tests.unit.check.tiny_run import TinyRun, save_model
 
@@ -22,6 +22,11 @@ def test_a_file_of_weights_that_was_cut_short_is_named(tiny: TinyRun) -> None:
     first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(DataError, match=first.name):
         evaluate_folder(load_config(tiny.config), tiny.model)
+
+
+def test_prompts_none_of_which_can_be_asked_are_a_wrong_setting(tiny: TinyRun) -> None:
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens: 5, and the prompts of all 4 questions of data\.heldout"):
+        evaluate_folder(load_config(tiny.config, ["rollout.max_prompt_tokens=5"]), tiny.model)
 
 
 def test_a_folder_without_weights_is_named(tiny: TinyRun) -> None:
