@@ -117,7 +117,7 @@ def _tiles(rows: Rows) -> list[Tile]:
     return [tile for tile in tiles if tile is not None]
 
 
-def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS, lost: str | None = None) -> Tile | None:
+def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS, lost: str = "") -> Tile | None:
     """First and last values of a metric; ``lost`` names the count of trajectories that it leaves out."""
     rows = [row for row in rows if name in row]
     values = [float(row[name]) for row in rows]

@@ -57,12 +57,11 @@ def check_questions(config: RunConfig) -> None:
     if config.train.mode != "rl":
         return
     renderer, profile = Renderer.from_folder(config.model.hf_dir), get_profile(config.data.prompt_profile)
-    files = [("data.train", config.data.train, None)]
-    if config.evaluation.every:
-        files.append(("data.heldout", config.data.heldout, config.evaluation.num_questions))
-    for field, path, number in files:
-        assert path is not None  # RunConfig has checked it
-        check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
+    files = {"data.train": config.data.train, "data.heldout": config.data.heldout if config.evaluation.every else None}
+    for field, path in files.items():
+        if path is not None:
+            number = config.evaluation.num_questions if field == "data.heldout" else None
+            check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
 
 
 class DistributedRollouts:

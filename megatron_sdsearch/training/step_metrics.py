@@ -114,6 +114,7 @@ def _query_values(groups: Sequence[RolloutGroup]) -> Values:
 
 def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:
     num_trajectories = sum(len(group.trajectories) for group, _ in groups)
+    num_kept = sum(not trajectory.status.is_lost for group, _ in groups for trajectory in group.trajectories)
     leaks = sum(
         trajectory.trajectory_id.sibling in block.leaks
         for group, blocks in groups
@@ -122,7 +123,7 @@ def _hindsight_values(groups: Sequence[HindsightGroup]) -> Values:
     dropped = sum(len(block.dropped) for _, blocks in groups for block in blocks)
     return {
         "hindsight/num_leaks": leaks,
-        names.LEAK_SHARE: leaks / num_trajectories,
+        names.LEAK_SHARE: leaks / num_kept if num_kept else 0.0,
         "hindsight/dropped_per_block": dropped / num_trajectories,
     }
 
