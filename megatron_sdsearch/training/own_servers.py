@@ -71,12 +71,12 @@ def start_servers(supervisor: ServerSupervisor, config: RunConfig) -> None:
     supervisor.start()
     for url in supervisor.urls:
         try:
-            told = read_server_info(url, _ANSWER_S).get("max_req_input_len")
+            limit = read_server_info(url, _ANSWER_S).get("max_req_input_len")
         except EngineError as error:
             _log.warning("%s; whether it takes the run's longest request is not known", error)
             continue
-        if isinstance(told, int):
-            raise_first(context_problems(config, url, told))
+        if isinstance(limit, int):
+            raise_first(context_problems(config, url, limit))
 
 
 def gpus_beside_trainer(sglang: SGLangConfig) -> tuple[str, ...]:

@@ -66,8 +66,8 @@ async def check_server_info_tells_version_and_arguments(subject: Subject) -> Non
 
 async def check_the_end_of_the_context_is_kept_back(subject: Subject) -> None:
     """``max_req_input_len`` is refused as a prompt, one token fewer is taken; 5 tokens can follow that one, no more."""
-    told = await asyncio.to_thread(read_server_info, subject.server.url, 30.0)
-    length = told["max_req_input_len"]
+    info = await asyncio.to_thread(read_server_info, subject.server.url, 30.0)
+    length = info["max_req_input_len"]
     ids = [subject.prompt_ids[i % len(subject.prompt_ids)] for i in range(length)]
     await _refused(subject, {**subject.request(1), "input_ids": ids})
     for asked, sampled in ((1, 1), (5, 5), (6, 5)):
