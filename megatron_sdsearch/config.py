@@ -162,7 +162,8 @@ class SGLangConfig(Section):
     weight_bucket_mb: PositiveInt = 512
     """Weights travel in buckets of so many MiB."""
     verify_every: NonNegativeInt = 1
-    """Publishes between proofs that the servers hold the trainer's very weights; 0 never."""
+    """Publishes between proofs that the servers hold the trainer's very weights; one that did not succeed at once is
+    always proven. 0 never."""
     colocated: bool = False
     """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
 
@@ -198,8 +199,13 @@ class RolloutConfig(Section):
     """Per observation, closing tag included."""
     max_total_tokens: PositiveInt = 6656
     """Of a whole trajectory."""
+    eos_without_action: Literal["stop", "notice"] = "stop"
+    """A generation that ends with an end-of-sequence token and neither searches nor answers. ``stop`` ends the
+    trajectory without an answer: the token closes the assistant's message, and no chat model was trained to go on
+    behind it. ``notice`` keeps it, shows the invalid-action notice and spends another turn."""
     max_failed_search_share: UnitFloat = 0.2
-    """Above this share of trajectories lost to failed searches, a step raises."""
+    """Above this share of trajectories lost to failed searches, or given up by the engine, a step or an evaluation
+    raises; up to it they are left out of training and of all averages, and counted."""
     oversample: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
     """Each rank begins so many times its share of ``data.questions_per_step``; when the share is complete the rest is
     given up. Which groups those are depends on timing, unless the engine's does not, and short rollouts are favoured:

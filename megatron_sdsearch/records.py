@@ -78,11 +78,16 @@ class TrajectoryStatus(StrEnum):
     """How a trajectory ended."""
 
     ANSWERED = "answered"
-    NO_ANSWER = "no_answer"  # the last turn brought no answer
+    NO_ANSWER = "no_answer"  # the policy ended without one: at its last turn, or with EOS
     TRUNCATED = "truncated"  # the token budget ran out
     PROMPT_TOO_LONG = "prompt_too_long"  # nothing was sampled
     RETRIEVAL_FAILED = "retrieval_failed"  # a search failed: out of training, counted
     ABORTED = "aborted"  # the engine gave up on it: out of training, counted
+
+    @property
+    def is_lost(self) -> bool:
+        """A search engine or a rollout engine ended it: its outcome says nothing of the policy."""
+        return self in (TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +133,11 @@ class SampledSpan:
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs")
+
+    @property
+    def is_eos_without_action(self) -> bool:
+        """The policy ended its message before it searched or answered."""
+        return self.finish_reason == "eos" and self.action is Action.INVALID
 
 
 Span = ContextSpan | SampledSpan
@@ -234,8 +244,12 @@ class Trajectory:
     @property
     def is_trainable(self) -> bool:
         """False when the rollout was cut short by an engine, or nothing was sampled."""
-        out = (TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED, TrajectoryStatus.PROMPT_TOO_LONG)
-        return self.status not in out and bool(self.loss_mask.any())
+        return not self.status.is_lost and bool(self.loss_mask.any())
+
+    @property
+    def num_eos_without_action(self) -> int:
+        """Generations that ended with an end-of-sequence token and asked for nothing."""
+        return sum(span.is_eos_without_action for span in self.sampled_spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from statistics import median
 
-from megatron_sdsearch.check.findings import Attempt, Finding
-from megatron_sdsearch.check.subject import Subject
+from megatron_sdsearch.check.findings import Attempt, Finding, Severity
+from megatron_sdsearch.check.subject import Subject, some_of
 from megatron_sdsearch.model.hf_config import check_lengths
-from megatron_sdsearch.records import Passage
+from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import read_corpus
+from megatron_sdsearch.rollout.checks import check_prompts, prompt_lengths
 from megatron_sdsearch.rollout.episode import ObservationWriter
 from megatron_sdsearch.tokenization.renderer import Renderer
 
@@ -27,39 +28,40 @@ def check(subject: Subject) -> Iterator[Finding]:
         if attempt.error is not None:
             yield Finding.of(attempt.error, "rollout.max_total_tokens")
     if renderer is not None:
-        yield from _prompts(subject, renderer)
+        found = list(_prompts(subject, renderer, "data.train", subject.train_questions.value or ()))
+        yield from found
+        if subject.config.evaluation.every and not any(finding.severity is Severity.ERROR for finding in found):
+            number = subject.config.evaluation.num_questions
+            yield from _prompts(subject, renderer, "data.heldout", (subject.heldout_questions.value or ())[:number])
         yield from _observations(subject, renderer)
 
 
-def _prompts(subject: Subject, renderer: Renderer) -> Iterator[Finding]:
-    questions = subject.sampled_questions()
+def _prompts(subject: Subject, renderer: Renderer, field: str, questions: Sequence[Question]) -> Iterator[Finding]:
     if not questions:
         return
-    profile, rollout = subject.profile, subject.config.rollout
-    lengths = {q.question_id: len(renderer.prompt_ids(profile.user_text(q.text))) for q in questions}
+    profile, limit = subject.profile, subject.config.rollout.max_prompt_tokens
+    lengths = prompt_lengths(some_of(questions), renderer, profile)
     longest = max(lengths, key=lambda name: lengths[name])
-    typical, limit = int(median(lengths.values())), rollout.max_prompt_tokens
+    typical = int(median(lengths.values()))
     yield Finding.note(
         "rollout.max_prompt_tokens",
-        f"prompts have {typical} tokens at the median of {len(lengths)} questions, {lengths[longest]} at the most "
-        f"({longest})",
+        f"prompts of {field} have {typical} tokens at the median of {len(lengths)} questions, {lengths[longest]} at "
+        f"the most ({longest})",
     )
     num_over = sum(length > limit for length in lengths.values())
-    if typical > limit:
-        yield Finding.error(
-            "rollout.max_prompt_tokens",
-            f"{limit}, and {num_over} of {len(lengths)} questions looked at have longer prompts: none of their "
-            "trajectories would begin",
-            f"set it to at least {lengths[longest]}",
-        )
+    attempt = Attempt.at(lambda: check_prompts(questions, field, renderer, profile, limit))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "rollout.max_prompt_tokens")
     elif num_over:
+        effect = "left out of training" if field == "data.train" else "counted as wrong answers"
         yield Finding.warning(
             "rollout.max_prompt_tokens",
-            f"{limit}, and {num_over} of {len(lengths)} questions looked at have longer prompts, such as {longest} "
-            f"with {lengths[longest]} tokens: they would be left out of training",
+            f"{limit}, and {num_over} of {len(lengths)} questions of {field} looked at have longer prompts, such as "
+            f"{longest} with {lengths[longest]} tokens: they would be {effect}",
             f"set it to at least {lengths[longest]}, or remove them",
         )
-    yield from _turns(subject, typical)
+    if field == "data.train":
+        yield from _turns(subject, min(typical, limit))
 
 
 def _turns(subject: Subject, num_prompt_tokens: int) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from megatron_sdsearch.check.sglang_program import SECTION, check_program, check
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.model.hf_config import read_hf_config
+from megatron_sdsearch.rollout.checks import context_problems, own_server_problems
 from megatron_sdsearch.rollout.server_process import (
     find_obstacle,
     read_model_info,
@@ -59,6 +60,9 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
             yield Finding.error(
                 f"{SECTION}.num_servers", str(ports.error), "end what uses them, or start fewer servers"
             )
+    if (hf_config := subject.hf_config.value) is not None:
+        for problem in own_server_problems(subject.config, hf_config):
+            yield Finding.of(problem, problem.field)
     for flag in sorted(set(flags_of(sglang.arguments)) & set(_OURS)):
         yield Finding.error(
             f"{SECTION}.arguments",
@@ -157,16 +161,16 @@ def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[s
         yield Finding.error(
             f"{SECTION}.tensor", f"{sglang.tensor}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
         )
-    longest = subject.config.longest_rollout
-    limits = {name: told.get(name) for name in ("context_length", "max_total_num_tokens")}
-    for name, limit in limits.items():
-        if isinstance(limit, int) and limit < longest.num_tokens:
-            yield Finding.error(
-                "rollout.max_total_tokens",
-                f"{longest.settings} makes {longest.num_tokens} tokens, {url} takes {limit} ({name})",
-                f"lower {longest.settings.replace(' + ', ' or ')}, or start the server with more (--context-length, "
-                "--mem-fraction-static)",
-            )
+    longest = told.get("max_req_input_len")
+    if isinstance(longest, int):
+        for problem in context_problems(subject.config, url, longest):
+            yield Finding.of(problem, problem.field)
+    else:
+        yield Finding.warning(
+            f"{SECTION}.urls",
+            f"{url} does not tell how long a request it takes (max_req_input_len)",
+            "attach to SGLang itself, with no router in between",
+        )
     if sglang.colocated and told.get("enable_memory_saver") is False:
         yield Finding.error(
             f"{SECTION}.colocated", f"true, and {url} would keep its memory", "start it with --enable-memory-saver"

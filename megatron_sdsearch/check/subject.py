@@ -85,13 +85,13 @@ class Subject:
             run_date=run_date_of(self.config.run_dir),
         )
 
-    def sampled_questions(self) -> list[Question]:
-        """Some of the training questions: the longest ones, and others from all over the file."""
-        questions = self.train_questions.value or ()
-        longest = sorted(questions, key=lambda question: -len(question.text))[: _MAX_SAMPLE // 2]
-        every = max(1, len(questions) // (_MAX_SAMPLE // 2))
-        chosen = {question.question_id: question for question in (*longest, *questions[::every])}
-        return list(chosen.values())
+
+def some_of(questions: Sequence[Question]) -> list[Question]:
+    """The longest ones, and others from all over the file."""
+    longest = sorted(questions, key=lambda question: -len(question.text))[: _MAX_SAMPLE // 2]
+    every = max(1, len(questions) // (_MAX_SAMPLE // 2))
+    chosen = {question.question_id: question for question in (*longest, *questions[::every])}
+    return list(chosen.values())
 
 
 def _questions(path: Path | None) -> Sequence[Question]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean
@@ -30,8 +30,6 @@ from megatron_sdsearch.telemetry.summary import SUMMARY_FILE, short
 PAGE_FILE = "report.html"
 EDGE_STEPS = 5
 """Noisy training numbers are compared as means over so many first and last steps."""
-NUM_LOST = "eval/num_lost"
-"""Held-out trajectories that a failed search or engine cut short: in no other number of the evaluation."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -118,8 +116,8 @@ def _series(rows: Rows, name: str, label: str) -> Series:
 
 def _tiles(rows: Rows) -> list[Tile]:
     tiles = [
-        _evaluated(rows),
-        _change(rows, names.REWARD, "Training reward"),
+        _change(rows, names.EVAL_EM, "Held-out EM", edge=1, lost=names.EVAL_NUM_LOST),
+        _change(rows, names.REWARD, "Training reward", lost=names.NUM_LOST),
         _change(rows, names.HIT_RATE, "Retrieval hit rate"),
         _change(rows, names.JSD, "JSD, nats"),
         _seconds(rows),
@@ -127,23 +125,18 @@ def _tiles(rows: Rows) -> list[Tile]:
     return [tile for tile in tiles if tile is not None]
 
 
-def _evaluated(rows: Rows) -> Tile | None:
-    """Held-out EM, and how many trajectories it leaves out."""
-    tile = _change(rows, names.EVAL_EM, "Held-out EM", edge=1)
-    lost = [row[NUM_LOST] for row in rows if NUM_LOST in row and names.EVAL_EM in row]
-    if tile is None or not lost:
-        return tile
-    return replace(tile, note=f"{tile.note}; lost trajectories left out: {lost[0]} → {lost[-1]}")
-
-
-def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS) -> Tile | None:
-    values = [float(value) for _, value in _series(rows, name, label).points]
+def _change(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS, lost: str = "") -> Tile | None:
+    """First and last values of a metric; ``lost`` names the count of trajectories that it leaves out."""
+    rows = [row for row in rows if name in row]
+    values = [float(row[name]) for row in rows]
     if not values:
         return None
-    if len(values) == 1:
-        return Tile(label=label, value=f"{values[0]:.3g}", note="so far once")
     edge = min(edge, max(1, len(values) // 2))
     note = "first and last" if edge == 1 else f"means of the first and last {edge} steps"
+    counts = [sum(row.get(lost, 0) for row in part) for part in (rows[:edge], rows[-edge:])]
+    note += f"; lost and left out: {counts[0]} and {counts[1]} trajectories" if any(counts) else ""
+    if len(values) == 1:
+        return Tile(label=label, value=f"{values[0]:.3g}", note=note.replace("first and last", "so far once"))
     return Tile(label=label, value=f"{fmean(values[:edge]):.3g} → {fmean(values[-edge:]):.3g}", note=note)
 
 
@@ -170,6 +163,7 @@ def _charts(rows: Rows) -> list[Chart]:
             "Retrieval hit rate",
             [_series(rows, names.HIT_RATE, "training"), _series(rows, names.EVAL_HIT_RATE, "held-out")],
         ),
+        line_chart("Trajectories left out", _left_out(rows)),
         line_chart(
             "Divergence of teacher and student, nats",
             _by_class(rows, names.JSD, names.JSD_BY_CLASS_PREFIX),
@@ -183,6 +177,17 @@ def _charts(rows: Rows) -> list[Chart]:
         ),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def _left_out(rows: Rows) -> list[Series]:
+    """Counts of what is in no mean or never began; nothing where all of them are 0 throughout."""
+    counts = {
+        names.NUM_LOST: "training, lost",
+        names.EVAL_NUM_LOST: "held-out, lost",
+        names.NUM_PROMPT_TOO_LONG: "training, prompt too long",
+        names.EVAL_NUM_PROMPT_TOO_LONG: "held-out, prompt too long",
+    }
+    return [_series(rows, name, label) for name, label in counts.items() if any(row.get(name) for row in rows)]
 
 
 def _by_class(rows: Rows, name: str, prefix: str) -> list[Series]:

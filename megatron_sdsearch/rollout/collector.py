@@ -1,13 +1,14 @@
 """All trajectories of one step at once, as complete groups in the order of their places.
 
-Owns the event loop on which engine and retriever live, and the count of failed searches; the limit on them is for
-whoever knows all processes (``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are
+Owns the event loop on which engine and retriever live, and the count of lost trajectories; the limit on them is for
+whoever knows all processes (``RolloutLosses.check``). What is asked is ``supply.py``'s, refills and early ends are
 ``groups.py``'s, what one trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +17,15 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.scoring import score_trajectory
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
-from megatron_sdsearch.records import CollectionCounts, Question, RolloutGroup, Score, Trajectory, TrajectoryId
+from megatron_sdsearch.records import (
+    CollectionCounts,
+    Question,
+    RolloutGroup,
+    Score,
+    Trajectory,
+    TrajectoryId,
+    TrajectoryStatus,
+)
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.episode import EpisodeRunner
@@ -28,23 +37,26 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchLosses:
-    """Trajectories that ended because a search failed; adds up over processes.
+class RolloutLosses:
+    """Trajectories whose end says nothing of the policy; adds up over processes.
 
     Attributes:
         num_ended: trajectories that ended in whatever way, those of replaced and abandoned groups included.
-        num_lost: of them, to failed searches.
-        first_cause: of the first loss; empty without one.
+        num_failed: of them, lost to failed searches.
+        num_aborted: of them, given up by the rollout engine.
+        first_cause: of the first failed search; empty without one.
     """
 
     num_ended: int = 0
-    num_lost: int = 0
+    num_failed: int = 0
+    num_aborted: int = 0
     first_cause: str = ""
 
-    def __add__(self, other: SearchLosses) -> SearchLosses:
-        return SearchLosses(
+    def __add__(self, other: RolloutLosses) -> RolloutLosses:
+        return RolloutLosses(
             num_ended=self.num_ended + other.num_ended,
-            num_lost=self.num_lost + other.num_lost,
+            num_failed=self.num_failed + other.num_failed,
+            num_aborted=self.num_aborted + other.num_aborted,
             first_cause=self.first_cause or other.first_cause,
         )
 
@@ -52,15 +64,21 @@ class SearchLosses:
         """Hold the losses to ``rollout.max_failed_search_share``.
 
         Raises:
-            RetrievalError: there are more.
+            RetrievalError: there are more, and failed searches among them.
+            EngineError: there are more, and the rollout engine has given up on all of them.
         """
-        if self.num_lost > limit * self.num_ended:
-            raise RetrievalError(
-                f"{self.num_lost} of {self.num_ended} trajectories ({self.num_lost / self.num_ended:.0%}) were lost to "
-                f"failed searches, more than rollout.max_failed_search_share = {limit:.0%}; first cause: "
-                f"{self.first_cause}",
-                cause=self.first_cause,
-            )
+        num_lost = self.num_failed + self.num_aborted
+        if num_lost <= limit * self.num_ended:
+            return
+        share = f"{num_lost} of {self.num_ended} trajectories ({num_lost / self.num_ended:.0%})"
+        more = f"more than rollout.max_failed_search_share = {limit:.0%}"
+        if not self.num_failed:
+            raise EngineError(f"the rollout engine gave up on {share}, {more}")
+        aborted = f" or given up by the rollout engine ({self.num_aborted})" if self.num_aborted else ""
+        raise RetrievalError(
+            f"{share} were lost to failed searches{aborted}, {more}; first cause: {self.first_cause}",
+            cause=self.first_cause,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +88,12 @@ class Collected:
     Attributes:
         groups: complete, in the order of their places.
         counts: what it took beside them.
-        losses: to failed searches.
+        losses: trajectories that are in the groups, or were, and say nothing of the policy.
     """
 
     groups: tuple[RolloutGroup, ...]
     counts: CollectionCounts
-    losses: SearchLosses
+    losses: RolloutLosses
 
 
 class RolloutCollector:
@@ -163,20 +181,24 @@ class RolloutCollector:
                 self._runner.close()
 
     def _roll_out(self, supply: Supply, temperature: float, top_p: float) -> Collected:
-        ended: list[TrajectoryId] = []
+        ended: Counter[TrajectoryStatus] = Counter()
         causes: list[RetrievalError] = []
 
         async def roll_out(question: Question, trajectory_id: TrajectoryId) -> Trajectory:
             trajectory = await self._episodes.run(
                 question, trajectory_id, temperature=temperature, top_p=top_p, on_failed_search=causes.append
             )
-            ended.append(trajectory_id)
+            ended[trajectory.status] += 1
             return trajectory
 
         collection = GroupCollection(supply, roll_out, self._score, self._config.hindsight.rho)
         groups, counts = self._runner.run(collection.run())
-        first_cause = str(causes[0]) if causes else ""
-        losses = SearchLosses(num_ended=len(ended), num_lost=len(causes), first_cause=first_cause)
+        losses = RolloutLosses(
+            num_ended=ended.total(),
+            num_failed=ended[TrajectoryStatus.RETRIEVAL_FAILED],
+            num_aborted=ended[TrajectoryStatus.ABORTED],
+            first_cause=str(causes[0]) if causes else "",
+        )
         return Collected(groups=tuple(groups), counts=counts, losses=losses)
 
     def _score(self, trajectory: Trajectory, question: Question) -> Score:

@@ -126,9 +126,11 @@ class EpisodeRunner:
         """Roll one trajectory out to its end; the engine's cache for it is released whatever happens.
 
         A turn is one generation. The first ``rollout.max_turns`` may search; each brings an observation, or a notice
-        when it held no valid action. One last generation without search follows. The trajectory is TRUNCATED when the
-        budget cannot hold the next observation and one token after it, and RETRIEVAL_FAILED, with the spans it has,
-        when a search fails.
+        when it held no valid action. One last generation follows, which stops at the same strings and whose search is
+        not carried out: it is no query. The trajectory is NO_ANSWER when the last generation holds none, or when an
+        earlier one ends with EOS and no action (``rollout.eos_without_action``). It is TRUNCATED when the budget cannot
+        hold the next observation and one token after it, and RETRIEVAL_FAILED, with the spans it has, when a search
+        fails.
 
         Args:
             question: what to ask.
@@ -194,7 +196,7 @@ class _Episode:
             temperature=self._temperature,
             top_p=self._top_p,
             max_new_tokens=min(self._rollout.max_response_tokens, self.num_left),
-            stop=(ANSWER_END,) if is_last else (SEARCH_END, ANSWER_END),
+            stop=(SEARCH_END, ANSWER_END),
         )
         request = GenerationRequest(
             trajectory_id=self._trajectory_id, seed=self._runner.seed, prompt_ids=tuple(self._token_ids), params=params
@@ -219,7 +221,7 @@ class _Episode:
             is_last = turn == self._rollout.max_turns
             span = await self.sample(is_last=is_last)
             self.append(span)
-            status = _status_after(span, is_last=is_last, num_left=self.num_left)
+            status = self._status_after(span, is_last=is_last)
             if status is not None:
                 return status
             observation = self._runner.writer.notice
@@ -230,13 +232,14 @@ class _Episode:
             self.append(observation)
         raise AssertionError("the last turn always ends the trajectory")
 
-
-def _status_after(span: SampledSpan, *, is_last: bool, num_left: int) -> TrajectoryStatus | None:
-    """How the trajectory ends with this span; None when it goes on."""
-    if span.finish_reason == "abort":
-        return TrajectoryStatus.ABORTED
-    if span.action is Action.ANSWER:
-        return TrajectoryStatus.ANSWERED
-    if num_left < 1 and (span.finish_reason == "length" or not is_last):
-        return TrajectoryStatus.TRUNCATED
-    return TrajectoryStatus.NO_ANSWER if is_last else None
+    def _status_after(self, span: SampledSpan, *, is_last: bool) -> TrajectoryStatus | None:
+        """How the trajectory ends with this span; None when it goes on."""
+        if span.finish_reason == "abort":
+            return TrajectoryStatus.ABORTED
+        if span.action is Action.ANSWER:
+            return TrajectoryStatus.ANSWERED
+        if span.is_eos_without_action and self._rollout.eos_without_action == "stop":
+            return TrajectoryStatus.NO_ANSWER
+        if self.num_left < 1 and (span.finish_reason == "length" or not is_last):
+            return TrajectoryStatus.TRUNCATED
+        return TrajectoryStatus.NO_ANSWER if is_last else None

@@ -144,7 +144,8 @@ def load_weights(url: str, path: Path, version: int, timeout_s: float) -> None:
     """Let a server read a Hugging Face folder, and call it ``version``.
 
     Raises:
-        EngineError: it did not, with what it said.
+        EngineError: it did not, with what it said. What it holds now is unknown, whatever version it reports: a server
+            that refuses may have loaded the folder before (``SGLangServer.update_weights_from_disk``).
     """
     body = {"model_path": str(path), "weight_version": str(version)}
     try:

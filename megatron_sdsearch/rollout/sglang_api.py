@@ -172,7 +172,13 @@ class SGLangServer:
     async def update_weights_from_disk(
         self, model_path: str, weight_version: str, *, flush_cache: bool = True, timeout_s: float | None = None
     ) -> Json:
-        """Read a Hugging Face folder that the server sees under the same path. Refused: the old weights stay."""
+        """Read a Hugging Face folder that the server sees under the same path.
+
+        Refused: the weights are unknown, though the version is the old one. The server loads first, then flushes its
+        cache, and refuses when requests keep it from that: it then holds the new weights under the old version (0.5.23,
+        scheduler_components/weight_updater.py, ``flush_cache_after_weight_update``). Give it weights again before its
+        tokens are believed.
+        """
         body = {"model_path": model_path, "weight_version": weight_version, "flush_cache": flush_cache}
         return await self._call("/update_weights_from_disk", body, timeout_s)
 

@@ -163,8 +163,10 @@ class SupervisedServer:
     def _bring_up(self, info: dict[str, Any]) -> str | None:
         """Load what was published, if the server is behind it; why that failed, or None.
 
-        A server never reports a version that it does not hold: it starts as SGLang's ``default``. One that is ahead
-        has just been reached by a publish which `ServerSupervisor.set_weights` does not know of yet.
+        It starts as SGLang's ``default``. One that is ahead has just been reached by a publish which
+        `ServerSupervisor.set_weights` does not know of yet. After a load that failed nothing is known of its weights:
+        they may be this folder's, under a version that a publish has given it meanwhile. It is restarted, even where
+        the folder was outdated and is gone.
         """
         published = self.published
         if published is None or published.path is None or not self._is_behind(published, _version_of(info)):
@@ -172,8 +174,7 @@ class SupervisedServer:
         try:
             load_weights(self.url, published.path, published.version, self._config.start_timeout_s)
         except EngineError as error:
-            is_outdated = self.published is not published  # its folder may be gone; the next look loads the new one
-            return None if is_outdated or self._closing.is_set() else str(error)
+            return None if self._closing.is_set() else str(error)
         self._note(f"loaded version {published.version} from {published.path}")
         return None
 

@@ -1,11 +1,15 @@
 """Names of the metrics that the progress display and the page know; a run may log any others beside them.
 
 A name is ``section/what``. Shares and scores lie in [0, 1], divergences are in nats, times in seconds. Unless a line
-says otherwise, a number is the mean over the step's trajectories on all ranks.
+says otherwise, a number is the mean over the step's trajectories on all ranks that were not lost, to a failed search
+or by the engine.
 """
 
 from typing import Final
 
+TRAIN_PREFIX: Final = "train/"
+EVAL_PREFIX: Final = "eval/"
+"""Of the numbers of sampled and of greedy rollouts; the same names follow."""
 REWARD: Final = "train/reward"
 """The shaped reward that advantages come from."""
 EM: Final = "train/em"
@@ -18,6 +22,12 @@ QUERY_TOKENS: Final = "train/query_tokens"
 QUERY_ENTROPY: Final = "train/query_entropy"
 """Nats; -log p under the engine that sampled, mean over the step's query tokens: an estimate that needs no teacher, so
 that a run without distillation has it, too."""
+NUM_LOST: Final = "train/num_lost"
+"""Trajectories that a failed search or the engine has ended: out of training, and in no mean."""
+NUM_PROMPT_TOO_LONG: Final = "train/num_prompt_too_long"
+"""Trajectories that never began; out of training, and wrong answers in the means."""
+NUM_EOS_WITHOUT_ACTION: Final = "train/num_eos_without_action"
+"""Generations that ended with EOS and neither searched nor answered."""
 NUM_WITHOUT_CONTRAST: Final = "train/num_without_contrast"
 """Groups learned from whose siblings are all right or all wrong by F1; over all ranks, as are the next two."""
 NUM_REFILLED: Final = "train/num_refilled"
@@ -62,7 +72,12 @@ ROLLOUT_GAP_MAX: Final = "loss/rollout_gap_max"
 """The largest gap of any token on any rank: a maximum throughout."""
 
 EVAL_EM: Final = "eval/em"
-"""Over held-out questions, greedy."""
+"""Over held-out questions, greedy; of those whose trajectory was not lost."""
+EVAL_NUM_TRAJECTORIES: Final = "eval/num_trajectories"
+EVAL_NUM_LOST: Final = "eval/num_lost"
+"""Of them; as ``NUM_LOST``."""
+EVAL_NUM_PROMPT_TOO_LONG: Final = "eval/num_prompt_too_long"
+"""Of them; as ``NUM_PROMPT_TOO_LONG``."""
 EVAL_F1: Final = "eval/f1"
 EVAL_HIT_RATE: Final = "eval/hit_rate"
 EVAL_NUM_SEARCHES: Final = "eval/num_searches"

@@ -24,6 +24,8 @@ _SHOWN: Final = {
     names.JSD: ("JSD", "{:.5f}"),
     names.TOKENS_PER_SECOND: ("tokens/s", "{:,.0f}"),
 }
+_LOST: Final = {names.REWARD: names.NUM_LOST, names.EM: names.NUM_LOST, names.EVAL_EM: names.EVAL_NUM_LOST}
+"""Counts of trajectories that a number leaves out; shown behind it unless they are 0."""
 
 
 class ProgressDisplay:
@@ -111,7 +113,11 @@ class ProgressDisplay:
 
 
 def _formatted(metrics: Mapping[str, float | int | str]) -> dict[str, str]:
-    return {label: form.format(metrics[name]) for name, (label, form) in _SHOWN.items() if name in metrics}
+    return {
+        label: form.format(metrics[name]) + (f" ({lost} lost)" if (lost := metrics.get(_LOST.get(name, ""))) else "")
+        for name, (label, form) in _SHOWN.items()
+        if name in metrics
+    }
 
 
 def _labelled(numbers: Mapping[str, str]) -> list[str]:

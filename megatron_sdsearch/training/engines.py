@@ -15,7 +15,7 @@ from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.sglang_client import SGLangEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.own_servers import gpus_beside_trainer, supervise
+from megatron_sdsearch.training.own_servers import gpus_beside_trainer, start_servers, supervise
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
@@ -113,7 +113,7 @@ class SGLangPolicyEngine:
         gpus = gpus_beside_trainer(sglang)
         self._supervisor = supervise(config, gpus=gpus) if parallel.is_main else None
         supervisor = self._supervisor
-        together(parallel, supervisor.start if supervisor is not None else lambda: None)
+        together(parallel, lambda: start_servers(supervisor, config) if supervisor is not None else None)
         urls = next(u for u in parallel.all_gather_object(supervisor.urls if supervisor is not None else ()) if u)
         self._client = SGLangEngine(
             urls,

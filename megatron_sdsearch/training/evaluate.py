@@ -13,9 +13,10 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.evaluation import summarize
+from megatron_sdsearch.evaluation import require_sampled, summarize
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
+from megatron_sdsearch.rollout.checks import check_prompts
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -29,9 +30,11 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     those it is compared with; today's where ``run_dir`` holds no checkpoint.
 
     Raises:
-        ConfigError: there is no held-out set, no search engine, or no model; or its chat template cannot be used.
+        ConfigError: there is no held-out set, no search engine, or no model; its chat template cannot be used; or no
+            prompt is short enough.
         DataError: a question, the tokenizer or a file of weights is damaged.
         RetrievalError: too many searches failed.
+        TrainingError: no question was asked, or all that were are lost.
     """
     if config.data.heldout is None or config.retrieval is None:
         raise ConfigError(
@@ -43,27 +46,30 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
         if not path.is_file():
             raise ConfigError(field, f"{path} does not exist", "give a path that exists")
     questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
-    weights = SafetensorsFolder(model_dir)
-    for name in weights.names():
-        weights.shape(name)  # a file that is missing or cut short is said here, by its name
+    rollout, profile = config.rollout, get_profile(config.data.prompt_profile)
     renderer = Renderer.from_folder(
         model_dir,
-        profile=get_profile(config.data.prompt_profile),
+        profile=profile,
         arguments=config.data.chat_template_arguments,
         run_date=run_date_of(config.run_dir),
         field="--model",
     )
+    check_prompts(questions, "data.heldout", renderer, profile, rollout.max_prompt_tokens)
+    weights = SafetensorsFolder(model_dir)
+    for name in weights.names():
+        weights.shape(name)  # a file that is missing or cut short is said here, by its name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     model.to(device)
-    engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)
+    engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, rollout.max_total_tokens)
     runner = asyncio.Runner()
     collector = RolloutCollector(engine, runner.run(open_retriever(config.retrieval)), renderer, config, runner)
     try:
         collected = collector.evaluate(questions, step=0)
-        collected.losses.check(config.rollout.max_failed_search_share)
+        collected.losses.check(rollout.max_failed_search_share)
+        require_sampled(collected.groups, "evaluation")
         return {"model": str(model_dir), **summarize(collected.groups).to_dict()}
     finally:
         collector.close()

@@ -19,7 +19,7 @@ from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
@@ -27,11 +27,12 @@ from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
+from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
@@ -97,10 +98,12 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     hf_config = load_hf_config(config.model.hf_dir)
     check_layout(hf_config, config.parallel)
     check_lengths(hf_config, config)
+    raise_first(own_server_problems(config, hf_config))
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
+    check_questions(config)
     with RunLock(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:

@@ -6,6 +6,7 @@ watched until somebody ends them, and their urls are written down for the traine
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -16,10 +17,14 @@ from typing import Final, NoReturn
 import torch
 
 from megatron_sdsearch.config import RunConfig, SGLangConfig
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, EngineError, raise_first
+from megatron_sdsearch.rollout.checks import context_problems
+from megatron_sdsearch.rollout.server_process import read_server_info
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights, no_gpus_left
 
 _POLL_S: Final = 1.0
+_ANSWER_S: Final = 30.0
+_log = logging.getLogger(__name__)
 
 
 def supervise(
@@ -54,6 +59,24 @@ def supervise(
         host=host,
         gpus=gpus,
     )
+
+
+def start_servers(supervisor: ServerSupervisor, config: RunConfig) -> None:
+    """Start servers, or wait for attached ones, and ask each whether it takes the run's longest request.
+
+    Raises:
+        EngineError, ConfigError: as ``ServerSupervisor.start``.
+        ConfigError: a request could be too long for a server, which would refuse it in the middle of a step.
+    """
+    supervisor.start()
+    for url in supervisor.urls:
+        try:
+            limit = read_server_info(url, _ANSWER_S).get("max_req_input_len")
+        except EngineError as error:
+            _log.warning("%s; whether it takes the run's longest request is not known", error)
+            continue
+        if isinstance(limit, int):
+            raise_first(context_problems(config, url, limit))
 
 
 def gpus_beside_trainer(sglang: SGLangConfig) -> tuple[str, ...]:

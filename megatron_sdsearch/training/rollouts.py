@@ -11,15 +11,17 @@ from typing import TypeVar
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.evaluation import require_sampled
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
-from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup
-from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, SearchLosses
+from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.rollout.checks import check_prompts
+from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
@@ -55,6 +57,24 @@ class StepRollouts:
         )
 
 
+def check_questions(config: RunConfig) -> None:
+    """Of the questions that a run trains on and is judged by, at least one each fits ``rollout.max_prompt_tokens``.
+
+    Raises:
+        ConfigError: of one of the two files none does.
+        DataError: a file or the tokenizer is malformed.
+    """
+    if config.train.mode != "rl":
+        return
+    profile = get_profile(config.data.prompt_profile)
+    renderer = Renderer.from_folder(config.model.hf_dir, profile=profile, arguments=config.data.chat_template_arguments)
+    files = {"data.train": config.data.train, "data.heldout": config.data.heldout if config.evaluation.every else None}
+    for field, path in files.items():
+        if path is not None:
+            number = config.evaluation.num_questions if field == "data.heldout" else None
+            check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
+
+
 class DistributedRollouts:
     """This rank's engine and collector, and the exchange of what they produce.
 
@@ -74,7 +94,8 @@ class DistributedRollouts:
         self._retriever = runner.run(open_retriever(config.retrieval))
         self._source = start_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
-        self._has_warned = False
+        self._has_warned_of_prompts = False
+        self._has_warned_of_blocks = False
 
     def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
@@ -88,8 +109,9 @@ class DistributedRollouts:
         """The step's groups with their hindsight, in the order of their places, on every rank.
 
         Raises:
-            RetrievalError: on every rank: more of the step's trajectories than ``rollout.max_failed_search_share`` were
-                lost to failed searches, of all ranks together.
+            RetrievalError, EngineError: on every rank: more of the step's trajectories than
+                ``rollout.max_failed_search_share`` were lost, of all ranks together.
+            TrainingError: on every rank: no trajectory has a sampled token to learn from.
         """
         rank, world_size = self._parallel.rank, self._parallel.world_size
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
@@ -104,6 +126,7 @@ class DistributedRollouts:
             counts=sum((part.counts for part in parts), CollectionCounts()),
             engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
         )
+        self._look_at([group for group, _ in whole.groups], f"step {step + 1}")
         self._warn_of_emptied(whole, step)
         return whole
 
@@ -113,7 +136,9 @@ class DistributedRollouts:
             collected = self._collector.evaluate(self._share(questions), step=step)
         gathered = self._parallel.all_gather_object((collected.groups, collected.losses))
         self._check([losses for _, losses in gathered])
-        return _in_turn([groups for groups, _ in gathered])
+        groups = _in_turn([groups for groups, _ in gathered])
+        self._look_at(groups, f"evaluation after step {step}")
+        return groups
 
     def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
         """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
@@ -150,8 +175,24 @@ class DistributedRollouts:
                 self._source.explain()
                 raise
 
-    def _check(self, losses: Sequence[SearchLosses]) -> None:
-        sum(losses, SearchLosses()).check(self._config.rollout.max_failed_search_share)
+    def _check(self, losses: Sequence[RolloutLosses]) -> None:
+        sum(losses, RolloutLosses()).check(self._config.rollout.max_failed_search_share)
+
+    def _look_at(self, groups: Sequence[RolloutGroup], what: str) -> None:
+        """Refuse what has no sampled token; the first time that prompts are too long, say so."""
+        require_sampled(groups, what)
+        statuses = [trajectory.status for group in groups for trajectory in group.trajectories]
+        num_too_long = statuses.count(TrajectoryStatus.PROMPT_TOO_LONG)
+        if num_too_long and self._parallel.is_main and not self._has_warned_of_prompts:
+            self._has_warned_of_prompts = True
+            _log.warning(
+                "%s: %d of %d trajectories never began, their prompts exceed rollout.max_prompt_tokens = %d; from now "
+                "on they are counted in train/num_prompt_too_long and eval/num_prompt_too_long alone",
+                what,
+                num_too_long,
+                len(statuses),
+                self._config.rollout.max_prompt_tokens,
+            )
 
     def _with_hindsight(self, collected: Collected) -> list[HindsightGroup]:
         """This rank's groups; labels may be drawn from the outcomes of all ranks."""
@@ -166,9 +207,9 @@ class DistributedRollouts:
 
     def _warn_of_emptied(self, rollouts: StepRollouts, step: int) -> None:
         """Once: ``hindsight/num_emptied`` counts it in every step."""
-        if self._has_warned or not self._config.is_distilling or not rollouts.num_emptied:
+        if self._has_warned_of_blocks or not self._config.is_distilling or not rollouts.num_emptied:
             return
-        self._has_warned = True
+        self._has_warned_of_blocks = True
         if self._parallel.is_main:
             _log.warning(
                 "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "

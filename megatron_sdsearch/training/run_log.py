@@ -141,6 +141,9 @@ def _step_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, metric in (
             ("num_trajectories", "train/num_trajectories"),
             ("num_retrieval_failed", "train/num_retrieval_failed"),
+            ("num_lost", names.NUM_LOST),
+            ("num_prompt_too_long", names.NUM_PROMPT_TOO_LONG),
+            ("num_eos_without_action", names.NUM_EOS_WITHOUT_ACTION),
             ("num_leaks", "hindsight/num_leaks"),
         )
     }
@@ -156,7 +159,13 @@ def _evaluation_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not evaluated:
         return {}
     first, last = evaluated[0], evaluated[-1]
-    figures = {"em": names.EVAL_EM, "f1": names.EVAL_F1, "hit": names.EVAL_HIT_RATE}
+    figures = {
+        "em": names.EVAL_EM,
+        "f1": names.EVAL_F1,
+        "hit": names.EVAL_HIT_RATE,
+        "num_evaluated": names.EVAL_NUM_TRAJECTORIES,
+        "num_lost": names.EVAL_NUM_LOST,
+    }
     return {
         f"{name}_{when}": row[metric]
         for name, metric in figures.items()

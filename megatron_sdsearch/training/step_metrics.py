@@ -24,20 +24,23 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
     groups, counts = collected.groups, collected.counts
     rollouts = [group for group, _ in groups]
     metrics = summarize(rollouts).overall
-    rewards = [score.reward for group in rollouts for score in group.scores]
+    rewards = [
+        score.reward
+        for group in rollouts
+        for trajectory, score in zip(group.trajectories, group.scores, strict=True)
+        if not trajectory.status.is_lost
+    ]
     classes = [group_class(group, config.hindsight.rho) for group in rollouts]
     values: Values = {
         names.REWARD: sum(rewards) / len(rewards),
-        "train/num_trajectories": metrics.num_trajectories,
         "train/num_retrieval_failed": _count(rollouts, TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.SHARE_WITHOUT_ADVANTAGE: _share_without_advantage(rollouts),
         names.NUM_REFILLED: counts.num_refilled,
         names.NUM_ABANDONED: counts.num_abandoned,
         **collected.engine_counts,
-        **{f"train/status/{status.value}": share for status, share in metrics.status_shares.items()},
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
-        **_rollout_values(metrics, "train/"),
+        **_rollout_values(metrics, names.TRAIN_PREFIX),
         **_query_values(rollouts),
     }
     return values | _hindsight_values(collected) | of_updates(results)
@@ -45,7 +48,7 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
 
 def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
     """A greedy evaluation."""
-    return _rollout_values(summarize(groups).overall, "eval/")
+    return _rollout_values(summarize(groups).overall, names.EVAL_PREFIX)
 
 
 def of_probe(result: ProbeResult) -> Values:
@@ -86,6 +89,14 @@ def _distillation_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rollout_values(metrics: Metrics, prefix: str) -> Values:
+    """Counts and status shares of all trajectories, beside the means over those that were not lost."""
+    values: Values = {
+        f"{prefix}num_trajectories": metrics.num_trajectories,
+        f"{prefix}num_lost": metrics.num_lost,
+        f"{prefix}num_prompt_too_long": metrics.num_prompt_too_long,
+        f"{prefix}num_eos_without_action": metrics.num_eos_without_action,
+        **{f"{prefix}status/{status.value}": share for status, share in metrics.status_shares.items()},
+    }
     known = {
         "em": metrics.em,
         "f1": metrics.f1,
@@ -93,7 +104,7 @@ def _rollout_values(metrics: Metrics, prefix: str) -> Values:
         "num_searches": metrics.searches_per_question,
         "response_tokens": metrics.mean_response_tokens,
     }
-    return {prefix + name: value for name, value in known.items() if value is not None}
+    return values | {prefix + name: value for name, value in known.items() if value is not None}
 
 
 def _query_values(groups: Sequence[RolloutGroup]) -> Values:
@@ -111,6 +122,7 @@ def _query_values(groups: Sequence[RolloutGroup]) -> Values:
 def _hindsight_values(collected: StepRollouts) -> Values:
     groups = collected.groups
     num_trajectories = sum(len(group.trajectories) for group, _ in groups)
+    num_kept = sum(not trajectory.status.is_lost for group, _ in groups for trajectory in group.trajectories)
     leaks = sum(
         trajectory.trajectory_id.sibling in block.leaks
         for group, blocks in groups
@@ -119,7 +131,7 @@ def _hindsight_values(collected: StepRollouts) -> Values:
     dropped = sum(len(block.dropped) for _, blocks in groups for block in blocks)
     return {
         "hindsight/num_leaks": leaks,
-        names.LEAK_SHARE: leaks / num_trajectories,
+        names.LEAK_SHARE: leaks / num_kept if num_kept else 0.0,
         "hindsight/dropped_per_block": dropped / num_trajectories,
         names.NUM_EMPTIED: collected.num_emptied,
     }

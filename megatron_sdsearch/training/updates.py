@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig
+from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import (
     DistillRows,
     Metrics,
@@ -28,7 +29,13 @@ T = TypeVar("T")
 
 
 def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel: ParallelState) -> TrainBatch:
-    """This rank's part of a step's samples, in as many minibatches as the schedule counts on."""
+    """This rank's part of a step's samples, in as many minibatches as the schedule counts on.
+
+    Raises:
+        TrainingError: no sample has a token to learn: the step would leave the policy as it is.
+    """
+    if not any(sample.loss_mask.any() for sample in samples):
+        raise TrainingError(f"none of the step's {len(samples)} samples has a sampled token; look at the data")
     return pack(
         samples,
         num_ranks=parallel.dp_size,

@@ -60,7 +60,20 @@ async def check_server_info_tells_version_and_arguments(subject: Subject) -> Non
     assert Version(told["version"]) >= Version(OLDEST_VERSION)
     assert told["tp_size"] == 1
     assert told["context_length"] is None or told["context_length"] > 0
+    assert told["max_req_input_len"] > 0
     assert (await subject.server.model_info())["is_generation"] is True
+
+
+async def check_the_end_of_the_context_is_kept_back(subject: Subject) -> None:
+    """``max_req_input_len`` is refused as a prompt, one token fewer is taken; 5 tokens can follow that one, no more."""
+    info = await asyncio.to_thread(read_server_info, subject.server.url, 30.0)
+    length = info["max_req_input_len"]
+    ids = [subject.prompt_ids[i % len(subject.prompt_ids)] for i in range(length)]
+    await _refused(subject, {**subject.request(1), "input_ids": ids})
+    for asked, sampled in ((1, 1), (5, 5), (6, 5)):
+        answer = await subject.server.generate({**subject.request(asked), "input_ids": ids[:-1]})
+        assert len(answer["output_ids"]) == sampled
+        assert answer["meta_info"]["finish_reason"]["type"] == "length"
 
 
 async def check_ids_and_logprobs_agree(subject: Subject) -> None:
@@ -272,6 +285,7 @@ CHECKS: tuple[Check, ...] = (
     check_flush_is_refused_while_busy,
     check_the_weight_version_is_reported,
     check_server_info_tells_version_and_arguments,
+    check_the_end_of_the_context_is_kept_back,
     check_empty_ids_are_refused,
     check_an_unknown_sampling_field_is_refused,
     check_a_negative_temperature_is_refused,

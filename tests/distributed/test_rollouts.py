@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import megatron_sdsearch.rollout.collector
 from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question, Score, Trajectory
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -22,6 +23,7 @@ from tests.distributed.oracle import make_config
 from tests.unit.conftest import train_tokenizer
 
 PER_STEP, STEP = 3, 2
+POOL = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
 ROLLOUT: dict[str, object] = {
     "group_size": 2,
     "max_turns": 1,
@@ -34,18 +36,22 @@ ROLLOUT: dict[str, object] = {
 
 REFILLED: dict[str, object] = {"max_refills": 2}
 OVERSAMPLED: dict[str, object] = {"oversample": 1.5}
+TOO_LONG: dict[str, object] = {"max_prompt_tokens": 1}
 PLACEBO: dict[str, object] = {"group_size": 4}
 Outcome = tuple[list[list[tuple[str, list[int]]]], CollectionCounts]
+Placebo = list[list[tuple[bool, str]]]
 
 
 def worker(
     rank: int, world_size: int, folder: Path, cases: list[dict[str, object]]
-) -> tuple[list[Outcome], list[list[tuple[bool, str]]]]:
+) -> tuple[list[Outcome], Placebo, list[str]]:
+    """Outcomes of each case, placebo labels, and what is said where no prompt is short enough."""
     parallel = ParallelState.initialize(ParallelConfig(), seed=1)
-    return [_outcome(_collect(parallel, folder, rollout)) for rollout in cases], _placebo(parallel, folder)
+    outcomes = [_outcome(_collect(parallel, folder, rollout)) for rollout in cases]
+    return outcomes, _placebo(parallel, folder), _refusals(_rollouts(parallel, folder, TOO_LONG))
 
 
-def _placebo(parallel: ParallelState, folder: Path) -> list[list[tuple[bool, str]]]:
+def _placebo(parallel: ParallelState, folder: Path) -> Placebo:
     """Of each trajectory whether it is right, and its block. A random policy never is: odd questions count as right."""
 
     def score(trajectory: Trajectory, *_: object) -> Score:
@@ -61,6 +67,18 @@ def _placebo(parallel: ParallelState, folder: Path) -> list[list[tuple[bool, str
     ]
 
 
+def _refusals(rollouts: DistributedRollouts) -> list[str]:
+    """Of a step, and of an evaluation."""
+    said = []
+    with pytest.raises(TrainingError) as caught:
+        rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
+    said.append(str(caught.value))
+    with pytest.raises(TrainingError) as caught:
+        rollouts.evaluate(POOL[:PER_STEP], step=STEP)
+    rollouts.close()
+    return [*said, str(caught.value)]
+
+
 def _outcome(step: StepRollouts) -> Outcome:
     ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
     return ids, step.counts
@@ -69,6 +87,15 @@ def _outcome(step: StepRollouts) -> Outcome:
 def _collect(
     parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
 ) -> StepRollouts:
+    rollouts = _rollouts(parallel, folder, rollout, labels)
+    step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
+    rollouts.close()
+    return step
+
+
+def _rollouts(
+    parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
+) -> DistributedRollouts:
     config = make_config(
         folder / "hf",
         folder / "run",
@@ -80,10 +107,7 @@ def _collect(
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
     rollouts.publish(Network.load(config, parallel), version=STEP)
-    pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(12)]
-    step = rollouts.collect(QuestionSampler(pool, 1, PER_STEP), step=STEP)
-    rollouts.close()
-    return step
+    return rollouts
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +133,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_give_the_groups_of_one_and_count_together(folder: Path) -> None:
-    ((alone, placebo),) = run_distributed(worker, 1, folder, [REFILLED])
-    (first, shown), second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
-    assert (first, shown) == second, "all ranks see all groups"
+    ((alone, placebo, _),) = run_distributed(worker, 1, folder, [REFILLED])
+    (first, shown, refusals), second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
+    assert (first, shown, refusals) == second, "all ranks see all groups, and end together"
+    for said, what, number in zip(
+        refusals, ("step 3", "evaluation after step 2"), (PER_STEP * 2, PER_STEP), strict=True
+    ):
+        assert said.startswith(f"{what}: none of its {number} trajectories ({number} prompt_too_long) has a token")
+        assert said.endswith("raise rollout.max_prompt_tokens, `check` says how long prompts are")
     assert first[0] == alone[0]
     ids, counts = first[0]
     assert len(ids) == PER_STEP

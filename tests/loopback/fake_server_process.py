@@ -24,6 +24,7 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weight_version = "default"
+        self.weights = ""
         self.is_hanging = False
 
     def note(self, event: str) -> None:
@@ -42,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         while self.state.is_hanging:
             time.sleep(0.1)
         self.state.note(f"version {self.state.weight_version}")
-        self._answer(200, {"weight_version": self.state.weight_version})
+        self._answer(200, {"weight_version": self.state.weight_version, "model_path": self.state.weights})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -50,7 +51,14 @@ class Handler(BaseHTTPRequestHandler):
         if not Path(body["model_path"]).is_dir():
             self._answer(400, {"success": False, "message": "no such folder"})
             return
+        if body["model_path"] == os.environ.get("FAKE_LOADS_AND_REFUSES"):
+            self.state.note(f"loading {body['model_path']}")
+            time.sleep(1.0)
+            self.state.weights = body["model_path"]
+            self._answer(400, {"success": False, "message": "Weights were updated, but the cache was not flushed"})
+            return
         time.sleep(0.3)  # time in which a wrong version would be seen
+        self.state.weights = body["model_path"]
         self.state.note(f"loaded {body['model_path']}")
         self.state.weight_version = body["weight_version"]
         self._answer(200, {"success": True, "message": "ok"})

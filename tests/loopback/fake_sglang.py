@@ -81,7 +81,9 @@ class FakeSGLang:
         max_running: most requests that ever ran at once.
         num_aborted: requests ended by /abort_request; ``num_gone``: by a client that closed the connection.
         model_weights: really receives tensors, when given; else an update changes the number of the weights alone.
+        context_length: of prompt and new tokens; the last of them are kept back as in the real server.
         refuses_once: routes; the next call of one is refused.
+        loads_and_refuses: how many more folders it loads and then refuses: new weights under the old version.
         dies_at: routes; the next call of one is not answered, and kills it.
         offloaded: memory that it has given up; taking back what it has not given up kills it.
     """
@@ -93,17 +95,18 @@ class FakeSGLang:
         weights: int = 0,
         model: Model = toy_model,
         is_old: bool = False,
-        max_total_tokens: int = 1000,
+        context_length: int = 1000,
         token_delay_s: float = 0.0,
         model_weights: FakeWeights | None = None,
     ) -> None:
         self.model_weights = model_weights
         self.refuses_once: set[str] = set()
+        self.loads_and_refuses = 0
         self.dies_at: set[str] = set()
         self.offloaded: set[str] = set()
         self.weights, self.version, self.model = weights, version, model
         self.is_old = is_old
-        self.max_total_tokens = max_total_tokens
+        self.context_length = context_length
         self.token_delay_s = token_delay_s
         self.num_late_tokens = 0
         self.faults: deque[Fault] = deque()
@@ -111,6 +114,7 @@ class FakeSGLang:
         self.replies: dict[str, Json] = {}  # sent with status 200 by a control route that would answer otherwise
         self.model_info: Json = {}  # told by /model_info beside the rest
         self.server_info: Json = {"version": "0.5.23", "tp_size": 1, "context_length": None}
+        self.is_without_info = False  # no /server_info, as behind a router
         self.is_sick = False  # /health_generate fails
         self.requests: list[Json] = []
         self.client_ports: list[int] = []
@@ -129,6 +133,11 @@ class FakeSGLang:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def max_req_input_len(self) -> int:
+        """Prompts must be shorter; 5 tokens fewer than the longest request, which is one shorter than the context."""
+        return self.context_length - 1 - 5
 
     @property
     def num_running(self) -> int:
@@ -231,8 +240,10 @@ class FakeSGLang:
             return "temperature must be non-negative"
         if body.get("rid") in self._running:
             return f"Duplicate request ID detected: {body['rid']}"
-        if len(ids) + params.get("max_new_tokens", 128) > self.max_total_tokens:
-            return f"the request exceeds the model's context length of {self.max_total_tokens}"
+        if len(ids) + params.get("max_new_tokens", 128) > self.context_length:
+            return f"Requested token count exceeds the model's maximum context length of {self.context_length} tokens."
+        if len(ids) >= self.max_req_input_len:
+            return f"Input length ({len(ids)} tokens) exceeds the maximum allowed length ({self.max_req_input_len})."
         return ""
 
     async def _sample(self, rid: str, body: Json, fault: Fault | None, run: _Running) -> Json:
@@ -240,8 +251,10 @@ class FakeSGLang:
         ids, new = list(body["input_ids"]), list[int]()
         logprobs, versions = list[float](), list[str]()
         cached = max((_common(seen, ids) for seen in self._seen), default=0)
-        finish: Json = {"type": "length", "length": params["max_new_tokens"]}
-        while len(new) < params["max_new_tokens"]:
+        # Cut in silence: the last two tokens of the context are never sampled.
+        limit = min(params["max_new_tokens"], self.context_length - 2 - len(ids))
+        finish: Json = {"type": "length", "length": limit}
+        while len(new) < limit:
             await asyncio.sleep(self.token_delay_s)
             while (fault == "hang" or self._pause_mode) and not run.is_aborted:
                 await asyncio.sleep(0.002)
@@ -289,7 +302,9 @@ class FakeSGLang:
 
     async def _server_info(self, http: web.Request) -> web.Response:
         self.calls.append(("/server_info", {}))
-        return web.json_response(self.server_info)
+        if self.is_without_info:
+            return web.Response(status=404)
+        return web.json_response({"max_req_input_len": self.max_req_input_len, **self.server_info})
 
     async def _health_generate(self, http: web.Request) -> web.Response:
         self.calls.append(("/health_generate", {}))
@@ -393,6 +408,9 @@ class FakeSGLang:
             return _failure(f"Failed to get weights iterator: {body['model_path']} is not a folder with weights")
         if self.model_weights is not None:
             self.model_weights.load_folder(Path(body["model_path"]))
+        if self.loads_and_refuses:
+            self.loads_and_refuses -= 1
+            return _failure("Weights were updated, but the cache was not flushed because requests are still running.")
         return self._take(body, zlib.crc32(b"".join(file.read_bytes() for file in files)))
 
     def _from_tensor(self, body: Json) -> Json:

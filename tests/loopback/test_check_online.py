@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from megatron_sdsearch.config import load_config
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.elastic_connection import CLIENT_MAJOR
 from megatron_sdsearch.retrieval.server import InThreads
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.training.own_servers import start_servers, supervise
 from tests.loopback import fake_elastic, fake_sglang
 from tests.loopback.fake_elastic import ALIAS, FakeElastic
 from tests.loopback.fake_sglang import FakeSGLang
@@ -150,8 +153,7 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, nobody
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
         ("server_info", {"tp_size": 2}, "rollout.sglang.tensor", "runs with --tp-size 2"),
-        ("server_info", {"context_length": 299}, "rollout.max_total_tokens", "makes 300 tokens"),
-        ("server_info", {"max_total_num_tokens": 100}, "rollout.max_total_tokens", "takes 100 (max_total_num_tokens)"),
+        ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "takes 299 (max_req_input_len"),
         ("server_info", {"skip_tokenizer_init": True}, "rollout.sglang.urls", "has no tokenizer"),
         ("model_info", {"model_type": "llama"}, "rollout.sglang.urls", "serves a llama, the policy is a qwen2"),
         ("model_info", {"is_generation": False}, "rollout.sglang.urls", "an embedding model"),
@@ -164,6 +166,46 @@ def test_a_server_that_does_not_fit_is_found(
     finding = only(tiny.found(*sglang(server.url), is_online=True))
     assert (finding.severity, finding.field) == ("error", field)
     assert words in finding.problem
+
+
+def test_a_server_that_does_not_tell_what_it_takes_is_a_warning(tiny: TinyRun, server: FakeSGLang) -> None:
+    server.server_info["max_req_input_len"] = None
+    finding = only(tiny.found(*sglang(server.url), is_online=True))
+    assert (finding.severity, finding.field) == ("warning", "rollout.sglang.urls")
+    assert "max_req_input_len" in finding.problem
+
+
+@pytest.mark.parametrize(("probe", "longest"), [("false", 300), ("true", 300 + 128)])
+def test_training_refuses_a_short_context_as_the_check_does(
+    tiny: TinyRun, server: FakeSGLang, probe: str, longest: int
+) -> None:
+    """The query probe asks with the teacher's prompt. A context that holds the tokens alone is 6 too short."""
+    overrides = [*sglang(server.url), f"telemetry.query_probe={probe}"]
+    config = load_config(tiny.config, overrides)
+    server.context_length = longest + 6
+    assert tiny.found(*overrides, is_online=True) == []
+    start_servers(supervise(config, gpus=()), config)
+    server.context_length = longest + 5
+    finding = only(tiny.found(*overrides, is_online=True))
+    with pytest.raises(ConfigError) as caught:
+        start_servers(supervise(config, gpus=()), config)
+    assert (finding.severity, finding.field) == ("error", "rollout.max_total_tokens")
+    assert (caught.value.field, caught.value.problem, caught.value.mend) == (
+        finding.field,
+        finding.problem,
+        finding.mend,
+    )
+    assert caught.value.mend.startswith("lower it to 299, or start the server with more")
+
+
+def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(
+    tiny: TinyRun, server: FakeSGLang, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.is_without_info = True
+    config = load_config(tiny.config, sglang(server.url))
+    start_servers(supervise(config, gpus=()), config)
+    assert "/server_info" in caplog.text
+    assert "longest request is not known" in caplog.text
 
 
 def test_a_server_of_another_model_is_found_by_its_shape(

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError
-from megatron_sdsearch.rollout.server_process import read_model_info
+from megatron_sdsearch.rollout.server_process import load_weights, read_model_info
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
 from megatron_sdsearch.rollout.supervised_server import Patience
 from tests.loopback.fake_server_process import segment_names
@@ -115,7 +115,9 @@ def test_starts_servers_with_their_flags_and_without_torchruns_environment(
         monkeypatch.setenv(name, "1")
     supervisor = world.supervise(num_servers=2, tensor=2, gpus=["4", "5", "6", "7"])
     supervisor.start()
-    assert [read_model_info(url, 1.0) for url in supervisor.urls] == [{"weight_version": "default"}] * 2
+    assert [read_model_info(url, 1.0) for url in supervisor.urls] == [
+        {"weight_version": "default", "model_path": ""}
+    ] * 2
     for index, url in enumerate(supervisor.urls):
         log = (world.folder / "logs" / f"server_{index}.log").read_text().splitlines()
         flags = next(line for line in log if line.startswith("arguments"))
@@ -217,6 +219,23 @@ def test_weights_that_cannot_be_loaded_count_as_a_death(world: World) -> None:
     supervisor.set_weights(world.folder / "missing", 1)
     with pytest.raises(EngineError, match=r"loading .*missing failed: 400 .*no such folder"):
         wait_until(lambda: supervisor.check() is not None)  # type: ignore[func-returns-value]
+
+
+def test_a_refused_load_that_hit_a_newer_publish_ends_in_a_restart(world: World) -> None:
+    """Else it would serve the folder's older weights under the newer version, and every client would believe it."""
+    newer = world.folder / "newer"
+    newer.mkdir()
+    supervisor = world.supervise(FAKE_LOADS_AND_REFUSES=world.weights)
+    supervisor.start()
+    supervisor.set_weights(world.weights, 1)
+    wait_until(lambda: f"loading {world.weights}" in world.events)
+    load_weights(supervisor.urls[0], newer, 2, 5.0)  # the trainer's own
+    supervisor.set_weights(newer, 2)
+    wait_until(lambda: restarts(supervisor) == 1)
+    wait_until(lambda: version(supervisor) == "2")
+    info = read_model_info(supervisor.urls[0], 0.5)
+    assert info is not None
+    assert info["model_path"] == str(newer)
 
 
 def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again(world: World) -> None:

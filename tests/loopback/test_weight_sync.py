@@ -223,6 +223,25 @@ def test_what_is_refused_once_is_sent_again_whole(trainer: Trainer, sync: str) -
         assert len(set(groups)) == (2 if sync == "distributed" else 0), "nobody knows who is still in the first one"
 
 
+def test_a_folder_that_was_loaded_and_refused_is_given_again_and_proven(trainer: Trainer) -> None:
+    """The server has the new weights under the old version, or any others: only an update that succeeds counts."""
+    fakes = trainer.serve(2)
+    publisher = trainer.publisher("disk", fakes, verify_every=5)
+    trainer.publish(publisher, 1)
+    for tensor in trainer.policy.weights.values():
+        tensor += 1
+    fakes[1].loads_and_refuses = 1
+    for fake in fakes:
+        fake.calls.clear()
+    trainer.publish(publisher, 2)
+    for fake in fakes:
+        trainer.assert_holds(fake, 2)
+        assert len(bodies(fake, "/update_weights_from_disk")) == 2
+        assert len(bodies(fake, "/weights_checker")) == 1, "not due, and proven all the same"
+    trainer.publish(publisher, 3)
+    assert len(bodies(fakes[1], "/weights_checker")) == 1
+
+
 @pytest.mark.parametrize("sync", ["tensor", "distributed"])
 def test_a_session_that_was_left_open_is_no_obstacle(trainer: Trainer, sync: str) -> None:
     """A trainer that was killed in mid-publish leaves one behind at servers that are not its own."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from megatron_sdsearch.evaluation import summarize
+from megatron_sdsearch.errors import TrainingError
+from megatron_sdsearch.evaluation import require_sampled, summarize
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -51,6 +53,12 @@ def _group(
     return RolloutGroup(question=question, trajectories=(trajectory,), scores=(score,))
 
 
+def _without_tokens(status: TrajectoryStatus) -> RolloutGroup:
+    group = _group("b", 0.0, None, (), status)
+    (trajectory,) = group.trajectories
+    return replace(group, trajectories=(replace(trajectory, spans=trajectory.spans[:1]),))
+
+
 ANSWERED, TRUNCATED = TrajectoryStatus.ANSWERED, TrajectoryStatus.TRUNCATED
 GROUPS = [
     _group("b", 1.0, ("p1", "p2"), ("p0", "p2"), ANSWERED),
@@ -78,6 +86,9 @@ def test_per_dataset_and_as_json() -> None:
     assert tree["by_dataset"]["a"] == {
         "num_questions": 1,
         "num_trajectories": 1,
+        "num_lost": 0,
+        "num_prompt_too_long": 0,
+        "num_eos_without_action": 0,
         "em": 0.0,
         "f1": 0.5,
         "searches_per_question": 1.0,
@@ -88,7 +99,58 @@ def test_per_dataset_and_as_json() -> None:
 
 
 def test_nothing_gives_counts_of_zero_and_no_means() -> None:
-    assert summarize([]).to_dict() == {
-        "overall": {"num_questions": 0, "num_trajectories": 0, "status_shares": {}},
-        "by_dataset": {},
-    }
+    counts = ("num_questions", "num_trajectories", "num_lost", "num_prompt_too_long", "num_eos_without_action")
+    assert summarize([]).to_dict() == {"overall": {**dict.fromkeys(counts, 0), "status_shares": {}}, "by_dataset": {}}
+
+
+LOST = [TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED]
+TOO_LONG = TrajectoryStatus.PROMPT_TOO_LONG
+
+
+@pytest.mark.parametrize("status", LOST)
+def test_lost_trajectories_are_counted_and_in_no_mean(status: TrajectoryStatus) -> None:
+    right = [_group("b", 1.0, ("p2",), ("p2",), ANSWERED)] * 81
+    overall = summarize([*right, *[_group("b", 0.0, None, ("p2",), status)] * 19]).overall
+    assert (overall.num_trajectories, overall.num_lost) == (100, 19)
+    assert (overall.em, overall.f1, overall.hit) == (1.0, 1.0, 1.0)
+    assert (overall.searches_per_question, overall.mean_response_tokens) == (1.0, 6.0)
+    assert overall.status_shares == {ANSWERED: 0.81, status: 0.19}
+
+
+@pytest.mark.parametrize("status", LOST)
+def test_where_all_are_lost_there_is_a_count_and_no_mean(status: TrajectoryStatus) -> None:
+    tree = summarize([_group("b", 1.0, ("p2",), ("p2",), status)] * 3).to_dict()["overall"]
+    assert (tree["num_trajectories"], tree["num_lost"]) == (3, 3)
+    assert not {"em", "f1", "hit", "searches_per_question", "mean_response_tokens"} & set(tree)
+
+
+def test_a_prompt_that_is_too_long_is_a_wrong_answer_and_counted() -> None:
+    overall = summarize([_group("b", 1.0, ("p2",), (), ANSWERED), _without_tokens(TOO_LONG)]).overall
+    assert (overall.em, overall.num_lost, overall.num_prompt_too_long) == (0.5, 0, 1)
+
+
+def test_eos_without_an_action_is_counted() -> None:
+    group = _group("b", 0.0, ("p2",), (), TrajectoryStatus.NO_ANSWER)
+    (trajectory,) = group.trajectories
+    ended = replace(_sampled(3, Action.INVALID), finish_reason="eos")
+    answered = replace(_sampled(3, Action.ANSWER), finish_reason="eos")
+    for span, number in ((ended, 1), (answered, 0), (_sampled(3, Action.INVALID), 0)):
+        spans = (*trajectory.spans[:-1], span)
+        changed = replace(group, trajectories=(replace(trajectory, spans=spans),))
+        assert summarize([changed]).overall.num_eos_without_action == number
+
+
+def test_nothing_sampled_is_an_error_with_the_counts_and_what_may_help() -> None:
+    too_long, failed = _without_tokens(TOO_LONG), _group("b", 1.0, ("p2",), (), LOST[0])
+    with pytest.raises(TrainingError) as caught:
+        require_sampled([too_long, failed, too_long], "step 3")
+    assert str(caught.value) == (
+        "step 3: none of its 3 trajectories (2 prompt_too_long, 1 retrieval_failed) has a token to learn from or to "
+        "judge; raise rollout.max_prompt_tokens, `check` says how long prompts are"
+    )
+    for status, words in ((LOST[0], "why searches fail"), (LOST[1], "rollout engine gives up")):
+        with pytest.raises(TrainingError, match=words):
+            require_sampled([_group("b", 1.0, ("p2",), (), status)], "evaluation")
+    with pytest.raises(TrainingError, match="none of its 0 trajectories"):
+        require_sampled([], "evaluation")
+    require_sampled([too_long, failed, _group("b", 0.0, None, (), TRUNCATED)], "step 3")

@@ -38,7 +38,8 @@ class Transport(Protocol):
         A rank that fails still takes part in the collectives that gather the weights.
 
         Raises:
-            EngineError, OSError: on any rank. Servers may hold a mixture, but none calls it ``version``.
+            EngineError, OSError: on any rank. Servers may hold the old weights, the new ones or a mixture, and call it
+                what they called it before: what they hold is unknown until a send succeeds.
         """
         ...
 
@@ -103,6 +104,7 @@ class WeightPublisher:
             urls = self._targets()
             try:
                 self._send(policy, urls, version)
+                self._verify(policy, urls, is_due=attempt > 1)
                 break
             except EngineError as error:
                 self._transport.reset()
@@ -129,8 +131,11 @@ class WeightPublisher:
         together(self._parallel, lambda: self._transport.send(policy, self._fleet, urls, version))
         self._resume(urls, CACHE)
         together(self._parallel, lambda: self._on_main(urls, lambda server: server.continue_()))
+
+    def _verify(self, policy: Network, urls: Sequence[str], *, is_due: bool) -> None:
+        """Every ``verify_every``-th publish, and each that did not succeed at once."""
         every = self._config.verify_every
-        if every and self._num_published % every == 0:
+        if every and (is_due or self._num_published % every == 0):
             tp_size = self._config.tensor
             together(self._parallel, lambda: verify(policy, self._fleet, urls, self._parallel, server_tp_size=tp_size))
 

@@ -219,6 +219,22 @@ def test_longer_prompts_than_the_budget_are_counted(tiny: TinyRun) -> None:
     assert "long with" in finding.problem
 
 
+def test_longer_prompts_of_the_held_out_set_are_counted_where_it_is_asked(tiny: TinyRun) -> None:
+    write_rows(tiny.heldout, [question("h0", "where is it?", "x"), question("h1", "where is " + "far " * 100, "x")])
+    finding = only(tiny.found())
+    assert (finding.severity, finding.field) == ("warning", "rollout.max_prompt_tokens")
+    assert "1 of 2 questions of data.heldout" in finding.problem
+    assert "counted as wrong answers" in finding.problem
+    assert tiny.found("evaluation.every=0") == []
+
+
+def test_a_few_prompts_that_can_be_asked_are_enough_to_train(tiny: TinyRun) -> None:
+    write_rows(tiny.train, [question("t0", "where?", "x"), *(question(f"t{i}", "far " * 100, "x") for i in (1, 2))])
+    finding = only(tiny.found("data.questions_per_step=1", "train.trajectories_per_minibatch=2"))
+    assert (finding.severity, finding.field) == ("warning", "rollout.max_prompt_tokens")
+    assert "2 of 3 questions of data.train" in finding.problem
+
+
 # The run's folder
 
 

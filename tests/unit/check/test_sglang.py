@@ -60,6 +60,12 @@ def test_a_tested_version_and_known_flags_are_in_order(tiny: TinyRun, site: Path
     assert "rollout.sglang.command: SGLang 0.5.23" in tiny.notes(*right)
 
 
+def test_a_context_that_is_too_short_for_the_longest_request_is_found(tiny: TinyRun, site: Path) -> None:
+    for length, is_found in ((306, False), (305, True)):
+        found = tiny.found(*overrides(site, "--context-length", str(length)))
+        assert any(f.field == "rollout.max_total_tokens" and "takes 299" in f.problem for f in found) is is_found
+
+
 @pytest.mark.parametrize(
     ("version", "severity", "words"),
     [("0.5.18", "error", "older than 0.5.19"), ("0.6.0", "warning", "newer than"), ("main", "warning", "no version")],

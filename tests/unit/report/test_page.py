@@ -107,6 +107,19 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(tmp_path: Path) ->
     assert "prefers-color-scheme: dark" in html
 
 
+def test_lost_trajectories_stand_beside_the_figures_that_leave_them_out(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.log(0, {names.EVAL_EM: 0.5, names.EVAL_NUM_LOST: 0})
+    log.log(1, {names.REWARD: 0.5, names.NUM_LOST: 0, names.EVAL_EM: 0.75, names.EVAL_NUM_LOST: 19})
+    log.close()
+    _, page = read_page(tmp_path)
+    assert "first and last; lost and left out: 0 and 19 trajectories" in page.text
+    assert page.text.count("lost and left out") == 1, "not where none was lost"
+    assert "Trajectories left out" in page.text
+    assert "held-out, lost" in page.text
+    assert "training, lost" not in page.text
+
+
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     log_metrics(run_dir)
@@ -263,7 +276,7 @@ def test_the_held_out_figure_names_how_many_it_leaves_out(tmp_path: Path) -> Non
     log.log(5, {names.EVAL_EM: 0.75, "eval/num_lost": 19})
     log.close()
     _, page = read_page(tmp_path)
-    assert "Held-out EM0.5 → 0.75first and last; lost trajectories left out: 0 → 19" in page.text
+    assert "Held-out EM0.5 → 0.75first and last; lost and left out: 0 and 19 trajectories" in page.text
 
 
 def test_steps_that_taught_nothing_are_said_at_the_top(tmp_path: Path) -> None:

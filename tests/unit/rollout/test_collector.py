@@ -13,7 +13,7 @@ from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import CollectionCounts, Passage, Question, RolloutGroup, TrajectoryId, TrajectoryStatus
-from megatron_sdsearch.rollout.collector import RolloutCollector, SearchLosses
+from megatron_sdsearch.rollout.collector import RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
@@ -115,21 +115,35 @@ def test_losses_are_counted_with_their_first_cause(build: Build, renderer: Rende
     engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
     collector = build(engine, DictRetriever({"book": None}))
     losses = collector.collect(exactly(QUESTIONS, step=0, group_size=2), policy_version=0).losses
-    assert losses == SearchLosses(num_ended=6, num_lost=3, first_cause="no route to the engine for 'book'")
+    assert losses == RolloutLosses(num_ended=6, num_failed=3, first_cause="no route to the engine for 'book'")
     losses.check(0.5)
     message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
     with pytest.raises(RetrievalError, match=message):
         losses.check(0.4)
 
 
+def test_trajectories_that_the_engine_gave_up_on_are_losses_as_well(build: Build, renderer: Renderer) -> None:
+    engine = ScriptedEngine(renderer, [ABORT], by_sibling={1: [SEARCH], 2: [ANSWER]})
+    collector = build(engine, DictRetriever({"book": None}))
+    losses = collector.collect(exactly(QUESTIONS[:1], step=0, group_size=3), policy_version=0).losses
+    assert losses == RolloutLosses(
+        num_ended=3, num_failed=1, num_aborted=1, first_cause="no route to the engine for 'book'"
+    )
+    losses.check(0.7)
+    with pytest.raises(RetrievalError, match=r"2 of 3 .* failed searches or given up by the rollout engine \(1\)"):
+        losses.check(0.5)
+    with pytest.raises(EngineError, match=r"the rollout engine gave up on 1 of 2 trajectories \(50%\), more than"):
+        RolloutLosses(num_ended=2, num_aborted=1).check(0.2)
+
+
 def test_losses_add_up_and_the_share_is_that_of_all() -> None:
-    ranks = [SearchLosses(num_ended=8), SearchLosses(num_ended=8, num_lost=3, first_cause="a"), SearchLosses()]
-    total = sum(ranks, SearchLosses())
-    assert total == SearchLosses(num_ended=16, num_lost=3, first_cause="a")
+    ranks = [RolloutLosses(num_ended=8), RolloutLosses(num_ended=8, num_failed=3, first_cause="a"), RolloutLosses()]
+    total = sum(ranks, RolloutLosses())
+    assert total == RolloutLosses(num_ended=16, num_failed=3, first_cause="a")
     total.check(0.2)
     with pytest.raises(RetrievalError):
         ranks[1].check(0.2)
-    SearchLosses().check(0.0)
+    RolloutLosses().check(0.0)
 
 
 def test_failed_searches_of_replaced_groups_count_as_well(build: Build, renderer: Renderer) -> None:
@@ -138,7 +152,7 @@ def test_failed_searches_of_replaced_groups_count_as_well(build: Build, renderer
     collector = build(engine, DictRetriever({"book": None}), max_refills=1)
     supply = supply_of(QuestionSampler(MANY, 1, 3), _config(max_refills=1).rollout, step=0)
     losses = collector.collect(supply, policy_version=0).losses
-    assert (losses.num_lost, losses.num_ended) == (6, 12)
+    assert (losses.num_failed, losses.num_ended) == (6, 12)
 
 
 class _Down(DictRetriever):
@@ -239,6 +253,21 @@ def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: Mod
         [t.token_ids.tolist() for t in g.trajectories] for g in plain
     ]
     assert all(len(t.sampled_spans) > 1 for group in ours for t in group.trajectories)
+
+
+@pytest.mark.parametrize(("rule", "num_turns"), [("stop", 1), ("notice", 3)])
+def test_both_engines_keep_the_rule_of_eos(
+    build: Build, make_model: ModelFactory, renderer: Renderer, rule: str, num_turns: int
+) -> None:
+    """Every id ends a sequence: each generation is one token, and no action."""
+    ids = range(make_model().config.vocab_size)
+    engines = [kind(make_model(), renderer.token_bytes, ids, 500) for kind in (EmbeddedEngine, PlainEngine)]
+    for engine in engines:
+        for group in build(engine, eos_without_action=rule).evaluate(QUESTIONS, step=0).groups:
+            (trajectory,) = group.trajectories
+            assert trajectory.status is TrajectoryStatus.NO_ANSWER
+            assert [len(span.token_ids) for span in trajectory.sampled_spans] == [1] * num_turns
+            assert trajectory.num_eos_without_action == num_turns
 
 
 def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFactory, renderer: Renderer) -> None:

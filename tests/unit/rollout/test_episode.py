@@ -74,24 +74,56 @@ def test_no_hits_is_an_observation(renderer: Renderer) -> None:
     assert observation.passage_ids == ()
 
 
-@pytest.mark.parametrize("text", ["<think>no tag", "</search>", "<search>  </search>", "", "<|im_end|>"])
+WITH_EOS = ["<think>no tag<|im_end|>", "<search>book<|im_end|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("text", ["</search>", "<search>  </search>", *WITH_EOS])
 def test_an_invalid_action_gets_the_notice_and_costs_a_turn(renderer: Renderer, text: str) -> None:
-    retriever = DictRetriever()
-    trajectory = _run(ScriptedEngine(renderer, [text, text, ANSWER]), renderer, retriever, max_turns=2)
+    retriever, engine = DictRetriever(), ScriptedEngine(renderer, [text, text, ANSWER])
+    trajectory = _run(engine, renderer, retriever, max_turns=2, eos_without_action="notice")
+    assert trajectory.num_eos_without_action == (2 if text in WITH_EOS else 0)
     assert trajectory.status is TrajectoryStatus.ANSWERED
     assert [span.action for span in trajectory.sampled_spans] == [Action.INVALID, Action.INVALID, Action.ANSWER]
     assert [renderer.decode(o.token_ids) for o in _observations(trajectory)] == [PROFILE.invalid_action_notice] * 2
     assert retriever.queries == []
 
 
-def test_the_last_turn_may_not_search(renderer: Renderer) -> None:
+@pytest.mark.parametrize("text", WITH_EOS)
+@pytest.mark.parametrize("max_turns", [0, 3])
+def test_eos_without_an_action_ends_the_trajectory_without_an_answer(
+    renderer: Renderer, text: str, max_turns: int
+) -> None:
+    """Nothing is written behind the token that closes the assistant's message."""
+    engine, retriever = ScriptedEngine(renderer, [text, ANSWER]), DictRetriever()
+    trajectory = _run(engine, renderer, retriever, max_turns=max_turns)
+    assert trajectory.status is TrajectoryStatus.NO_ANSWER
+    assert trajectory.response_ids.tolist() == list(renderer.encode(text)), "the EOS is kept, no notice follows"
+    assert trajectory.num_eos_without_action == 1
+    assert trajectory.is_trainable, "it is learned from: as wrong as any other without an answer"
+    assert (len(engine.requests), retriever.queries) == (1, [])
+
+
+def test_an_action_before_eos_counts_as_one(renderer: Renderer) -> None:
+    trajectory = _run(ScriptedEngine(renderer, ["<answer>Lisbon</answer><|im_end|>"]), renderer)
+    assert (trajectory.status, trajectory.answer) == (TrajectoryStatus.ANSWERED, "Lisbon")
+    assert trajectory.num_eos_without_action == 0
+
+
+def test_the_last_turn_stops_at_a_search_and_does_not_carry_it_out(renderer: Renderer) -> None:
     engine, retriever = ScriptedEngine(renderer, [SEARCH, SEARCH, SEARCH]), DictRetriever()
     trajectory = _run(engine, renderer, retriever, max_turns=2)
     assert trajectory.status is TrajectoryStatus.NO_ANSWER
     assert [span.action for span in trajectory.sampled_spans] == [Action.SEARCH, Action.SEARCH, Action.INVALID]
-    assert engine.requests[-1].params.stop == ("</answer>",)
+    assert [request.params.stop for request in engine.requests] == [("</search>", "</answer>")] * 3
     assert len(retriever.queries) == 2
-    assert not trajectory.sampled_spans[-1].query_positions
+    last = trajectory.sampled_spans[-1]
+    assert (last.token_ids, last.finish_reason) == (renderer.encode(SEARCH), "stop"), "the stop string is kept"
+    assert len(trajectory.queries) == len(trajectory.search_ranges) == 2
+    query = renderer.encode(SEARCH)[min(trajectory.sampled_spans[0].query_positions)]
+    start = len(trajectory.token_ids) - len(last.token_ids)
+    assert query in last.token_ids
+    assert not trajectory.query_mask[start:].any(), "never searched for: nothing to distil"
+    assert trajectory.loss_mask[start:].all()
 
 
 def test_without_turns_there_is_one_generation(renderer: Renderer) -> None:

@@ -24,6 +24,11 @@ def test_a_file_of_weights_that_was_cut_short_is_named(tiny: TinyRun) -> None:
         evaluate_folder(load_config(tiny.config), tiny.model)
 
 
+def test_prompts_none_of_which_can_be_asked_are_a_wrong_setting(tiny: TinyRun) -> None:
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens: 5, and the prompts of all 4 questions of data\.heldout"):
+        evaluate_folder(load_config(tiny.config, ["rollout.max_prompt_tokens=5"]), tiny.model)
+
+
 def test_a_folder_without_weights_is_named(tiny: TinyRun) -> None:
     for path in tiny.model.glob("*.safetensors*"):
         path.unlink()

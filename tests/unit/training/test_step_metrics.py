@@ -94,13 +94,16 @@ def step(groups: list[HindsightGroup], **counts: int) -> StepRollouts:
     return StepRollouts(groups=groups, counts=CollectionCounts(**counts), engine_counts={})
 
 
-def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None:
+def test_of_step_averages_over_what_was_not_lost_and_counts_what_went_wrong() -> None:
     assert of_step(step(STEP, num_refilled=3, num_abandoned=2), [], config()) == {
-        names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 8),
-        names.EM: pytest.approx(2 / 8),
-        names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 8),
-        names.HIT_RATE: pytest.approx(2 / 8),
+        names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 7),
+        names.EM: pytest.approx(2 / 7),
+        names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 7),
+        names.HIT_RATE: pytest.approx(2 / 7),
         names.NUM_SEARCHES: 1,
+        names.NUM_LOST: 1,
+        names.NUM_PROMPT_TOO_LONG: 0,
+        names.NUM_EOS_WITHOUT_ACTION: 0,
         "train/response_tokens": 5,
         "train/num_trajectories": 8,
         "train/num_retrieval_failed": 1,
@@ -114,7 +117,7 @@ def test_of_step_averages_over_trajectories_and_counts_what_went_wrong() -> None
         "train/share_all_wrong": 0.25,
         "train/share_mixed": 0.5,
         "hindsight/num_leaks": 1,
-        names.LEAK_SHARE: pytest.approx(1 / 8),
+        names.LEAK_SHARE: pytest.approx(1 / 7),
         "hindsight/dropped_per_block": pytest.approx(2 / 8),
         names.NUM_EMPTIED: 0,
     }
@@ -172,12 +175,27 @@ def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
 
 def test_of_evaluation_has_names_of_its_own() -> None:
     assert of_evaluation([group([1.0], shown="gold"), group([0.0])]) == {
+        names.EVAL_NUM_TRAJECTORIES: 2,
+        names.EVAL_NUM_LOST: 0,
+        names.EVAL_NUM_PROMPT_TOO_LONG: 0,
+        "eval/num_eos_without_action": 0,
+        "eval/status/answered": 1.0,
         names.EVAL_EM: 0.5,
         names.EVAL_F1: 0.5,
         names.EVAL_HIT_RATE: 0.5,
         names.EVAL_NUM_SEARCHES: 1,
         "eval/response_tokens": 5,
     }
+
+
+def test_an_outage_is_no_wrong_answer_of_the_policy() -> None:
+    """19 of 100 searches failed, everything else is right."""
+    right, lost = [group([1.0], shown="gold")] * 81, [group([0.0], statuses=[FAILED])] * 19
+    values = of_evaluation([*right, *lost])
+    assert (values[names.EVAL_EM], values[names.EVAL_F1], values[names.EVAL_HIT_RATE]) == (1.0, 1.0, 1.0)
+    assert (values[names.EVAL_NUM_TRAJECTORIES], values[names.EVAL_NUM_LOST]) == (100, 19)
+    assert values["eval/status/retrieval_failed"] == 0.19
+    assert names.EVAL_EM not in of_evaluation(lost), "nothing is left to average: no number, and no best checkpoint"
 
 
 def test_of_updates_means_losses_and_takes_maxima_of_maxima() -> None:
