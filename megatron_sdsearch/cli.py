@@ -22,14 +22,24 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
-from megatron_sdsearch.config import load_config
+from megatron_sdsearch.config import expand_home, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.telemetry import final_table
+from megatron_sdsearch.training.run_lock import check_run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 _HEAD_START_S = 5.0
 T = TypeVar("T")
+
+
+def home_path(path: Path | None) -> Path | None:
+    """Callback of an option that is a path: a shell does not expand the ``~`` of ``--model=~/x``."""
+    try:
+        return None if path is None else Path(expand_home(str(path)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
 OverridesArgument = Annotated[
@@ -44,6 +54,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     def run() -> dict[str, Any] | None:
         loaded = load_config(config, overrides or [])
         loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
+        check_run_dir(loaded.run_dir)
         from megatron_sdsearch.report.page import write_page
         from megatron_sdsearch.training.loop import train as run_loop
 
@@ -62,7 +73,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 @app.command()
 def evaluate(
     config: ConfigArgument,
-    model: Annotated[Path, typer.Option(help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
+    model: Annotated[Path, typer.Option(callback=home_path, help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
     overrides: OverridesArgument = None,
 ) -> None:
     """Evaluate an exported model on ``data.heldout``, greedily, by stock transformers; one JSON object."""
@@ -164,10 +175,14 @@ def plan(
 def serve(
     config: ConfigArgument,
     host: Annotated[str, typer.Option(help="address of this node that every rank of the trainer reaches")],
-    urls_file: Annotated[Path, typer.Option(help="gets one url a line when all servers serve; gone at the end")],
+    urls_file: Annotated[
+        Path, typer.Option(callback=home_path, help="gets one url a line when all servers serve; gone at the end")
+    ],
     overrides: OverridesArgument = None,
-    log_dir: Annotated[Path | None, typer.Option(help="of server_*.log  [default: run_dir/logs]")] = None,
-    index: Annotated[int, typer.Option(help="of this node among those with servers, from 0")] = 0,
+    log_dir: Annotated[
+        Path | None, typer.Option(callback=home_path, help="of server_*.log  [default: run_dir/logs]")
+    ] = None,
+    index: Annotated[int, typer.Option(min=0, help="of this node among those with servers, from 0")] = 0,
 ) -> None:
     """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
 

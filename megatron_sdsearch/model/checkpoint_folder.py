@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten
 from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.telemetry.files import sync_folder, write_durably
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest"
@@ -107,7 +108,7 @@ class CheckpointFolder:
         if target.exists():
             target.rename(self.root / f"{_OLD}{target.name}_{time.time_ns():x}")
         partial.rename(target)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         write_durably(self.root / LATEST, target.name)
         return target
 
@@ -246,22 +247,3 @@ def fingerprint(path: Path) -> str:
         return ""
     parts = [f"{file.name} {FileRecord.of(file).sha256}" for file in sorted(path.iterdir()) if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write beside and rename, with both flushed to the disk: a reader sees the old text or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

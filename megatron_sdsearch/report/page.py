@@ -22,6 +22,7 @@ from megatron_sdsearch.report import charts
 from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_chart
 from megatron_sdsearch.report.examples import pick_examples
 from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.telemetry.files import write_file
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
 from megatron_sdsearch.telemetry.summary import short
 
@@ -60,6 +61,7 @@ def write_page(run_dir: Path) -> Path:
 
     Raises:
         DataError: the run has no metrics, or one of its files is malformed; names it.
+        StorageError: the disk is full.
     """
     rows = read_metrics(run_dir)
     if not rows:
@@ -83,9 +85,7 @@ def write_page(run_dir: Path) -> Path:
         examples=pick_examples(run_dir),
     )
     path = run_dir / PAGE_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, html)
     return path
 
 

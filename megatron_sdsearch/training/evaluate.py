@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import RunConfig, no_model
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.evaluation import summarize
@@ -33,7 +33,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
             "data.heldout", "missing, and evaluation asks its questions", "set data.heldout and retrieval"
         )
     if not (model_dir / "config.json").is_file():
-        raise ConfigError("--model", f"{model_dir} holds no config.json", "give a Hugging Face folder")
+        raise no_model("--model", model_dir)
     for field, path in {"data.heldout": config.data.heldout, **config.retrieval.files()}.items():
         if not path.is_file():
             raise ConfigError(field, f"{path} does not exist", "give a path that exists")

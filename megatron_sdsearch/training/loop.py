@@ -20,6 +20,7 @@ from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.telemetry.files import writing
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
@@ -76,7 +77,9 @@ def _train(config: RunConfig, start: float) -> dict[str, Any] | None:
         parallel.all_gather_object(None)  # nobody leaves before: srun ends all nodes when the first one ends
     else:
         if config.checkpoint.export_hf:
-            write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
+            target = config.run_dir / "hf"
+            with writing(target):
+                write_hf_folder(policy.hf_weights(), config.model.hf_dir, target, is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
     parallel.shutdown()
     return summary

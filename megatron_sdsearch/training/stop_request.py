@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.telemetry.files import write_file
 
 EXIT_STOPPED: Final = 0
 """Exit code of every rank after a stop that was asked for. Another code would make torchrun report a crash; who has to
@@ -75,6 +76,4 @@ class StopRequest:
 
 def write_stopped(run_dir: Path, name: str, step: int) -> None:
     """Leave word for whoever starts the run again."""
-    temporary = run_dir / f".{STOPPED_FILE}.tmp"
-    temporary.write_text(json.dumps({"signal": name, "step": step}) + "\n")
-    temporary.replace(run_dir / STOPPED_FILE)
+    write_file(run_dir / STOPPED_FILE, json.dumps({"signal": name, "step": step}) + "\n")

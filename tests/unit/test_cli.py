@@ -59,7 +59,7 @@ def test_a_wrong_setting_exits_2_with_the_message_first_and_soon(config: Path) -
     ("arguments", "told"),
     [
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
-        (("train", "config.yaml"), "model/config.json does not exist"),
+        (("train", "config.yaml"), "model holds no config.json"),
         (("evaluate", "config.yaml", "seed=x", "--model", "hf"), "seed: 'x'"),
         (("plan", "config.yaml"), "model holds no config.json"),
     ],
@@ -76,7 +76,7 @@ def test_a_rank_that_is_not_the_first_speaks_when_nobody_else_did(config: Path) 
 
 def test_evaluate_without_a_model_folder_exits_2(config: Path) -> None:
     done = sdsearch(config.parent, "evaluate", str(config), "--model", "nothing/here")
-    assert_refused(done, "--model", "nothing/here holds no config.json", "give a Hugging Face folder")
+    assert_refused(done, "--model", "nothing/here holds no config.json", "give a Hugging Face model folder")
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "retrieval.elasticsearch.encoder",
-        "e5 holds no model",
+        "e5 holds no config.json",
         "Hugging Face folder",
     ),
     (("rollout.engine=sglang", "rollout.sglang.urls=[h:1]"), {}, "error", "rollout.sglang.urls", "'h:1'", "http://"),
