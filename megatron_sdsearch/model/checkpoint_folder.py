@@ -205,8 +205,11 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
         if name in _PATHS and old is not None and new is not None:
             old, new = Path(old).name, Path(new).name  # a folder may have moved
         if old != new:
+            # Of another network nothing could be taken over.
+            fork = "" if name == "model.hf_dir" else f", where model.megatron_dir={folder} starts from these weights"
             yield CheckpointError(
-                f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
+                f"{folder} was trained with {name} = {old}, this run has {new}: "
+                f"set it back, or take another run_dir{fork}"
             )
     if manifest["step"] > config.train.num_steps:
         yield CheckpointError(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig, no_model
 from megatron_sdsearch.data.questions import read_questions
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.evaluation import summarize
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.rollout.collector import RolloutCollector
@@ -45,6 +45,8 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise DataError(f"{model_dir}: {broken[0]} holds numbers that are NaN or infinite; export or fetch it again")
     model.to(device)
     renderer = Renderer.from_folder(model_dir)
     engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, config.rollout.max_total_tokens)

@@ -17,12 +17,13 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
+from megatron_sdsearch.model.hf_weights import check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.telemetry.files import writing
 from megatron_sdsearch.training import step_metrics
-from megatron_sdsearch.training.policy import Network, Policy
+from megatron_sdsearch.training.policy import Network, Policy, starting_weights
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import SUMMARY_FILE, RunLog, write_summary
@@ -57,6 +58,8 @@ def train(config: RunConfig) -> dict[str, Any] | None:
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start)
+    tensors, source = starting_weights(config.model, hf_config)
+    check_weights(tensors, hf_config, source)
     with RunLock(config.run_dir):
         for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
             (config.run_dir / name).unlink(missing_ok=True)
