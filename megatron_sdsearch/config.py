@@ -157,7 +157,7 @@ class SGLangConfig(Section):
 
     urls: tuple[str, ...] = ()
     """Servers that somebody else runs, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` of our own."""
-    num_servers: PositiveInt = 1
+    num_servers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Started by the first rank, on its node. `serve` starts as many as its node's GPUs hold, without GPUs so many."""
     tensor: PositiveInt = 1
     """Tensor-parallel GPUs of each server; of attached ones it must be said, too."""

@@ -326,10 +326,10 @@ def _not_finite(names: Sequence[str], tensors: HFTensors, dtype: torch.dtype) ->
     for name in names:
         count = int((~tensors[name].isfinite()).sum())
         if count:
-            told = f"{tensors.place_of(name)}: {name} holds {count} numbers that are NaN or infinite"
-            return DataError(f"{told}; fetch the file again, or take an earlier checkpoint of the model")
-    told = f"{', '.join(names)}: numbers too large for {dtype}"
-    return DataError(f"{tensors.place_of(names[0])}: {told}; set model.dtype to a wider one")
+            words = f"{tensors.place_of(name)}: {name} holds {count} numbers that are NaN or infinite"
+            return DataError(f"{words}; fetch the file again, or take an earlier checkpoint of the model")
+    words = f"{', '.join(names)}: numbers too large for {dtype}"
+    return DataError(f"{tensors.place_of(names[0])}: {words}; set model.dtype to a wider one")
 
 
 class SafetensorsFolder:

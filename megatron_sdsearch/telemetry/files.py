@@ -86,5 +86,6 @@ def free_words(path: Path) -> str:
 
 
 def size_words(num_bytes: int) -> str:
-    """In GB from 0.1 GB on, in MB below."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+    """In the largest of GB, MB and kB of which there is a tenth."""
+    name, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= pair[1] / 10), ("kB", 1e3))
+    return f"{num_bytes / size:,.1f} {name}"

@@ -105,7 +105,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "from 0 to 2147483647"),
         ({"rollout.sglang.weight_sync": "nccl"}, "rollout.sglang.weight_sync", "'nccl'", "'disk', 'tensor' or"),
         ({"rollout.sglang.num_server": 2}, "rollout.sglang.num_server", "unknown key", "did you mean num_servers?"),
-        ({"rollout.sglang.num_servers": 0}, "rollout.sglang.num_servers", "0", "from 1 to 2147483647"),
+        ({"rollout.sglang.num_servers": 0}, "rollout.sglang.num_servers", "0", "from 1 to 1024"),
         ({"rollout.sglang.start_timeout_s": 0}, "rollout.sglang.start_timeout_s", "0", "greater than 0"),
         ({"rollout.sglang.verify_every": -1}, "rollout.sglang.verify_every", "-1", "from 0 to 2147483647"),
         ({"objective.importance_cap": 1.0}, "objective.importance_cap", "1.0", "greater than 1"),

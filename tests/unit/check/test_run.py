@@ -145,7 +145,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "error",
         "retrieval.elasticsearch.encoder",
         "e5 holds no config.json",
-        "Hugging Face folder",
+        "Hugging Face model folder",
     ),
     (("rollout.engine=sglang", "rollout.sglang.urls=[h:1]"), {}, "error", "rollout.sglang.urls", "'h:1'", "http://"),
     (

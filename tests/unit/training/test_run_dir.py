@@ -68,8 +68,8 @@ def test_a_folder_of_others_is_refused(read_only: Path) -> None:
 
 def test_a_read_only_file_system_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = os.statvfs(tmp_path)
-    told = os.statvfs_result((*tuple(flags)[:8], flags.f_flag | os.ST_RDONLY, flags.f_namemax))
-    monkeypatch.setattr(os, "statvfs", lambda path: told)  # mounting one takes root
+    flagged = os.statvfs_result((*tuple(flags)[:8], flags.f_flag | os.ST_RDONLY, flags.f_namemax))
+    monkeypatch.setattr(os, "statvfs", lambda path: flagged)  # mounting one takes root
     assert f"{tmp_path} is on a read-only file system" in str(refusal(tmp_path / "run"))
 
 
