@@ -64,7 +64,7 @@ def test_trajectories_that_do_not_fit_leave_neither_a_file_nor_a_part_of_one(tmp
 
 def test_what_a_process_left_that_was_killed_while_it_wrote_is_no_step_and_goes(tmp_path: Path) -> None:
     log_trajectories(tmp_path, 1)
-    (tmp_path / "trajectories/.step_000002.jsonl.tmp").write_text('{"step": 2')
+    (tmp_path / "trajectories/.step_000009.jsonl.tmp").write_text("{")
     assert [path.name for path in step_files(tmp_path)] == ["step_000001.jsonl"]
     log_trajectories(tmp_path, 2, resume_step=1)
     assert names(tmp_path / "trajectories") == ["step_000001.jsonl", "step_000002.jsonl"]
