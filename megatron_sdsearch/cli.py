@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 import typer
 from rich.console import Console
 
-from megatron_sdsearch.config import RunConfig, load_config
+from megatron_sdsearch.config import RunConfig, expand_home, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.telemetry import final_table, warnings_of
 from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.training.run_lock import check_run_dir
 
 if TYPE_CHECKING:
     from megatron_sdsearch.training.loop import Outcome
@@ -43,6 +44,15 @@ _LOST_PEER = "another rank has gone: its own message, or torchrun's report, says
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 T = TypeVar("T")
 
+
+def home_path(path: Path | None) -> Path | None:
+    """Callback of an option that is a path: a shell does not expand the ``~`` of ``--model=~/x``."""
+    try:
+        return None if path is None else Path(expand_home(str(path)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. examples/tiny/config.yaml")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. objective.alpha=0 optimizer.lr=1e-5")
@@ -56,6 +66,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     def run() -> None:
         loaded = load_config(config, overrides or [])
         loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
+        check_run_dir(loaded.run_dir)
         if _rank() == 0:
             _say(_first_line(config, loaded))
         from megatron_sdsearch.report.live import LivePage
@@ -77,7 +88,7 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 @app.command()
 def evaluate(
     config: ConfigArgument,
-    model: Annotated[Path, typer.Option(help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
+    model: Annotated[Path, typer.Option(callback=home_path, help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
     overrides: OverridesArgument = None,
 ) -> None:
     """Evaluate an exported model on ``data.heldout``, greedily, by stock transformers; one JSON object."""
@@ -93,8 +104,12 @@ def evaluate(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, e.g. runs/demo")],
-    out: Annotated[Path | None, typer.Option(help="The page's file  [default: RUN_DIR/report.html]")] = None,
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, e.g. runs/demo", callback=home_path)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page's file  [default: RUN_DIR/report.html]", callback=home_path)
+    ] = None,
 ) -> None:
     """Write the page of a run, whether it is going, was stopped or killed, failed, or has finished; prints its path."""
 
@@ -102,12 +117,11 @@ def report(
         from megatron_sdsearch.report.page import write_page
 
         try:
-            return write_page(_home(run_dir), _home(out) if out is not None else None)
+            return write_page(run_dir, out)
         except OSError as error:
-            told = f"{error.filename}: {error.strerror}"
-            raise DataError(f"{told}; the run must be readable, and --out a file that can be written") from error
+            raise DataError(f"{error.filename}: {error.strerror}; give the folder of a run that may be read") from error
 
-    print(_run(run))
+    print(_run(run, failure=2))
 
 
 @app.command()
@@ -198,10 +212,14 @@ def plan(
 def serve(
     config: ConfigArgument,
     host: Annotated[str, typer.Option(help="address of this node that every rank of the trainer reaches")],
-    urls_file: Annotated[Path, typer.Option(help="gets one url a line when all servers serve; gone at the end")],
+    urls_file: Annotated[
+        Path, typer.Option(callback=home_path, help="gets one url a line when all servers serve; gone at the end")
+    ],
     overrides: OverridesArgument = None,
-    log_dir: Annotated[Path | None, typer.Option(help="of server_*.log  [default: run_dir/logs]")] = None,
-    index: Annotated[int, typer.Option(help="of this node among those with servers, from 0")] = 0,
+    log_dir: Annotated[
+        Path | None, typer.Option(callback=home_path, help="of server_*.log  [default: run_dir/logs]")
+    ] = None,
+    index: Annotated[int, typer.Option(min=0, help="of this node among those with servers, from 0")] = 0,
 ) -> None:
     """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
 
@@ -299,10 +317,6 @@ def _exit(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()  # would outlive us and hold our output open
     os._exit(code)
-
-
-def _home(path: Path) -> Path:
-    return Path(os.path.expanduser(path))  # Path's own raises for a user that there is not
 
 
 def _rank() -> int:

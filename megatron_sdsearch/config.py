@@ -1,15 +1,17 @@
 """The run's settings: frozen sections, read from YAML with dotted overrides, checked before anything slow starts.
 
 Every default is the paper's or AutoRefine's recipe where one is published; where neither says, the comment gives the
-reason. Relative paths are taken from the working directory. Nothing here imports torch.
+reason. Relative paths are taken from the working directory, and ``~`` is a home directory. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
@@ -19,7 +21,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -31,8 +35,45 @@ from pydantic import (
 
 from megatron_sdsearch.errors import ConfigError, raise_first
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+
+def expand_home(text: str) -> str:
+    """A path or a word of a command with ``~`` or ``~user`` at its start expanded, as a shell does; ``$NAME`` stays.
+
+    Raises:
+        ValueError: no such user is known.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = text.partition("/")[0]
+        raise ValueError(f"{user} is no home directory here: write the whole path, or ./{user} for a folder's name")
+    return expanded
+
+
+def path_argument(text: str) -> Path:
+    """``type`` of a path on a command line of argparse."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def _expand_path(value: object) -> object:
+    return expand_home(value) if isinstance(value, str) else value
+
+
+HomePath = Annotated[Path, BeforeValidator(_expand_path)]
+"""Every path of the settings; see ``expand_home``."""
+ShellWord = Annotated[str, AfterValidator(expand_home)]
+"""Of a command that is started without a shell."""
+
+_MAX_INT = 2**31 - 1
+"""What is counted goes through C's ``int`` in one library or another; nothing here comes near it."""
+PositiveInt = Annotated[int, Field(ge=1, le=_MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_INT)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""torch takes 64 bits, and megatron adds a few thousand; generators of 32 bits get the remainder."""
+Seconds = Annotated[float, Field(gt=0.0, le=1e9)]
+"""Up to 30 years: clocks of C overflow soon after."""
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -59,9 +100,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy network."""
 
-    hf_dir: Path
+    hf_dir: HomePath
     """Hugging Face folder with config.json, weights and tokenizer; the starting point of training."""
-    megatron_dir: Path | None = None
+    megatron_dir: HomePath | None = None
     """Megatron checkpoint whose weights take the place of ``hf_dir``'s, written for any layout: a folder of
     ``tools/convert_checkpoint.py to-megatron``, or a ``checkpoints/step_*`` of another run. Weights alone: step 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -84,7 +125,7 @@ class ParallelConfig(Section):
     """Shard activations between tensor-parallel regions by sequence; needs ``tensor`` >= 2."""
     distributed_optimizer: bool = False
     """Shard the optimizer's state over data-parallel ranks: 12 bytes a parameter by their number. Needs a GPU."""
-    collective_timeout_minutes: PositiveInt = 30
+    collective_timeout_minutes: Annotated[int, Field(ge=1, le=525_600)] = 30
     """A rank that waits longer for its peers ends the run; more than one rank's rollouts can take beyond another's."""
 
     @model_validator(mode="after")
@@ -102,9 +143,9 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Questions and how they are asked."""
 
-    train: Path | None = None
+    train: HomePath | None = None
     """JSONL or parquet of training questions; needed for ``train.mode=rl``."""
-    heldout: Path | None = None
+    heldout: HomePath | None = None
     """Questions for evaluation; needed when ``evaluation.every`` is set."""
     prompt_profile: Literal["search_r1", "autorefine", "plain"] = "autorefine"
     """Instructions and tags; ``plain`` asks the bare question (for models that were taught the tags)."""
@@ -136,21 +177,21 @@ class SGLangConfig(Section):
 
     urls: tuple[str, ...] = ()
     """Servers that somebody else runs, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` of our own."""
-    num_servers: PositiveInt = 1
+    num_servers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Started by the first rank, on its node. `serve` starts as many as its node's GPUs hold, without GPUs so many."""
     tensor: PositiveInt = 1
     """Tensor-parallel GPUs of each server; of attached ones it must be said, too."""
-    command: tuple[str, ...] = ("python3", "-m", "sglang.launch_server")
+    command: tuple[ShellWord, ...] = ("python3", "-m", "sglang.launch_server")
     """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[ShellWord, ...] = ()
     """Further flags of a started server, e.g. ``["--mem-fraction-static", "0.8"]``."""
     environment: dict[str, str] = {}
     """Added to a started server's environment."""
-    start_timeout_s: PositiveFloat = 900.0
+    start_timeout_s: Seconds = 900.0
     """From start to serving; compiling kernels counts."""
-    request_timeout_s: PositiveFloat = 600.0
+    request_timeout_s: Seconds = 600.0
     """One generation; then the server counts as hung."""
-    down_timeout_s: PositiveFloat = 300.0
+    down_timeout_s: Seconds = 300.0
     """No server has been usable for so long: the run stops."""
     max_restarts: NonNegativeInt = 3
     """Of each started server."""
@@ -228,7 +269,7 @@ class ElasticsearchConfig(Section):
     dfs: bool = False
     """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
     for ``dense``, nor where the server fuses: they have none."""
-    encoder: Path | None = None
+    encoder: HomePath | None = None
     """Folder of an E5 model, for ``dense`` and ``hybrid``."""
     username: str | None = None
     """Else ELASTICSEARCH_USERNAME."""
@@ -236,12 +277,12 @@ class ElasticsearchConfig(Section):
     """Else ELASTICSEARCH_PASSWORD."""
     api_key: SecretStr | None = None
     """Else ELASTICSEARCH_API_KEY."""
-    ca_file: Path | None = None
+    ca_file: HomePath | None = None
     """Certificate of the authority that signed the cluster's; the system's authorities by default."""
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     """One request."""
     max_attempts: PositiveInt = 5
-    down_timeout_s: PositiveFloat = 120.0
+    down_timeout_s: Seconds = 120.0
     """Nothing was answered for so long: the run stops."""
     max_requests: PositiveInt = 16
     """Open at one time by one rank; fewer while the cluster is overloaded."""
@@ -255,9 +296,9 @@ class RetrieveServerConfig(Section):
     """A server that speaks Search-R1's /retrieve."""
 
     url: str = "http://127.0.0.1:8000/retrieve"
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     max_attempts: PositiveInt = 5
-    down_timeout_s: PositiveFloat = 120.0
+    down_timeout_s: Seconds = 120.0
     max_requests: PositiveInt = 16
     batch_queries: PositiveInt = 64
     batch_window_ms: NonNegativeFloat = 5.0
@@ -269,7 +310,7 @@ class ReplayConfig(Section):
     mode: Literal["off", "cache", "only"] = "off"
     """``cache``: known queries are served from the store, others asked and stored. ``only``: an unknown query is an
     error, and the engine is never asked."""
-    store: Path | None = None
+    store: HomePath | None = None
     """A file that ranks, and runs, may share."""
     max_mb: PositiveInt = 4096
     """The oldest entries go when the store is larger."""
@@ -281,7 +322,7 @@ class RetrievalConfig(Section):
     """The search engine."""
 
     engine: Literal["tantivy", "elasticsearch", "http"] = "tantivy"
-    corpus: Path | None = None
+    corpus: HomePath | None = None
     """tantivy: JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
     analyzer: Literal["standard", "english"] = "standard"
     """Of tantivy; an Elasticsearch index has its own."""
@@ -443,7 +484,7 @@ class TrainConfig(Section):
     equal parts as this makes of all its trajectories, also when failed searches leave fewer to train on."""
     max_tokens_per_microbatch: PositiveInt = 16384
     """Packing budget of one forward pass, the longest trajectory at least."""
-    demonstrations: Path | None = None
+    demonstrations: HomePath | None = None
     """JSONL for ``mode=warm_start``."""
     demonstrations_per_step: PositiveInt = 64
 
@@ -501,8 +542,8 @@ class SequenceLimit(NamedTuple):
 class RunConfig(Section):
     """The whole run."""
 
-    run_dir: Path
-    seed: NonNegativeInt = 1
+    run_dir: HomePath
+    seed: Seed = 1
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
@@ -547,7 +588,10 @@ class RunConfig(Section):
 
     def file_problems(self) -> Iterator[ConfigError]:
         """What ``check_files`` raises the first of."""
-        paths: dict[str, Path | None] = {"model.hf_dir": self.model.hf_dir / "config.json"}
+        for field, folder in self._model_folders().items():
+            if not (folder / "config.json").is_file():
+                yield no_model(field, folder)
+        paths: dict[str, Path | None] = {}
         if self.train.mode == "warm_start":
             paths["train.demonstrations"] = self.train.demonstrations
         else:
@@ -562,6 +606,14 @@ class RunConfig(Section):
                 yield ConfigError(field, f"{path} does not exist", "give a path that exists")
         if self.samples_from_sglang and not self.rollout.sglang.urls:
             yield from _command_problems(self.rollout.sglang)
+
+    def _model_folders(self) -> dict[str, Path]:
+        folders = {"model.hf_dir": self.model.hf_dir}
+        if self.retrieval is not None and self.retrieval.engine == "elasticsearch":
+            elastic = self.retrieval.elasticsearch
+            if elastic.encoder is not None and elastic.mode != "bm25":
+                folders["retrieval.elasticsearch.encoder"] = elastic.encoder
+        return folders
 
     def check_world(self, world_size: int, has_gpu: bool) -> None:
         """The layout fits the processes that were started and the hardware.
@@ -653,6 +705,21 @@ class RunConfig(Section):
 def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
     if value is None:
         yield ConfigError(field, f"missing, and {reason}", f"set {field}")
+
+
+_HUB_ID = re.compile(r"(?:https:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.-]*))")
+
+
+def no_model(field: str, folder: Path) -> ConfigError:
+    """What to say of a folder without config.json; of what may be the name of a model on the hub: how to fetch it."""
+    fix = "give a Hugging Face model folder"
+    hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
+    if hub_id is not None:
+        name, target = hub_id[1], f"models/{hub_id[2]}"
+        fix += (
+            f"; a model of the hub is fetched by `hf download {name} --local-dir {target}`, then set {field}={target}"
+        )
+    return ConfigError(field, f"{folder} holds no config.json", fix)
 
 
 def is_server_url(url: str) -> bool:
@@ -822,6 +889,10 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: there is no such file, it is no YAML, or an override is no ``key=value``.
     """
+    try:
+        path = Path(expand_home(str(path)))
+    except ValueError as error:
+        raise ConfigError("CONFIG", f"{path} does not exist", str(error)) from error
     if not path.is_file():
         told = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError("CONFIG", f"{path} {told}", "give the path of a YAML file")
@@ -832,14 +903,14 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, ValueError) as error:
         raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
 
 
 def _read_override(override: str) -> None:
     try:
         OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: a number of 5,000 digits
         told = f"{override!r} is no YAML: {' '.join(str(error).split())}"
         raise ConfigError(override.partition("=")[0], told, "quote or mend its value") from error
 
@@ -887,7 +958,21 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
         return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     if item["type"] == "missing":
         return field, "missing", f"set {field}"
-    return field, f"{item['input']!r} is not valid", item["msg"]
+    if item["type"] in ("greater_than_equal", "less_than_equal") and (limits := _limits(path)):
+        return field, f"{item['input']!r} is out of range", f"give a number from {limits[0]} to {limits[1]}"
+    return field, f"{item['input']!r} is not valid", item["msg"].removeprefix("Value error, ")
+
+
+def _limits(path: Sequence[str]) -> tuple[float, float] | None:
+    """The least and the largest value of a setting; None where one of them is not declared."""
+    section = _section_at(path[:-1])
+    if section is None:
+        return None
+    info = section.model_fields[path[-1]]
+    optional = (f for option in get_args(info.annotation) for f in getattr(option, "__metadata__", ()))
+    metadata = [*info.metadata, *(rule for field in optional for rule in getattr(field, "metadata", ()))]
+    lows, highs = ([v for rule in metadata if (v := getattr(rule, name, None)) is not None] for name in ("ge", "le"))
+    return (lows[0], highs[0]) if lows and highs else None
 
 
 def _section_at(path: Sequence[str]) -> type[BaseModel] | None:

@@ -10,6 +10,7 @@ SDSearchError
 |   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
 |-- AlignmentError          teacher and student disagree about a response token: a bug, never data
 |-- TrainingError           the update cannot go on (loss not finite, too many failed searches)
+|-- StorageError            a file of the run cannot be written: the disk is full, or may not be written
 |-- CheckpointError         a checkpoint is missing, incomplete or does not fit
 `-- VerificationError       a converted model does not compute what its source does
 """
@@ -95,6 +96,10 @@ class AlignmentError(SDSearchError):
 
 class TrainingError(SDSearchError):
     """Training cannot go on without doing harm."""
+
+
+class StorageError(SDSearchError):
+    """A file of the run cannot be written; names it and the room that is left. What was written before is unharmed."""
 
 
 class CheckpointError(SDSearchError):

@@ -19,7 +19,8 @@ from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.check.world import GivenWorld
 from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError
-from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of, write_durably
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
+from megatron_sdsearch.telemetry.files import write_file
 
 STARTS_FILE = "slurm_starts.json"
 RENDEZVOUS_PORTS = range(10_000, 20_000)
@@ -180,7 +181,7 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
             "save in (sbatch --signal=B:USR1@SECONDS)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_durably(file, json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
+    write_file(file, json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
     return step
 
 

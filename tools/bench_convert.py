@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sdsearch.config import path_argument
+
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 2816, 32000
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--shard-mb", type=int, default=64)
     parser.add_argument("--tensor", type=int, default=2)
     parser.add_argument("--pipeline", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
+    parser.add_argument("--folder", type=path_argument, help="where to work; a temporary folder by default")
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

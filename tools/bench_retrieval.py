@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sdsearch.config import RetrievalConfig
+from megatron_sdsearch.config import RetrievalConfig, path_argument
 from megatron_sdsearch.errors import RetrievalError, SDSearchError
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.training.retrievers import open_retriever
@@ -189,7 +189,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--url", help="of the cluster, or of /retrieve")
     parser.add_argument("--index", default="wiki-18", help="of the cluster (default wiki-18)")
     parser.add_argument("--dfs", action="store_true", help="global document frequencies, on the cluster")
-    parser.add_argument("--queries", type=Path, help="one per line; made up by default")
+    parser.add_argument("--queries", type=path_argument, help="one per line; made up by default")
     numbers = {
         "passages": (10_000, "made-up passages, for tantivy"),
         "num-queries": (1_000, "made-up queries"),

@@ -32,7 +32,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.config import RunConfig, parse_config, path_argument
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.errors import SDSearchError
 from megatron_sdsearch.records import Passage, Question, TrajectoryId
@@ -153,7 +153,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["embedded", "sglang"], default="embedded")
     parser.add_argument("--url", action="append", default=[], help="of a server; again for each of several")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder; with sglang, what the servers serve")
+    parser.add_argument("--model", type=path_argument, help="Hugging Face folder; with sglang, what the servers serve")
     parser.add_argument("--retriever", choices=["scripted", "tantivy"], default="scripted")
     parser.add_argument("--search-delay-s", type=float, default=0.0, help="added to every search (default 0)")
     parser.add_argument("--as-is", action="store_true", help="the model's own actions; --searches is an upper bound")

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_sdsearch.cli import home_path
 from megatron_sdsearch.errors import ConfigError, SDSearchError, VerificationError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", callback=home_path, help="The new folder.")]
 VerifyOption = Annotated[
     bool, typer.Option(help="Compare the logits of both sides on random ids (float32; needs the memory of a model).")
 ]
@@ -47,7 +48,9 @@ OverwriteOption = Annotated[bool, typer.Option(help="Replace OUT if it is there.
 
 @app.command("to-megatron")
 def to_megatron(
-    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face folder with safetensors.")],
+    hf_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", callback=home_path, help="Hugging Face folder with safetensors.")
+    ],
     out: OutArgument,
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks it is sharded for.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages it is sharded for.")] = 1,
@@ -70,11 +73,12 @@ def to_megatron(
 @app.command("to-hf")
 def to_hf(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="step_*, a run's folder, or a converted one.")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", callback=home_path, help="step_*, a run's folder, or a converted one."),
     ],
     out: OutArgument,
     hf_dir: Annotated[
-        Path | None, typer.Option(help="Config and tokenizer; the run's model.hf_dir by default.")
+        Path | None, typer.Option(callback=home_path, help="Config and tokenizer; the run's model.hf_dir by default.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the checkpoint's by default.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="MiB of one safetensors file, and of memory.")] = 4096,

@@ -33,7 +33,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_sdsearch.config import ElasticsearchConfig
+from megatron_sdsearch.config import ElasticsearchConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.retrieval.corpus import sha256_of_corpus
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root
@@ -59,11 +59,13 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", metavar="CORPUS", type=Path)
+    parser.add_argument("corpus", metavar="CORPUS", type=path_argument)
     parser.add_argument("--to", choices=("tantivy", "elasticsearch"), required=True)
     parser.add_argument("--analyzer", choices=("standard", "english"), default="standard")
     tantivy = parser.add_argument_group("tantivy")
-    tantivy.add_argument("--out", metavar="DIR", type=Path, help="folder of the index (default: where training looks)")
+    tantivy.add_argument(
+        "--out", metavar="DIR", type=path_argument, help="folder of the index (default: where training looks)"
+    )
     tantivy.add_argument("--replace", action="store_true", help="DIR holds the index of something else: replace it")
     elastic = parser.add_argument_group("Elasticsearch")
     elastic.add_argument("--url", action="append", help="of a node; may be repeated (default http://127.0.0.1:9200)")
@@ -78,10 +80,12 @@ def parse_arguments() -> argparse.Namespace:
     elastic.add_argument("--timeout", type=float, default=120.0, help="seconds of one request (default 120)")
     elastic.add_argument("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with "
                          "retries, before everything ends (default 600)")  # fmt: skip
-    elastic.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
-    elastic.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model: adds a dense_vector to each passage")
+    elastic.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
+    elastic.add_argument(
+        "--encoder", metavar="DIR", type=path_argument, help="E5 model: adds a dense_vector to each passage"
+    )
     elastic.add_argument("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
-    elastic.add_argument("--rejects", metavar="FILE", type=Path, help="default rejects-NAME.jsonl")
+    elastic.add_argument("--rejects", metavar="FILE", type=path_argument, help="default rejects-NAME.jsonl")
     elastic.add_argument("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
     elastic.add_argument("--restart", action="store_true", help="delete an unfinished index and begin anew")
     elastic.add_argument("--delete-old", action="store_true", help="delete the indices that NAME pointed to before")

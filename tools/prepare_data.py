@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_sdsearch.config import path_argument
 from megatron_sdsearch.data.preparation import BadRow, PrepareSettings, prepare
 from megatron_sdsearch.data.question_sources import open_source
 from megatron_sdsearch.data.question_writer import check_target, write_prepared
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     defaults = PrepareSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help="folder, file, or hub[:OWNER/NAME][@REVISION]")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the question files")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the question files")
     parser.add_argument("--train", nargs="+", default=defaults.train, help="data sets, in this order (nq hotpotqa)")
     parser.add_argument("--test", nargs="+", default=defaults.test, help="benchmarks (nq hotpotqa): of each the test "
                         "split, else dev, else train")  # fmt: skip

@@ -18,10 +18,9 @@ import json
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.config import ElasticsearchConfig
+from megatron_sdsearch.config import ElasticsearchConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever
 
@@ -51,11 +50,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
     parser.add_argument("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
     parser.add_argument("--dfs", action="store_true", help="Elasticsearch: scores as of one shard")
-    parser.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model, for dense and hybrid")
-    parser.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
+    parser.add_argument("--encoder", metavar="DIR", type=path_argument, help="E5 model, for dense and hybrid")
+    parser.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port: {arguments.port} is no port; give one of 0 to 65535")
+    if arguments.engine == "tantivy":
+        try:
+            arguments.index = path_argument(arguments.index)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--index: {error}")
     if arguments.topk < 1:
         parser.error("--topk must be at least 1")
     if arguments.threads is not None and arguments.threads < 1:
@@ -69,14 +73,14 @@ async def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         mend = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
-    if arguments.engine == "tantivy" and Manifest.read(Path(arguments.index)) is None:
+    if arguments.engine == "tantivy" and Manifest.read(arguments.index) is None:
         told = f"{arguments.index} is no index's folder"
         raise ConfigError("--index", told, "give the --out of tools/index_corpus.py --to tantivy")
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
         if arguments.engine == "tantivy":
-            retriever = server.InThreads(TantivyRetriever.open(Path(arguments.index)), arguments.threads)
+            retriever = server.InThreads(TantivyRetriever.open(arguments.index), arguments.threads)
         else:
             retriever = await open_elasticsearch(arguments)
         app = server.create_app(

@@ -13,6 +13,7 @@ from examples.tiny.facts import load_facts
 from examples.tiny.tiny_model import save_tiny_model
 from examples.tiny.tokenizer import build_tokenizer
 from examples.tiny.world import World, build_world
+from megatron_sdsearch.config import path_argument
 from megatron_sdsearch.errors import SDSearchError
 from megatron_sdsearch.records import Question
 
@@ -22,7 +23,7 @@ NUM_DEMONSTRATIONS = 44_000
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="decides house style, split, wording and weights")
     parser.add_argument("--demonstrations", type=int, default=NUM_DEMONSTRATIONS, help="how many to write")
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from megatron_sdsearch.cli import home_path
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError
 from megatron_sdsearch.report.page import write_page
@@ -30,9 +31,9 @@ console = Console()
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of everything that is made; must not hold another run")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=home_path, help="Folder of everything that is made; must not hold another run")
+    ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the world, the weights and the sampling")] = 1,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. objective.alpha=0")

@@ -11,7 +11,7 @@ from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.model.hf_config import ARCHITECTURES, refusals
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, placements, refuse_unknown
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_head, check_weights, placements, refuse_unknown
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import parse_action
 
@@ -30,9 +30,20 @@ def check(subject: Subject) -> Iterator[Finding]:
     if hf_config is not None:
         refused = [Finding.of(error, _FIELD) for error in refusals(hf_config)]
         yield from refused
-        if not refused and subject.config.model.megatron_dir is None:
+        megatron_dir = subject.config.model.megatron_dir
+        if not refused and megatron_dir is None:
             yield from _weights(subject, hf_dir, hf_config)
+        elif not refused and megatron_dir is not None and (megatron_dir / ".metadata").exists():
+            yield from _megatron_weights(megatron_dir, hf_config)
     yield from _tokenizer(subject, hf_config)
+
+
+def _megatron_weights(folder: Path, hf_config: PretrainedConfig) -> Iterator[Finding]:
+    from megatron_sdsearch.model.megatron_folder import MegatronFolder  # its reader costs a second
+
+    attempt = Attempt.at(lambda: check_weights(MegatronFolder(folder, hf_config), hf_config, folder))
+    if attempt.error is not None:
+        yield Finding.error("model.megatron_dir", str(attempt.error), "give a checkpoint of the model in model.hf_dir")
 
 
 def _weights(subject: Subject, hf_dir: Path, hf_config: PretrainedConfig) -> Iterator[Finding]:
@@ -41,6 +52,10 @@ def _weights(subject: Subject, hf_dir: Path, hf_config: PretrainedConfig) -> Ite
         yield Finding.error(_FIELD, str(attempt.error), "give a whole folder of a supported model with its safetensors")
     tensors = attempt.value
     if tensors is None:
+        return
+    head = Attempt.at(lambda: check_head(tensors, hf_config, hf_dir))
+    if head.error is not None:
+        yield Finding.of(head.error, _FIELD)
         return
     problems = _missing_tensors(tensors, hf_config)
     if problems:
@@ -74,7 +89,7 @@ def _missing_tensors(tensors: SafetensorsFolder, hf_config: PretrainedConfig) ->
     for place in placements(hf_config, pp_size=1):
         for name in place.hf:
             try:
-                tensors.shape(name)
+                tensors.place_of(name)
             except DataError as error:
                 problems[str(error)] = None
     return list(problems)

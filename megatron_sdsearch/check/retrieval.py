@@ -92,10 +92,6 @@ def _has_index(config: RetrievalConfig) -> bool:
 
 
 def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:
-    if config.encoder is not None and config.mode != "bm25" and not (config.encoder / "config.json").is_file():
-        yield Finding.error(
-            "retrieval.elasticsearch.encoder", f"{config.encoder} holds no model", "give a Hugging Face folder"
-        )
     try:
         from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
     except ModuleNotFoundError as error:

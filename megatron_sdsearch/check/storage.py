@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,9 +13,10 @@ from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import CheckpointConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
+from megatron_sdsearch.telemetry.files import nearest_existing, size_words
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE
 from megatron_sdsearch.telemetry.trajectories import step_files
-from megatron_sdsearch.training.run_lock import live_run
+from megatron_sdsearch.training.run_lock import check_run_dir, live_run
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _ADAM_BYTES = 8
@@ -28,25 +28,16 @@ _TRAJECTORY_TOKEN_BYTES = 17
 def check(subject: Subject) -> Iterator[Finding]:
     """What is there, and what there is room for."""
     run_dir = subject.config.run_dir
-    home = _nearest(run_dir)
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        what = "is no folder" if not home.is_dir() else "may not be written"
-        yield Finding.error("run_dir", f"{home} {what}", "give another run_dir")
+    attempt = Attempt.at(partial(check_run_dir, run_dir))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "run_dir")
         return
     in_use = live_run(run_dir)
     if in_use is not None:
         yield Finding.of(in_use, "run_dir")
     yield from _contents(subject.config)
     yield from _schedule(subject)
-    yield from _space(subject, home)
-
-
-def _nearest(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    yield from _space(subject, nearest_existing(run_dir))
 
 
 def _contents(config: RunConfig) -> Iterator[Finding]:
@@ -148,9 +139,9 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
     written = sum(_num_bytes(config.run_dir / name) for name in ("checkpoints", "weights", "hf"))
     trajectories = _trajectory_bytes(config)
     told = (
-        f"{num_kept} checkpoints of {_size(checkpoint)} and {num_folders} folders of weights of {_size(weights)} make "
-        f"{_size(needed)}, of which {_size(min(written, needed))} are there; trajectories at most "
-        f"{_size(trajectories)} more; {_size(free)} are free on {home}"
+        f"{num_kept} checkpoints of {size_words(checkpoint)} and {num_folders} folders of weights of "
+        f"{size_words(weights)} make {size_words(needed)}, of which {size_words(min(written, needed))} are there; "
+        f"trajectories at most {size_words(trajectories)} more; {size_words(free)} are free on {home}"
     )
     needed -= min(written, needed)
     if needed > free:
@@ -180,7 +171,3 @@ def _trajectory_bytes(config: RunConfig) -> int:
         return 0
     num_trajectories = config.train.num_steps * config.data.questions_per_step * config.rollout.group_size
     return num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sdsearch.config import expand_home
 from megatron_sdsearch.errors import ConfigError
 
 HUB = "hub"
@@ -68,7 +69,10 @@ def open_source(name: str, wanted: Sequence[tuple[str, str]]) -> QuestionSource:
     if name == HUB or name.startswith((f"{HUB}:", f"{HUB}@")):
         repository, _, revision = name.removeprefix(HUB).removeprefix(":").partition("@")
         return _from_hub(repository or DEFAULT_REPOSITORY, revision or None, wanted)
-    path = Path(name)
+    try:
+        path = Path(expand_home(name))
+    except ValueError as error:
+        raise ConfigError("SOURCE", f"{name} does not exist", str(error)) from error
     if path.is_file():
         return QuestionSource(name=name, files=(_single_file(path, name),))
     if not path.is_dir():

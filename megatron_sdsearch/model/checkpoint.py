@@ -46,6 +46,7 @@ from megatron_sdsearch.model.checkpoint_folder import (
 )
 from megatron_sdsearch.model.safe_load import check_metadata, forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.telemetry.files import free_words
 
 _log = logging.getLogger(__name__)
 _METADATA = ".metadata"
@@ -325,7 +326,8 @@ class CheckpointStore:
         name = f"step {what}" if isinstance(what, int) else what
         kept = f"step {self._saved_step}'s is unharmed" if self._saved_step else "there is none before it"
         return CheckpointError(
-            f"the checkpoint in {self._folder.root} cannot be written ({name}): {reason}. The last one: {kept}. "
+            f"the checkpoint in {self._folder.root} cannot be written ({name}): {reason} "
+            f"({free_words(self._folder.root)}). The last one: {kept}. "
             "Make room or mend the permissions, then start the same command again"
         )
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret
 from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.telemetry.files import sync_folder, write_durably
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = 3
@@ -110,7 +111,7 @@ class CheckpointFolder:
         if target.exists():
             target.rename(self.root / f"{_OLD}{target.name}_{time.time_ns():x}")
         partial.rename(target)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         write_durably(self.root / LATEST, target.name)
         return target
 
@@ -227,8 +228,11 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
         if name == kind:  # the two keep their state under other names
             yield CheckpointError(f"{folder} was written with {kind} = {old}: set it back")
         elif not name.startswith(_MAY_CHANGE):
+            # Of another network nothing could be taken over.
+            fork = "" if name == "model.hf_dir" else f", where model.megatron_dir={folder} starts from these weights"
             yield CheckpointError(
-                f"{folder} was trained with {name} = {old}, this run has {new}: set it back or take another run_dir"
+                f"{folder} was trained with {name} = {old}, this run has {new}: "
+                f"set it back, or take another run_dir{fork}"
             )
     if manifest["step"] > config.train.num_steps:
         yield CheckpointError(
@@ -303,22 +307,3 @@ def fingerprint(path: Path) -> str:
         return ""
     parts = [f"{file.name} {FileRecord.of(file).sha256}" for file in sorted(path.iterdir()) if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write beside and rename, with both flushed to the disk: a reader sees the old text or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

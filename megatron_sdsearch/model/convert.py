@@ -24,8 +24,8 @@ from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, w
 from megatron_sdsearch.model.hf_weights import (
     Placement,
     SafetensorsFolder,
+    check_weights,
     placements,
-    refuse_unknown,
     split_shards,
 )
 from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, MegatronFolder
@@ -168,8 +168,7 @@ def expected_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
 
 
 def _check_hf(tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: PretrainedConfig, hf_dir: Path) -> None:
-    names = tensors.names()
-    refuse_unknown(names, config, hf_dir)
+    check_weights(tensors, config, hf_dir)
     for name, wanted in shapes.items():
         shape = tensors.shape(name)
         if shape != tuple(wanted.shape):
@@ -181,11 +180,6 @@ def _check_hf(tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: Pre
             if tensors.dtype(name) != tensors.dtype(other):
                 told = f"{name} is {tensors.dtype(name)} and {other} {tensors.dtype(other)}"
                 raise DataError(f"{hf_dir}: {told}: they become one tensor and must have one dtype")
-    # Some exports write the tied table twice. A head of its own would be lost.
-    is_twice = config.tie_word_embeddings and "lm_head.weight" in names
-    if is_twice and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-        told = "config.json ties lm_head.weight to the embedding, and the two differ"
-        raise DataError(f"{hf_dir}: {told}: set tie_word_embeddings to false")
 
 
 def _check_megatron(
@@ -193,7 +187,7 @@ def _check_megatron(
 ) -> None:
     for place in placements(config, pp_size=1):
         tensors.check(place.hf[0], [shapes[name] for name in place.hf])
-    refuse_unknown(tensors.names(), config, checkpoint)
+    check_weights(tensors, config, checkpoint)
 
 
 def _write(writer: TorchDistWriter, place: Placement, shards: list[Tensor], num_layers: int) -> None:

@@ -6,15 +6,16 @@ model starts in seconds. The network itself is ``architecture.py``'s.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_sdsearch.config import ParallelConfig, RunConfig
+from megatron_sdsearch.config import ParallelConfig, RunConfig, no_model
 from megatron_sdsearch.errors import ConfigError, raise_first
 from megatron_sdsearch.file_kinds import refuse_other_kind
 
@@ -42,6 +43,10 @@ ARCHITECTURES = {
     "qwen3": Architecture(has_qk_norm=True, has_window_switch=True),
 }
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+)
 # Those that change the frequencies alone: others scale the attention (yarn) or depend on the length (dynamic).
 _ROPE_TYPES = ("default", "llama3")
 
@@ -61,18 +66,29 @@ def read_hf_config(hf_dir: Path) -> PretrainedConfig:
     """Read config.json, of whatever model.
 
     Raises:
-        ConfigError: there is none, or transformers does not know it.
+        ConfigError: there is none, it is no JSON object, or transformers does not know it.
         DataError: it is another kind of file, such as a git LFS pointer.
     """
-    if not (hf_dir / "config.json").is_file():
-        raise ConfigError("model.hf_dir", f"{hf_dir} holds no config.json", "give a Hugging Face model folder")
-    refuse_other_kind(hf_dir / "config.json", "JSON")
+    path = hf_dir / "config.json"
+    if not path.is_file():
+        raise no_model("model.hf_dir", hf_dir)
+    refuse_other_kind(path, "JSON")
+    _check_is_object(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(hf_dir)
-    except (OSError, ValueError, StrictDataclassError) as error:  # the last: fields that contradict each other
-        reason = " ".join(str(error).split())
-        raise ConfigError("model.hf_dir", f"{hf_dir / 'config.json'} cannot be read: {reason}", "mend it") from error
+    except Exception as error:  # what a value of a wrong type comes to, transformers leaves to Python
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError("model.hf_dir", f"{path} cannot be read ({reason})", "fix it, or fetch it again") from error
     return config
+
+
+def _check_is_object(path: Path) -> None:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.hf_dir", f"{path} cannot be read as JSON ({error})", "fetch it again") from error
+    if not isinstance(tree, dict):
+        raise ConfigError("model.hf_dir", f"{path} holds a {type(tree).__name__}, not an object", "fetch it again")
 
 
 def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
@@ -80,6 +96,9 @@ def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         yield _refusal(f"model_type {config.model_type!r} is not supported", f"use one of {known}")
+        return
+    if wrong := [f"{name} = {value!r}" for name, value in _numbers(config).items() if not _is_positive(value)]:
+        yield _refusal(f"config.json says {', '.join(wrong)}", "give positive numbers there, or fetch it again")
         return
     architecture = ARCHITECTURES[config.model_type]
     rope = config.rope_parameters
@@ -106,6 +125,20 @@ def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
         yield _refusal(
             f"sliding_window is {window}: attention would be computed without it", "use a model where it is null"
         )
+
+
+def _numbers(config: PretrainedConfig) -> dict[str, Any]:
+    """What the network's shape and its rotation are computed from; types and signs are as the file has them."""
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    if getattr(config, "head_dim", None) is not None:
+        sizes["head_dim"] = config.head_dim
+    rope = config.rope_parameters
+    names = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return sizes | {f"rope_parameters.{name}": rope[name] for name in names if name in rope}
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _refusal(problem: str, mend: str) -> ConfigError:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for 
 
 Pieces = list[Tensor]
 _INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+_COMPARED_ROWS = 4096
 T = TypeVar("T")
 
 
@@ -182,7 +185,13 @@ def placements(config: PretrainedConfig, pp_size: int) -> Iterator[Placement]:
     norm = Rule(megatron=("final_layernorm.weight",), hf=("norm.weight",), layout=REPLICATED)
     yield at(pp_size - 1, ("decoder.", "model."), norm)
     if not config.tie_word_embeddings:
-        yield at(pp_size - 1, ("", ""), Rule(megatron=("output_layer.weight",), hf=("lm_head.weight",), layout=VOCAB))
+        yield head_placement(pp_size)
+
+
+def head_placement(pp_size: int) -> Placement:
+    """Of a head of its own."""
+    name = "output_layer.weight"
+    return Placement(stage=pp_size - 1, key=name, layer=None, megatron=(name,), hf=(HEAD,), layout=VOCAB)
 
 
 def _parameter(parameters: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
@@ -203,10 +212,13 @@ class HFTensors(Protocol):
         """One tensor on CPU; DataError when there is none."""
         ...
 
+    def place_of(self, name: str) -> Path:
+        """The file or folder that holds it; DataError when there is none."""
+        ...
 
-def load_hf_weights(gpt: GPTModel, hf_dir: Path, config: PretrainedConfig, parallel: ParallelState) -> None:
-    """Fill this rank's shards from the safetensors of a Hugging Face folder; see ``load_weights``."""
-    load_weights(gpt, SafetensorsFolder(hf_dir), hf_dir, config, parallel)
+    def is_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors that are there hold the same."""
+        ...
 
 
 @torch.no_grad()
@@ -223,21 +235,24 @@ def load_weights(
         parallel: the layout, whatever the one that ``source`` was written with.
 
     Raises:
-        DataError: a tensor is missing, unknown or has another shape, naming it.
+        DataError: a tensor is missing, unknown, has another shape or holds what is not finite, naming it; or
+            config.json ties a head that is another one.
     """
     parameters = dict(gpt.named_parameters())
     filled: set[int] = set()
-    refuse_unknown(tensors.names(), config, source)
+    check_weights(tensors, config, source)
     for place in placements(config, parallel.pp_size):
         if place.stage != parallel.pp_rank:
             continue
         target = _parameter(parameters, place.megatron)
         _copy(target, split_shards(place, tensors, parallel.tp_size, config)[parallel.tp_rank], place.hf)
+        if not target.isfinite().all():
+            raise _not_finite(place.hf, tensors, target.dtype)
         filled.add(id(target))
     if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
         # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
-        table = VOCAB.split([tensors["model.embed_tokens.weight"]], parallel.tp_size, config)[parallel.tp_rank]
-        _copy(parameters["output_layer.weight"], table, ("model.embed_tokens.weight",))
+        table = VOCAB.split([tensors[EMBEDDING]], parallel.tp_size, config)[parallel.tp_rank]
+        _copy(parameters["output_layer.weight"], table, (EMBEDDING,))
         filled.add(id(parameters["output_layer.weight"]))
     missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
     if missed:
@@ -257,9 +272,44 @@ def split_shards(place: Placement, tensors: HFTensors, tp_size: int, config: Pre
         raise DataError(f"{', '.join(place.hf)}: do not divide as config.json says: {error}") from error
 
 
+def check_weights(tensors: HFTensors, config: PretrainedConfig, source: Path) -> None:
+    """A folder's weights are those of config.json's model, as far as names tell; a tied head is compared.
+
+    Raises:
+        DataError: a tensor is unknown or missing, or config.json ties a head that is another one.
+    """
+    names = tensors.names()
+    refuse_unknown(names, config, source)
+    check_head(tensors, config, source)
+    for place in placements(config, pp_size=1):
+        for name in place.hf:
+            tensors.place_of(name)
+
+
+def check_head(tensors: HFTensors, config: PretrainedConfig, source: Path) -> None:
+    """The head is where config.json says: the embedding, or a tensor of its own. Some files hold a tied table twice.
+
+    Reads the two, and only where both are there and tied.
+
+    Raises:
+        DataError: another model than transformers loads would be trained, for the two differ; or there is no head.
+    """
+    has_head = HEAD in tensors.names()
+    if config.tie_word_embeddings and has_head and not tensors.is_equal(HEAD, EMBEDDING):
+        raise DataError(
+            f"{source}: config.json ties {HEAD} to the embedding (tie_word_embeddings = true), and the two differ; "
+            "set tie_word_embeddings to false in config.json"
+        )
+    if not config.tie_word_embeddings and not has_head:
+        raise DataError(
+            f"{source} has no tensor {HEAD}, and config.json does not tie it to the embedding; fetch the folder again, "
+            "or set tie_word_embeddings to true where the model was trained so"
+        )
+
+
 def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> None:
     """A tensor that nobody reads is a part of the model that would be left out of the computation."""
-    expected = {name for place in placements(config, pp_size=1) for name in place.hf} | {"lm_head.weight"}
+    expected = {name for place in placements(config, pp_size=1) for name in place.hf} | {HEAD}
     unknown = sorted(name for name in names - expected if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise DataError(f"{source} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
@@ -268,7 +318,20 @@ def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> N
 def _copy(target: Tensor, source: Tensor, names: Sequence[str]) -> None:
     if target.shape != source.shape:
         raise DataError(f"{', '.join(names)}: {tuple(source.shape)} per shard, the model wants {tuple(target.shape)}")
+    if not source.is_floating_point():
+        raise DataError(f"{', '.join(names)}: {source.dtype} is no type of weights; give a model that is not quantised")
     target.copy_(source)
+
+
+def _not_finite(names: Sequence[str], tensors: HFTensors, dtype: torch.dtype) -> DataError:
+    """Which of the sources it is; finite ones are too large for the model's dtype."""
+    for name in names:
+        count = int((~tensors[name].isfinite()).sum())
+        if count:
+            words = f"{tensors.place_of(name)}: {name} holds {count} numbers that are NaN or infinite"
+            return DataError(f"{words}; fetch the file again, or take an earlier checkpoint of the model")
+    words = f"{', '.join(names)}: numbers too large for {dtype}"
+    return DataError(f"{tensors.place_of(names[0])}: {words}; set model.dtype to a wider one")
 
 
 class SafetensorsFolder:
@@ -283,6 +346,8 @@ class SafetensorsFolder:
         refuse_other_kind(index, "JSON")
         try:
             self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+            if not all(isinstance(file, str) and Path(file).name == file for file in self._file_of.values()):
+                raise ValueError("weight_map holds what is no name of a file in this folder")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index} is no index of weights ({error!r}); fetch it again") from error
         self._names: dict[str, set[str]] = {}
@@ -327,6 +392,27 @@ class SafetensorsFolder:
         """
         return sum(math.prod(self.shape(name)) for name in self.names())
 
+    def place_of(self, name: str) -> Path:
+        """The file that holds it.
+
+        Raises:
+            DataError: no such file or tensor.
+        """
+        return self._dir / self._file_with(name)
+
+    def is_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same, read a part at a time.
+
+        Raises:
+            DataError: no such file or tensor.
+        """
+        if (self.shape(name), self.dtype(name)) != (self.shape(other), self.dtype(other)):
+            return False
+        with self._open(self._file_with(name)) as file, self._open(self._file_with(other)) as other_file:
+            rows, other_rows = file.get_slice(name), other_file.get_slice(other)
+            starts = range(0, self.shape(name)[0], _COMPARED_ROWS)
+            return all(torch.equal(rows[s : s + _COMPARED_ROWS], other_rows[s : s + _COMPARED_ROWS]) for s in starts)
+
     def _file_with(self, name: str) -> str:
         if self._file_of and name not in self._file_of:
             raise DataError(f"{self._dir / _INDEX} lists no tensor {name}")
@@ -346,7 +432,7 @@ class SafetensorsFolder:
             raise DataError(f"{self._dir / file} does not exist: give a folder with safetensors weights")
         try:
             return safe_open(self._dir / file, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             refuse_other_kind(self._dir / file, "safetensors")
             raise DataError(f"{self._dir / file} is no safetensors file ({error}): fetch it again") from error
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import CheckpointError, DataError
-from megatron_sdsearch.model.hf_weights import VOCAB, Placement, placements
+from megatron_sdsearch.model.hf_weights import EMBEDDING, VOCAB, Placement, head_placement, placements
 from megatron_sdsearch.model.torch_dist import METADATA, TorchDistReader
 
 HF_SUBFOLDER = "hf"
@@ -39,7 +39,9 @@ class MegatronFolder:
         self._config = config
         self._reader = TorchDistReader(folder)
         self._keys = self._reader.keys()
-        self._places = {name: place for place in placements(config, pp_size=1) for name in place.hf}
+        # A tied head, too: where the checkpoint holds one of its own, that is for `check_head` to judge.
+        places = (*placements(config, pp_size=1), head_placement(pp_size=1))
+        self._places = {name: place for place in places for name in place.hf}
         self._joined: dict[str, Tensor] = {}
 
     def names(self) -> set[str]:
@@ -93,7 +95,25 @@ class MegatronFolder:
 
     def dtype(self) -> torch.dtype:
         """Of the embedding."""
-        return self._reader.dtype(self._places["model.embed_tokens.weight"].key)
+        return self._reader.dtype(self._places[EMBEDDING].key)
+
+    def place_of(self, name: str) -> Path:
+        """The checkpoint's folder.
+
+        Raises:
+            DataError: there is no such tensor.
+        """
+        self.check(name)
+        return self._folder
+
+    def is_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same; reads both.
+
+        Raises:
+            DataError, CheckpointError: as of reading one.
+        """
+        one, two = self[name], self[other]
+        return one.dtype == two.dtype and torch.equal(one, two)
 
     def _key(self, place: Placement) -> tuple[str, int | None]:
         """Stacked, as megatron saves layers that are alike; else under the layer's own name."""

@@ -7,7 +7,6 @@ passage put into it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,6 +23,7 @@ from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_c
 from megatron_sdsearch.report.examples import pick_examples
 from megatron_sdsearch.report.state import read_object, run_state
 from megatron_sdsearch.telemetry import names, warnings_of
+from megatron_sdsearch.telemetry.files import write_file
 from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
 from megatron_sdsearch.telemetry.summary import SUMMARY_FILE, short
 
@@ -67,12 +67,12 @@ def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = Fal
 
     Raises:
         DataError: the folder is no run's, or one of its files is malformed; names it.
-        OSError: a file cannot be read, or the page not be written.
+        StorageError: the page cannot be written.
     """
     path = run_dir / PAGE_FILE if out is None else out
     if not (run_dir / METRICS_FILE).exists():
         raise DataError(f"{run_dir / METRICS_FILE} does not exist; give the folder of a run (its run_dir)")
-    _replace(path, _html(run_dir, is_running=is_running))
+    write_file(path, _html(run_dir, is_running=is_running))
     return path
 
 
@@ -98,16 +98,6 @@ def _html(run_dir: Path, *, is_running: bool) -> str:
         metrics=_metric_rows(rows),
         examples=pick_examples(run_dir),
     )
-
-
-def _replace(path: Path, content: str) -> None:
-    # The run and a person's command may both be writing: each has a file of its own.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _series(rows: Rows, name: str, label: str) -> Series:

@@ -49,7 +49,7 @@ class ServerSupervisor:
             config: how many servers and how they are started, or where they are.
             model_path: Hugging Face folder that a server starts from.
             log_dir: ``server_{i}.log`` goes here, appended over restarts.
-            seed: server i samples with ``seed + i``.
+            seed: server i samples with ``seed + i``, of which 32 bits count: SGLang seeds numpy with it.
             host: address that servers listen on and that every rank reaches.
             gpus: as in CUDA_VISIBLE_DEVICES; ``config.tensor`` for each server in turn. Empty: no GPU is assigned.
             patience: time limits other than ``config.start_timeout_s``; None takes the usual ones.
@@ -68,7 +68,7 @@ class ServerSupervisor:
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(free_ports(config.num_servers, host)):
             flags = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
-            flags += ["--random-seed", str(seed + index), *devices[index].flags]
+            flags += ["--random-seed", str((seed + index) % 2**32), *devices[index].flags]
             self._servers.append(
                 SupervisedServer(
                     index,

@@ -6,17 +6,17 @@ import json
 import math
 import numbers
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_sdsearch.errors import DataError, TrainingError
-
-if TYPE_CHECKING:
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from megatron_sdsearch.telemetry.files import write_file, writing
 
 METRICS_FILE = "metrics.jsonl"
 Metric = float | int | str
@@ -37,17 +37,22 @@ class MetricsLog:
 
     Raises:
         DataError: a line of an existing file is not JSON with a step; names file and line.
+        StorageError: the disk is full.
     """
 
     def __init__(self, run_dir: Path, tensorboard: bool, resume_step: int = 0) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
-        _replace(self._path, b"".join(map(_line, kept)))
+        write_file(self._path, b"".join(map(_line, kept)))
         self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
-        self._file = self._path.open("r+b")
+        self._file = self._path.open("r+b", buffering=0)
         self._last_start = self._file.seek(0, os.SEEK_END) - (len(_line(kept[-1])) if kept else 0)
-        self._board = _Board(run_dir / "tensorboard", kept) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            with writing(run_dir / "tensorboard"):
+                self._board = _Board(run_dir / "tensorboard", kept)
 
     def log(self, step: int, metrics: Mapping[str, MetricLike]) -> None:
         """Write one step's metrics and flush them.
@@ -59,23 +64,39 @@ class MetricsLog:
         Raises:
             TrainingError: a number is NaN or infinite; names all such metrics, and nothing is written.
             ValueError: the step lies before the last one.
+            StorageError: the disk is full; the lines that were there are unharmed.
         """
         if step < self._last["step"]:
             raise ValueError(f"step {step} after step {self._last['step']}: metrics only go forward")
         row = {name: _plain(name, value) for name, value in metrics.items()}
         _refuse_not_finite(step, row)
-        if step > self._last["step"]:
+        before = _line(self._last) if step == self._last["step"] else b""
+        if not before:
             self._last = {"step": step}
             self._last_start = self._file.seek(0, os.SEEK_END)
         news = {name: value for name, value in row.items() if self._last.get(name) != value}
         self._last |= row
-        self._file.seek(self._last_start)
-        self._file.write(_line(self._last))
-        self._file.truncate()
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint must not know of a step that its metrics have forgotten
+        self._rewrite_last(before, _line(self._last))
         if self._board is not None:
-            self._board.add(step, news)  # a resumed run evaluates once more what it may have logged already
+            with writing(self._path.parent / "tensorboard"):
+                self._board.add(step, news)  # a resumed run evaluates once more what it may have logged already
+
+    def _rewrite_last(self, before: bytes, line: bytes) -> None:
+        with writing(self._path, len(line)):
+            try:
+                self._put(line)
+            except OSError:
+                with suppress(OSError):
+                    self._put(before)  # there was room for it
+                raise
+
+    def _put(self, line: bytes) -> None:
+        self._file.seek(self._last_start)
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest) :]  # less than all of it where the disk becomes full
+        self._file.truncate()
+        os.fsync(self._file.fileno())  # a checkpoint must not know of a step that its metrics have forgotten
 
     def close(self) -> None:
         """Close the files. Called once."""
@@ -140,12 +161,6 @@ def _refuse_not_finite(step: int, row: Mapping[str, Metric]) -> None:
         raise TrainingError(f"step {step}: {', '.join(bad)}; such a step must not be learned from or logged")
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 class _Board:
     """TensorBoard's event file through the tensorboard package alone.
 
@@ -156,22 +171,28 @@ class _Board:
     def __init__(self, log_dir: Path, kept: Sequence[Mapping[str, Any]]) -> None:
         # Imported late: it costs a second, and runs without TensorBoard need none of it.
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         old = sorted(log_dir.glob("events.out.tfevents.*"))
         times = _times(old)
-        self._writer: EventFileWriter = EventFileWriter(str(log_dir), filename_suffix=f".{time.time_ns()}")
+        log_dir.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.0.{now}"
+        # tensorboard's EventFileWriter writes in a thread, which leaves a full disk to threading's own traceback.
+        self._file = (log_dir / name).open("wb")
+        self._records = RecordWriter(self._file)
         self._event = Event
+        self._records.write(Event(wall_time=now / 1e9, file_version="brain.Event:2").SerializeToString())
         for row in kept:
             values = {name: value for name, value in row.items() if name != "step"}
             self._write(row["step"], values, times.get(row["step"], time.time()))
-        self._writer.flush()
+        self._file.flush()
         for path in old:
             path.unlink()
 
     def add(self, step: int, row: Mapping[str, Metric]) -> None:
         self._write(step, row, time.time())
-        self._writer.flush()
+        self._file.flush()
 
     def _write(self, step: int, row: Mapping[str, Metric], wall_time: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -179,10 +200,12 @@ class _Board:
         values = [
             Summary.Value(tag=name, simple_value=value) for name, value in row.items() if not isinstance(value, str)
         ]
-        self._writer.add_event(self._event(wall_time=wall_time, step=step, summary=Summary(value=values)))
+        event = self._event(wall_time=wall_time, step=step, summary=Summary(value=values))
+        self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        self._writer.close()
+        with suppress(OSError):  # all was flushed, but for what a full disk has refused, which was said
+            self._file.close()
 
 
 def _times(event_files: Sequence[Path]) -> dict[int, float]:

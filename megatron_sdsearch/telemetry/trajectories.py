@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_sdsearch.records import (
     Span,
     Trajectory,
 )
+from megatron_sdsearch.telemetry.files import write_file, writing
 
 TRAJECTORIES_DIR = "trajectories"
 Decode = Callable[[Sequence[int]], str]
@@ -36,11 +36,12 @@ class TrajectoryLog:
 
     def __init__(self, run_dir: Path, decode: Decode, *, rho: float = 0.0, resume_step: int = 0) -> None:
         self._folder = run_dir / TRAJECTORIES_DIR
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._decode = decode
         self._rho = rho
-        for path in step_files(run_dir):
-            if step_of(path) > resume_step:
+        later = [path for path in step_files(run_dir) if step_of(path) > resume_step]
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in (*later, *self._folder.glob("*.tmp")):  # the last: of a process that was killed while it wrote
                 path.unlink()
 
     def write(
@@ -60,19 +61,18 @@ class TrajectoryLog:
 
         Returns:
             The file's path.
+
+        Raises:
+            StorageError: the disk is full.
         """
-        rows = [
+        rows = (
             self._row(step, group, *member)
             for group, *parts in zip(groups, advantages, blocks, strict=True)
             for member in zip(group.trajectories, group.scores, *parts, strict=True)
-        ]
+        )
         path = self._folder / f"step_{step:06d}.jsonl"
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
+        write_file(path, b"".join(lines))
         return path
 
     def _row(

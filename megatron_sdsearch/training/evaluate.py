@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import RunConfig, no_model
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.evaluation import require_sampled, summarize
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
@@ -41,7 +41,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
             "data.heldout", "missing, and evaluation asks its questions", "set data.heldout and retrieval"
         )
     if not (model_dir / "config.json").is_file():
-        raise ConfigError("--model", f"{model_dir} holds no config.json", "give a Hugging Face folder")
+        raise no_model("--model", model_dir)
     for field, path in {"data.heldout": config.data.heldout, **config.retrieval.files()}.items():
         if not path.is_file():
             raise ConfigError(field, f"{path} does not exist", "give a path that exists")
@@ -62,6 +62,8 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise DataError(f"{model_dir}: {broken[0]} holds numbers that are NaN or infinite; export or fetch it again")
     model.to(device)
     engine = PlainEngine(model, renderer.token_bytes, renderer.eos_ids, rollout.max_total_tokens)
     runner = asyncio.Runner()

@@ -23,15 +23,16 @@ from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
+from megatron_sdsearch.telemetry.files import writing
 from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
-from megatron_sdsearch.training.policy import Network, Policy
+from megatron_sdsearch.training.policy import Network, Policy, starting_weights
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
@@ -103,6 +104,8 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
+    tensors, source = starting_weights(config.model, hf_config)
+    check_weights(tensors, hf_config, source)
     check_questions(config)
     with RunLock(config.run_dir):
         was_finished = is_finished(config)
@@ -141,7 +144,9 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     summary = None
     if not is_stopped:
         if config.checkpoint.export_hf:
-            write_hf_folder(policy.hf_weights(), config.model.hf_dir, config.run_dir / "hf", is_writer=parallel.is_main)
+            target = config.run_dir / "hf"
+            with writing(target):
+                write_hf_folder(policy.hf_weights(), config.model.hf_dir, target, is_writer=parallel.is_main)
         summary = write_summary(config, parallel, saving.wall_s)
         display.refresh_page()
     parallel.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import RowLogits, policy_logprobs
 from megatron_sdsearch.model.architecture import LMHead, build_model
 from megatron_sdsearch.model.hf_config import load_hf_config
-from megatron_sdsearch.model.hf_weights import export_hf_weights, export_stage_weights, load_hf_weights, load_weights
+from megatron_sdsearch.model.hf_weights import (
+    HFTensors,
+    SafetensorsFolder,
+    export_hf_weights,
+    export_stage_weights,
+    load_weights,
+)
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch, forward_backward, forward_collect
@@ -51,6 +58,17 @@ class UpdateResult:
     learning_rate: float
 
 
+def starting_weights(model: ModelConfig, hf_config: PretrainedConfig) -> tuple[HFTensors, Path]:
+    """What ``Network.load`` fills a model from, and where that is.
+
+    Raises:
+        DataError, CheckpointError: it cannot be read.
+    """
+    if model.megatron_dir is not None:
+        return MegatronFolder(model.megatron_dir, hf_config), model.megatron_dir
+    return SafetensorsFolder(model.hf_dir), model.hf_dir
+
+
 class Network:
     """A model stage and its head, for forward-only reads: the policy itself, or its frozen reference."""
 
@@ -73,11 +91,7 @@ class Network:
         """Build this rank's stage and fill it from ``model.hf_dir``, or ``model.megatron_dir`` where it is given."""
         hf_config = load_hf_config(config.model.hf_dir)
         gpt = build_model(hf_config, config.model, parallel)
-        source = config.model.megatron_dir
-        if source is None:
-            load_hf_weights(gpt, config.model.hf_dir, hf_config, parallel)
-        else:
-            load_weights(gpt, MegatronFolder(source, hf_config), source, hf_config, parallel)
+        load_weights(gpt, *starting_weights(config.model, hf_config), hf_config, parallel)
         temperature = config.rollout.temperature if config.train.mode == "rl" else 1.0
         return cls(gpt, hf_config, config.model, parallel, temperature)
 

@@ -16,12 +16,14 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.telemetry.files import nearest_existing
 
 LOCK_FILE: Final = "run.lock"
 """In ``run_dir``: ``{"host", "pid", "since"}`` of the process that holds it, or held it last."""
@@ -35,7 +37,7 @@ class RunLock:
         run_dir: of the run; made if it is missing.
 
     Raises:
-        ConfigError: on entering, at once: another process holds it; names that process.
+        ConfigError: on entering, at once: the folder cannot be written, or another process, which is named, holds it.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -43,12 +45,23 @@ class RunLock:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        check_run_dir(self._path.parent)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _unwritable(self._path, f"cannot be written ({error.strerror})") from error
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def _take(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self._descriptor)
             raise _is_in_use(self._path) from error
         except OSError as error:
             _log.warning("%s: %s: nothing prevents a second run in this folder", self._path, error.strerror)
@@ -57,14 +70,41 @@ class RunLock:
             "pid": os.getpid(),
             "since": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
-        return self
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)
+        except OSError as error:
+            raise _unwritable(self._path, f"cannot be written ({error.strerror})") from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """A run could write in this folder, as far as can be seen without writing; it need not exist.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    home = nearest_existing(run_dir)
+    if not home.is_dir():
+        raise _unwritable(home, "is no folder" if home.exists() else "is a link to nothing")
+    file_system = os.statvfs(home)
+    if file_system.f_flag & os.ST_RDONLY:
+        raise _unwritable(home, "is on a read-only file system")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise _unwritable(home, "may not be written by this user")
+    if not file_system.f_blocks:  # of the kernel's own (/proc, /sys), or of a store that does not say how large it is
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=home))
+        except OSError as error:
+            raise _unwritable(home, f"takes no folder ({error.strerror})") from error
+
+
+def _unwritable(place: Path, why: str) -> ConfigError:
+    return ConfigError("run_dir", f"{place} {why}", "give a run_dir in a folder that can be written")
 
 
 def live_run(run_dir: Path) -> ConfigError | None:

@@ -15,6 +15,7 @@ from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continua
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup
 from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
+from megatron_sdsearch.telemetry.files import write_file
 from megatron_sdsearch.telemetry.metrics import read_metrics
 from megatron_sdsearch.telemetry.stalls import due_warnings, num_stalled
 from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
@@ -128,9 +129,7 @@ def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> 
         **_probe_figures(rows),
     }
     if parallel.is_main:
-        temporary = config.run_dir / ".summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.replace(config.run_dir / SUMMARY_FILE)
+        write_file(config.run_dir / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     return summary
 
 

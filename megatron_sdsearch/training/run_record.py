@@ -23,9 +23,8 @@ from omegaconf import OmegaConf
 
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig, is_secret
-from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model.checkpoint import package_versions
-from megatron_sdsearch.model.checkpoint_folder import write_durably
+from megatron_sdsearch.telemetry.files import write_file
 
 CONFIG_FILE: Final = "config.yaml"
 ENVIRONMENT_FILE: Final = "environment.json"
@@ -42,15 +41,11 @@ def write_run_record(config: RunConfig) -> None:
     A ``config.yaml`` that a person has put into the folder stays as it is: then ours is ``config.resolved.yaml``.
 
     Raises:
-        ConfigError: ``run_dir`` cannot be written.
+        StorageError: ``run_dir`` cannot be written.
     """
-    try:
-        write_durably(config_path(config.run_dir), config_text(config))
-        starts = [*_starts(config.run_dir), this_start()]
-        write_durably(config.run_dir / ENVIRONMENT_FILE, json.dumps(starts, indent=1) + "\n")
-    except OSError as error:
-        problem = f"{config.run_dir} cannot be written: {error.strerror or error}"
-        raise ConfigError("run_dir", problem, "make room, fix its permissions, or give another run_dir") from error
+    write_file(config_path(config.run_dir), config_text(config))
+    starts = [*_starts(config.run_dir), this_start()]
+    write_file(config.run_dir / ENVIRONMENT_FILE, json.dumps(starts, indent=1) + "\n")
 
 
 def config_path(run_dir: Path) -> Path:
@@ -108,7 +103,7 @@ def _starts(run_dir: Path) -> list[Any]:
     """Of processes before this one; none where the file is not what we write."""
     try:
         starts = json.loads((run_dir / ENVIRONMENT_FILE).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return []
     return starts if isinstance(starts, list) else []
 

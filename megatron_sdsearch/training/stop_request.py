@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from megatron_sdsearch.telemetry.files import write_file
+
 if TYPE_CHECKING:  # the page reads STOPPED_FILE, and needs no torch
     from megatron_sdsearch.parallel.groups import ParallelState
 
@@ -129,6 +131,4 @@ def announcement(name: str, *, is_under_torchrun: bool) -> str:
 
 def write_stopped(run_dir: Path, name: str, step: int) -> None:
     """Say in a file how the run ended, and where it goes on."""
-    temporary = run_dir / f".{STOPPED_FILE}.tmp"
-    temporary.write_text(json.dumps({"signal": name, "step": step}) + "\n")
-    temporary.replace(run_dir / STOPPED_FILE)
+    write_file(run_dir / STOPPED_FILE, json.dumps({"signal": name, "step": step}) + "\n")

@@ -52,7 +52,7 @@ class World:
             self.config(**settings),
             model_path=self.folder,
             log_dir=self.folder / "logs",
-            seed=5,
+            seed=2**32 + 5,
             gpus=gpus,
             patience=IMPATIENT,
         )

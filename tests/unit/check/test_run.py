@@ -170,8 +170,8 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "retrieval.elasticsearch.encoder",
-        "e5 holds no model",
-        "Hugging Face folder",
+        "e5 holds no config.json",
+        "Hugging Face model folder",
     ),
     (("rollout.engine=sglang", "rollout.sglang.urls=[h:1]"), {}, "error", "rollout.sglang.urls", "'h:1'", "http://"),
     (

@@ -257,5 +257,6 @@ def test_what_may_not_change_is_refused_and_what_may_is_not() -> None:
     told = [str(problem) for problem in continuation_problems(Path("c"), manifest(config()), now)]
     assert told == [
         "c was written with parallel.distributed_optimizer = False: set it back",
-        "c was trained with seed = 1, this run has 9: set it back or take another run_dir",
+        "c was trained with seed = 1, this run has 9: set it back, or take another run_dir, where "
+        "model.megatron_dir=c starts from these weights",
     ]

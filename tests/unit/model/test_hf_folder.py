@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from tests.unit.conftest import ModelFactory
+from tests.unit.full_disk import full_disk
 
 Named = tuple[str, Tensor]
 
@@ -59,17 +58,6 @@ def assert_holds(folder: Path, weights: dict[str, Tensor]) -> None:
     found = loaded(folder)
     assert found.keys() == weights.keys()
     assert [name for name in weights if not torch.equal(found[name], weights[name])] == []
-
-
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file of this process may be larger; Python turns the signal for it into an error."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_one_shard_is_one_file(tmp_path: Path, source: Path, stream: Stream) -> None:

@@ -67,7 +67,7 @@ def test_what_spoils_the_page_is_one_warning_and_the_run_goes_on(
         page.write()
         page.write()
         (message,) = caplog.messages
-        assert message.startswith(f"{page_file} is not up to date: IsADirectoryError: ")
+        assert message.startswith(f"{page_file} is not up to date: StorageError: ")
         page_file.rmdir()
         page.write()
     assert "step 2 is done" in page_file.read_text(), "tried again each time"

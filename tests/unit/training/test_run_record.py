@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.config import RunConfig, flatten, load_config, parse_config
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import StorageError
 from megatron_sdsearch.training.run_record import command_line, commit_of, config_path, config_text, write_run_record
 
 SECRET = "hush-hush"
@@ -103,8 +103,8 @@ def test_a_persons_own_config_in_the_folder_is_not_overwritten(tmp_path: Path) -
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / ".config.yaml.tmp").mkdir()
-    with pytest.raises(ConfigError, match=r"run_dir: .* cannot be written: Is a directory"):
+    (tmp_path / "environment.json").mkdir()
+    with pytest.raises(StorageError, match=r"environment\.json cannot be written \(Is a directory\)"):
         write_run_record(config(tmp_path))
 
 
