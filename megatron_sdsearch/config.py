@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,23 @@ def _report(errors: Iterable[ConfigError], info: ValidationInfo) -> None:
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # What pydantic says of a refused value would bring passwords into tracebacks.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+
+def shown_url(url: str) -> str:
+    """A URL, or a text with one, for messages: what stands before its last ``@`` may be a password."""
+    before, at, rest = url.rpartition("@")
+    scheme = re.match(r"\W*\w+://", before)
+    return f"{scheme.group() if scheme else ''}***@{rest}" if at else url
+
+
+def _without_credentials(field: str, url: str, mend: str, info: ValidationInfo) -> str:
+    """Refuse ``user:password@``: addresses stand in logs, errors, checkpoints and metrics."""
+    bare = re.sub(r"^(\w+://)?[^/?#]*@", r"\1", url)
+    if bare != url:
+        _report([ConfigError(field, f"{shown_url(url)} holds credentials", mend)], info)
+    return bare
 
 
 class ModelConfig(Section):
@@ -123,8 +140,8 @@ class SGLangConfig(Section):
     """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
     arguments: tuple[str, ...] = ()
     """Further flags of a started server, e.g. ``["--mem-fraction-static", "0.8"]``."""
-    environment: dict[str, str] = {}
-    """Added to a started server's environment."""
+    environment: dict[str, SecretStr] = {}
+    """Added to a started server's environment; never shown, for tokens are given in this way."""
     start_timeout_s: PositiveFloat = 900.0
     """From start to serving; compiling kernels counts."""
     request_timeout_s: PositiveFloat = 600.0
@@ -149,14 +166,22 @@ class SGLangConfig(Section):
     @classmethod
     def _check_is_list(cls, urls: object, info: ValidationInfo) -> object:
         if isinstance(urls, str):
-            _report([ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")], info)
+            shown = shown_url(urls)
+            _report([ConfigError("rollout.sglang.urls", f"{shown!r} is no list", f"write [{shown}]")], info)
             return (urls,)
         return urls
 
     @field_validator("urls")
     @classmethod
-    def _without_last_slash(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(url.rstrip("/") for url in urls)  # one server has one name
+    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        mend = "SGLang's servers ask for none: leave them out"
+        bare = (_without_credentials("rollout.sglang.urls", url, mend, info) for url in urls)
+        return tuple(url.rstrip("/") for url in bare)  # one server has one name
+
+    @property
+    def plain_environment(self) -> dict[str, str]:
+        """``environment``, for a server that is started with it."""
+        return {name: value.get_secret_value() for name, value in self.environment.items()}
 
 
 class RolloutConfig(Section):
@@ -202,7 +227,8 @@ class ElasticsearchConfig(Section):
     """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
     for ``dense``, nor where the server fuses: they have none."""
     encoder: Path | None = None
-    """Folder of an E5 model, for ``dense`` and ``hybrid``."""
+    """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
+    prompts and normalisation hold, or without any an E5 model."""
     username: str | None = None
     """Else ELASTICSEARCH_USERNAME."""
     password: SecretStr | None = None
@@ -223,17 +249,43 @@ class ElasticsearchConfig(Section):
     batch_window_ms: NonNegativeFloat = 5.0
     """How long a query waits for company."""
 
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        field, mend = "retrieval.elasticsearch.urls", "use username and password, or api_key"
+        return tuple(_without_credentials(field, url, mend, info) for url in urls)
+
 
 class RetrieveServerConfig(Section):
     """A server that speaks Search-R1's /retrieve."""
 
     url: str = "http://127.0.0.1:8000/retrieve"
+    username: str | None = None
+    """Of HTTP's basic authentication, for a server behind a proxy that asks for it."""
+    password: SecretStr | None = None
+    """``${oc.env:NAME}`` takes it from the environment."""
     timeout_s: PositiveFloat = 30.0
     max_attempts: PositiveInt = 5
     down_timeout_s: PositiveFloat = 120.0
     max_requests: PositiveInt = 16
     batch_queries: PositiveInt = 64
     batch_window_ms: NonNegativeFloat = 5.0
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str, info: ValidationInfo) -> str:
+        mend = "use retrieval.http.username and password"
+        return _without_credentials("retrieval.http.url", url, mend, info)
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
+        if (self.username is None) != (self.password is None):
+            lacking, other = ("password", "username") if self.password is None else ("username", "password")
+            yield ConfigError(f"retrieval.http.{lacking}", f"missing, and {other} is set", "set both, or neither")
 
 
 class ReplayConfig(Section):
@@ -255,7 +307,10 @@ class RetrievalConfig(Section):
 
     engine: Literal["tantivy", "elasticsearch", "http"] = "tantivy"
     corpus: Path | None = None
-    """tantivy: JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
+    """tantivy: JSONL of passages ``{"id", "contents"}``; an index is built once per content and analyzer."""
+    index: Path | None = None
+    """tantivy: folder for its indices, or of the one that ``tools/index_corpus.py --out`` made; null is the folder
+    ``index`` beside the corpus, where all runs find it. Set it where the corpus's folder may not be written."""
     analyzer: Literal["standard", "english"] = "standard"
     """Of tantivy; an Elasticsearch index has its own."""
     top_k: PositiveInt = 3
@@ -587,7 +642,7 @@ def _url_problems(urls: Sequence[str]) -> Iterator[ConfigError]:
     field = "rollout.sglang.urls"
     for url in dict.fromkeys(urls):
         if not is_server_url(url):
-            yield ConfigError(field, f"{url!r} is not the url of a server", "write it as http://host:port")
+            yield ConfigError(field, f"{shown_url(url)!r} is not the url of a server", "write it as http://host:port")
         if urls.count(url) > 1:
             yield ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
 
@@ -598,7 +653,7 @@ def _command_problems(sglang: SGLangConfig) -> Iterator[ConfigError]:
         yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
         return
     # The server is started with this environment, and found by its PATH.
-    program, path = sglang.command[0], sglang.environment.get("PATH")
+    program, path = sglang.command[0], sglang.plain_environment.get("PATH")
     if shutil.which(program, path=path) is None:
         yield ConfigError(
             f"{field}[0]",
@@ -704,23 +759,43 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     if not path.is_file():
         told = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError("CONFIG", f"{path} {told}", "give the path of a YAML file")
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError("override", f"{override!r} is not key=value", "write e.g. objective.alpha=0")
-        _read_override(override)
+    for number, override in enumerate(overrides, start=1):
+        _read_override(override, number)
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
+        # Without its cause, which would show values in a traceback.
+        raise ConfigError(str(path), _yaml_problem(error), "mend the YAML or the override") from None
 
 
-def _read_override(override: str) -> None:
+def _read_override(override: str, number: int) -> None:
+    """Refuse what is no ``key=value``; shows it whole only where it can hold no secret.
+
+    A shell makes two arguments of ``password= secret``: a word that is no setting is not shown either.
+    """
+    key = re.split(r"[\s:=]", override, maxsplit=1)[0]
+    is_setting = key.split(".")[0] in RunConfig.model_fields
+    if is_setting:
+        shown = repr(override if override == key or not _may_hold_secret(key.split(".")) else f"{key}...")
+    else:
+        shown = f"number {number}"
+    if "=" not in override or override.startswith("="):
+        raise ConfigError("override", f"{shown} is not key=value", "write e.g. objective.alpha=0, without spaces")
     try:
         OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        told = f"{override!r} is no YAML: {' '.join(str(error).split())}"
-        raise ConfigError(override.partition("=")[0], told, "quote or mend its value") from error
+        problem = f"{shown} is no YAML: {_yaml_problem(error)}"
+        raise ConfigError(override.partition("=")[0], problem, "quote or mend its value") from None
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong with some YAML, in one line, without a value that may be a secret."""
+    text = " ".join(str(error).split())
+    key = str(getattr(error, "full_key", None) or "")
+    if key and _may_hold_secret(key.split(".")) and "Environment variable" not in text:
+        return f"{key}: ${{...}} in its value cannot be resolved (a dollar sign is written as \\$)"
+    return shown_url(re.sub(r"\b(tag|alias) '[^']*'", r"\1", text))
 
 
 def parse_config(tree: Any) -> RunConfig:
@@ -733,7 +808,7 @@ def parse_config(tree: Any) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _as_one_error(field_errors(error)) from error
+        raise _as_one_error(field_errors(error)) from None  # its text has no values, its ``errors()`` have
 
 
 def check_is_mapping(tree: Any) -> None:
@@ -747,7 +822,7 @@ def check_is_mapping(tree: Any) -> None:
 
 
 def field_errors(error: ValidationError) -> list[ConfigError]:
-    """One for each field that pydantic refuses."""
+    """One for each field that pydantic refuses; shows no value that may be a secret."""
     return [ConfigError(*_describe(dict(item))) for item in error.errors(include_url=False)]
 
 
@@ -758,20 +833,57 @@ def _as_one_error(errors: Sequence[ConfigError]) -> ConfigError:
 
 def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
     path = [str(part) for part in item["loc"]]
-    field = ".".join(path)
+    field, value = ".".join(path), item["input"]
     if item["type"] == "extra_forbidden":
-        known = list(_section_at(path[:-1]).model_fields)
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return _describe_unknown_key(path)
     if item["type"] == "missing":
         return field, "missing", f"set {field}"
-    return field, f"{item['input']!r} is not valid", item["msg"]
+    if not _may_hold_secret(path):
+        return field, f"{shown_url(repr(value))} is not valid", item["msg"]
+    mend = "write it in quotes" if isinstance(value, int | float) else item["msg"]
+    return field, f"{_kind(value)} is not valid (not shown: it may hold a secret)", mend
+
+
+def _describe_unknown_key(path: Sequence[str]) -> tuple[str, str, str]:
+    known = list(_section_at(path[:-1]).model_fields)
+    name, colon, _ = path[-1].partition(":")
+    if colon:  # what follows is a value, which may be a secret
+        return ".".join([*path[:-1], name]), "unknown key", f"write a space after the colon: {name}: ..."
+    near = difflib.get_close_matches(name, known, n=1)
+    return ".".join(path), "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _kind(value: object) -> str:
+    kinds = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), "this")
+
+
+def _may_hold_secret(path: Sequence[str]) -> bool:
+    """Whether what stands at this path is, or holds, a secret; of an unknown name, whether its section does."""
+    annotation: Any = RunConfig
+    for part in path:
+        fields = _sections_of(annotation)
+        if not fields or part not in fields[0].model_fields:
+            break
+        annotation = fields[0].model_fields[part].annotation
+    return _has_secret(annotation)
+
+
+def _has_secret(annotation: Any) -> bool:
+    if annotation is SecretStr:
+        return True
+    sections = _sections_of(annotation)
+    inner = [field.annotation for section in sections for field in section.model_fields.values()] or get_args(annotation)
+    return any(_has_secret(each) for each in inner)
 
 
 def _section_at(path: Sequence[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for part in path:
-        annotation: Any = section.model_fields[part].annotation
-        options = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-        section = options[0]
+        section = _sections_of(section.model_fields[part].annotation)[0]
     return section
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation names: one, or none."""
+    return [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]

@@ -177,7 +177,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 # What may change between a run and its continuation: where things and servers are, what is written, layout, rates.
 _MAY_CHANGE = (
     *("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps"),
-    *("rollout.sglang.", "retrieval.http.", "retrieval.elasticsearch.urls"),
+    *("rollout.sglang.", "retrieval.http.", "retrieval.index", "retrieval.elasticsearch.urls"),
+    *(f"retrieval.elasticsearch.{name}" for name in ("username", "password", "api_key", "ca_file")),
 )
 _PATHS = (
     "model.hf_dir",

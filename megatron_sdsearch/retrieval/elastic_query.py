@@ -106,7 +106,7 @@ def read_answer(answer: Any, credentials: Credentials) -> list[Passage] | Fault:
     shards = answer.get("_shards", {})
     if shards.get("failed"):
         failures = shards.get("failures") or [{}]
-        reason = credentials.strike_out(reason_of(failures[0].get("reason", {})))
+        reason = reason_of(failures[0].get("reason", {}), credentials)
         cause = f"{shards['failed']} of {shards.get('total')} shards failed: {reason}"
         return Fault(cause=cause, is_retryable=True, is_overload=True)
     if answer.get("timed_out"):
