@@ -854,7 +854,7 @@ def _describe_unknown_key(path: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _kind(value: object) -> str:
-    kinds = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+    kinds = {int: "a number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
     return kinds.get(type(value), "this")
 
 
@@ -873,8 +873,8 @@ def _has_secret(annotation: Any) -> bool:
     if annotation is SecretStr:
         return True
     sections = _sections_of(annotation)
-    inner = [field.annotation for section in sections for field in section.model_fields.values()] or get_args(annotation)
-    return any(_has_secret(each) for each in inner)
+    inner = [field.annotation for section in sections for field in section.model_fields.values()]
+    return any(_has_secret(each) for each in (inner or get_args(annotation)))
 
 
 def _section_at(path: Sequence[str]) -> type[BaseModel]:

@@ -19,7 +19,7 @@ from typing import Self
 import tantivy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
+from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError, cause_of
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import get_analyzer
 from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
@@ -190,7 +190,7 @@ def _failing_as(message: str) -> Iterator[None]:
             raise
         # A Rust panic arrives as pyo3's PanicException, which is no Exception and cannot be imported.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise RetrievalError(f"{message}: {error}") from error
+            raise RetrievalError(f"{message}: {cause_of(error)}") from error
         raise
 
 

@@ -531,7 +531,7 @@ CREDENTIALS = f"elastic:{SECRET}@"
         ({"retrieval.elasticsearch.password": {"is": SECRET}}, "retrieval.elasticsearch.password", "a mapping is not"),
         ({"retrieval.elasticsearch.api_key": [SECRET]}, "retrieval.elasticsearch.api_key", "a list is not valid"),
         ({"retrieval.elasticsearch.passwrod": SECRET}, "retrieval.elasticsearch.passwrod", "did you mean password?"),
-        ({"retrieval.elasticsearch": {f"password:{SECRET}": None}}, "retrieval.elasticsearch.password", "a space after"),
+        ({"retrieval.elasticsearch": {f"password:{SECRET}": None}}, "retrieval.elasticsearch.password", "a space"),
         ({"retrieval.elasticsearch": f"password={SECRET}"}, "retrieval.elasticsearch", "a text is not valid"),
         ({"retrieval": ["password", SECRET]}, "retrieval", "a list is not valid"),
         ({"retrieval.http.password": [SECRET]}, "retrieval.http.password", "a list is not valid"),
