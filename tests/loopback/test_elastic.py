@@ -288,6 +288,31 @@ def test_a_setting_that_does_not_fit_is_named_at_open(
         assert "pip install 'elasticsearch[async]>=8,<9'" in str(error)
 
 
+@pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
+def test_documents_without_text_are_refused_by_name(mode: str) -> None:
+    """At open where they are among those looked at; later in the search that meets one, and in no other."""
+    bad = {"title": "Lisbon", "text": ["a", "b"]}
+    changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
+    error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
+    assert str(error).startswith(
+        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is a list of 2, not a text; index it with one"
+    )
+
+    async def what(retriever: ElasticRetriever, fake: FakeElastic) -> None:
+        fake.sources["p5"] = bad
+        good, failed = await ask_all(retriever, ["word1", "word5"])
+        if mode != "bm25":  # vectors are nearest to p5 whatever is asked
+            good, failed = [PASSAGES["p1"]], good
+        assert isinstance(failed, RetrievalError)
+        assert "document 'p5' of wiki-1: text is a list of 2, not a text; index it with" in failed.cause
+        assert failed.num_attempts == 1
+        assert len(good) == 1
+
+    fake = FakeElastic()
+    fake.has_rrf = False
+    talk(fake, what, **changes)
+
+
 def test_a_cluster_of_another_major_that_answers_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     talk(_changed(version="10.0.1"), lambda retriever, fake: asyncio.sleep(0))
     assert f"is of version 10.0.1, the installed client is of {CLIENT_MAJOR}" in caplog.text
