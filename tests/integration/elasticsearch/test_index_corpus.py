@@ -470,19 +470,22 @@ def test_the_tool_loads_a_compressed_shuffled_corpus(node: str, corpus: Path, tm
     lines = corpus.read_bytes().splitlines(keepends=True)
     random.Random(1).shuffle(lines)
     packed = tmp_path / "corpus.jsonl.gz"
-    packed.write_bytes(gzip.compress(b"".join([*lines, b"nonsense\n"])))
+    too_long = json.dumps({"id": "é" * 257, "contents": "an id of 514 bytes"}).encode() + b"\n"
+    packed.write_bytes(gzip.compress(b"".join([*lines[:9], too_long, *lines[9:], b"nonsense\n"])))
     common = (str(packed), "--to", "elasticsearch", "--url", node, "--index", "wiki", "--chunk", "7")
     done = run_tool(*common, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"DataError: {packed}:61: row: Invalid JSON" in done.stderr
+    assert f"DataError: {packed}:10: id: " in done.stderr
+    assert "has 514 bytes, and the engine takes 512" in done.stderr
     assert call(f"{node}/_alias") == {}
     done = run_tool(*common, "--allow-rejects", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["alias"], report["num_passages"], report["num_rejected"]) == ("wiki", NUM_PASSAGES, 1)
+    assert (report["alias"], report["num_passages"], report["num_rejected"]) == ("wiki", NUM_PASSAGES, 2)
     assert "loaded 60 of 60" in done.stderr
-    (reject,) = map(json.loads, (tmp_path / report["rejects"]).read_text(encoding="utf-8").splitlines())
-    assert reject["place"] == f"{packed}:61"
+    rejects = [json.loads(line) for line in (tmp_path / report["rejects"]).read_text(encoding="utf-8").splitlines()]
+    assert [reject["place"] for reject in rejects] == [f"{packed}:10", f"{packed}:62"]
+    assert "row: Invalid JSON" in rejects[1]["reason"]
     assert_loaded(node, corpus)
 
 
