@@ -79,7 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     elastic.add_argument("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with "
                          "retries, before everything ends (default 600)")  # fmt: skip
     elastic.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
-    elastic.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model: adds a dense_vector to each passage")
+    elastic.add_argument("--encoder", metavar="DIR", type=Path, help="folder of a text encoder: adds a dense_vector "
+                         "to each passage")  # fmt: skip
     elastic.add_argument("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
     elastic.add_argument("--rejects", metavar="FILE", type=Path, help="default rejects-NAME.jsonl")
     elastic.add_argument("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
@@ -197,15 +198,16 @@ def index_settings(arguments: argparse.Namespace, encoder: Any) -> Any:
         num_replicas=arguments.replicas,
         encoder=encoder and encoder.fingerprint,
         num_dims=encoder and encoder.num_dims,
+        similarity=encoder.similarity if encoder else "cosine",
     )
 
 
 def load_encoder(folder: Path | None) -> Any:
     if folder is None:
         return None
-    from megatron_sdsearch.retrieval.e5 import E5Encoder
+    from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
-    return E5Encoder.from_folder(folder, "--encoder")
+    return FolderEncoder.from_folder(folder, "--encoder")
 
 
 class Display(AbstractContextManager["Display"]):

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
     parser.add_argument("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
     parser.add_argument("--dfs", action="store_true", help="Elasticsearch: scores as of one shard")
-    parser.add_argument("--encoder", metavar="DIR", type=Path, help="E5 model, for dense and hybrid")
+    parser.add_argument("--encoder", metavar="DIR", type=Path, help="text encoder, for dense and hybrid")
     parser.add_argument("--ca-file", type=Path, help="certificate of the authority that signed the cluster's")
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
@@ -105,9 +105,9 @@ async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
     )
     encoder = None
     if arguments.encoder is not None:
-        from megatron_sdsearch.retrieval.e5 import E5Encoder
+        from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
-        encoder = E5Encoder.from_folder(arguments.encoder, "--encoder")
+        encoder = FolderEncoder.from_folder(arguments.encoder, "--encoder")
     return await ElasticRetriever.open(config, encoder)
 
 

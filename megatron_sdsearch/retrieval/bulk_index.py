@@ -337,9 +337,7 @@ class _Load:
 
     async def _chunks(self) -> AsyncGenerator[Chunk]:
         # The survey has reported what is left out here.
-        rows: Iterator[CorpusRow] = read_corpus(
-            self._corpus, lambda place, problem: None, max_id_bytes=MAX_ID_BYTES
-        )
+        rows: Iterator[CorpusRow] = read_corpus(self._corpus, lambda place, problem: None, max_id_bytes=MAX_ID_BYTES)
         first = self._watermark.num_done
         rows = islice(rows, first, None)
         while batch := list(islice(rows, self._settings.chunk_passages)):

@@ -192,9 +192,7 @@ class ElasticRetriever:
         inspection = Inspection(self._client, self._config, self._credentials)
         fields = [CONTENTS, TITLE, TEXT]
         search = self._client.search
-        found = await inspection.call(
-            lambda: search(index=self._index.name, size=_SAMPLE_SIZE, source_includes=fields)
-        )
+        found = await inspection.call(lambda: search(index=self._index.name, size=_SAMPLE_SIZE, source_includes=fields))
         try:
             for hit in found["hits"]["hits"]:
                 read_hit(hit)

@@ -54,9 +54,11 @@ async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
         raise client_is_missing(error) from error
     if config.mode == "bm25" or config.encoder is None:
         return await ElasticRetriever.open(config)
-    from megatron_sdsearch.retrieval.e5 import E5Encoder  # torch and transformers, for dense search alone
+    from megatron_sdsearch.retrieval.folder_encoder import (
+        FolderEncoder,  # torch and transformers, for dense search alone
+    )
 
-    return await ElasticRetriever.open(config, E5Encoder.from_folder(config.encoder))
+    return await ElasticRetriever.open(config, FolderEncoder.from_folder(config.encoder))
 
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:

@@ -41,6 +41,7 @@ class FakeElastic:
         version: that it claims; a client of another major than ``accepted_majors`` is refused as a cluster does it.
         authorization: the header that it wants, if any.
         aliases: name -> indices.
+        meta: of its mapping.
         bodies: of all _msearch requests, in order, as lists of lines.
         refuses: queries that it cannot parse.
         has_rrf: else the retriever is refused as an unlicensed cluster does it.
@@ -60,6 +61,7 @@ class FakeElastic:
         self.product = "Elasticsearch"
         self.aliases: dict[str, list[str]] = {INDEX: [INDEX], ALIAS: [INDEX]}
         self.properties: Json = {"contents": {"type": "text"}, "vector": {"type": "dense_vector", "dims": 2}}
+        self.meta: Json = {}
         self.bodies: list[list[Json]] = []
         self.has_rrf = True
         self.delay_s = 0.0
@@ -141,7 +143,7 @@ class FakeElastic:
         if name not in self.aliases:
             return self._json(error_body(404, "index_not_found_exception", f"no such index [{name}]"))
         settings = {"index": {"uuid": UUID, "number_of_shards": "1"}}
-        index = {"aliases": {}, "mappings": {"properties": self.properties}, "settings": settings}
+        index = {"aliases": {}, "mappings": {"properties": self.properties, "_meta": self.meta}, "settings": settings}
         return self._json(dict.fromkeys(self.aliases[name], index))
 
     async def _stats(self, request: web.Request) -> web.Response:

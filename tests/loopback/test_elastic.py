@@ -19,7 +19,9 @@ from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError, SDSearchError
 from megatron_sdsearch.retrieval.elastic import ElasticRetriever
 from megatron_sdsearch.retrieval.elastic_connection import CLIENT_MAJOR, Credentials, connect
+from megatron_sdsearch.retrieval.elastic_corpus import META
 from megatron_sdsearch.retrieval.encoder import Vectors
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 from tests.loopback.fake_elastic import ALIAS, PASSAGES, FakeElastic, Fault
 
 SECRET = "c2VjcmV0LWtleS1vZi1taW5l"
@@ -29,6 +31,7 @@ Talk = Callable[[ElasticRetriever, FakeElastic], Awaitable[None]]
 class ToyEncoder:
     num_dims = 2
     fingerprint = "toy"
+    similarity: Similarity = "cosine"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return np.asarray([[1.0, 0.0]] * len(texts), dtype=np.float32)
@@ -248,7 +251,7 @@ def test_dense_search_sends_vectors() -> None:
             "field": "vector", "query_vector": [1.0, 0.0], "k": 2, "num_candidates": 100
         }  # fmt: skip
 
-    talk(FakeElastic(), what, mode="dense", encoder="unused")
+    talk(_changed(meta={META: {"encoder": "toy"}}), what, mode="dense", encoder="unused")
 
 
 def _changed(**attributes: Any) -> FakeElastic:
@@ -270,6 +273,10 @@ def _changed(**attributes: Any) -> FakeElastic:
         (
             _changed(properties={"vector": {"type": "dense_vector", "dims": 768}}),
             {"mode": "dense"}, "encoder", "makes vectors of 2, field 'vector' of wiki holds 768",
+        ),
+        (
+            _changed(meta={META: {"encoder": "another"}}),
+            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: other weights, or",
         ),
         (_changed(product="OpenSearch"), {}, "urls", "is no Elasticsearch"),
         (

@@ -417,7 +417,9 @@ def test_credentials_are_sent_and_never_shown() -> None:
     assert "hunter2" not in shown
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/retrieve", "http:///retrieve", "http://127.0.0.1:8000", "http://a:b/c"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/retrieve", "http:///retrieve", "http://127.0.0.1:8000", "http://a:b/c"]
+)
 def test_half_a_url_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"retrieval\.http\.url: .* is not whole; give all of it"):
         searched(config_of(url), ["a"])

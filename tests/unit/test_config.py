@@ -536,7 +536,11 @@ CREDENTIALS = f"elastic:{SECRET}@"
         ({"retrieval": ["password", SECRET]}, "retrieval", "a list is not valid"),
         ({"retrieval.http.password": [SECRET]}, "retrieval.http.password", "a list is not valid"),
         ({"rollout.sglang.environment": {"HF_TOKEN": [SECRET]}}, "rollout.sglang.environment.HF_TOKEN", "a list is"),
-        ({"retrieval.elasticsearch.urls": f"http://{CREDENTIALS}h:1"}, "retrieval.elasticsearch.urls", "'http://***@h:1'"),
+        (
+            {"retrieval.elasticsearch.urls": f"http://{CREDENTIALS}h:1"},
+            "retrieval.elasticsearch.urls",
+            "'http://***@h:1'",
+        ),
         ({"retrieval.elasticsearch.urls": [f"http://{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "api_key"),
         ({"retrieval.elasticsearch.urls": [f"{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "***@h:1 holds"),
         ({"retrieval.http.url": f"http://{CREDENTIALS}h/retrieve"}, "retrieval.http.url", "http.username and password"),

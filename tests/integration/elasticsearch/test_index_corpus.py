@@ -36,6 +36,7 @@ from megatron_sdsearch.retrieval.elastic import ElasticRetriever
 from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
 from megatron_sdsearch.retrieval.elastic_corpus import Cluster, IndexSettings
 from megatron_sdsearch.retrieval.encoder import Vectors
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import serve
 
@@ -427,6 +428,7 @@ class Encoder:
     """Random directions, each text its own."""
 
     num_dims, fingerprint = 8, "test"
+    similarity: Similarity = "cosine"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return self.encode_passages(texts)
@@ -441,6 +443,7 @@ def test_vectors_are_found_by_the_encoders_queries(node: str, corpus: Path) -> N
     assert report.num_created == NUM_PASSAGES
     vector = call(f"{node}/wiki")[report.index]["mappings"]["properties"]["vector"]
     assert (vector["type"], vector["dims"]) == ("dense_vector", 8)
+    assert call(f"{node}/{report.index}")[report.index]["mappings"]["_meta"]["megatron_sdsearch"]["encoder"] == "test"
 
     async def search() -> list[tuple[str, float]]:
         config = ElasticsearchConfig(urls=(node,), index="wiki", mode="dense")

@@ -87,7 +87,9 @@ def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
     """It counts bytes: 171 characters of three bytes are too many, 256 of two just fit."""
     ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
     path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
-    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it a sh"):
+    with pytest.raises(
+        DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it a sh"
+    ):
         survey_corpus(path)
     told: list[tuple[str, str]] = []
     survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))
@@ -145,5 +147,7 @@ def test_similarity_and_analyzers_are_said_aloud() -> None:
     assert body["settings"]["number_of_shards"] == 1
     fields = body["mappings"]["properties"]
     assert {fields[name]["analyzer"] for name in ("contents", "title", "text")} == {"english"}
-    assert fields["vector"]["dims"] == 8
+    assert (fields["vector"]["dims"], fields["vector"]["similarity"]) == (8, "cosine")
+    raw = IndexSettings(name="wiki", encoder="e5", num_dims=8, similarity="dot").body()
+    assert raw["mappings"]["properties"]["vector"]["similarity"] == "max_inner_product"
     assert "vector" not in IndexSettings(name="wiki").body()["mappings"]["properties"]
