@@ -15,6 +15,7 @@ from megatron_sdsearch.config import ElasticsearchConfig, ReplayConfig, Retrieva
 from megatron_sdsearch.data.scoring import contains_answer
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
+from megatron_sdsearch.retrieval.encoder_folder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, default_root, find_built
 from megatron_sdsearch.training.retrievers import client_is_missing, open_retriever
@@ -92,10 +93,10 @@ def _has_index(config: RetrievalConfig) -> bool:
 
 
 def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:
-    if config.encoder is not None and config.mode != "bm25" and not (config.encoder / "config.json").is_file():
-        yield Finding.error(
-            "retrieval.elasticsearch.encoder", f"{config.encoder} holds no model", "give a Hugging Face folder"
-        )
+    encoder, field = config.encoder, "retrieval.elasticsearch.encoder"
+    if encoder is not None and config.mode != "bm25":
+        settings = Attempt.at(lambda: read_encoder_settings(encoder, field))
+        yield Finding.of(settings.error, field) if settings.error else Finding.note(field, str(settings.value))
     try:
         from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
 """How a folder wants its texts encoded: sentence-transformers' module files, or none, which makes it an E5 model.
 
-Owns the reading of ``modules.json`` and of what it names; loads no model, so that a check can look as well. A folder asks
-for more than is done here (other poolings, layers on top): that is refused, since ignoring it gives other vectors than
-the ones that the model was trained for.
+Owns the reading of ``modules.json`` and of what it names; loads no model, so that a check can look as well. A folder
+may ask for more than is done here (other poolings, layers on top): that is refused, since ignoring it gives other
+vectors than those that the model was trained for.
 """
 
 from __future__ import annotations
@@ -162,12 +162,10 @@ class _Files:
         """Kind and folder of each, in order."""
         path = self._folder / _MODULES
         found = self._json(path)
-        if not isinstance(found, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("type"), str) for m in found
-        ):
+        if not isinstance(found, list) or not all(isinstance(m, dict) and "type" in m for m in found):
             raise self._broken(path, "no list of modules with a type")
         # The same class has stood in several packages of the library over time.
-        return [(m["type"].rpartition(".")[2], self._folder / str(m.get("path") or "")) for m in found]
+        return [(str(m["type"]).rpartition(".")[2], self._folder / str(m.get("path") or "")) for m in found]
 
     def check_neutral(self, found: dict[str, Any], neutral: dict[str, Any], file: str) -> None:
         for name, value in neutral.items():

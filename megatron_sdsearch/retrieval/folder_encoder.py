@@ -123,16 +123,14 @@ def _max_tokens(
     settings: EncoderSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, field: str
 ) -> int:
     """What the settings say, as far as the model has positions; what model and tokenizer take where they do not."""
-    longest = min(getattr(model.config, "max_position_embeddings", None) or 1 << 30, tokenizer.model_max_length)
-    if settings.max_tokens is None or not settings.has_modules:
-        return int(min(longest, settings.max_tokens or longest))
-    num_positions = getattr(model.config, "max_position_embeddings", None)
-    if num_positions is not None and settings.max_tokens > num_positions:
-        problem = (
-            f"max_seq_length {settings.max_tokens} in {settings.model_dir}, whose model has {num_positions} positions"
-        )
+    wanted, num_positions = settings.max_tokens, getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    if wanted is None or not settings.has_modules:
+        longest = int(min(num_positions, tokenizer.model_max_length))
+        return longest if wanted is None else min(longest, wanted)
+    if wanted > num_positions:
+        problem = f"max_seq_length {wanted} in {settings.model_dir}, whose model has {num_positions} positions"
         raise ConfigError(field, problem, "lower max_seq_length in sentence_bert_config.json")
-    return settings.max_tokens
+    return wanted
 
 
 def _fingerprint(settings: EncoderSettings) -> str:

@@ -87,9 +87,7 @@ def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
     """It counts bytes: 171 characters of three bytes are too many, 256 of two just fit."""
     ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
     path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
-    with pytest.raises(
-        DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it a sh"
-    ):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it"):
         survey_corpus(path)
     told: list[tuple[str, str]] = []
     survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))

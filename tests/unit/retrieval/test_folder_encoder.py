@@ -124,9 +124,9 @@ def test_cls_pooling_prompts_and_length_are_the_folders_own(folder: Path, tmp_pa
 
 def test_of_a_tokenizer_that_pads_on_the_left_the_first_token_is_one_of_the_text(folder: Path, tmp_path: Path) -> None:
     target = with_modules(folder, tmp_path / "cls")
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
     tokenizer = AutoTokenizer.from_pretrained(target)
-    tokenizer.padding_side = "left"
-    tokenizer.save_pretrained(target)
     texts = ["Lisbon", "the capital of Portugal is Lisbon"]
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     num_pads = int((inputs["attention_mask"][0] == 0).sum())
@@ -217,7 +217,7 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
         ({"modules": []}, "modules.json asks for nothing"),
         ({"modules": {"0": "x"}}, "modules.json holds no list of modules"),
         ({"pooling": {"pooling_mode_max_tokens": True}}, "1_Pooling/config.json asks for pooling max"),
-        ({"pooling": CLS | {"pooling_mode_mean_tokens": True}}, "asks for pooling cls + mean"),
+        ({"pooling": CLS | {"pooling_mode_mean_tokens": True}}, r"asks for pooling cls \+ mean"),
         ({"pooling": {"pooling_mode": "lasttoken"}}, "asks for pooling lasttoken"),
         ({"pooling": MEAN | {"include_prompt": False}}, "leaves the prompt out"),
         ({"transformer": {"transformer_task": "fill-mask"}}, "sets transformer_task to 'fill-mask'"),
