@@ -7,7 +7,7 @@ CORPUS is JSONL ({"id", "contents"}, as in Search-R1's wiki-18, or {"id", "title
 parquet with these columns. Every row is checked before anything is written.
 
 tantivy: the index appears whole or not at all. Without --out it goes where training looks for it, beside the corpus;
-so does every folder given as --out there.
+so does every folder given as --out there. For one elsewhere give training retrieval.index=DIR.
 
 Elasticsearch: loads NAME-<hash of the content> and points the alias NAME to it at the end, after having counted and
 looked up samples. Interrupted? The same command goes on where it was. Credentials come from ELASTICSEARCH_API_KEY, or
@@ -102,7 +102,7 @@ def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     out = arguments.out or TantivyRetriever.default_dir(corpus, analyzer)
     check_folder(out, corpus, analyzer, may_replace=arguments.replace)
     with Display("indexed") as display:
-        TantivyRetriever.build(corpus, out, analyzer, display.advance)
+        TantivyRetriever.build(corpus, out, analyzer, display.advance, field="--out")
     index = TantivyRetriever.open(out)
     is_found = default_root(corpus).resolve() in (out.resolve(), out.resolve().parent)
     return {
@@ -110,6 +110,7 @@ def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_passages": index.num_passages,
         "fingerprint": index.fingerprint,
         "is_found_by_training": is_found,
+        **({} if is_found else {"setting": f"retrieval.index={out.absolute()}"}),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, find_indices
 
 
 def main() -> None:
@@ -42,7 +42,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("tantivy", "elasticsearch"), required=True)
-    parser.add_argument("--index", required=True, help="tantivy: folder; elasticsearch: name of an index or alias")
+    parser.add_argument("--index", required=True, help="tantivy: its folder, or the one that holds it "
+                        "alone; elasticsearch: name of an index or alias")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes any")
     parser.add_argument("--topk", type=int, default=3, help="for requests that name none (default 3)")
@@ -69,14 +70,12 @@ async def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         mend = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
-    if arguments.engine == "tantivy" and Manifest.read(Path(arguments.index)) is None:
-        told = f"{arguments.index} is no index's folder"
-        raise ConfigError("--index", told, "give the --out of tools/index_corpus.py --to tantivy")
+    folder = index_folder(Path(arguments.index)) if arguments.engine == "tantivy" else None
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
-        if arguments.engine == "tantivy":
-            retriever = server.InThreads(TantivyRetriever.open(Path(arguments.index)), arguments.threads)
+        if folder is not None:
+            retriever = server.InThreads(TantivyRetriever.open(folder), arguments.threads)
         else:
             retriever = await open_elasticsearch(arguments)
         app = server.create_app(
@@ -86,6 +85,21 @@ async def run(arguments: argparse.Namespace) -> None:
         served = {"fingerprint": retriever.fingerprint, "num_passages": retriever.num_passages}
         print(json.dumps({"url": f"http://{host}:{port}/retrieve", **served}), flush=True)
         await server.new_server(app).serve(sockets=[listener])
+
+
+def index_folder(given: Path) -> Path:
+    """The index that is meant: the folder itself, or the only one in it (as in a run's ``retrieval.index``).
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    found = find_indices(given)
+    if found and (found[0] == given or len(found) == 1):
+        return found[0]
+    if not found:
+        mend = "give the --out of tools/index_corpus.py --to tantivy"
+        raise ConfigError("--index", f"{given} is no index's folder", mend)
+    raise ConfigError("--index", f"{given} holds {', '.join(path.name for path in found)}", "give one of them")
 
 
 async def open_elasticsearch(arguments: argparse.Namespace) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
 from megatron_sdsearch.retrieval.encoder_folder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, default_root, find_built
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, check_writable, find_built, index_root
 from megatron_sdsearch.training.retrievers import client_is_missing, open_retriever
 
 _NUM_QUERIES = 20
@@ -45,6 +44,9 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _settings(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
+    if config.engine != "tantivy" and config.index is not None:
+        told = f"{config.index}, and only tantivy keeps an index there"
+        yield Finding.warning("retrieval.index", told, "drop it")
     if config.engine != "tantivy" and config.analyzer != RetrievalConfig.model_fields["analyzer"].default:
         told = f"{config.analyzer}, and {config.engine} has its own: only tantivy reads this key"
         yield Finding.warning("retrieval.analyzer", told, "drop it, and index with the analyzer that you want")
@@ -62,7 +64,7 @@ def _tantivy(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
     corpus = config.corpus
     if corpus is None or not corpus.exists():
         return
-    root = default_root(corpus)
+    root = index_root(corpus, config.index)
     if not is_online and corpus.stat().st_size > _HASHED_OFFLINE_BYTES:
         yield Finding.note("retrieval.corpus", f"too large to compare with the indices in {root}; --online does")
         return
@@ -71,13 +73,9 @@ def _tantivy(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
     if manifest is not None:
         yield Finding.note("retrieval.corpus", f"{index} holds its {manifest.num_passages:,} passages")
         return
-    home = root if root.exists() else corpus.parent
-    if not os.access(home, os.W_OK):
-        yield Finding.error(
-            "retrieval.corpus",
-            f"{home} may not be written, and there is no index in it yet",
-            "put the corpus where its index can be built beside it, or build it with tools/index_corpus.py",
-        )
+    attempt = Attempt.at(lambda: check_writable(root, corpus, "retrieval.index"))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "retrieval.index")
         return
     yield Finding.note(
         "retrieval.corpus", f"no {config.analyzer} index in {root} yet: training builds it; tools/index_corpus.py would"
@@ -89,7 +87,7 @@ def _has_index(config: RetrievalConfig) -> bool:
     corpus = config.corpus
     if corpus is None or not corpus.exists():
         return False
-    return find_built(default_root(corpus), sha256_of_corpus(corpus), config.analyzer) is not None
+    return find_built(index_root(corpus, config.index), sha256_of_corpus(corpus), config.analyzer) is not None
 
 
 def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.batching import CountsSearches
 from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
 from megatron_sdsearch.retrieval.replay import ReplayRetriever, replay_counts, with_replay_async
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_root
 from megatron_sdsearch.telemetry import names
 
 
@@ -44,7 +44,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
     if config.engine == "http":
         return await RetrieveServerRetriever.open(config.http)
     assert config.corpus is not None  # RetrievalConfig has checked it
-    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, default_root(config.corpus))
+    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, index_root(config.corpus, config.index))
 
 
 async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
