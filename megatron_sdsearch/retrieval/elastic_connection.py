@@ -47,13 +47,24 @@ class Credentials:
         """What the settings say; else the environment; an API key before a name and password.
 
         Raises:
-            ConfigError: a name without a password, or the reverse.
+            ConfigError: a name without a password, or the reverse, or a key that is none.
         """
+        api_key, basic = cls._choose(config, environment)
+        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+            problem = "holds white space, or a character that is none of base64"  # no header takes a line's end
+            raise ConfigError(f"{SECTION}.api_key", problem, 'give "encoded" of Elasticsearch\'s answer, and no more')
+        return cls(api_key=api_key, basic=basic)
+
+    @staticmethod
+    def _choose(
+        config: ElasticsearchConfig, environment: Mapping[str, str]
+    ) -> tuple[str | None, tuple[str, str] | None]:
+        """Key, or name and password, or neither."""
         if config.api_key is not None:
-            return cls(api_key=config.api_key.get_secret_value())
+            return config.api_key.get_secret_value(), None
         is_set = config.username is not None or config.password is not None
         if not is_set and environment.get("ELASTICSEARCH_API_KEY"):
-            return cls(api_key=environment["ELASTICSEARCH_API_KEY"])
+            return environment["ELASTICSEARCH_API_KEY"], None
         username = config.username or environment.get("ELASTICSEARCH_USERNAME")
         password = config.password.get_secret_value() if config.password else environment.get("ELASTICSEARCH_PASSWORD")
         if bool(username) != bool(password):
@@ -61,7 +72,7 @@ class Credentials:
             raise ConfigError(
                 f"{SECTION}.{lacking}", f"missing, and {known} is set", f"set it or ELASTICSEARCH_{lacking.upper()}"
             )
-        return cls(basic=(username, password)) if username and password else cls()
+        return None, (username, password) if username and password else None
 
     @property
     def kind(self) -> str:

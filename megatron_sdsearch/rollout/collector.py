@@ -1,9 +1,9 @@
 """All trajectories of one step at once, as complete groups in the order of their places.
 
-Owns the event loop on which engine and retriever live, and the count of failed searches, of which the first is logged
-with its cause and the others are counted in one line; the limit on them is for
-whoever knows all processes (``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are
-``groups.py``'s, what one trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
+Owns the event loop on which engine and retriever live, and the count of failed searches: the first is logged with its
+cause, the others are counted in one line. The limit on them is for whoever knows all processes
+(``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are ``groups.py``'s, what one
+trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
 """
 
 from __future__ import annotations

@@ -415,6 +415,14 @@ def test_an_address_that_cannot_be_is_refused_before_any_request(changes: dict[s
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["a2V5\n", " a2V5", "a2V5 ", "kéy", ""])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(key: str) -> None:
+    """A file read into a variable ends with a line's end."""
+    with pytest.raises(ConfigError, match=r"elasticsearch\.api_key: holds white space, or") as caught:
+        Credentials.of(ElasticsearchConfig.model_validate({"api_key": key}), {})
+    assert "a2V5" not in str(caught.value)
+
+
 def test_a_name_needs_a_password() -> None:
     with pytest.raises(ConfigError, match=r"elasticsearch.password: missing.*ELASTICSEARCH_PASSWORD"):
         Credentials.of(ElasticsearchConfig(username="elastic"), {})

@@ -71,10 +71,15 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 # Module files
 
-TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
-POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
-NORMALIZE = {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
-DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+TRANSFORMER: dict[str, Any] = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+POOLING: dict[str, Any] = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+NORMALIZE: dict[str, Any] = {
+    "idx": 2,
+    "name": "2",
+    "path": "2_Normalize",
+    "type": "sentence_transformers.models.Normalize",
+}
+DENSE: dict[str, Any] = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
 CLS = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 MEAN = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
 PROMPTS = {"query": "Represent this: ", "passage": ""}
@@ -196,8 +201,8 @@ def test_newer_files_name_the_pooling(folder: Path, tmp_path: Path) -> None:
         folder, tmp_path / "newer", modules, newer, transformer={"transformer_task": "feature-extraction"}
     )
     old = with_modules(folder, tmp_path / "old")
-    vectors = [FolderEncoder.from_folder(path).encode_passages(TEXTS) for path in (target, old)]
-    np.testing.assert_array_equal(*vectors)
+    first, second = (FolderEncoder.from_folder(path).encode_passages(TEXTS) for path in (target, old))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) -> None:
