@@ -79,7 +79,7 @@ NORMALIZE: dict[str, Any] = {
     "path": "2_Normalize",
     "type": "sentence_transformers.models.Normalize",
 }
-DENSE: dict[str, Any] = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+DENSE: dict[str, Any] = POOLING | {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
 CLS = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 MEAN = {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
 PROMPTS = {"query": "Represent this: ", "passage": ""}
