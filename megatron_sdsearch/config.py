@@ -64,11 +64,11 @@ def shown_url(url: str) -> str:
     return f"{scheme.group() if scheme else ''}***@{rest}" if at else url
 
 
-def _without_credentials(field: str, url: str, mend: str, info: ValidationInfo) -> str:
+def _without_credentials(field: str, url: str, fix: str, info: ValidationInfo) -> str:
     """Refuse ``user:password@``: addresses stand in logs, errors, checkpoints and metrics."""
     bare = re.sub(r"^(\w+://)?[^/?#]*@", r"\1", url)
     if bare != url:
-        _report([ConfigError(field, f"{shown_url(url)} holds credentials", mend)], info)
+        _report([ConfigError(field, f"{shown_url(url)} holds credentials", fix)], info)
     return bare
 
 
@@ -174,8 +174,8 @@ class SGLangConfig(Section):
     @field_validator("urls")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        mend = "SGLang's servers ask for none: leave them out"
-        bare = (_without_credentials("rollout.sglang.urls", url, mend, info) for url in urls)
+        fix = "SGLang's servers ask for none: leave them out"
+        bare = (_without_credentials("rollout.sglang.urls", url, fix, info) for url in urls)
         return tuple(url.rstrip("/") for url in bare)  # one server has one name
 
     @property
@@ -252,8 +252,8 @@ class ElasticsearchConfig(Section):
     @field_validator("urls")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        field, mend = "retrieval.elasticsearch.urls", "use username and password, or api_key"
-        return tuple(_without_credentials(field, url, mend, info) for url in urls)
+        field, fix = "retrieval.elasticsearch.urls", "use username and password, or api_key"
+        return tuple(_without_credentials(field, url, fix, info) for url in urls)
 
 
 class RetrieveServerConfig(Section):
@@ -274,8 +274,8 @@ class RetrieveServerConfig(Section):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str, info: ValidationInfo) -> str:
-        mend = "use retrieval.http.username and password"
-        return _without_credentials("retrieval.http.url", url, mend, info)
+        fix = "use retrieval.http.username and password"
+        return _without_credentials("retrieval.http.url", url, fix, info)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -840,8 +840,8 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
         return field, "missing", f"set {field}"
     if not _may_hold_secret(path):
         return field, f"{shown_url(repr(value))} is not valid", item["msg"]
-    mend = "write it in quotes" if isinstance(value, int | float) else item["msg"]
-    return field, f"{_kind(value)} is not valid (not shown: it may hold a secret)", mend
+    fix = "write it in quotes" if isinstance(value, int | float) else item["msg"]
+    return field, f"{_kind(value)} is not valid (not shown: it may hold a secret)", fix
 
 
 def _describe_unknown_key(path: Sequence[str]) -> tuple[str, str, str]:

@@ -97,8 +97,8 @@ def index_folder(given: Path) -> Path:
     if found and (found[0] == given or len(found) == 1):
         return found[0]
     if not found:
-        mend = "give the --out of tools/index_corpus.py --to tantivy"
-        raise ConfigError("--index", f"{given} is no index's folder", mend)
+        fix = "give the --out of tools/index_corpus.py --to tantivy"
+        raise ConfigError("--index", f"{given} is no index's folder", fix)
     raise ConfigError("--index", f"{given} holds {', '.join(path.name for path in found)}", "give one of them")
 
 

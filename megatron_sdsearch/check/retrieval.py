@@ -45,8 +45,8 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _settings(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
     if config.engine != "tantivy" and config.index is not None:
-        told = f"{config.index}, and only tantivy keeps an index there"
-        yield Finding.warning("retrieval.index", told, "drop it")
+        problem = f"{config.index}, and only tantivy keeps an index there"
+        yield Finding.warning("retrieval.index", problem, "drop it")
     if config.engine != "tantivy" and config.analyzer != RetrievalConfig.model_fields["analyzer"].default:
         told = f"{config.analyzer}, and {config.engine} has its own: only tantivy reads this key"
         yield Finding.warning("retrieval.analyzer", told, "drop it, and index with the analyzer that you want")

@@ -155,8 +155,8 @@ def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_byte
         raise DataError(f"{place}: {field}: {first['msg']}; {mend}") from error
     num_bytes = len(row.id.encode())
     if max_id_bytes is not None and num_bytes > max_id_bytes:
-        told = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"
-        raise DataError(f"{place}: id: {told}; give it a shorter one")
+        problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"
+        raise DataError(f"{place}: id: {problem}; give it a shorter one")
     if not seen.add(row.id):
         raise DataError(f"{place}: id: {row.id!r} stands twice; give each passage an id of its own")
     return row

@@ -197,7 +197,7 @@ class ElasticRetriever:
             for hit in found["hits"]["hits"]:
                 read_hit(hit)
         except DocumentError as error:
-            raise ConfigError(f"{SECTION}.index", str(error), error.mend) from None
+            raise ConfigError(f"{SECTION}.index", str(error), error.fix) from None
 
     def _plan_with(self, *, is_fused_by_server: bool) -> QueryPlan:
         config = self._config

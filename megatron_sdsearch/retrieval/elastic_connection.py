@@ -139,8 +139,8 @@ def _check_url(url: str) -> str:
     except ValueError:  # a port that is no number
         is_whole = False
     if not is_whole:
-        mend = "give scheme, host and port: http://host:9200"
-        raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", mend)
+        fix = "give scheme, host and port: http://host:9200"
+        raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", fix)
     return parts.scheme
 
 

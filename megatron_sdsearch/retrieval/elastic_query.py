@@ -114,7 +114,7 @@ def read_answer(answer: Any, credentials: Credentials) -> list[Passage] | Fault:
     try:
         return [read_hit(hit) for hit in answer["hits"]["hits"]]
     except DocumentError as error:
-        return Fault(cause=f"{error}; {error.mend}", is_retryable=False)
+        return Fault(cause=f"{error}; {error.fix}", is_retryable=False)
     except (KeyError, TypeError, ValueError) as error:
         return Fault(cause=f"answer has no {error}", is_retryable=False)
 
@@ -123,10 +123,10 @@ class DocumentError(Exception):
     """A document holds no text where the model is to read some.
 
     Attributes:
-        mend: what to do about it.
+        fix: what to do about it.
     """
 
-    mend = f"index it with one text in {CONTENTS}, or with one in each of {TITLE} and {TEXT}"
+    fix = f"index it with one text in {CONTENTS}, or with one in each of {TITLE} and {TEXT}"
 
 
 def read_hit(hit: Mapping[str, Any]) -> Passage:

@@ -193,8 +193,8 @@ class _Files:
         default = model.get("default_prompt_name")
         if not {*_QUERY_NAMES, *_PASSAGE_NAMES, default} & prompts.keys():
             names = ", ".join(sorted(prompts))
-            mend = f"name them query and document in {self._folder / _PROMPTS}"
-            raise ConfigError(self._field, f"its prompts are {names}: none is for queries or passages", mend)
+            fix = f"name them query and document in {self._folder / _PROMPTS}"
+            raise ConfigError(self._field, f"its prompts are {names}: none is for queries or passages", fix)
         of_default = prompts.get(default, "")
         query = next((prompts[name] for name in _QUERY_NAMES if name in prompts), of_default)
         return query, next((prompts[name] for name in _PASSAGE_NAMES if name in prompts), of_default), True

@@ -187,11 +187,11 @@ async def _health(config: RetrieveServerConfig, session: aiohttp.ClientSession) 
         async with asyncio.timeout(_HEALTH_TIMEOUT_S), session.get(url) as response:
             status, body = response.status, await response.read()
     except TimeoutError as error:  # before OSError, of which it is one
-        mend = "see what the server is waiting for"
-        raise RetrievalError(f"{url}: no answer in {_HEALTH_TIMEOUT_S:g} s; {mend}") from error
+        fix = "see what the server is waiting for"
+        raise RetrievalError(f"{url}: no answer in {_HEALTH_TIMEOUT_S:g} s; {fix}") from error
     except (aiohttp.ClientError, OSError) as error:
-        mend = f"start the server (tools/serve_retriever.py), or correct {_FIELD}"
-        raise RetrievalError(f"{config.url}: no server answers ({cause_of(error)}); {mend}") from error
+        fix = f"start the server (tools/serve_retriever.py), or correct {_FIELD}"
+        raise RetrievalError(f"{config.url}: no server answers ({cause_of(error)}); {fix}") from error
     if status == 503:
         raise RetrievalError(f"{url}: the server's engine is not well: {_words(body, _secrets(config))}")
     try:

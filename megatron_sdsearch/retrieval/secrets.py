@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import quote
 
 MAX_CAUSE = 400
-"""Characters of somebody else's words that a message quotes."""
+"""Characters of a server's words that a message quotes."""
 
 
 def basic_token(username: str, password: str) -> str:

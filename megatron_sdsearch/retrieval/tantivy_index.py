@@ -301,8 +301,8 @@ def _refusal(message: str) -> str:
 
 
 def _unwritable(folder: Path, corpus: Path, field: str, reason: str) -> ConfigError:
-    mend = f"set {field} to a folder that may be written and has room for about the corpus's size"
-    return ConfigError(field, f"{folder} cannot take the index of {corpus}: {reason}", mend)
+    fix = f"set {field} to a folder that may be written and has room for about the corpus's size"
+    return ConfigError(field, f"{folder} cannot take the index of {corpus}: {reason}", fix)
 
 
 def _open(index_dir: Path) -> tantivy.Index:

@@ -56,7 +56,7 @@ def test_training_finds_the_index_and_a_folder_of_another_kind_is_left_alone(cor
     assert corpus.is_file()
 
 
-def test_an_index_elsewhere_is_told_as_a_setting_and_served_by_the_folder_around_it(
+def test_an_index_elsewhere_is_named_as_a_setting_and_served_by_the_folder_around_it(
     corpus: Path, tmp_path: Path
 ) -> None:
     def build(name: str, analyzer: str) -> dict[str, Any]:

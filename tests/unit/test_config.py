@@ -526,7 +526,7 @@ CREDENTIALS = f"elastic:{SECRET}@"
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "told"),
+    ("changes", "field", "problem"),
     [
         ({"retrieval.elasticsearch.password": {"is": SECRET}}, "retrieval.elasticsearch.password", "a mapping is not"),
         ({"retrieval.elasticsearch.api_key": [SECRET]}, "retrieval.elasticsearch.api_key", "a list is not valid"),
@@ -549,11 +549,11 @@ CREDENTIALS = f"elastic:{SECRET}@"
         ({"rollout.sglang.urls": f"http://{CREDENTIALS}h:1"}, "rollout.sglang.urls", "write [http://***@h:1]"),
     ],
 )
-def test_no_error_shows_a_secret(changes: dict[str, Any], field: str, told: str) -> None:
+def test_no_error_shows_a_secret(changes: dict[str, Any], field: str, problem: str) -> None:
     """Nor does its traceback, which a notebook prints."""
     error = error_of(merged(RL, changes))
     assert error.field == field
-    assert told in str(error)
+    assert problem in str(error)
     assert SECRET not in "".join(traceback.format_exception(error))
 
 

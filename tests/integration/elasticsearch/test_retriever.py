@@ -210,7 +210,7 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
     [
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
-        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "have neither 'contents' nor 'title' and 'text'"),
+        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
         (PROPERTIES, _documents()[:1], {"index": "absent"}, "absent is not there"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],

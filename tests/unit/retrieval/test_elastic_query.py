@@ -31,7 +31,7 @@ def test_text_is_a_passage(source: Any, contents: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "problem"),
     [
         ({"contents": ["a", "b"]}, "contents is a list of 2, not a text"),
         ({"contents": []}, "contents is a list of 0, not a text"),
@@ -48,10 +48,10 @@ def test_text_is_a_passage(source: Any, contents: str) -> None:
         ({"title": {"main": "a"}, "text": "b"}, "title is an object, not a text"),
     ],
 )
-def test_anything_else_is_refused_by_index_document_and_field(source: Any, told: str) -> None:
+def test_anything_else_is_refused_by_index_document_and_field(source: Any, problem: str) -> None:
     fault = answer_of(source)
     assert isinstance(fault, Fault)
-    assert fault.cause.startswith(f"document '7' of wiki-1: {told}; index it with one text in contents")
+    assert fault.cause.startswith(f"document '7' of wiki-1: {problem}; index it with one text in contents")
     assert not fault.is_retryable
 
 

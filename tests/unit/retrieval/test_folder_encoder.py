@@ -215,7 +215,7 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"modules": [TRANSFORMER, POOLING, DENSE]}, "modules.json asks for Transformer, Pooling, Dense"),
         ({"modules": [TRANSFORMER]}, "modules.json asks for Transformer; give"),
@@ -234,10 +234,10 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
     ],
 )
 def test_what_is_not_supported_is_refused_by_file_and_value(
-    folder: Path, tmp_path: Path, changes: dict[str, Any], told: str
+    folder: Path, tmp_path: Path, changes: dict[str, Any], problem: str
 ) -> None:
     target = with_modules(folder, tmp_path / "x", **changes)
-    with pytest.raises(ConfigError, match=rf"^--encoder: .*{told}"):
+    with pytest.raises(ConfigError, match=rf"^--encoder: .*{problem}"):
         FolderEncoder.from_folder(target, "--encoder")
 
 
