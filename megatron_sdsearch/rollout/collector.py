@@ -1,8 +1,8 @@
 """All trajectories of one step at once, as complete groups in the order of their places.
 
 Owns the event loop on which engine and retriever live, and the count of failed searches: the first is logged with its
-cause, the others are counted in one line. The limit on them is held where all processes
-are known (``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are ``groups.py``'s, what one
+cause, the others are counted in one line. The limit on them is held where all processes are known
+(``SearchLosses.check``). What is asked is ``supply.py``'s, refills and early ends are ``groups.py``'s, what one
 trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
 """
 

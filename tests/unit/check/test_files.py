@@ -231,6 +231,17 @@ def test_another_runs_folder_is_found_setting_by_setting(tiny: TinyRun) -> None:
     assert "seed = 7, this run has 1" in found[1].problem
 
 
+def test_where_the_index_is_and_how_the_cluster_knows_us_may_change(tiny: TinyRun) -> None:
+    """Credentials move from a file into the environment, and an index to another disk."""
+    section = "retrieval.elasticsearch"
+    write_checkpoint(
+        tiny, 2, f"{section}.username=me", f"{section}.password=hunter2", f"retrieval.index={tiny.folder}/a"
+    )
+    findings = tiny.check(f"retrieval.index={tiny.folder}/b").findings
+    assert [finding for finding in findings if "trained with" in finding.problem] == []
+    assert "hunter2" not in (tiny.folder / "run/checkpoints/step_000002/manifest.json").read_text()
+
+
 def test_damaged_checkpoints_are_found(tiny: TinyRun) -> None:
     folder = write_checkpoint(tiny, 2)
     (folder / "shard").write_text("half")
