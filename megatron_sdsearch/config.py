@@ -94,7 +94,23 @@ def _report(errors: Iterable[ConfigError], info: ValidationInfo) -> None:
 class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # What pydantic says of a refused value would bring passwords into tracebacks.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+
+def shown_url(url: str) -> str:
+    """A URL, or a text with one, for messages: what stands before its last ``@`` may be a password."""
+    before, at, rest = url.rpartition("@")
+    scheme = re.match(r"\W*\w+://", before)
+    return f"{scheme.group() if scheme else ''}***@{rest}" if at else url
+
+
+def _without_credentials(field: str, url: str, fix: str, info: ValidationInfo) -> str:
+    """Refuse ``user:password@``: addresses stand in logs, errors, checkpoints and metrics."""
+    bare = re.sub(r"^(\w+://)?[^/?#]*@", r"\1", url)
+    if bare != url:
+        _report([ConfigError(field, f"{shown_url(url)} holds credentials", fix)], info)
+    return bare
 
 
 class ModelConfig(Section):
@@ -185,8 +201,8 @@ class SGLangConfig(Section):
     """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
     arguments: tuple[ShellWord, ...] = ()
     """Further flags of a started server, e.g. ``["--mem-fraction-static", "0.8"]``."""
-    environment: dict[str, str] = {}
-    """Added to a started server's environment."""
+    environment: dict[str, SecretStr] = {}
+    """Added to a started server's environment; never shown, for tokens are given in this way."""
     start_timeout_s: Seconds = 900.0
     """From start to serving; compiling kernels counts."""
     request_timeout_s: Seconds = 600.0
@@ -212,14 +228,22 @@ class SGLangConfig(Section):
     @classmethod
     def _check_is_list(cls, urls: object, info: ValidationInfo) -> object:
         if isinstance(urls, str):
-            _report([ConfigError("rollout.sglang.urls", f"{urls!r} is no list", f"write [{urls}]")], info)
+            shown = shown_url(urls)
+            _report([ConfigError("rollout.sglang.urls", f"{shown!r} is no list", f"write [{shown}]")], info)
             return (urls,)
         return urls
 
     @field_validator("urls")
     @classmethod
-    def _without_last_slash(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(url.rstrip("/") for url in urls)  # one server has one name
+    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        fix = "SGLang's servers ask for none: leave them out"
+        bare = (_without_credentials("rollout.sglang.urls", url, fix, info) for url in urls)
+        return tuple(url.rstrip("/") for url in bare)  # one server has one name
+
+    @property
+    def plain_environment(self) -> dict[str, str]:
+        """``environment``, for a server that is started with it."""
+        return {name: value.get_secret_value() for name, value in self.environment.items()}
 
 
 class RolloutConfig(Section):
@@ -270,7 +294,8 @@ class ElasticsearchConfig(Section):
     """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
     for ``dense``, nor where the server fuses: they have none."""
     encoder: HomePath | None = None
-    """Folder of an E5 model, for ``dense`` and ``hybrid``."""
+    """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
+    prompts and normalisation hold, or without any an E5 model."""
     username: str | None = None
     """Else ELASTICSEARCH_USERNAME."""
     password: SecretStr | None = None
@@ -291,17 +316,43 @@ class ElasticsearchConfig(Section):
     batch_window_ms: NonNegativeFloat = 5.0
     """How long a query waits for company."""
 
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        field, fix = "retrieval.elasticsearch.urls", "use username and password, or api_key"
+        return tuple(_without_credentials(field, url, fix, info) for url in urls)
+
 
 class RetrieveServerConfig(Section):
     """A server that speaks Search-R1's /retrieve."""
 
     url: str = "http://127.0.0.1:8000/retrieve"
+    username: str | None = None
+    """Of HTTP's basic authentication, for a server behind a proxy that asks for it."""
+    password: SecretStr | None = None
+    """``${oc.env:NAME}`` takes it from the environment."""
     timeout_s: Seconds = 30.0
     max_attempts: PositiveInt = 5
     down_timeout_s: Seconds = 120.0
     max_requests: PositiveInt = 16
     batch_queries: PositiveInt = 64
     batch_window_ms: NonNegativeFloat = 5.0
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str, info: ValidationInfo) -> str:
+        fix = "use retrieval.http.username and password"
+        return _without_credentials("retrieval.http.url", url, fix, info)
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> Self:
+        _report(self._problems(), info)
+        return self
+
+    def _problems(self) -> Iterator[ConfigError]:
+        if (self.username is None) != (self.password is None):
+            lacking, other = ("password", "username") if self.password is None else ("username", "password")
+            yield ConfigError(f"retrieval.http.{lacking}", f"missing, and {other} is set", "set both, or neither")
 
 
 class ReplayConfig(Section):
@@ -323,7 +374,10 @@ class RetrievalConfig(Section):
 
     engine: Literal["tantivy", "elasticsearch", "http"] = "tantivy"
     corpus: HomePath | None = None
-    """tantivy: JSONL of passages ``{"id", "contents"}``; the index is built beside it once per content and analyzer."""
+    """tantivy: JSONL of passages ``{"id", "contents"}``; an index is built once per content and analyzer."""
+    index: HomePath | None = None
+    """tantivy: folder for its indices, or of the one that ``tools/index_corpus.py --out`` made; null is the folder
+    ``index`` beside the corpus, where all runs find it. Set it where the corpus's folder may not be written."""
     analyzer: Literal["standard", "english"] = "standard"
     """Of tantivy; an Elasticsearch index has its own."""
     top_k: PositiveInt = 3
@@ -735,7 +789,7 @@ def _url_problems(urls: Sequence[str]) -> Iterator[ConfigError]:
     field = "rollout.sglang.urls"
     for url in dict.fromkeys(urls):
         if not is_server_url(url):
-            yield ConfigError(field, f"{url!r} is not the url of a server", "write it as http://host:port")
+            yield ConfigError(field, f"{shown_url(url)!r} is not the url of a server", "write it as http://host:port")
         if urls.count(url) > 1:
             yield ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
 
@@ -746,7 +800,7 @@ def _command_problems(sglang: SGLangConfig) -> Iterator[ConfigError]:
         yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
         return
     # The server is started with this environment, and found by its PATH.
-    program, path = sglang.command[0], sglang.environment.get("PATH")
+    program, path = sglang.command[0], sglang.plain_environment.get("PATH")
     if shutil.which(program, path=path) is None:
         yield ConfigError(
             f"{field}[0]",
@@ -844,9 +898,10 @@ _SECRET_VALUE = re.compile(r"--[a-z-]*(api-key|token|password)\b|://[^/\s]*@", r
 def is_secret(name: str, value: object) -> bool:
     """Whether a setting may hold a secret, by its dotted name or by what its value looks like.
 
-    True for ``rollout.sglang.environment.HF_TOKEN``, for arguments with ``--api-key``, for a URL with a user in it.
+    True for ``rollout.sglang.environment.HF_TOKEN``, for arguments with ``--api-key``, for a URL with a user in it, and
+    for what pydantic has masked.
     """
-    return bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)))
+    return str(value) == str(SecretStr("x")) or bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -896,23 +951,43 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     if not path.is_file():
         told = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError("CONFIG", f"{path} {told}", "give the path of a YAML file")
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError("override", f"{override!r} is not key=value", "write e.g. objective.alpha=0")
-        _read_override(override)
+    for number, override in enumerate(overrides, start=1):
+        _read_override(override, number)
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(str(path), " ".join(str(error).split()), "mend the YAML or the override") from error
+        # Without its cause, which would show values in a traceback.
+        raise ConfigError(str(path), _yaml_problem(error), "mend the YAML or the override") from None
 
 
-def _read_override(override: str) -> None:
+def _read_override(override: str, number: int) -> None:
+    """Refuse what is no ``key=value``; shows it whole only where it can hold no secret.
+
+    A shell makes two arguments of ``password= secret``: a word that is no setting is not shown either.
+    """
+    key = re.split(r"[\s:=]", override, maxsplit=1)[0]
+    is_setting = key.split(".")[0] in RunConfig.model_fields
+    if is_setting:
+        shown = repr(override if override == key or not _may_hold_secret(key.split(".")) else f"{key}...")
+    else:
+        shown = f"number {number}"
+    if "=" not in override or override.startswith("="):
+        raise ConfigError("override", f"{shown} is not key=value", "write e.g. objective.alpha=0, without spaces")
     try:
         OmegaConf.from_dotlist([override])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: a number of 5,000 digits
-        told = f"{override!r} is no YAML: {' '.join(str(error).split())}"
-        raise ConfigError(override.partition("=")[0], told, "quote or mend its value") from error
+        problem = f"{shown} is no YAML: {_yaml_problem(error)}"
+        raise ConfigError(override.partition("=")[0], problem, "quote or mend its value") from None
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong with some YAML, in one line, without a value that may be a secret."""
+    text = " ".join(str(error).split())
+    key = str(getattr(error, "full_key", None) or "")
+    if key and _may_hold_secret(key.split(".")) and "Environment variable" not in text:
+        return f"{key}: ${{...}} in its value cannot be resolved (a dollar sign is written as \\$)"
+    return shown_url(re.sub(r"\b(tag|alias) '[^']*'", r"\1", text))
 
 
 def parse_config(tree: Any) -> RunConfig:
@@ -925,7 +1000,7 @@ def parse_config(tree: Any) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _as_one_error(field_errors(error)) from error
+        raise _as_one_error(field_errors(error)) from None  # its text has no values, its ``errors()`` have
 
 
 def check_is_mapping(tree: Any) -> None:
@@ -939,7 +1014,7 @@ def check_is_mapping(tree: Any) -> None:
 
 
 def field_errors(error: ValidationError) -> list[ConfigError]:
-    """One for each field that pydantic refuses."""
+    """One for each field that pydantic refuses; shows no value that may be a secret."""
     return [ConfigError(*_describe(dict(item))) for item in error.errors(include_url=False)]
 
 
@@ -950,17 +1025,51 @@ def _as_one_error(errors: Sequence[ConfigError]) -> ConfigError:
 
 def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
     path = [str(part) for part in item["loc"]]
-    field = ".".join(path)
+    field, value = ".".join(path), item["input"]
     if item["type"] == "extra_forbidden":
-        section = _section_at(path[:-1])
-        known = list(section.model_fields) if section is not None else []
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return _describe_unknown_key(path)
     if item["type"] == "missing":
         return field, "missing", f"set {field}"
     if item["type"] in ("greater_than_equal", "less_than_equal") and (limits := _limits(path)):
-        return field, f"{item['input']!r} is out of range", f"give a number from {limits[0]} to {limits[1]}"
-    return field, f"{item['input']!r} is not valid", item["msg"].removeprefix("Value error, ")
+        return field, f"{value!r} is out of range", f"give a number from {limits[0]} to {limits[1]}"
+    if not _may_hold_secret(path):
+        return field, f"{shown_url(repr(value))} is not valid", item["msg"].removeprefix("Value error, ")
+    fix = "write it in quotes" if isinstance(value, int | float) else item["msg"]
+    return field, f"{_kind(value)} is not valid (not shown: it may hold a secret)", fix
+
+
+def _describe_unknown_key(path: Sequence[str]) -> tuple[str, str, str]:
+    section = _section_at(path[:-1])
+    known = list(section.model_fields) if section is not None else []
+    name, colon, _ = path[-1].partition(":")
+    if colon:  # what follows is a value, which may be a secret
+        return ".".join([*path[:-1], name]), "unknown key", f"write a space after the colon: {name}: ..."
+    near = difflib.get_close_matches(name, known, n=1)
+    return ".".join(path), "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _kind(value: object) -> str:
+    kinds = {int: "a number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), "this")
+
+
+def _may_hold_secret(path: Sequence[str]) -> bool:
+    """Whether what stands at this path is, or holds, a secret; of an unknown name, whether its section does."""
+    annotation: Any = RunConfig
+    for part in path:
+        fields = _sections_of(annotation)
+        if not fields or part not in fields[0].model_fields:
+            break
+        annotation = fields[0].model_fields[part].annotation
+    return _has_secret(annotation)
+
+
+def _has_secret(annotation: Any) -> bool:
+    if annotation is SecretStr:
+        return True
+    sections = _sections_of(annotation)
+    inner = [field.annotation for section in sections for field in section.model_fields.values()]
+    return any(_has_secret(each) for each in (inner or get_args(annotation)))
 
 
 def _limits(path: Sequence[str]) -> tuple[float, float] | None:
@@ -979,9 +1088,13 @@ def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
     """None where the path leads to a setting that is no section, such as a mapping."""
     section: type[BaseModel] = RunConfig
     for part in path:
-        annotation: Any = section.model_fields[part].annotation
-        options = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not options:
+        sections = _sections_of(section.model_fields[part].annotation)
+        if not sections:
             return None
-        section = options[0]
+        section = sections[0]
     return section
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation names: one, or none."""
+    return [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]

@@ -110,6 +110,14 @@ class VerificationError(SDSearchError):
     """A converted model does not compute what its source does."""
 
 
+def cause_of(error: BaseException) -> str:
+    """What an exception of a library says, in one line; its kind where it says nothing, as many of sockets do."""
+    text = " ".join(str(error).split())
+    if text:
+        return text
+    return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+
+
 def raise_first(errors: Iterable[SDSearchError]) -> None:
     """For who stops at the first error; whoever lists them all goes through the same iterator instead.
 

@@ -7,7 +7,7 @@ CORPUS is JSONL ({"id", "contents"}, as in Search-R1's wiki-18, or {"id", "title
 parquet with these columns. Every row is checked before anything is written.
 
 tantivy: the index appears whole or not at all. Without --out it goes where training looks for it, beside the corpus;
-so does every folder given as --out there.
+so does every folder given as --out there. For one elsewhere give training retrieval.index=DIR.
 
 Elasticsearch: loads NAME-<hash of the content> and points the alias NAME to it at the end, after having counted and
 looked up samples. Interrupted? The same command goes on where it was. Credentials come from ELASTICSEARCH_API_KEY, or
@@ -81,9 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     elastic.add_argument("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with "
                          "retries, before everything ends (default 600)")  # fmt: skip
     elastic.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
-    elastic.add_argument(
-        "--encoder", metavar="DIR", type=path_argument, help="E5 model: adds a dense_vector to each passage"
-    )
+    elastic.add_argument("--encoder", metavar="DIR", type=path_argument, help="folder of a text encoder: adds a "
+                         "dense_vector to each passage")  # fmt: skip
     elastic.add_argument("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
     elastic.add_argument("--rejects", metavar="FILE", type=path_argument, help="default rejects-NAME.jsonl")
     elastic.add_argument("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
@@ -105,7 +104,7 @@ def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     out = arguments.out or TantivyRetriever.default_dir(corpus, analyzer)
     check_folder(out, corpus, analyzer, may_replace=arguments.replace)
     with Display("indexed") as display:
-        TantivyRetriever.build(corpus, out, analyzer, display.advance)
+        TantivyRetriever.build(corpus, out, analyzer, display.advance, field="--out")
     index = TantivyRetriever.open(out)
     is_found = default_root(corpus).resolve() in (out.resolve(), out.resolve().parent)
     return {
@@ -113,6 +112,7 @@ def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_passages": index.num_passages,
         "fingerprint": index.fingerprint,
         "is_found_by_training": is_found,
+        **({} if is_found else {"setting": f"retrieval.index={out.absolute()}"}),
     }
 
 
@@ -201,15 +201,16 @@ def index_settings(arguments: argparse.Namespace, encoder: Any) -> Any:
         num_replicas=arguments.replicas,
         encoder=encoder and encoder.fingerprint,
         num_dims=encoder and encoder.num_dims,
+        similarity=encoder.similarity if encoder else "cosine",
     )
 
 
 def load_encoder(folder: Path | None) -> Any:
     if folder is None:
         return None
-    from megatron_sdsearch.retrieval.e5 import E5Encoder
+    from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
-    return E5Encoder.from_folder(folder, "--encoder")
+    return FolderEncoder.from_folder(folder, "--encoder")
 
 
 class Display(AbstractContextManager["Display"]):

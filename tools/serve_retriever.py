@@ -18,11 +18,12 @@ import json
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, find_indices
 
 
 def main() -> None:
@@ -41,7 +42,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("tantivy", "elasticsearch"), required=True)
-    parser.add_argument("--index", required=True, help="tantivy: folder; elasticsearch: name of an index or alias")
+    parser.add_argument("--index", required=True, help="tantivy: its folder, or the one that holds it "
+                        "alone; elasticsearch: name of an index or alias")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes any")
     parser.add_argument("--topk", type=int, default=3, help="for requests that name none (default 3)")
@@ -50,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
     parser.add_argument("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
     parser.add_argument("--dfs", action="store_true", help="Elasticsearch: scores as of one shard")
-    parser.add_argument("--encoder", metavar="DIR", type=path_argument, help="E5 model, for dense and hybrid")
+    parser.add_argument("--encoder", metavar="DIR", type=path_argument, help="text encoder, for dense and hybrid")
     parser.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
@@ -73,14 +75,12 @@ async def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         mend = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
-    if arguments.engine == "tantivy" and Manifest.read(arguments.index) is None:
-        told = f"{arguments.index} is no index's folder"
-        raise ConfigError("--index", told, "give the --out of tools/index_corpus.py --to tantivy")
+    folder = index_folder(Path(arguments.index)) if arguments.engine == "tantivy" else None
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
-        if arguments.engine == "tantivy":
-            retriever = server.InThreads(TantivyRetriever.open(arguments.index), arguments.threads)
+        if folder is not None:
+            retriever = server.InThreads(TantivyRetriever.open(folder), arguments.threads)
         else:
             retriever = await open_elasticsearch(arguments)
         app = server.create_app(
@@ -90,6 +90,21 @@ async def run(arguments: argparse.Namespace) -> None:
         served = {"fingerprint": retriever.fingerprint, "num_passages": retriever.num_passages}
         print(json.dumps({"url": f"http://{host}:{port}/retrieve", **served}), flush=True)
         await server.new_server(app).serve(sockets=[listener])
+
+
+def index_folder(given: Path) -> Path:
+    """The index that is meant: the folder itself, or the only one in it (as in a run's ``retrieval.index``).
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    found = find_indices(given)
+    if found and (found[0] == given or len(found) == 1):
+        return found[0]
+    if not found:
+        fix = "give the --out of tools/index_corpus.py --to tantivy"
+        raise ConfigError("--index", f"{given} is no index's folder", fix)
+    raise ConfigError("--index", f"{given} holds {', '.join(path.name for path in found)}", "give one of them")
 
 
 async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
@@ -109,9 +124,9 @@ async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
     )
     encoder = None
     if arguments.encoder is not None:
-        from megatron_sdsearch.retrieval.e5 import E5Encoder
+        from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
-        encoder = E5Encoder.from_folder(arguments.encoder, "--encoder")
+        encoder = FolderEncoder.from_folder(arguments.encoder, "--encoder")
     return await ElasticRetriever.open(config, encoder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ from megatron_sdsearch.config import ElasticsearchConfig, ReplayConfig, Retrieva
 from megatron_sdsearch.data.scoring import contains_answer
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
+from megatron_sdsearch.retrieval.encoder_folder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, default_root, find_built
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, check_writable, find_built, index_root
 from megatron_sdsearch.training.retrievers import client_is_missing, open_retriever
 
 _NUM_QUERIES = 20
@@ -44,6 +44,9 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 
 def _settings(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
+    if config.engine != "tantivy" and config.index is not None:
+        problem = f"{config.index}, and only tantivy keeps an index there"
+        yield Finding.warning("retrieval.index", problem, "drop it")
     if config.engine != "tantivy" and config.analyzer != RetrievalConfig.model_fields["analyzer"].default:
         told = f"{config.analyzer}, and {config.engine} has its own: only tantivy reads this key"
         yield Finding.warning("retrieval.analyzer", told, "drop it, and index with the analyzer that you want")
@@ -61,7 +64,7 @@ def _tantivy(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
     corpus = config.corpus
     if corpus is None or not corpus.exists():
         return
-    root = default_root(corpus)
+    root = index_root(corpus, config.index)
     if not is_online and corpus.stat().st_size > _HASHED_OFFLINE_BYTES:
         yield Finding.note("retrieval.corpus", f"too large to compare with the indices in {root}; --online does")
         return
@@ -70,13 +73,9 @@ def _tantivy(config: RetrievalConfig, *, is_online: bool) -> Iterator[Finding]:
     if manifest is not None:
         yield Finding.note("retrieval.corpus", f"{index} holds its {manifest.num_passages:,} passages")
         return
-    home = root if root.exists() else corpus.parent
-    if not os.access(home, os.W_OK):
-        yield Finding.error(
-            "retrieval.corpus",
-            f"{home} may not be written, and there is no index in it yet",
-            "put the corpus where its index can be built beside it, or build it with tools/index_corpus.py",
-        )
+    attempt = Attempt.at(lambda: check_writable(root, corpus, "retrieval.index"))
+    if attempt.error is not None:
+        yield Finding.of(attempt.error, "retrieval.index")
         return
     yield Finding.note(
         "retrieval.corpus", f"no {config.analyzer} index in {root} yet: training builds it; tools/index_corpus.py would"
@@ -88,10 +87,15 @@ def _has_index(config: RetrievalConfig) -> bool:
     corpus = config.corpus
     if corpus is None or not corpus.exists():
         return False
-    return find_built(default_root(corpus), sha256_of_corpus(corpus), config.analyzer) is not None
+    return find_built(index_root(corpus, config.index), sha256_of_corpus(corpus), config.analyzer) is not None
 
 
 def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:
+    encoder, field = config.encoder, "retrieval.elasticsearch.encoder"
+    # Without a model in it the configuration's section has said so.
+    if encoder is not None and config.mode != "bm25" and (encoder / "config.json").is_file():
+        settings = Attempt.at(lambda: read_encoder_settings(encoder, field))
+        yield Finding.of(settings.error, field) if settings.error else Finding.note(field, str(settings.value))
     try:
         from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
     except ModuleNotFoundError as error:

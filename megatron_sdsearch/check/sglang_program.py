@@ -58,7 +58,7 @@ def check_program(sglang: SGLangConfig) -> Iterator[Finding]:
 
 def _probe(sglang: SGLangConfig) -> _Installed:
     program = sglang.command[0]
-    environment = own_environment() | dict(sglang.environment)
+    environment = own_environment() | sglang.plain_environment
     try:
         done = subprocess.run(
             [program, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_PROBE_S, check=False

@@ -208,7 +208,8 @@ def run_date_of(run_dir: Path) -> date:
 # What may change between a run and its continuation: where things and servers are, what is written, layout, rates.
 _MAY_CHANGE = (
     *("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps"),
-    *("rollout.sglang.", "retrieval.http.", "retrieval.elasticsearch.urls"),
+    *("rollout.sglang.", "retrieval.http.", "retrieval.index", "retrieval.elasticsearch.urls"),
+    *(f"retrieval.elasticsearch.{name}" for name in ("username", "password", "api_key", "ca_file")),
 )
 _FREE_NAMES = "rollout.sglang.environment."
 _PATHS = (

@@ -33,6 +33,9 @@ from megatron_sdsearch.retrieval.encoder import TextEncoder
 _SAMPLE_SIZE = 200
 _BAD_DOCUMENT, _CONFLICT, _TOO_LARGE = 400, 409, 413
 
+MAX_ID_BYTES = 512
+"""Elasticsearch's limit. It refuses a whole bulk request for one longer id, so such a row is rejected beforehand."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
@@ -166,7 +169,7 @@ def survey_corpus(
     generator = random.Random(sha256)
     reservoir: list[CorpusRow] = []
     row = None
-    for row in read_corpus(corpus, count if on_reject else None):
+    for row in read_corpus(corpus, count if on_reject else None, max_id_bytes=MAX_ID_BYTES):
         if num_passages < _SAMPLE_SIZE:
             reservoir.append(row)
         elif (place := generator.randrange(num_passages + 1)) < _SAMPLE_SIZE and place:  # place 0 keeps the first
@@ -333,7 +336,8 @@ class _Load:
                     await self._index.write_marker(self.marker)
 
     async def _chunks(self) -> AsyncGenerator[Chunk]:
-        rows: Iterator[CorpusRow] = read_corpus(self._corpus, lambda place, problem: None)
+        # The survey has reported what is left out here.
+        rows: Iterator[CorpusRow] = read_corpus(self._corpus, lambda place, problem: None, max_id_bytes=MAX_ID_BYTES)
         first = self._watermark.num_done
         rows = islice(rows, first, None)
         while batch := list(islice(rows, self._settings.chunk_passages)):

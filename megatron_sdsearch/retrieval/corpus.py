@@ -70,7 +70,9 @@ class CorpusRow(BaseModel):
         return bare_title(title), text
 
 
-def read_corpus(path: Path, on_reject: OnReject | None = None) -> Iterator[CorpusRow]:
+def read_corpus(
+    path: Path, on_reject: OnReject | None = None, *, max_id_bytes: int | None = None
+) -> Iterator[CorpusRow]:
     """Stream the rows in file order; blank lines are skipped.
 
     Memory does not grow with the file, but with the ids: one bit each where they are whole numbers, about 100 bytes
@@ -79,16 +81,17 @@ def read_corpus(path: Path, on_reject: OnReject | None = None) -> Iterator[Corpu
     Args:
         path: ``.parquet``; ``.gz``: gzipped JSONL; anything else: JSONL.
         on_reject: is told of bad rows, which are then left out; without it the first one raises.
+        max_id_bytes: UTF-8 bytes of the longest id that the engine takes; None: of any length.
 
     Raises:
-        DataError: naming file, line (or row), field and mend: a bad row, an id that stands twice, no rows, a file that
-            is missing, damaged, or of another kind.
+        DataError: naming file, line (or row), field and fix: a bad row, an id that stands twice or is too long, no
+            rows, a file that is missing, damaged, or of another kind.
     """
     seen = _SeenIds()
     num_passages = 0
     for place, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path):
         try:
-            parsed = _parse(place, row, seen)
+            parsed = _parse(place, row, seen, max_id_bytes)
         except DataError as error:
             if on_reject is None:
                 raise
@@ -147,7 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise _unreadable(path, error) from error
 
 
-def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds) -> CorpusRow:
+def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_bytes: int | None) -> CorpusRow:
     try:
         validate = CorpusRow.model_validate_json if isinstance(line, bytes) else CorpusRow.model_validate
         row = validate(line)  # type: ignore[arg-type]  # each gets its own kind
@@ -156,6 +159,10 @@ def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds) -> CorpusRo
         field = ".".join(str(part) for part in first["loc"]) or "row"
         mend = _MEND if isinstance(line, bytes) else _PARQUET_MEND
         raise DataError(f"{place}: {field}: {first['msg']}; {mend}") from error
+    num_bytes = len(row.id.encode())
+    if max_id_bytes is not None and num_bytes > max_id_bytes:
+        problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"
+        raise DataError(f"{place}: id: {problem}; give it a shorter one")
     if not seen.add(row.id):
         raise DataError(f"{place}: id: {row.id!r} stands twice; give each passage an id of its own")
     return row

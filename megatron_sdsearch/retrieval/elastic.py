@@ -24,12 +24,14 @@ from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.batching import BatchedSearches, BatchSettings, Fault, Outcome, SearchCounts
 from megatron_sdsearch.retrieval.elastic_connection import SECTION, Credentials, connect, fault_of
 from megatron_sdsearch.retrieval.elastic_index import Inspection, OpenedIndex
-from megatron_sdsearch.retrieval.elastic_query import QueryPlan
+from megatron_sdsearch.retrieval.elastic_query import CONTENTS, TEXT, TITLE, DocumentError, QueryPlan, read_hit
 from megatron_sdsearch.retrieval.encoder import TextEncoder
 
 _log = logging.getLogger(__name__)
 
 _SAMPLE_QUERY = "the name of a country"
+_SAMPLE_SIZE = 100
+"""Documents that are looked at before the first search."""
 
 
 class ElasticRetriever:
@@ -72,6 +74,7 @@ class ElasticRetriever:
             inspection = Inspection(client, config, credentials)
             index = await inspection.run(encoder)
             retriever = cls(client, config, credentials, index, encoder)
+            await retriever._check_documents()
             await retriever._try_out()
         except BaseException:
             await client.close()
@@ -173,7 +176,6 @@ class ElasticRetriever:
         if isinstance(outcome, Fault):
             message = f"{self.name}: a sample query failed: {outcome.cause}"
             raise RetrievalError(message, query=_SAMPLE_QUERY, num_attempts=1, cause=outcome.cause)
-        await self._check_sources()
 
     async def _sample(self) -> Outcome:
         """The answer to the sample query, tried again while its fault is one that passes."""
@@ -185,17 +187,17 @@ class ElasticRetriever:
             await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
         return outcome
 
-    async def _check_sources(self) -> None:
-        """Passages can be shown: the first document has its text in ``_source``."""
+    async def _check_documents(self) -> None:
+        """Passages can be shown: some documents hold text, and no lists, where it is read. Searches look at theirs."""
         inspection = Inspection(self._client, self._config, self._credentials)
-        found = await inspection.call(lambda: self._client.search(index=self._index.name, size=1))
-        source = found["hits"]["hits"][0].get("_source", {}) if found["hits"]["hits"] else {}
-        if "contents" not in source and not {"title", "text"} <= source.keys():
-            raise ConfigError(
-                f"{SECTION}.index",
-                f"documents of {self._index.name} have neither 'contents' nor 'title' and 'text' in _source",
-                "index the corpus with them",
-            )
+        fields = [CONTENTS, TITLE, TEXT]
+        search = self._client.search
+        found = await inspection.call(lambda: search(index=self._index.name, size=_SAMPLE_SIZE, source_includes=fields))
+        try:
+            for hit in found["hits"]["hits"]:
+                read_hit(hit)
+        except DocumentError as error:
+            raise ConfigError(f"{SECTION}.index", str(error), error.fix) from None
 
     def _plan_with(self, *, is_fused_by_server: bool) -> QueryPlan:
         config = self._config

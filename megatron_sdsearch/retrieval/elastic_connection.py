@@ -6,7 +6,6 @@ comes back.
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import re
@@ -20,15 +19,15 @@ from elastic_transport import ConnectionTimeout, SerializationError, TlsError, T
 from elasticsearch import ApiError, AsyncElasticsearch, UnsupportedProductError
 from elasticsearch import __version__ as _client_version
 
-from megatron_sdsearch.config import ElasticsearchConfig
+from megatron_sdsearch.config import ElasticsearchConfig, shown_url
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.batching import Fault
+from megatron_sdsearch.retrieval.secrets import basic_token, shorten, strike_out
 
 SECTION = "retrieval.elasticsearch"
 CLIENT_MAJOR = int(_client_version[0])
 _OVERLOADED = frozenset({429, 503})
 _RETRYABLE = frozenset({408, 429, 502, 503, 504})
-_MAX_CAUSE = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +47,24 @@ class Credentials:
         """What the settings say; else the environment; an API key before a name and password.
 
         Raises:
-            ConfigError: a name without a password, or the reverse.
+            ConfigError: a name without a password, or the reverse, or a key that is none.
         """
+        api_key, basic = cls._choose(config, environment)
+        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+            problem = "holds white space, or a character that is none of base64"  # no header takes a line's end
+            raise ConfigError(f"{SECTION}.api_key", problem, 'give "encoded" of Elasticsearch\'s answer, and no more')
+        return cls(api_key=api_key, basic=basic)
+
+    @staticmethod
+    def _choose(
+        config: ElasticsearchConfig, environment: Mapping[str, str]
+    ) -> tuple[str | None, tuple[str, str] | None]:
+        """Key, or name and password, or neither."""
         if config.api_key is not None:
-            return cls(api_key=config.api_key.get_secret_value())
+            return config.api_key.get_secret_value(), None
         is_set = config.username is not None or config.password is not None
         if not is_set and environment.get("ELASTICSEARCH_API_KEY"):
-            return cls(api_key=environment["ELASTICSEARCH_API_KEY"])
+            return environment["ELASTICSEARCH_API_KEY"], None
         username = config.username or environment.get("ELASTICSEARCH_USERNAME")
         password = config.password.get_secret_value() if config.password else environment.get("ELASTICSEARCH_PASSWORD")
         if bool(username) != bool(password):
@@ -62,7 +72,7 @@ class Credentials:
             raise ConfigError(
                 f"{SECTION}.{lacking}", f"missing, and {known} is set", f"set it or ELASTICSEARCH_{lacking.upper()}"
             )
-        return cls(basic=(username, password)) if username and password else cls()
+        return None, (username, password) if username and password else None
 
     @property
     def kind(self) -> str:
@@ -74,20 +84,14 @@ class Credentials:
         """For a request beside the client."""
         if self.api_key:
             return {"authorization": f"ApiKey {self.api_key}"}
-        return {"authorization": f"Basic {self._encoded}"} if self.basic else {}
-
-    @property
-    def _encoded(self) -> str:
-        return base64.b64encode(":".join(self.basic or ()).encode()).decode()
+        return {"authorization": f"Basic {basic_token(*self.basic)}"} if self.basic else {}
 
     def strike_out(self, text: str) -> str:
         """``text`` without any secret, in whatever form it may have been echoed."""
         secrets = [self.api_key] if self.api_key else []
         if self.basic:
-            secrets += [self.basic[1], self._encoded]
-        for secret in secrets:
-            text = text.replace(secret, "***")
-        return text
+            secrets += [self.basic[1], basic_token(*self.basic)]
+        return strike_out(text, secrets)
 
 
 def connect(config: ElasticsearchConfig, credentials: Credentials) -> AsyncElasticsearch:
@@ -128,16 +132,15 @@ def connect(config: ElasticsearchConfig, credentials: Credentials) -> AsyncElast
 
 
 def _check_url(url: str) -> str:
-    """The scheme. The URL itself is not shown while it may hold a password."""
-    parts = urlsplit(url)
-    if parts.username or parts.password or "@" in parts.netloc:
-        raise ConfigError(f"{SECTION}.urls", "a URL holds credentials", "use username and password, or api_key")
+    """The scheme."""
     try:
+        parts = urlsplit(url)
         is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port is not None
     except ValueError:  # a port that is no number
         is_whole = False
     if not is_whole:
-        raise ConfigError(f"{SECTION}.urls", f"{url!r} is not whole", "give scheme, host and port: http://host:9200")
+        fix = "give scheme, host and port: http://host:9200"
+        raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", fix)
     return parts.scheme
 
 
@@ -147,9 +150,9 @@ def fault_of(error: TransportError | ApiError, credentials: Credentials) -> Faul
         return fault_of_status(
             error.status_code, error.body, credentials, retry_after=error.meta.headers.get("retry-after")
         )
-    words = credentials.strike_out(_shorten(str(error.message)))
+    words = shorten(credentials.strike_out(str(error.message))) or type(error).__name__
     if isinstance(error, ConnectionTimeout):
-        return Fault(cause=f"timed out: {words}", is_retryable=True, is_overload=True)
+        return Fault(cause=f"no answer in time: {words}", is_retryable=True, is_overload=True)
     if isinstance(error, SerializationError):
         return Fault(cause=f"answer is no JSON: {words}", is_retryable=True)
     kind = "TLS failed" if isinstance(error, TlsError) else "no connection"
@@ -158,18 +161,18 @@ def fault_of(error: TransportError | ApiError, credentials: Credentials) -> Faul
 
 def fault_of_status(status: int, body: Any, credentials: Credentials, *, retry_after: str | None = None) -> Fault:
     """What a status that is not success means; ``body`` is Elasticsearch's error object, or whatever came instead."""
-    cause = f"HTTP {status}: {credentials.strike_out(reason_of(body))}"
+    cause = f"HTTP {status}: {reason_of(body, credentials)}"
     if is_too_many_clauses(body):
         cause += "; raise the cluster's indices.query.bool.max_clause_count"
     wait = float(retry_after) if retry_after and re.fullmatch(r"\d+(\.\d+)?", retry_after) else None
     return Fault(cause=cause, is_retryable=status in _RETRYABLE, is_overload=status in _OVERLOADED, retry_after_s=wait)
 
 
-def reason_of(body: Any) -> str:
-    """``type: reason`` of the innermost known cause, shortened."""
+def reason_of(body: Any, credentials: Credentials) -> str:
+    """``type: reason`` of the innermost known cause, shortened and without secrets."""
     error = body.get("error", body) if isinstance(body, Mapping) else body
     if not isinstance(error, Mapping):
-        return _shorten(str(error)) or "no reason given"
+        return shorten(credentials.strike_out(str(error))) or "no reason given"
     causes = error.get("root_cause") or [error]
     inner = causes[0] if isinstance(causes[0], Mapping) else error
     deepest = inner
@@ -178,7 +181,7 @@ def reason_of(body: Any) -> str:
     words = f"{inner.get('type', 'error')}: {inner.get('reason', 'no reason given')}"
     if deepest is not inner:
         words += f" ({deepest.get('reason')})"
-    return _shorten(words)
+    return shorten(credentials.strike_out(words))
 
 
 def is_too_many_clauses(body: Any) -> bool:
@@ -197,8 +200,3 @@ def is_wrong_version(error: ApiError) -> bool:
 def is_other_product(error: ApiError) -> bool:
     """Whether the answer came from something that is not Elasticsearch."""
     return isinstance(error, UnsupportedProductError)
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _MAX_CAUSE else text[:_MAX_CAUSE] + "..."

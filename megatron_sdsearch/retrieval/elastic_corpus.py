@@ -28,13 +28,15 @@ from megatron_sdsearch.retrieval.elastic_connection import (
     is_other_product,
     is_wrong_version,
 )
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 
 T = TypeVar("T")
 
 _LAYOUT = 1
 """Raise it when the meaning of an index changes: a corpus is then loaded into a new one."""
 
-_META = "megatron_sdsearch"
+META = "megatron_sdsearch"
+"""Under ``_meta`` of a mapping: where an index of this tool keeps its ``Marker``."""
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 15.0
 _MGET = 100  # ids of one request
 
@@ -52,6 +54,7 @@ class IndexSettings:
         num_replicas: once it is loaded.
         encoder: fingerprint of what made the vectors; None: there are none.
         num_dims: of the vectors.
+        similarity: by which they are compared.
     """
 
     name: str
@@ -60,6 +63,7 @@ class IndexSettings:
     num_replicas: int = 1
     encoder: str | None = None
     num_dims: int | None = None
+    similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
         """Check what Elasticsearch would refuse only after the corpus was read.
@@ -89,8 +93,8 @@ class IndexSettings:
                 "type": "dense_vector",
                 "dims": self.num_dims,
                 "index": True,
-                # Rows have length 1, so this ranks as a dot product does, and forgives the last bit of rounding.
-                "similarity": "cosine",
+                # For rows of length 1 cosine ranks as a dot product does, and forgives the last bit of rounding.
+                "similarity": "cosine" if self.similarity == "cosine" else "max_inner_product",
                 # A byte for each number. Left unsaid, it depends on the version: since 9.1 long vectors get one bit.
                 "index_options": {"type": "int8_hnsw"},
             }
@@ -117,6 +121,7 @@ class Marker(BaseModel):
     Attributes:
         layout: of this module.
         corpus_sha256: of the corpus file's bytes.
+        encoder: fingerprint of what made the vectors; None: there are none, or an older version loaded it.
         num_passages: of the corpus.
         num_done: so many passages from its start are in, or were rejected.
         num_rejected: of those, by Elasticsearch.
@@ -127,6 +132,7 @@ class Marker(BaseModel):
 
     layout: int = _LAYOUT
     corpus_sha256: str
+    encoder: str | None = None
     num_passages: int
     num_done: int = 0
     num_rejected: int = 0
@@ -273,7 +279,8 @@ class ElasticIndex:
             exists = False
         if exists:
             return await self.read_marker()
-        marker = Marker(corpus_sha256=self._corpus_sha256, num_passages=num_passages)
+        encoder = self._settings.encoder
+        marker = Marker(corpus_sha256=self._corpus_sha256, encoder=encoder, num_passages=num_passages)
         await self._create(marker)
         return await self.read_marker()
 
@@ -286,7 +293,7 @@ class ElasticIndex:
         answer = await self._ask(lambda: self._indices.get_mapping(index=self.name), "cannot read its marker")
         meta = answer[self.name]["mappings"].get("_meta", {})
         try:
-            marker = Marker.model_validate(meta.get(_META))
+            marker = Marker.model_validate(meta.get(META))
         except ValidationError as error:
             raise ConfigError(
                 "--index", f"{self.name} was not made by this tool, or was deleted meanwhile", "delete it, start again"
@@ -295,7 +302,7 @@ class ElasticIndex:
 
     async def write_marker(self, marker: Marker) -> None:
         """Say how far it is loaded."""
-        meta = {_META: marker.model_dump()}
+        meta = {META: marker.model_dump()}
         await self._ask(lambda: self._indices.put_mapping(index=self.name, meta=meta), "cannot write its marker")
 
     async def open_for_searches(self, *, is_merged: bool = False) -> None:
@@ -351,7 +358,7 @@ class ElasticIndex:
 
     async def _create(self, marker: Marker) -> None:
         body = self._settings.body()
-        mappings = {**body["mappings"], "_meta": {_META: marker.model_dump()}}
+        mappings = {**body["mappings"], "_meta": {META: marker.model_dump()}}
         await self._ask(
             lambda: self._indices.create(index=self.name, settings=body["settings"], mappings=mappings),
             "cannot create it",

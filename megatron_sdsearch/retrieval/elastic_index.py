@@ -26,6 +26,7 @@ from megatron_sdsearch.retrieval.elastic_connection import (
     is_other_product,
     is_wrong_version,
 )
+from megatron_sdsearch.retrieval.elastic_corpus import META
 from megatron_sdsearch.retrieval.elastic_query import CONTENTS, TEXT, TITLE, VECTOR
 from megatron_sdsearch.retrieval.encoder import TextEncoder
 
@@ -82,6 +83,7 @@ class Inspection:
             _log.warning("%s", version_warning)
         name, index = await self._one_index()
         self._check_fields(index["mappings"].get("properties", {}), encoder)
+        self._check_encoder(index["mappings"].get("_meta", {}).get(META, {}), encoder)
         stats = (await self.call(lambda: self._client.indices.stats(index=name, level="shards")))["indices"][name]
         num_passages = int(stats["primaries"]["docs"]["count"])
         if num_passages == 0:
@@ -209,6 +211,18 @@ class Inspection:
                 f"{vector.get('dims')}",
                 "use the encoder that the index was made with",
             )
+
+    def _check_encoder(self, marker: dict[str, Any], encoder: TextEncoder | None) -> None:
+        """Vectors of another encoder may have the same length, and are near to nothing that this one makes."""
+        loaded_with = marker.get("encoder")
+        if self._config.mode == "bm25" or encoder is None or loaded_with in (None, encoder.fingerprint):
+            return
+        raise ConfigError(
+            f"{SECTION}.encoder",
+            f"{self._config.encoder} is {encoder.fingerprint}, and the vectors of {self._config.index} were made by "
+            f"{loaded_with}: other weights, or another pooling, prompt or length",
+            "use the encoder that the index was made with, or load the corpus again with --encoder",
+        )
 
     def _no_field(self, setting: str, name: str, properties: dict[str, Any], wanted: str) -> ConfigError:
         kind = properties.get(name, {}).get("type", "missing")

@@ -106,21 +106,61 @@ def read_answer(answer: Any, credentials: Credentials) -> list[Passage] | Fault:
     shards = answer.get("_shards", {})
     if shards.get("failed"):
         failures = shards.get("failures") or [{}]
-        reason = credentials.strike_out(reason_of(failures[0].get("reason", {})))
+        reason = reason_of(failures[0].get("reason", {}), credentials)
         cause = f"{shards['failed']} of {shards.get('total')} shards failed: {reason}"
         return Fault(cause=cause, is_retryable=True, is_overload=True)
     if answer.get("timed_out"):
         return Fault(cause="the search timed out on a shard", is_retryable=True, is_overload=True)
     try:
-        return [_passage(hit) for hit in answer["hits"]["hits"]]
+        return [read_hit(hit) for hit in answer["hits"]["hits"]]
+    except DocumentError as error:
+        return Fault(cause=f"{error}; {error.fix}", is_retryable=False)
     except (KeyError, TypeError, ValueError) as error:
         return Fault(cause=f"answer has no {error}", is_retryable=False)
 
 
-def _passage(hit: Mapping[str, Any]) -> Passage:
-    source = hit["_source"]
-    contents = source[CONTENTS] if CONTENTS in source else f'"{source[TITLE]}"\n{source[TEXT]}'
-    return Passage(passage_id=str(hit["_id"]), contents=str(contents), score=float(hit.get("_score") or 0.0))
+class DocumentError(Exception):
+    """A document holds no text where the model is to read some.
+
+    Attributes:
+        fix: what to do about it.
+    """
+
+    fix = f"index it with one text in {CONTENTS}, or with one in each of {TITLE} and {TEXT}"
+
+
+def read_hit(hit: Mapping[str, Any]) -> Passage:
+    """The passage of one document: its ``contents``, or made of ``title`` and ``text`` where it has none.
+
+    A mapping says what a field is searched as; a document may still hold a list there, an object, or nothing.
+
+    Raises:
+        DocumentError: naming index, document and field.
+    """
+    source = hit.get("_source")
+    place = f"document {hit['_id']!r} of {hit.get('_index', 'the index')}"
+    if not isinstance(source, Mapping):
+        raise DocumentError(f"{place} has no _source, which holds its text")
+    if source.get(CONTENTS) is not None:
+        contents = _text(source, CONTENTS, place)
+    elif TITLE in source or TEXT in source:
+        contents = f'"{_text(source, TITLE, place)}"\n{_text(source, TEXT, place)}'
+    else:
+        contents = _text(source, CONTENTS, place)
+    return Passage(passage_id=str(hit["_id"]), contents=contents, score=float(hit.get("_score") or 0.0))
+
+
+def _text(source: Mapping[str, Any], field: str, place: str) -> str:
+    value = source.get(field)
+    if isinstance(value, str):
+        return value
+    if field not in source:
+        found = "is missing"
+    elif isinstance(value, list):
+        found = f"is a list of {len(value)}"
+    else:
+        found = "is null" if value is None else "is an object" if isinstance(value, Mapping) else f"is {value!r:.40}"
+    raise DocumentError(f"{place}: {field} {found}, not a text")
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:

@@ -1,4 +1,4 @@
-"""What turns queries into vectors; ``e5.py`` has the implementation, which needs torch and is imported late."""
+"""What turns queries into vectors; ``folder_encoder.py`` implements it, needs torch, and is imported late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 
 Vectors = NDArray[np.float32]
 
@@ -21,13 +23,18 @@ class TextEncoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names the weights; equal fingerprints give equal vectors."""
+        """Names the weights and how they are used; equal fingerprints give equal vectors."""
+        ...
+
+    @property
+    def similarity(self) -> Similarity:
+        """By which vectors are compared; ``dot`` where their lengths count."""
         ...
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
-        """[len(texts), num_dims], each row of length 1."""
+        """[len(texts), num_dims]."""
         ...
 
     def encode_passages(self, texts: Sequence[str]) -> Vectors:
-        """[len(texts), num_dims], each row of length 1."""
+        """[len(texts), num_dims]."""
         ...

@@ -17,15 +17,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
-from megatron_sdsearch.config import RetrieveServerConfig
-from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.config import RetrieveServerConfig, shown_url
+from megatron_sdsearch.errors import ConfigError, RetrievalError, cause_of
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.batching import BatchedSearches, BatchSettings, Fault, Outcome, SearchCounts
+from megatron_sdsearch.retrieval.secrets import basic_token, shorten, strike_out
 
 _FIELD = "retrieval.http.url"
 _OVERLOADED = frozenset({429, 503})
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})  # 500: Search-R1's server answers so when its engine stumbles
-_MAX_WORDS = 400  # characters of a server's own message that are quoted
 _HEALTH_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 10.0  # a host that is off is noticed before the request's own deadline
 
@@ -46,6 +46,7 @@ class RetrieveServerRetriever:
         num_passages: int | None = None,
     ) -> None:
         self._url = config.url
+        self._secrets = _secrets(config)
         self._session = session
         self._fingerprint = fingerprint
         self.num_passages = num_passages
@@ -64,6 +65,7 @@ class RetrieveServerRetriever:
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+            headers={"Authorization": f"Basic {secrets[-1]}"} if (secrets := _secrets(config)) else None,
         )
         try:
             health = await _health(config, session)
@@ -120,28 +122,28 @@ class RetrieveServerRetriever:
                 body = await response.read()
         except (aiohttp.ClientError, OSError) as error:
             if isinstance(error, TimeoutError):
-                return Fault(cause="no connection in time", is_retryable=True)
-            return Fault(cause=f"{type(error).__name__}: {error}", is_retryable=True)
+                return Fault(cause=f"no connection in {_CONNECT_TIMEOUT_S:g} s", is_retryable=True)
+            return Fault(cause=f"no connection: {cause_of(error)}", is_retryable=True)
         if response.status != 200:
             mend = "; give the whole route: http://host:8000/retrieve" if response.status == 404 else ""
             return Fault(
-                cause=f"HTTP {response.status}: {_words(body)}{mend}",
+                cause=f"HTTP {response.status}: {_words(body, self._secrets)}{mend}",
                 is_retryable=response.status in _RETRYABLE,
                 is_overload=response.status in _OVERLOADED,
                 retry_after_s=_seconds(response.headers.get("Retry-After", "")),
             )
-        return read_answer(body, len(queries), top_k)
+        return read_answer(body, len(queries), top_k, self._secrets)
 
 
-def read_answer(body: bytes, num_queries: int, top_k: int) -> Sequence[Outcome] | Fault:
+def read_answer(body: bytes, num_queries: int, top_k: int, secrets: Sequence[str] = ()) -> Sequence[Outcome] | Fault:
     """Passages of each query: ``{"result": [[item, ...], ...]}``, an item with or without score; or what is wrong."""
     try:
         answer = json.loads(body)
     except ValueError:
-        return _malformed(f"not JSON: {_words(body)}")
+        return _malformed(f"not JSON: {_words(body, secrets)}")
     result = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(result, list):
-        return _malformed(f'no list "result": {_words(body)}')
+        return _malformed(f'no list "result": {_words(body, secrets)}')
     if len(result) != num_queries:
         return _malformed(f'"result" has {len(result)} lists for {num_queries} queries')
     return [_read_items(items, top_k) for items in result]
@@ -184,11 +186,14 @@ async def _health(config: RetrieveServerConfig, session: aiohttp.ClientSession) 
     try:
         async with asyncio.timeout(_HEALTH_TIMEOUT_S), session.get(url) as response:
             status, body = response.status, await response.read()
-    except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
-        mend = f"start the server (tools/serve_retriever.py), or mend {_FIELD}"
-        raise RetrievalError(f"{config.url}: nobody answers ({error or type(error).__name__}); {mend}") from error
+    except TimeoutError as error:  # before OSError, of which it is one
+        fix = "see what the server is waiting for"
+        raise RetrievalError(f"{url}: no answer in {_HEALTH_TIMEOUT_S:g} s; {fix}") from error
+    except (aiohttp.ClientError, OSError) as error:
+        fix = f"start the server (tools/serve_retriever.py), or correct {_FIELD}"
+        raise RetrievalError(f"{config.url}: no server answers ({cause_of(error)}); {fix}") from error
     if status == 503:
-        raise RetrievalError(f"{url}: the server's engine is not well: {_words(body)}")
+        raise RetrievalError(f"{url}: the server's engine is not well: {_words(body, _secrets(config))}")
     try:
         health = json.loads(body) if status == 200 else {}
     except ValueError:
@@ -202,9 +207,21 @@ def check_url(url: str) -> None:
     Raises:
         ConfigError: it is not.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path in ("", "/"):
-        raise ConfigError(_FIELD, f"{url!r} is not whole", "give all of it: http://host:8000/retrieve")
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_whole = False
+    if not is_whole or parts.path in ("", "/"):
+        raise ConfigError(_FIELD, f"{shown_url(url)!r} is not whole", "give all of it: http://host:8000/retrieve")
+
+
+def _secrets(config: RetrieveServerConfig) -> tuple[str, ...]:
+    """The password and the header made of it: a server, or a proxy before it, may echo what it refuses."""
+    if config.username is None or config.password is None:
+        return ()
+    password = config.password.get_secret_value()
+    return password, basic_token(config.username, password)
 
 
 def _health_url(url: str) -> str:
@@ -219,9 +236,8 @@ def _malformed(problem: str) -> Fault:
     return Fault(cause=f"malformed answer: {problem}", is_retryable=False)
 
 
-def _words(body: bytes) -> str:
-    text = " ".join(body.decode("utf-8", "replace").split())
-    return text[:_MAX_WORDS] or "(empty)"
+def _words(body: bytes, secrets: Sequence[str]) -> str:
+    return shorten(strike_out(body.decode("utf-8", "replace"), secrets)) or "(empty)"
 
 
 def _seconds(header: str) -> float | None:

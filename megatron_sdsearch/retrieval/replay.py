@@ -188,7 +188,9 @@ class ReplayRetriever:
             return stored
         self._counts[MISSES] += 1
         if self._engine is None:
-            raise RetrievalError(self._missing(query, top_k))
+            raise RetrievalError(
+                self._missing(query, top_k), query=query, cause="the replay store does not know the query"
+            )
         found = await self._engine.search(query, top_k=top_k)
         kept = self._store.put(fingerprint, query, top_k, found)
         self._counts[EVICTIONS] += kept.num_evicted

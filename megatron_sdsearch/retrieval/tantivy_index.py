@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ from typing import Self
 import tantivy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
+from megatron_sdsearch.errors import ConfigError, DataError, RetrievalError, SDSearchError, cause_of
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import get_analyzer
 from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
@@ -75,7 +77,15 @@ class TantivyRetriever:
         self._analyze = get_analyzer(manifest.analyzer)
 
     @classmethod
-    def build(cls, corpus: Path, index_dir: Path, analyzer: str, on_passage: Callable[[], None] | None = None) -> None:
+    def build(
+        cls,
+        corpus: Path,
+        index_dir: Path,
+        analyzer: str,
+        on_passage: Callable[[], None] | None = None,
+        *,
+        field: str = "retrieval.index",
+    ) -> None:
         """Make ``index_dir`` the index of that corpus; does nothing when it already is.
 
         The index appears whole or not at all, and any number of processes may call this at the same time.
@@ -85,12 +95,14 @@ class TantivyRetriever:
             index_dir: replaced when its manifest does not fit.
             analyzer: ``standard`` or ``english``.
             on_passage: called after each passage, for a display of progress.
+            field: the setting that names the place, for errors.
 
         Raises:
+            ConfigError: of ``field``: the place may not be written, or is full.
             DataError: a bad row, an id that stands twice, no rows, or no such file.
             RetrievalError: tantivy could not write the index.
         """
-        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus), on_passage)
+        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus), on_passage, field)
 
     @classmethod
     def open(cls, index_dir: Path) -> Self:
@@ -103,16 +115,17 @@ class TantivyRetriever:
         if manifest is None or not manifest.fits(manifest.corpus_sha256, manifest.analyzer):
             raise RetrievalError(f"{index_dir}: no index of this version; build it from its corpus")
         with _failing_as(f"{index_dir}: cannot open the index; delete the folder and build it again"):
-            return cls(tantivy.Index.open(str(index_dir)), manifest)
+            return cls(_open(index_dir), manifest)
 
     @classmethod
     def open_or_build(cls, corpus: Path, analyzer: str, index_root: Path) -> Self:
-        """Open the index of that corpus under ``index_root``, after building it if it is not there.
+        """Open the index of that corpus in ``index_root``, after building it if it is not there.
 
         What fits is used whatever its folder is called, so an index that ``tools/index_corpus.py`` put there is found.
         A new folder is named after content and analyzer, so indices of different corpora live side by side.
 
         Raises:
+            ConfigError: see ``build``.
             DataError: see ``build``.
             RetrievalError: see ``open``.
         """
@@ -190,7 +203,7 @@ def _failing_as(message: str) -> Iterator[None]:
             raise
         # A Rust panic arrives as pyo3's PanicException, which is no Exception and cannot be imported.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise RetrievalError(f"{message}: {error}") from error
+            raise RetrievalError(f"{message}: {cause_of(error)}") from error
         raise
 
 
@@ -203,6 +216,31 @@ def default_root(corpus: Path) -> Path:
     return corpus.parent / "index"
 
 
+def index_root(corpus: Path, index: Path | None) -> Path:
+    """Where training keeps and looks for the indices of a corpus: ``retrieval.index``, or beside the corpus."""
+    return default_root(corpus) if index is None else index
+
+
+def check_writable(folder: Path, corpus: Path, field: str) -> None:
+    """Refuse a place in which no folder can be made, before the corpus is read.
+
+    Raises:
+        ConfigError: of ``field``.
+    """
+    home = folder.absolute()
+    while not home.exists() and home != home.parent:
+        home = home.parent
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise _unwritable(home, corpus, field, "it may not be written" if home.is_dir() else "it is no folder")
+
+
+def find_indices(folder: Path) -> list[Path]:
+    """The indices of this version in a folder, or it itself, by name."""
+    # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.
+    places = (folder, *sorted(path.parent for path in folder.glob(f"[!.]*/{_MANIFEST}")))
+    return [path for path in places if Manifest.read(path) is not None]
+
+
 def _folder_name(corpus_sha256: str, analyzer: str) -> str:
     key = f"{_LAYOUT}/{_tantivy_version()}/{corpus_sha256}"
     return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -211,9 +249,8 @@ def _folder_name(corpus_sha256: str, analyzer: str) -> str:
 def find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
     """A folder in ``index_root``, or itself, that holds the very index; the own name first, others by theirs."""
     own = index_root / _folder_name(corpus_sha256, analyzer)
-    # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.
-    others = sorted(path.parent for path in index_root.glob(f"[!.]*/{_MANIFEST}"))
-    return next((path for path in (own, index_root, *others) if _is_built(path, corpus_sha256, analyzer)), None)
+    places = (own, *find_indices(index_root))
+    return next((path for path in places if _is_built(path, corpus_sha256, analyzer)), None)
 
 
 def _build_once(
@@ -222,12 +259,13 @@ def _build_once(
     analyzer: str,
     corpus_sha256: str,
     on_passage: Callable[[], None] | None = None,
+    field: str = "retrieval.index",
 ) -> None:
     get_analyzer(analyzer)  # an unknown name raises before anything is written
     if _is_built(index_dir, corpus_sha256, analyzer):
         return
-    index_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusively(index_dir):
+    check_writable(index_dir.parent, corpus, field)
+    with _writing(index_dir.parent, corpus, field), _exclusively(index_dir):
         if _is_built(index_dir, corpus_sha256, analyzer):
             return
         temporary = index_dir.parent / f".{index_dir.name}.{uuid.uuid4().hex}"
@@ -237,6 +275,48 @@ def _build_once(
             _move_into_place(temporary, index_dir, corpus_sha256, analyzer)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(folder: Path, corpus: Path, field: str) -> Iterator[None]:
+    """What the file system refuses is a matter of the setting; tantivy says it in a ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except SDSearchError as error:
+        reason = _refusal(str(error)) if isinstance(error, RetrievalError) else ""
+        if not reason:
+            raise
+        raise _unwritable(folder, corpus, field, reason) from error
+    except OSError as error:
+        raise _unwritable(folder, corpus, field, error.strerror or cause_of(error)) from error
+
+
+def _refusal(message: str) -> str:
+    """Why the system would not write, from tantivy's words; empty where they are about something else."""
+    if found := re.search(r"([^':]*) \(os error \d+\)", message):
+        return found.group(1)
+    # Its worker threads do not pass the reason on.
+    return "the system refused to write, as where a disk is full" if "io::Error" in message else ""
+
+
+def _unwritable(folder: Path, corpus: Path, field: str, reason: str) -> ConfigError:
+    fix = f"set {field} to a folder that may be written and has room for about the corpus's size"
+    return ConfigError(field, f"{folder} cannot take the index of {corpus}: {reason}", fix)
+
+
+def _open(index_dir: Path) -> tantivy.Index:
+    """tantivy takes a lock beside what it opens, for reading as well; where it may not, beside links to it."""
+    try:
+        return tantivy.Index.open(str(index_dir))
+    except ValueError as error:
+        if "Lockfile" not in str(error):
+            raise
+    with tempfile.TemporaryDirectory() as links:
+        for file in index_dir.resolve().iterdir():
+            if file.suffix != ".lock":
+                (Path(links) / file.name).symlink_to(file)
+        return tantivy.Index.open(links)  # has opened every file
 
 
 def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
@@ -293,6 +373,9 @@ def _write_index(
         tantivy_version=_tantivy_version(),
     )
     (folder / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    mode = (folder / _MANIFEST).stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(mode)  # some are tantivy's temporary files, which other users may not even read
 
 
 def _schema() -> tantivy.Schema:

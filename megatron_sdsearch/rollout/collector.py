@@ -1,13 +1,15 @@
 """All trajectories of one step at once, as complete groups in the order of their places.
 
-Owns the event loop on which engine and retriever live, and the count of lost trajectories; the limit on them is for
-whoever knows all processes (``RolloutLosses.check``). What is asked is ``supply.py``'s, refills and early ends are
-``groups.py``'s, what one trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
+Owns the event loop on which engine and retriever live, and the count of lost trajectories; the limit on them is held
+where all processes are known (``RolloutLosses.check``). Of failed searches the first is logged with its cause, the
+others are counted in one line. What is asked is ``supply.py``'s, refills and early ends are ``groups.py``'s, what one
+trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,44 @@ from megatron_sdsearch.rollout.supply import Supply, exactly
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_SHOWN_CAUSES, _CAUSE_LENGTH = 3, 120
+
+
+class FailedSearches:
+    """Those of one collection, which a dead search engine makes thousands of.
+
+    Attributes:
+        first_cause: of the first one, whole; empty without one.
+    """
+
+    def __init__(self) -> None:
+        self.first_cause = ""
+        self._causes: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return self._causes.total()
+
+    def add(self, error: RetrievalError) -> None:
+        """Count one; the first is logged."""
+        if not self._causes:
+            self.first_cause = str(error)
+            _log.warning("a search failed: %s; further ones are counted until the step's end", error)
+        cause = error.cause or "no cause was given"
+        self._causes[cause if len(cause) <= _CAUSE_LENGTH else f"{cause[:_CAUSE_LENGTH]}..."] += 1
+
+    def sum_up(self) -> None:
+        """One line, by cause, where there was more than one."""
+        if self.total < 2:
+            return
+        shown = [f"{count} x {cause}" for cause, count in self._causes.most_common(_SHOWN_CAUSES)]
+        if (num_others := len(self._causes) - len(shown)) > 0:
+            shown.append(f"{num_others} other causes")
+        _log.warning("%d searches failed: %s", self.total, "; ".join(shown))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,22 +222,25 @@ class RolloutCollector:
 
     def _roll_out(self, supply: Supply, temperature: float, top_p: float) -> Collected:
         ended: Counter[TrajectoryStatus] = Counter()
-        causes: list[RetrievalError] = []
+        failed = FailedSearches()
 
         async def roll_out(question: Question, trajectory_id: TrajectoryId) -> Trajectory:
             trajectory = await self._episodes.run(
-                question, trajectory_id, temperature=temperature, top_p=top_p, on_failed_search=causes.append
+                question, trajectory_id, temperature=temperature, top_p=top_p, on_failed_search=failed.add
             )
             ended[trajectory.status] += 1
             return trajectory
 
         collection = GroupCollection(supply, roll_out, self._score, self._config.hindsight.rho)
-        groups, counts = self._runner.run(collection.run())
+        try:
+            groups, counts = self._runner.run(collection.run())
+        finally:
+            failed.sum_up()
         losses = RolloutLosses(
             num_ended=ended.total(),
             num_failed=ended[TrajectoryStatus.RETRIEVAL_FAILED],
             num_aborted=ended[TrajectoryStatus.ABORTED],
-            first_cause=str(causes[0]) if causes else "",
+            first_cause=failed.first_cause,
         )
         return Collected(groups=tuple(groups), counts=counts, losses=losses)
 

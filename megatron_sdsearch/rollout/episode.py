@@ -7,7 +7,6 @@ observation is encoded once, and what was sampled is carried along as it is. Man
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 from megatron_sdsearch.config import RolloutConfig
@@ -28,8 +27,6 @@ from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, span_of
-
-_log = logging.getLogger(__name__)
 
 
 class ObservationWriter:
@@ -153,7 +150,6 @@ class EpisodeRunner:
         except RetrievalDownError:
             raise
         except RetrievalError as error:
-            _log.warning("%s: search failed: %s", trajectory_id, error)
             on_failed_search(error)
             status = TrajectoryStatus.RETRIEVAL_FAILED
         finally:

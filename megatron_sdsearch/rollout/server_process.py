@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.errors import ConfigError, EngineError
+from megatron_sdsearch.errors import ConfigError, EngineError, cause_of
 from megatron_sdsearch.rollout import server_guardian
 
 # What torchrun tells its workers. A server that reads them would join the trainer's rendezvous instead of its own.
@@ -114,7 +114,7 @@ def read_server_info(url: str, timeout_s: float) -> dict[str, Any]:
     try:
         return _call(url + "/server_info", None, timeout_s)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise EngineError(f"{url}/server_info: {error}") from error
+        raise EngineError(f"{url}/server_info: {cause_of(error)}") from error
 
 
 def find_obstacle(url: str, timeout_s: float) -> str:
@@ -136,7 +136,7 @@ def find_obstacle(url: str, timeout_s: float) -> str:
         reason = getattr(error, "reason", error)
         if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
             raise ConfigError("rollout.sglang.urls", f"{url}: {reason.strerror}", mend) from error
-        return str(reason) or type(reason).__name__
+        return cause_of(reason) if isinstance(reason, BaseException) else str(reason)
     return ""
 
 
@@ -153,7 +153,7 @@ def load_weights(url: str, path: Path, version: int, timeout_s: float) -> None:
     except urllib.error.HTTPError as error:
         raise EngineError(f"loading {path} failed: {error.code} {error.read().decode(errors='replace')}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise EngineError(f"loading {path} failed: {error}") from error
+        raise EngineError(f"loading {path} failed: {cause_of(error)}") from error
     if not answer.get("success"):
         raise EngineError(f"loading {path} failed: {answer.get('message')}")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import aiohttp
 
 from megatron_sdsearch.config import is_server_url
-from megatron_sdsearch.errors import EngineError, ServerRefusedError, ServerUnavailableError
+from megatron_sdsearch.errors import EngineError, ServerRefusedError, ServerUnavailableError, cause_of
 
 OLDEST_VERSION = "0.5.19"
 TESTED_VERSION = "0.5.23"
@@ -283,12 +283,12 @@ class SGLangServer:
             async with asyncio.timeout(limit):
                 status, content = await self._exchange(method, route, body)
         except aiohttp.ClientError as error:  # before TimeoutError, which some of them are too
-            raise ServerUnavailableError(f"{self.url}{route}: {error or type(error).__name__}") from error
+            raise ServerUnavailableError(f"{self.url}{route}: {cause_of(error)}") from error
         except TimeoutError as error:
             message = f"{self.url}{route}: no answer within {limit:g} s"
             raise ServerUnavailableError(message, is_timeout=True) from error
         except OSError as error:
-            raise ServerUnavailableError(f"{self.url}{route}: {error or type(error).__name__}") from error
+            raise ServerUnavailableError(f"{self.url}{route}: {cause_of(error)}") from error
         if status == 200:
             return content
         message = f"{self.url}{route}: HTTP {status}: {_words(content)}"

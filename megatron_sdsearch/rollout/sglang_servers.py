@@ -74,7 +74,7 @@ class ServerSupervisor:
                     index,
                     url=f"http://{host}:{port}",
                     command=[*config.command, *flags, *config.arguments],
-                    environment=config.environment | devices[index].environment,
+                    environment=config.plain_environment | devices[index].environment,
                     log=log_dir / f"server_{index}.log",
                     config=config,
                     patience=self._patience,

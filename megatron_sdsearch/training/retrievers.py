@@ -8,7 +8,7 @@ from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.batching import CountsSearches
 from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
 from megatron_sdsearch.retrieval.replay import ReplayRetriever, replay_counts, with_replay_async
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_root
 from megatron_sdsearch.telemetry import names
 
 
@@ -44,7 +44,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
     if config.engine == "http":
         return await RetrieveServerRetriever.open(config.http)
     assert config.corpus is not None  # RetrievalConfig has checked it
-    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, default_root(config.corpus))
+    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, index_root(config.corpus, config.index))
 
 
 async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
@@ -54,9 +54,11 @@ async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
         raise client_is_missing(error) from error
     if config.mode == "bm25" or config.encoder is None:
         return await ElasticRetriever.open(config)
-    from megatron_sdsearch.retrieval.e5 import E5Encoder  # torch and transformers, for dense search alone
+    from megatron_sdsearch.retrieval.folder_encoder import (
+        FolderEncoder,  # torch and transformers, for dense search alone
+    )
 
-    return await ElasticRetriever.open(config, E5Encoder.from_folder(config.encoder))
+    return await ElasticRetriever.open(config, FolderEncoder.from_folder(config.encoder))
 
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:

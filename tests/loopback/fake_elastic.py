@@ -36,10 +36,12 @@ class FakeElastic:
 
     Attributes:
         passages: id -> contents.
+        sources: id -> what a document holds instead of its contents alone.
         faults: taken from the left, one per _msearch; ``always`` is for all of them, ``fault_of`` decides by number.
         version: that it claims; a client of another major than ``accepted_majors`` is refused as a cluster does it.
         authorization: the header that it wants, if any.
         aliases: name -> indices.
+        meta: of its mapping.
         bodies: of all _msearch requests, in order, as lists of lines.
         refuses: queries that it cannot parse.
         has_rrf: else the retriever is refused as an unlicensed cluster does it.
@@ -48,6 +50,7 @@ class FakeElastic:
 
     def __init__(self, passages: Mapping[str, str] = PASSAGES, *, tls: ssl.SSLContext | None = None) -> None:
         self.passages = dict(passages)
+        self.sources: dict[str, Any] = {}
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.refuses: Callable[[str], bool] = lambda query: "unparseable" in query
@@ -58,6 +61,7 @@ class FakeElastic:
         self.product = "Elasticsearch"
         self.aliases: dict[str, list[str]] = {INDEX: [INDEX], ALIAS: [INDEX]}
         self.properties: Json = {"contents": {"type": "text"}, "vector": {"type": "dense_vector", "dims": 2}}
+        self.meta: Json = {}
         self.bodies: list[list[Json]] = []
         self.has_rrf = True
         self.delay_s = 0.0
@@ -139,7 +143,7 @@ class FakeElastic:
         if name not in self.aliases:
             return self._json(error_body(404, "index_not_found_exception", f"no such index [{name}]"))
         settings = {"index": {"uuid": UUID, "number_of_shards": "1"}}
-        index = {"aliases": {}, "mappings": {"properties": self.properties}, "settings": settings}
+        index = {"aliases": {}, "mappings": {"properties": self.properties, "_meta": self.meta}, "settings": settings}
         return self._json(dict.fromkeys(self.aliases[name], index))
 
     async def _stats(self, request: web.Request) -> web.Response:
@@ -147,7 +151,8 @@ class FakeElastic:
         return self._json({"indices": {request.match_info["index"]: stats}})
 
     async def _search(self, request: web.Request) -> web.Response:
-        return self._json(self._answer(Counter(self.passages), 1))
+        body = await request.json() if request.can_read_body else {}
+        return self._json(self._answer(Counter(self.passages), body.get("size", 10)))
 
     async def _msearch(self, request: web.Request) -> web.StreamResponse:
         lines = [json.loads(line) for line in (await request.text()).splitlines()]
@@ -210,9 +215,9 @@ class FakeElastic:
     def _answer(self, scores: Mapping[str, Any], size: int) -> Json:
         best = sorted(scores, key=lambda p: -scores[p] if isinstance(scores[p], int) else 0)[:size]
         hits = [
-            {"_id": p, "_score": float(scores[p]) if isinstance(scores[p], int) else None, "_source": {"contents": c}}
+            {"_index": INDEX, "_id": p, "_score": float(scores[p]) if isinstance(scores[p], int) else None}
+            | {"_source": self.sources.get(p, {"contents": self.passages[p]})}
             for p in best
-            for c in [self.passages[p]]
         ]
         shards = {"total": 1, "successful": 1, "skipped": 0, "failed": 0}
         return {"timed_out": False, "_shards": shards, "hits": {"hits": hits}, "status": 200}

@@ -19,7 +19,9 @@ from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError, SDSearchError
 from megatron_sdsearch.retrieval.elastic import ElasticRetriever
 from megatron_sdsearch.retrieval.elastic_connection import CLIENT_MAJOR, Credentials, connect
+from megatron_sdsearch.retrieval.elastic_corpus import META
 from megatron_sdsearch.retrieval.encoder import Vectors
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 from tests.loopback.fake_elastic import ALIAS, PASSAGES, FakeElastic, Fault
 
 SECRET = "c2VjcmV0LWtleS1vZi1taW5l"
@@ -29,6 +31,7 @@ Talk = Callable[[ElasticRetriever, FakeElastic], Awaitable[None]]
 class ToyEncoder:
     num_dims = 2
     fingerprint = "toy"
+    similarity: Similarity = "cosine"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return np.asarray([[1.0, 0.0]] * len(texts), dtype=np.float32)
@@ -248,7 +251,7 @@ def test_dense_search_sends_vectors() -> None:
             "field": "vector", "query_vector": [1.0, 0.0], "k": 2, "num_candidates": 100
         }  # fmt: skip
 
-    talk(FakeElastic(), what, mode="dense", encoder="unused")
+    talk(_changed(meta={META: {"encoder": "toy"}}), what, mode="dense", encoder="unused")
 
 
 def _changed(**attributes: Any) -> FakeElastic:
@@ -271,6 +274,10 @@ def _changed(**attributes: Any) -> FakeElastic:
             _changed(properties={"vector": {"type": "dense_vector", "dims": 768}}),
             {"mode": "dense"}, "encoder", "makes vectors of 2, field 'vector' of wiki holds 768",
         ),
+        (
+            _changed(meta={META: {"encoder": "another"}}),
+            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: other weights, or",
+        ),
         (_changed(product="OpenSearch"), {}, "urls", "is no Elasticsearch"),
         (
             _changed(version="8.19.0", accepted_majors=(7, 8)),
@@ -286,6 +293,31 @@ def test_a_setting_that_does_not_fit_is_named_at_open(
     assert words in str(error)
     if "8.19.0" in words:
         assert "pip install 'elasticsearch[async]>=8,<9'" in str(error)
+
+
+@pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
+def test_documents_without_text_are_refused_by_name(mode: str) -> None:
+    """At open where they are among those looked at; later in the search that meets one, and in no other."""
+    bad = {"title": "Lisbon", "text": ["a", "b"]}
+    changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
+    error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
+    assert str(error).startswith(
+        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is a list of 2, not a text; index it with one"
+    )
+
+    async def what(retriever: ElasticRetriever, fake: FakeElastic) -> None:
+        fake.sources["p5"] = bad
+        good, failed = await ask_all(retriever, ["word1", "word5"])
+        if mode != "bm25":  # vectors are nearest to p5 whatever is asked
+            good, failed = [PASSAGES["p1"]], good
+        assert isinstance(failed, RetrievalError)
+        assert "document 'p5' of wiki-1: text is a list of 2, not a text; index it with" in failed.cause
+        assert failed.num_attempts == 1
+        assert len(good) == 1
+
+    fake = FakeElastic()
+    fake.has_rrf = False
+    talk(fake, what, **changes)
 
 
 def test_a_cluster_of_another_major_that_answers_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -381,6 +413,14 @@ def test_an_address_that_cannot_be_is_refused_before_any_request(changes: dict[s
         connect(ElasticsearchConfig.model_validate(changes), Credentials())
     assert caught.value.field == f"retrieval.elasticsearch.{field}"
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["a2V5\n", " a2V5", "a2V5 ", "kéy", ""])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(key: str) -> None:
+    """A file read into a variable ends with a line's end."""
+    with pytest.raises(ConfigError, match=r"elasticsearch\.api_key: holds white space, or") as caught:
+        Credentials.of(ElasticsearchConfig.model_validate({"api_key": key}), {})
+    assert "a2V5" not in str(caught.value)
 
 
 def test_a_name_needs_a_password() -> None:

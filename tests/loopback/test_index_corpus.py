@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_sdsearch.errors import RetrievalError
+from megatron_sdsearch.config import RetrievalConfig
+from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.training.retrievers import open_retriever
+from tools.index_corpus import to_tantivy
+from tools.serve_retriever import index_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +54,28 @@ def test_training_finds_the_index_and_a_folder_of_another_kind_is_left_alone(cor
     replaced = run_tool(corpus, "--to", "tantivy", "--out", report["index"], "--replace")
     assert json.loads(replaced.stdout)["fingerprint"] == TantivyRetriever.open(Path(report["index"])).fingerprint
     assert corpus.is_file()
+
+
+def test_an_index_elsewhere_is_named_as_a_setting_and_served_by_the_folder_around_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    def build(name: str, analyzer: str) -> dict[str, Any]:
+        return to_tantivy(
+            argparse.Namespace(corpus=corpus, analyzer=analyzer, out=tmp_path / "far" / name, replace=False)
+        )
+
+    report = build("one", "standard")
+    assert (report["is_found_by_training"], report["setting"]) == (False, f"retrieval.index={tmp_path / 'far' / 'one'}")
+    retrieval = RetrievalConfig(corpus=corpus, index=Path(report["setting"].partition("=")[2]))
+    opened = asyncio.run(open_retriever(retrieval))
+    assert opened.fingerprint == report["fingerprint"]
+    assert not default_root(corpus).exists()
+    assert index_folder(tmp_path / "far") == index_folder(tmp_path / "far" / "one") == tmp_path / "far" / "one"
+    build("two", "english")
+    with pytest.raises(ConfigError, match=r"--index: .*far holds one, two; give one of them"):
+        index_folder(tmp_path / "far")
+    with pytest.raises(ConfigError, match=r"--index: .* is no index's folder"):
+        index_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -336,9 +337,10 @@ def test_what_passes_is_tried_again(reply: Reply) -> None:
     ("reply", "words"),
     [
         (status(500, "CUDA error"), "after 2 attempts: HTTP 500: CUDA error"),
-        (dropped, "after 2 attempts: ServerDisconnectedError"),
+        (dropped, "after 2 attempts: no connection: Server disconnected"),
         (hanging, "; last: no answer within 0.5 s"),
         (status(404, "no such route"), "after 1 attempt: HTTP 404: no such route"),
+        (status(422, "w" * 500 + " topk?"), "w topk?"),  # the reason of a long answer may come last
         (status(422, "topk?"), "after 1 attempt: HTTP 422: topk?"),
         (status(200, "<html>"), "after 1 attempt: malformed answer: not JSON: <html>"),
         (json_reply([]), 'malformed answer: no list "result"'),
@@ -377,11 +379,47 @@ def test_opening_finds_out_that_nobody_is_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/retrieve"
-    with pytest.raises(RetrievalError, match=rf"{url}: nobody answers .*start the server \(tools/serve_retriever"):
+    with pytest.raises(RetrievalError, match=rf"{url}: no server answers .*start the server \(tools/serve_retriever"):
         searched(config_of(url), ["a"])
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/retrieve", "http:///retrieve", "http://127.0.0.1:8000"])
+def test_a_server_that_hangs_is_said_to_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sdsearch.retrieval.http._HEALTH_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(RetrievalError, match=rf"^{url}/health: no answer in 0\.2 s; see what the server"):
+            searched(config_of(f"{url}/retrieve"), ["a"])
+
+
+async def echoing(request: web.Request) -> web.Response:
+    return web.Response(status=403, text=f"refused: {request.headers.get('Authorization')} of me:hunter2-secret")
+
+
+def test_credentials_are_sent_and_never_shown() -> None:
+    async def run() -> str:
+        app = web.Application()
+        app.router.add_route("*", "/{tail:.*}", echoing)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/retrieve"
+        retriever = await RetrieveServerRetriever.open(config_of(url, username="me", password="hunter2-secret"))
+        try:
+            with pytest.raises(RetrievalError) as caught:
+                await retriever.search("a", top_k=1)
+        finally:
+            await retriever.close()
+            await runner.cleanup()
+        return "".join(traceback.format_exception(caught.value)) + repr(vars(retriever)["_searches"])
+
+    shown = asyncio.run(run())
+    assert "HTTP 403: refused: Basic *** of me:***" in shown
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/retrieve", "http:///retrieve", "http://127.0.0.1:8000", "http://a:b/c"]
+)
 def test_half_a_url_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"retrieval\.http\.url: .* is not whole; give all of it"):
         searched(config_of(url), ["a"])

@@ -47,6 +47,11 @@ class World:
         defaults = {"command": (sys.executable, str(FAKE)), "start_timeout_s": 20.0, "environment": environment}
         return SGLangConfig.model_validate(defaults | rest)
 
+    def config_json(self, **settings: object) -> str:
+        """For another process: a dump of its own would hide the environment."""
+        config = self.config(**settings)
+        return json.dumps(config.model_dump(mode="json") | {"environment": config.plain_environment})
+
     def supervise(self, *, gpus: Sequence[str] = (), **settings: object) -> ServerSupervisor:
         supervisor = ServerSupervisor(
             self.config(**settings),
@@ -342,7 +347,7 @@ time.sleep(600)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None])
 def test_servers_end_with_their_owner_however_it_ends(world: World, number: signal.Signals | None) -> None:
     """None: it returns without a close."""
-    config = world.config(num_servers=2, FAKE_IGNORE_SIGTERM=1).model_dump_json()
+    config = world.config_json(num_servers=2, FAKE_IGNORE_SIGTERM=1)
     command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay" if number else "return"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as owner:
         assert owner.stdout is not None
@@ -355,7 +360,7 @@ def test_servers_end_with_their_owner_however_it_ends(world: World, number: sign
 
 
 def test_ctrl_c_during_the_start_ends_the_servers(world: World) -> None:
-    config = world.config(command=(sys.executable, "-c", "import time; time.sleep(600)")).model_dump_json()
+    config = world.config_json(command=(sys.executable, "-c", "import time; time.sleep(600)"))
     command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

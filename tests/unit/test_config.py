@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -336,11 +337,14 @@ def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder" in str(error_of_file(tmp_path))
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "objective.alpha", ""])
-def test_an_override_without_key_or_value_is_named(file: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("seed", "'seed'"), ("objective.alpha", "'objective.alpha'"), ("=3", "number 2"), ("", "number 2")],
+)
+def test_an_override_without_key_or_value_is_named(file: Path, override: str, named: str) -> None:
     error = error_of_file(file, "seed=1", override)
     assert error.field == "override"
-    assert repr(override) in str(error)
+    assert f"{named} is not key=value" in str(error)
     assert "objective.alpha=0" in error.mend
 
 
@@ -602,3 +606,118 @@ def test_the_first_distilling_step_is_the_first_with_a_weight(alpha: float, warm
     )
     with_weight = [step for step in range(20) if objective.alpha_at(step) > 0]
     assert objective.first_distilling_step == (with_weight[0] if with_weight else None)
+
+
+# Secrets
+
+SECRET = "hunter2"
+CREDENTIALS = f"elastic:{SECRET}@"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "problem"),
+    [
+        ({"retrieval.elasticsearch.password": {"is": SECRET}}, "retrieval.elasticsearch.password", "a mapping is not"),
+        ({"retrieval.elasticsearch.api_key": [SECRET]}, "retrieval.elasticsearch.api_key", "a list is not valid"),
+        ({"retrieval.elasticsearch.passwrod": SECRET}, "retrieval.elasticsearch.passwrod", "did you mean password?"),
+        ({"retrieval.elasticsearch": {f"password:{SECRET}": None}}, "retrieval.elasticsearch.password", "a space"),
+        ({"retrieval.elasticsearch": f"password={SECRET}"}, "retrieval.elasticsearch", "a text is not valid"),
+        ({"retrieval": ["password", SECRET]}, "retrieval", "a list is not valid"),
+        ({"retrieval.http.password": [SECRET]}, "retrieval.http.password", "a list is not valid"),
+        ({"rollout.sglang.environment": {"HF_TOKEN": [SECRET]}}, "rollout.sglang.environment.HF_TOKEN", "a list is"),
+        (
+            {"retrieval.elasticsearch.urls": f"http://{CREDENTIALS}h:1"},
+            "retrieval.elasticsearch.urls",
+            "'http://***@h:1'",
+        ),
+        ({"retrieval.elasticsearch.urls": [f"http://{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "api_key"),
+        ({"retrieval.elasticsearch.urls": [f"{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "***@h:1 holds"),
+        ({"retrieval.http.url": f"http://{CREDENTIALS}h/retrieve"}, "retrieval.http.url", "http.username and password"),
+        ({"retrieval.http.url": [f"http://{CREDENTIALS}h/retrieve"]}, "retrieval.http.url", "is not valid"),
+        ({"rollout.sglang.urls": [f"http://{CREDENTIALS}h:1"]}, "rollout.sglang.urls", "http://***@h:1 holds"),
+        ({"rollout.sglang.urls": f"http://{CREDENTIALS}h:1"}, "rollout.sglang.urls", "write [http://***@h:1]"),
+    ],
+)
+def test_no_error_shows_a_secret(changes: dict[str, Any], field: str, problem: str) -> None:
+    """Nor does its traceback, which a notebook prints."""
+    error = error_of(merged(RL, changes))
+    assert error.field == field
+    assert problem in str(error)
+    assert SECRET not in "".join(traceback.format_exception(error))
+
+
+def test_a_number_as_a_password_is_to_be_quoted() -> None:
+    error = error_of(merged(RL, {"retrieval.elasticsearch.password": 271828}))
+    assert (error.field, error.mend) == ("retrieval.elasticsearch.password", "write it in quotes")
+    assert "271828" not in "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["password: *hunter2"],
+        ["password: !hunter2"],
+        ["password: &hunter2 [1"],
+        ["password: '@hunter2"],
+        ["password: ${hunter2}"],
+        ["password: a${hunter2"],
+        ["passwrod: ${hunter2}"],
+    ],
+)
+def test_no_error_of_a_broken_file_shows_a_secret(file: Path, lines: list[str]) -> None:
+    section = ["retrieval:", "  corpus: corpus.jsonl", "  elasticsearch:", *(f"    {line}" for line in lines)]
+    file.write_text(yaml.safe_dump({name: RL[name] for name in RL if name != "retrieval"}) + "\n".join(section))
+    error = error_of_file(file)
+    assert error.field == str(file)
+    assert SECRET not in "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["retrieval.elasticsearch.password=[hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
+        (["retrieval.elasticsearch.password=*hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
+        (["retrieval.elasticsearch.passwrod=[hunter2"], "'retrieval.elasticsearch.passwrod...' is no YAML"),
+        (["retreival.elasticsearch.password=[hunter2"], "number 1 is no YAML"),
+        (["retrieval.elasticsearch={password: hunter2"], "'retrieval.elasticsearch...' is no YAML"),
+        (["retrieval.elasticsearch.password:hunter2"], "'retrieval.elasticsearch.password...' is not key=value"),
+        (["retrieval.elasticsearch.password=", "hunter2"], "number 2 is not key=value"),
+        (["retrieval.elasticsearch.password=${hunter2}"], "cannot be resolved"),
+        (["retrieval.elasticsearch.password.of=hunter2"], "a mapping is not valid"),
+    ],
+)
+def test_no_error_of_an_override_shows_a_secret(file: Path, overrides: list[str], named: str) -> None:
+    error = error_of_file(file, *overrides)
+    assert named in str(error)
+    assert SECRET not in "".join(traceback.format_exception(error))
+
+
+def test_an_environment_variable_that_is_not_set_is_named(file: Path) -> None:
+    assert "'NOT_SET_HERE' not found" in str(
+        error_of_file(file, "retrieval.elasticsearch.password=${oc.env:NOT_SET_HERE}")
+    )
+
+
+def test_secrets_reach_neither_repr_nor_checkpoint() -> None:
+    secrets = {
+        "retrieval.elasticsearch.password": SECRET,
+        "retrieval.elasticsearch.api_key": SECRET,
+        "retrieval.http.username": "me",
+        "retrieval.http.password": SECRET,
+        "rollout.sglang.environment": {"HF_TOKEN": SECRET},
+    }
+    config = parse_config(merged(RL, secrets))
+    assert SECRET not in repr(config) + str(config) + str(config.model_dump(mode="json"))
+    assert config.rollout.sglang.plain_environment == {"HF_TOKEN": SECRET}
+
+
+@pytest.mark.parametrize(("given", "lacking"), [("username", "password"), ("password", "username")])
+def test_basic_authentication_takes_two(given: str, lacking: str) -> None:
+    error = error_of(merged(RL, {f"retrieval.http.{given}": "x"}))
+    assert (error.field, error.mend) == (f"retrieval.http.{lacking}", "set both, or neither")
+
+
+def test_a_path_may_hold_an_at_sign() -> None:
+    config = parse_config(merged(RL, {"retrieval.http.url": "http://h:1/@me/retrieve"}))
+    assert config.retrieval is not None
+    assert config.retrieval.http.url == "http://h:1/@me/retrieve"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from megatron_sdsearch.errors import ServerUnavailableError
+from megatron_sdsearch.errors import ServerUnavailableError, cause_of
 from megatron_sdsearch.model.hf_weights import exhaust
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
@@ -158,7 +158,8 @@ class _Group:
             if flat.is_cuda:
                 torch.cuda.synchronize(flat.device)
         except RuntimeError as error:  # what torch raises for a lost peer and for a timeout
-            raise ServerUnavailableError(f"broadcast of weights to {', '.join(self.urls)}: {error}") from error
+            words = f"broadcast of weights to {', '.join(self.urls)}: {cause_of(error)}"
+            raise ServerUnavailableError(words) from error
 
     def _join(self, store: TCPStore) -> None:
         # A group beside the default one: no public call makes it. The server does the same, with the same prefix
@@ -174,7 +175,7 @@ class _Group:
                 timeout=self._timeout,
             )
         except RuntimeError as error:
-            raise ServerUnavailableError(f"weight group with {', '.join(self.urls)}: {error}") from error
+            raise ServerUnavailableError(f"weight group with {', '.join(self.urls)}: {cause_of(error)}") from error
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world_size)}
         self._group = group
 

@@ -36,6 +36,7 @@ from megatron_sdsearch.retrieval.elastic import ElasticRetriever
 from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
 from megatron_sdsearch.retrieval.elastic_corpus import Cluster, IndexSettings
 from megatron_sdsearch.retrieval.encoder import Vectors
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import serve
 
@@ -427,6 +428,7 @@ class Encoder:
     """Random directions, each text its own."""
 
     num_dims, fingerprint = 8, "test"
+    similarity: Similarity = "cosine"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return self.encode_passages(texts)
@@ -441,6 +443,7 @@ def test_vectors_are_found_by_the_encoders_queries(node: str, corpus: Path) -> N
     assert report.num_created == NUM_PASSAGES
     vector = call(f"{node}/wiki")[report.index]["mappings"]["properties"]["vector"]
     assert (vector["type"], vector["dims"]) == ("dense_vector", 8)
+    assert call(f"{node}/{report.index}")[report.index]["mappings"]["_meta"]["megatron_sdsearch"]["encoder"] == "test"
 
     async def search() -> list[tuple[str, float]]:
         config = ElasticsearchConfig(urls=(node,), index="wiki", mode="dense")
@@ -470,19 +473,22 @@ def test_the_tool_loads_a_compressed_shuffled_corpus(node: str, corpus: Path, tm
     lines = corpus.read_bytes().splitlines(keepends=True)
     random.Random(1).shuffle(lines)
     packed = tmp_path / "corpus.jsonl.gz"
-    packed.write_bytes(gzip.compress(b"".join([*lines, b"nonsense\n"])))
+    too_long = json.dumps({"id": "é" * 257, "contents": "an id of 514 bytes"}).encode() + b"\n"
+    packed.write_bytes(gzip.compress(b"".join([*lines[:9], too_long, *lines[9:], b"nonsense\n"])))
     common = (str(packed), "--to", "elasticsearch", "--url", node, "--index", "wiki", "--chunk", "7")
     done = run_tool(*common, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"DataError: {packed}:61: row: Invalid JSON" in done.stderr
+    assert f"DataError: {packed}:10: id: " in done.stderr
+    assert "has 514 bytes, and the engine takes 512" in done.stderr
     assert call(f"{node}/_alias") == {}
     done = run_tool(*common, "--allow-rejects", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["alias"], report["num_passages"], report["num_rejected"]) == ("wiki", NUM_PASSAGES, 1)
+    assert (report["alias"], report["num_passages"], report["num_rejected"]) == ("wiki", NUM_PASSAGES, 2)
     assert "loaded 60 of 60" in done.stderr
-    (reject,) = map(json.loads, (tmp_path / report["rejects"]).read_text(encoding="utf-8").splitlines())
-    assert reject["place"] == f"{packed}:61"
+    rejects = [json.loads(line) for line in (tmp_path / report["rejects"]).read_text(encoding="utf-8").splitlines()]
+    assert [reject["place"] for reject in rejects] == [f"{packed}:10", f"{packed}:62"]
+    assert "row: Invalid JSON" in rejects[1]["reason"]
     assert_loaded(node, corpus)
 
 

@@ -17,6 +17,7 @@ from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.elastic import ElasticRetriever
 from megatron_sdsearch.retrieval.elastic_query import QueryPlan, fuse
 from megatron_sdsearch.retrieval.encoder import Vectors
+from megatron_sdsearch.retrieval.encoder_folder import Similarity
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import Node
 
@@ -51,6 +52,7 @@ class AngleEncoder:
 
     num_dims = 3
     fingerprint = "angles"
+    similarity: Similarity = "cosine"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         angles = [float(text.split()[-1]) * np.pi for text in texts if text[-1].isdigit()] or [0.0] * len(texts)
@@ -208,7 +210,7 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
     [
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
-        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "have neither 'contents' nor 'title' and 'text'"),
+        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
         (PROPERTIES, _documents()[:1], {"index": "absent"}, "absent is not there"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from megatron_sdsearch.check.findings import Severity
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.training.run_lock import RunLock
 from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
 from tests.unit.conftest import CHAT_TEMPLATE, train_tokenizer
@@ -286,6 +287,17 @@ def test_another_runs_folder_is_found_setting_by_setting(tiny: TinyRun) -> None:
     assert "seed = 7, this run has 1" in found[1].problem
 
 
+def test_where_the_index_is_and_how_the_cluster_knows_us_may_change(tiny: TinyRun) -> None:
+    """Credentials move from a file into the environment, and an index to another disk."""
+    section = "retrieval.elasticsearch"
+    write_checkpoint(
+        tiny, 2, f"{section}.username=me", f"{section}.password=hunter2", f"retrieval.index={tiny.folder}/a"
+    )
+    findings = tiny.check(f"retrieval.index={tiny.folder}/b").findings
+    assert [finding for finding in findings if "trained with" in finding.problem] == []
+    assert "hunter2" not in (tiny.folder / "run/checkpoints/step_000002/manifest.json").read_text()
+
+
 def test_damaged_checkpoints_are_found(tiny: TinyRun) -> None:
     folder = write_checkpoint(tiny, 2)
     (folder / "shard").write_text("half")
@@ -377,6 +389,24 @@ def test_an_index_is_announced_or_found(tiny: TinyRun) -> None:
     online = tiny.check(is_online=True)
     assert online.exit_code == 0
     assert any("10 of 10 questions, asked as they are, have hits; in 10 a gold" in f.problem for f in online.findings)
+
+
+def test_a_place_that_takes_no_index_is_found_as_training_finds_it(tiny: TinyRun) -> None:
+    from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
+
+    finding = only(tiny.found(f"retrieval.index={tiny.corpus}"))
+    with pytest.raises(ConfigError) as caught:
+        TantivyRetriever.open_or_build(tiny.corpus, "standard", tiny.corpus)
+    assert (finding.field, finding.problem, finding.mend) == (
+        "retrieval.index",
+        caught.value.problem,
+        caught.value.mend,
+    )
+    elsewhere = tiny.folder / "elsewhere"
+    assert f"no standard index in {elsewhere} yet" in tiny.notes(f"retrieval.index={elsewhere}")
+    TantivyRetriever.open_or_build(tiny.corpus, "standard", elsewhere)
+    assert "holds its 10 passages" in tiny.notes(f"retrieval.index={elsewhere}")
+    assert "no standard index in" in tiny.notes()
 
 
 def test_questions_that_match_nothing_in_the_index_are_found(tiny: TinyRun) -> None:

@@ -158,6 +158,22 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
     (("checkpoint.keep_every=3",), {}, "warning", "checkpoint.keep_every", "no multiple", "multiple of 2"),
     (("retrieval.engine=http", "retrieval.http.url=http://h:1"), {}, "error", "retrieval.http.url", "not whole", "all"),
     (
+        ("retrieval.http.url=http://me:pw@h:1/r",),
+        {},
+        "error",
+        "retrieval.http.url",
+        "http://***@h:1/r holds",
+        "username",
+    ),
+    (
+        ("retrieval.engine=http", "retrieval.index=elsewhere"),
+        {},
+        "warning",
+        "retrieval.index",
+        "only tantivy",
+        "drop it",
+    ),
+    (
         ("retrieval.engine=elasticsearch", "retrieval.elasticsearch.urls=[h:9200]"),
         {},
         "error",

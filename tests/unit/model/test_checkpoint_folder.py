@@ -242,7 +242,7 @@ def test_what_a_continued_run_does_otherwise_is_named_with_both_values() -> None
         "evaluation.every 0 -> 5",
         "optimizer.lr 1e-06 -> 0.0001",
         "rollout.sglang.environment.HF_TOKEN (a secret)",
-        "rollout.sglang.environment.HOME null -> /h",
+        "rollout.sglang.environment.HOME (a secret)",
     ], "a folder that has moved is none"
 
 

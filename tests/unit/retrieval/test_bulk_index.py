@@ -83,6 +83,19 @@ def test_survey_stops_at_a_bad_row_unless_it_may_tell_of_it(tmp_path: Path) -> N
     assert told[0][0] == f"{path}:3"
 
 
+def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
+    """It counts bytes: 171 characters of three bytes are too many, 256 of two just fit."""
+    ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
+    path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it"):
+        survey_corpus(path)
+    told: list[tuple[str, str]] = []
+    survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))
+    assert (survey.num_passages, survey.num_rejected) == (2, 2)
+    assert survey.sample.keys() == {ids[0], ids[3]}
+    assert [place for place, _ in told] == [f"{path}:2", f"{path}:3"]
+
+
 def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
     rejects = RejectFile(tmp_path / "rejects.jsonl")
     assert rejects.begin_load(0) == set()
@@ -132,5 +145,7 @@ def test_similarity_and_analyzers_are_said_aloud() -> None:
     assert body["settings"]["number_of_shards"] == 1
     fields = body["mappings"]["properties"]
     assert {fields[name]["analyzer"] for name in ("contents", "title", "text")} == {"english"}
-    assert fields["vector"]["dims"] == 8
+    assert (fields["vector"]["dims"], fields["vector"]["similarity"]) == (8, "cosine")
+    raw = IndexSettings(name="wiki", encoder="e5", num_dims=8, similarity="dot").body()
+    assert raw["mappings"]["properties"]["vector"]["similarity"] == "max_inner_product"
     assert "vector" not in IndexSettings(name="wiki").body()["mappings"]["properties"]

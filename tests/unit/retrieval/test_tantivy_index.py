@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +22,7 @@ from megatron_sdsearch.errors import ConfigError, DataError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import analyze_standard
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
+from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root, find_indices, index_root
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "lucene_golden.json").read_text(encoding="utf-8"))
 LUCENE_LACKS = 2.2  # the factor k1 + 1, which Elasticsearch and tantivy keep
@@ -280,3 +282,62 @@ def test_processes_may_build_the_same_index_at_once(tmp_path: Path) -> None:
     assert outputs[0][0] == outputs[1][0]
     assert "p17" in outputs[0][0]
     assert len([path for path in root.iterdir() if path.is_dir()]) == 1
+
+
+# Where an index lives
+
+
+def test_an_index_lives_beside_its_corpus_or_where_the_setting_says(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, ["canal"])
+    assert index_root(corpus, None) == tmp_path / "index"
+    root = index_root(corpus, tmp_path / "elsewhere")
+    built = TantivyRetriever.open_or_build(corpus, "standard", root)
+    assert not (tmp_path / "index").exists()
+    (folder,) = find_indices(root)
+    # The setting may also name the folder of tools/index_corpus.py --out itself.
+    assert TantivyRetriever.open_or_build(corpus, "standard", folder).fingerprint == built.fingerprint
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("place", ["corpus.jsonl", "corpus.jsonl/index"])
+def test_a_place_that_takes_no_index_is_one_error_of_the_setting(tmp_path: Path, place: str) -> None:
+    corpus = write_corpus(tmp_path, ["canal"])
+    with pytest.raises(ConfigError, match=r"^retrieval\.index: .*it is no folder; set retrieval\.index to a"):
+        TantivyRetriever.open_or_build(corpus, "standard", tmp_path / place)
+    with pytest.raises(ConfigError, match=r"^--out: .*it is no folder; set --out to"):
+        TantivyRetriever.build(corpus, tmp_path / place / "x", "standard", field="--out")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4000])
+def test_a_place_without_room_is_one_error_of_the_setting(tmp_path: Path, num_bytes: int) -> None:
+    """A limit on the size of files stands in for a full disk: the system refuses the same writes."""
+    corpus = write_corpus(tmp_path, [" ".join(f"w{i * j % 9973}" for j in range(60)) for i in range(200)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "index")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).startswith(f"retrieval.index: {tmp_path / 'index'} cannot take the index of {corpus}: ")
+    # Which write is refused first is up to tantivy's threads, and not all of them pass the reason on.
+    assert re.search("(File too large|refused to write, as where a disk is full); set retrieval", str(caught.value))
+    assert [path for path in (tmp_path / "index").iterdir() if path.is_dir()] == []
+
+
+def test_an_index_opens_where_no_lock_can_be_taken(tmp_path: Path) -> None:
+    """As on a read-only mount: tantivy wants to write a lock even for reading."""
+    corpus = write_corpus(tmp_path, ["canal", "river"])
+    folder = tmp_path / "index"
+    TantivyRetriever.build(corpus, folder, "standard")
+    lock = folder / ".tantivy-meta.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    retriever = TantivyRetriever.open(folder)
+    assert [passage.passage_id for passage in retriever.search_now("river", 2)] == ["p1"]
+
+
+def test_other_users_may_read_an_index(tmp_path: Path) -> None:
+    TantivyRetriever.build(write_corpus(tmp_path, ["canal"]), tmp_path / "x", "standard")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "x").iterdir()}
+    assert set(modes.values()) == {modes["manifest.json"]}

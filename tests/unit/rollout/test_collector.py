@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import CollectionCounts, Passage, Question, RolloutGroup, TrajectoryId, TrajectoryStatus
-from megatron_sdsearch.rollout.collector import RolloutCollector, RolloutLosses
+from megatron_sdsearch.rollout.collector import FailedSearches, RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
@@ -134,6 +135,49 @@ def test_trajectories_that_the_engine_gave_up_on_are_losses_as_well(build: Build
         losses.check(0.5)
     with pytest.raises(EngineError, match=r"the rollout engine gave up on 1 of 2 trajectories \(50%\), more than"):
         RolloutLosses(num_ended=2, num_aborted=1).check(0.2)
+
+
+class _Failing(DictRetriever):
+    """Fails with a cause for each query, the query in its message."""
+
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        self.num = getattr(self, "num", 0) + 1
+        cause = "HTTP 500: " + "x" * 300 if self.num == 3 else "no answer within 30 s"
+        raise RetrievalError(
+            f"http://h: search for {query!r} failed: {cause}", query=query, num_attempts=1, cause=cause
+        )
+
+
+def test_the_first_failed_search_is_logged_and_the_others_are_counted(
+    build: Build, renderer: Renderer, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector = build(ScriptedEngine(renderer, [SEARCH]), _Failing(), max_failed_search_share=1.0)
+    with caplog.at_level(logging.INFO):
+        for step in range(2):  # each anew
+            caplog.clear()
+            collect(collector, MANY, step=step, group_size=2)
+            first, last = (record.getMessage() for record in caplog.records)
+            assert first.startswith(
+                "a search failed: http://h: search for 'book' failed: no answer within 30 s; further"
+            )
+            assert last.startswith("40 searches failed: ")
+            assert "no answer within 30 s" in last
+            assert len(last) < 250
+        assert last == "40 searches failed: 40 x no answer within 30 s"
+
+
+def test_causes_are_counted_by_kind(caplog: pytest.LogCaptureFixture) -> None:
+    failed = FailedSearches()
+    failed.sum_up()
+    for number in range(12):
+        failed.add(RetrievalError(f"query {number} failed", cause=("a", "b", "b", "", "d")[min(number, 4)]))
+        failed.sum_up() if number == 0 else None
+    assert [record.getMessage() for record in caplog.records] == [
+        "a search failed: query 0 failed; further ones are counted until the step's end"
+    ]
+    failed.sum_up()
+    assert caplog.records[-1].getMessage() == "12 searches failed: 8 x d; 2 x b; 1 x a; 1 other causes"
+    assert (failed.total, failed.first_cause) == (12, "query 0 failed")
 
 
 def test_losses_add_up_and_the_share_is_that_of_all() -> None:

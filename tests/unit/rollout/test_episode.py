@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_sdsearch.config import RolloutConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.errors import ConfigError, EngineError
+from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -40,13 +40,17 @@ SEARCH, ANSWER = "<think>hm</think><search> book </search>", "<answer> Lisbon </
 
 
 def _run(
-    engine: ScriptedEngine, renderer: Renderer, retriever: DictRetriever | None = None, **rollout: Any
+    engine: ScriptedEngine,
+    renderer: Renderer,
+    retriever: DictRetriever | None = None,
+    on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
+    **rollout: Any,
 ) -> Trajectory:
     settings = {"max_turns": 3, "max_prompt_tokens": 1000, "max_total_tokens": 4000, "max_response_tokens": 200}
     searched = retriever or DictRetriever({"book": (LISBON, PORTO)})
     config = RolloutConfig(**(settings | rollout))
     runner = EpisodeRunner(engine, searched, renderer, PROFILE, config, top_k=3, seed=1)
-    return asyncio.run(runner.run(QUESTION, ID, temperature=1.0))
+    return asyncio.run(runner.run(QUESTION, ID, temperature=1.0, on_failed_search=on_failed_search))
 
 
 def _observations(trajectory: Trajectory) -> list[ContextSpan]:
@@ -148,17 +152,15 @@ def test_an_abort_ends_the_trajectory_and_keeps_it_out_of_training(renderer: Ren
     assert engine.released == [ID]
 
 
-def test_a_failed_search_keeps_the_spans_so_far_and_says_why(
-    renderer: Renderer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_search_keeps_the_spans_so_far_and_says_why(renderer: Renderer) -> None:
+    said: list[RetrievalError] = []
     retriever = DictRetriever({"book": (LISBON,), "cap": None})
     engine = ScriptedEngine(renderer, [SEARCH, "<search>cap</search>"])
-    with caplog.at_level(logging.WARNING):
-        trajectory = _run(engine, renderer, retriever)
+    trajectory = _run(engine, renderer, retriever, on_failed_search=said.append)
     assert trajectory.status is TrajectoryStatus.RETRIEVAL_FAILED
     assert trajectory.queries == ("book", "cap")
     assert not trajectory.is_trainable
-    assert "no route to the engine for 'cap'" in caplog.text
+    assert [str(error) for error in said] == ["no route to the engine for 'cap'"]
     assert engine.released == [ID]
 
 

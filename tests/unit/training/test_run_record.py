@@ -15,7 +15,7 @@ from megatron_sdsearch.errors import StorageError
 from megatron_sdsearch.training.run_record import command_line, commit_of, config_path, config_text, write_run_record
 
 SECRET = "hush-hush"
-ENVIRONMENT = {"A": "1e5", "B": "${HOME}/x", "C": "yes", "D": "0x10", "E": "12:30", "F": "\\${x} ü\n'\"", "G": "null"}
+TEXTS = ["1e5", "${HOME}/x", "yes", "0x10", "12:30", "\\${x} ü\n'\"", "null"]
 
 
 def config(run_dir: Path, **sections: Any) -> RunConfig:
@@ -24,7 +24,7 @@ def config(run_dir: Path, **sections: Any) -> RunConfig:
 
 
 def test_it_loads_as_the_very_same_configuration(tmp_path: Path) -> None:
-    sglang = {"environment": ENVIRONMENT, "arguments": ["--x", "${HOME}"], "urls": ["http://h:1"]}
+    sglang = {"arguments": ["--x", "${HOME}", *TEXTS], "urls": ["http://h:1"]}
     before = config(tmp_path, rollout={"sglang": sglang}, optimizer={"lr": 1e-6}, objective={"topk": None})
     write_run_record(before)
     assert load_config(tmp_path / "config.yaml") == before
@@ -39,7 +39,6 @@ def test_secrets_are_left_out_and_named_and_nothing_else_changes(tmp_path: Path)
         retrieval={
             "engine": "elasticsearch",
             "elasticsearch": elastic,
-            "http": {"url": f"http://u:{SECRET}@h/retrieve"},
         },
         rollout={"sglang": sglang},
     )
@@ -53,8 +52,8 @@ def test_secrets_are_left_out_and_named_and_nothing_else_changes(tmp_path: Path)
     assert changed == {
         "retrieval.elasticsearch.password",
         "retrieval.elasticsearch.api_key",
-        "retrieval.http.url",
         "rollout.sglang.environment.HF_TOKEN",
+        "rollout.sglang.environment.HOME",
         "rollout.sglang.arguments",
     }
     assert all(f"# Left out, for it may be a secret: {name}\n" in text for name in changed)
