@@ -27,11 +27,11 @@ LATEST := .venv-latest/.installed
 GPU := .venv-gpu/.installed
 # Without what a benchmark runs in somebody else's environment.
 BENCHES = $(filter-out %_trl.py,$(wildcard tools/bench_*.py))
-SHELL_FILES = $(wildcard .ci/run docker/*.sh slurm/*.sh tools/*/*.sh)
+SHELL_FILES = $(wildcard .ci/run docker/*.sh findings/*.sh slurm/*.sh tools/*/*.sh)
 COMPOSE_FILES = docker-compose.yml docs/elasticsearch/docker-compose.yml
 
 # Two processes run tests, whatever the number of cores: one of them mostly waits for ranks (tests/conftest.py).
-PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL ?= -n 2 --no-loadscope-reorder
 
 # Ranks of one test share the machine's few cores.
 export OMP_NUM_THREADS ?= 1

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
-from megatron_sdsearch.data.demonstrations import Demonstration, read_demonstrations
+from megatron_sdsearch.data.demonstrations import Demonstration, check_profile, read_demonstrations
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.scoring import normalize_answer
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus
@@ -85,6 +86,9 @@ def _demonstrations(subject: Subject, path: Path) -> Iterator[Finding]:
     yield Finding.note(
         "train.demonstrations", f"{len(attempt.value):,} demonstrations; the run reads each {passes:.3g} times"
     )
+    shown = Attempt.at(lambda: check_profile(attempt.value or (), get_profile(subject.config.data.prompt_profile)))
+    if shown.error is not None:
+        yield Finding.of(shown.error, "data.prompt_profile")
     yield from _longest(subject, attempt.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,8 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
 
 
@@ -63,6 +65,22 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
     if not rows:
         raise DataError(f"{path} holds no demonstration: write at least one row")
     return tuple(rows)
+
+
+def check_profile(demonstrations: Sequence[Demonstration], profile: PromptProfile) -> None:
+    """Search results are demonstrated between the tags between which rollouts will show them.
+
+    Raises:
+        ConfigError: there are observations, and none has the profile's tag.
+    """
+    observed = [span.text for row in demonstrations for span in row.spans if span.kind == "observation"]
+    if observed and not any(profile.observation_open in text for text in observed):
+        raise ConfigError(
+            "data.prompt_profile",
+            f"{profile.name} shows search results in {profile.observation_open}, which no observation of the "
+            f"demonstrations holds, such as {observed[0].strip()!r:.60}",
+            "set it to the profile whose tags they have",
+        )
 
 
 class DemonstrationSampler:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.data.demonstrations import DemonstrationSampler, read_demonstrations
+from megatron_sdsearch.data.demonstrations import DemonstrationSampler, check_profile, read_demonstrations
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.loss.objective import Metrics, RowLogits, supervised_loss
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch
@@ -22,6 +23,7 @@ class WarmStart:
     def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelState, renderer: Renderer) -> None:
         assert config.train.demonstrations is not None  # RunConfig has checked it
         demonstrations = read_demonstrations(config.train.demonstrations)
+        check_profile(demonstrations, get_profile(config.data.prompt_profile))
         self._sampler = DemonstrationSampler(demonstrations, config.seed, config.train.demonstrations_per_step)
         self.renderer = renderer
         self._config = config

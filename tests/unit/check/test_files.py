@@ -69,6 +69,9 @@ def test_demonstrations_are_read_and_measured(tiny: TinyRun) -> None:
     finding = only(tiny.found(*tiny.warm_start, "train.max_tokens_per_microbatch=8"))
     assert finding.field == "train.max_tokens_per_microbatch"
     assert "more than train.max_tokens_per_microbatch = 8" in finding.problem
+    spans = [{"kind": "sampled", "text": "<search>y</search>"}, {"kind": "observation", "text": "found"}]
+    tiny.demonstrations.write_text(json.dumps({"demonstration_id": "d", "prompt": "x", "spans": spans}))
+    assert only(tiny.found(*tiny.warm_start)).field == "data.prompt_profile"
     nothing_sampled = {"demonstration_id": "d", "prompt": "x", "spans": [{"kind": "observation", "text": "y"}]}
     tiny.demonstrations.write_text(json.dumps(nothing_sampled))
     assert "demonstrations.jsonl:1: spans: No span is sampled text" in only(tiny.found(*tiny.warm_start)).problem

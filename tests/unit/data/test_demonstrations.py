@@ -12,8 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSampler, read_demonstrations
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.data.demonstrations import (
+    Demonstration,
+    DemonstrationSampler,
+    check_profile,
+    read_demonstrations,
+)
+from megatron_sdsearch.data.prompts import get_profile
+from megatron_sdsearch.errors import ConfigError, DataError
 
 ROW: dict[str, Any] = {
     "demonstration_id": "d0",
@@ -133,3 +139,19 @@ def test_a_row_is_not_cut_at_unicode_line_separators(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_demonstrations(tmp_path / "nowhere.jsonl")
+
+
+def test_search_results_are_demonstrated_between_the_profiles_tags() -> None:
+    """With others the policy would learn to read tags that no rollout shows, without a word of it."""
+    observation = {"kind": "observation", "text": "\n\n<information>Doc 1(Title: a) b\n</information>\n\n"}
+    notice = {"kind": "observation", "text": "\nThat was no valid action.\n"}
+    sampled = {"kind": "sampled", "text": "<search> a </search>"}
+    rows = [
+        Demonstration.model_validate({"demonstration_id": "d", "prompt": "p", "spans": spans})
+        for spans in ([sampled, notice, sampled], [sampled, observation, sampled])
+    ]
+    check_profile(rows, get_profile("plain"))
+    check_profile(rows, get_profile("search_r1"))
+    check_profile([], get_profile("autorefine"))
+    with pytest.raises(ConfigError, match=r"^data\.prompt_profile: autorefine shows search results in <documents>"):
+        check_profile(rows, get_profile("autorefine"))
