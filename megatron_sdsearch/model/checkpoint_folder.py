@@ -108,11 +108,13 @@ class CheckpointFolder:
         """Complete ``partial`` with its manifest, give it its name, and make it the latest: all flushed to the disk."""
         target = self.root / folder_name(int(manifest["step"]))
         write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-        if target.exists():
-            target.rename(self.root / f"{_OLD}{target.name}_{time.time_ns():x}")
+        old = self.root / f"{_OLD}{target.name}_{time.time_ns():x}"
+        if target.exists():  # of a process that was killed before it became the latest
+            target.rename(old)
         partial.rename(target)
         sync_folder(self.root)
         write_durably(self.root / LATEST, target.name)
+        shutil.rmtree(old, ignore_errors=True)
         return target
 
     def go_back(self, folder: Path) -> None:

@@ -72,7 +72,7 @@ def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = Fal
     path = run_dir / PAGE_FILE if out is None else out
     if not (run_dir / METRICS_FILE).exists():
         raise DataError(f"{run_dir / METRICS_FILE} does not exist; give the folder of a run (its run_dir)")
-    write_file(path, _html(run_dir, is_running=is_running))
+    write_file(path, _html(run_dir, is_running=is_running), is_shared=True)
     return path
 
 

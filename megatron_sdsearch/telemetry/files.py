@@ -32,7 +32,7 @@ def writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
         ) from error
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:
     """``write_durably``, with the one error.
 
     Raises:
@@ -40,17 +40,21 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     with writing(path, len(data)):
-        write_durably(path, data)
+        write_durably(path, data, is_shared=is_shared)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def write_durably(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:
     """Write beside and rename, with both flushed to the disk: a reader sees the old content or the new.
+
+    Args:
+        path: what a killed attempt has left beside it is overwritten.
+        content: text in UTF-8.
+        is_shared: other processes may be writing it at the same time; then what a killed one leaves stays.
 
     Raises:
         OSError: it cannot be written; nothing is left of the attempt, for a full disk needs the room.
     """
-    # A run and a person's command may both be writing: each has a file of its own.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if is_shared else f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

@@ -67,6 +67,14 @@ def test_of_equal_scores_the_earliest_is_best() -> None:
     assert best_step([3, 1, 2], {1: 0.5, 2: 0.5, 3: 0.4}, current=3) == 1
 
 
+def test_a_step_that_is_saved_again_leaves_nothing_of_the_first_time(tmp_path: Path) -> None:
+    """As after a kill between its name and the pointer to it: no later start need come that would clean up."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 2)
+    again = save(folder, 2)
+    assert sorted(path.name for path in folder.root.iterdir()) == ["latest", again.name]
+
+
 def test_a_commit_moves_latest_and_pruning_names_the_best(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     for step in (1, 2, 3):
