@@ -892,6 +892,7 @@ def _optimizer_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 
 _SECRET_NAME = re.compile(r"password|passwd|secret|credential|api[-_]?key|_key\b|_token\b", re.IGNORECASE)
+_MAY_HOLD_API_KEY = "rollout.sglang.arguments"
 _SECRET_VALUE = re.compile(r"--[a-z-]*(api-key|token|password)\b|://[^/\s]*@", re.IGNORECASE)
 
 
@@ -902,6 +903,18 @@ def is_secret(name: str, value: object) -> bool:
     for what pydantic has masked.
     """
     return str(value) == str(SecretStr("x")) or bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)))
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """A command line without the values of flags that hold secrets."""
+    shown: list[str] = []
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if shown and _SECRET_VALUE.fullmatch(shown[-1]):
+            shown.append("***")
+        else:
+            shown.append(f"{flag}=***" if equals and _SECRET_VALUE.fullmatch(flag) else word)
+    return " ".join(shown)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -969,7 +982,7 @@ def _read_override(override: str, number: int) -> None:
     key = re.split(r"[\s:=]", override, maxsplit=1)[0]
     is_setting = key.split(".")[0] in RunConfig.model_fields
     if is_setting:
-        shown = repr(override if override == key or not _may_hold_secret(key.split(".")) else f"{key}...")
+        shown = repr(override if override == key or not may_hold_secret(key.split(".")) else f"{key}...")
     else:
         shown = f"number {number}"
     if "=" not in override or override.startswith("="):
@@ -985,7 +998,7 @@ def _yaml_problem(error: Exception) -> str:
     """What is wrong with some YAML, in one line, without a value that may be a secret."""
     text = " ".join(str(error).split())
     key = str(getattr(error, "full_key", None) or "")
-    if key and _may_hold_secret(key.split(".")) and "Environment variable" not in text:
+    if key and may_hold_secret(key.split(".")) and "Environment variable" not in text:
         return f"{key}: ${{...}} in its value cannot be resolved (a dollar sign is written as \\$)"
     return shown_url(re.sub(r"\b(tag|alias) '[^']*'", r"\1", text))
 
@@ -1032,9 +1045,9 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
         return field, "missing", f"set {field}"
     if item["type"] in ("greater_than_equal", "less_than_equal") and (limits := _limits(path)):
         return field, f"{value!r} is out of range", f"give a number from {limits[0]} to {limits[1]}"
-    if not _may_hold_secret(path):
+    if not may_hold_secret(path):
         return field, f"{shown_url(repr(value))} is not valid", item["msg"].removeprefix("Value error, ")
-    fix = "write it in quotes" if isinstance(value, int | float) else item["msg"]
+    fix = "write it in quotes" if isinstance(value, int | float) else item["msg"].removeprefix("Value error, ")
     return field, f"{_kind(value)} is not valid (not shown: it may hold a secret)", fix
 
 
@@ -1053,8 +1066,10 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), "this")
 
 
-def _may_hold_secret(path: Sequence[str]) -> bool:
+def may_hold_secret(path: Sequence[str]) -> bool:
     """Whether what stands at this path is, or holds, a secret; of an unknown name, whether its section does."""
+    if ".".join(path[:3]) == _MAY_HOLD_API_KEY:
+        return True
     annotation: Any = RunConfig
     for part in path:
         fields = _sections_of(annotation)

@@ -106,6 +106,10 @@ class CheckpointError(SDSearchError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
 
 
+class ContinuationError(CheckpointError):
+    """A checkpoint is another run's: this configuration does not continue it. Nothing of that run has been touched."""
+
+
 class VerificationError(SDSearchError):
     """A converted model does not compute what its source does."""
 

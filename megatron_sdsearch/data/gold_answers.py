@@ -20,8 +20,11 @@ from pydantic_core import PydanticCustomError
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 _CONTAINER = re.compile(r"(?:(?:np\.|numpy\.)?(?:array|list|tuple|set)\s*\(\s*)?[\[({].*[\])}]", re.DOTALL)
-_BEGINS_AS_LIST = re.compile(r"""\[\s*(?:['"]|[\w.]+\()|(?:(?:np\.|numpy\.)?array|list)\s*\(\s*\[""")
-_NUMBERS = re.compile(r"\[[\s\d.,+-]*\]")
+# Also what is refused because nothing here reads it: Series(['A']), deque(['A']), frozenset({'A'}), b"['A']".
+_BEGINS_AS_LIST = re.compile(
+    r"""\[\s*(?:['"]|[\w.]+\()|(?:(?:np\.|numpy\.)?array|list)\s*\(\s*\[|[A-Za-z_][\w.]*\(\s*[\[{]\s*['"]|b['"]\s*\["""
+)
+_NUMBERS = re.compile(r"\[(?:[\s\d.,+-]|nan|inf)*\]", re.IGNORECASE)
 _MAKERS = {"array", "list", "tuple", "set"}
 
 
@@ -57,7 +60,7 @@ def answers_in_text(text: str) -> list[str]:
     Raises:
         PydanticCustomError: it looks like a list or an object, and its answers are not certain.
     """
-    text = text.strip()
+    text = _unquoted(text.strip())
     if not _CONTAINER.fullmatch(text) and not _BEGINS_AS_LIST.match(text):
         return [text]
     value = _parse(text)
@@ -71,6 +74,17 @@ def answers_in_text(text: str) -> list[str]:
             "list_text", "Looks like the text of a list, but its answers are not certain: give a list of texts"
         )
     return [text]
+
+
+def _unquoted(text: str) -> str:
+    """The text of a list that was encoded twice (``"\"['A']\""``), once; other texts keep their quotes."""
+    if text[:1] not in ("'", '"'):
+        return text
+    try:
+        inner = ast.literal_eval(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text
+    return inner.strip() if isinstance(inner, str) and _BEGINS_AS_LIST.match(inner.strip()) else text
 
 
 def _is_list_for_sure(element: Any) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret
-from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.errors import CheckpointError, ContinuationError
 from megatron_sdsearch.telemetry.files import sync_folder, write_durably
 
 MANIFEST: Final = "manifest.json"
@@ -224,21 +224,21 @@ _PATHS = (
 )
 
 
-def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[ContinuationError]:
     """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
     kind = "parallel.distributed_optimizer"
     for name, old, new in _differences(manifest, config):
         if name == kind:  # the two keep their state under other names
-            yield CheckpointError(f"{folder} was written with {kind} = {old}: set it back")
+            yield ContinuationError(f"{folder} was written with {kind} = {old}: set it back")
         elif not name.startswith(_MAY_CHANGE):
             # Of another network nothing could be taken over.
             fork = "" if name == "model.hf_dir" else f", where model.megatron_dir={folder} starts from these weights"
-            yield CheckpointError(
+            yield ContinuationError(
                 f"{folder} was trained with {name} = {old}, this run has {new}: "
                 f"set it back, or take another run_dir{fork}"
             )
     if manifest["step"] > config.train.num_steps:
-        yield CheckpointError(
+        yield ContinuationError(
             f"{folder} is beyond train.num_steps = {config.train.num_steps}: raise it or take another run_dir"
         )
 
@@ -246,8 +246,12 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the run that wrote a manifest, under today's names."""
     settings = flatten(manifest["config"])
-    if manifest.get("format", 0) < FORMAT and settings.get("hindsight.labels") == "shuffled":
-        settings["hindsight.labels"] = "permuted"  # what format 2 called so
+    if manifest.get("format", 0) < FORMAT:
+        settings.setdefault("rollout.eos_without_action", "notice")  # there was no other way
+        if settings.get("hindsight.labels") == "shuffled":
+            settings["hindsight.labels"] = "permuted"  # what format 2 called so
+        if settings.get("train.mode") == "warm_start":
+            settings.pop("data.prompt_profile", None)  # a warm start did not read it
     return settings
 
 
@@ -269,6 +273,8 @@ def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tup
     before, now = _settings(manifest), flatten(config.model_dump(mode="json"))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
+        if name == "data.prompt_profile" and name not in before:
+            continue
         if name not in before and not name.startswith(_FREE_NAMES):
             old = default_of(name)  # what the version of that time did without knowing the setting
         if name in _PATHS and old is not None and new is not None:

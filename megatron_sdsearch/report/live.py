@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, ContinuationError
 from megatron_sdsearch.report.page import PAGE_FILE, write_page
+from megatron_sdsearch.telemetry.metrics import METRICS_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,9 @@ class LivePage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, ConfigError):  # a start that was refused changes no page
+        # A start that was refused changes no page, and one that came to no number has none.
+        is_refused = isinstance(error, ConfigError | ContinuationError)
+        if error is not None and not is_refused and (self._run_dir / METRICS_FILE).exists():
             self._write(is_running=False)
 
     def write(self) -> None:

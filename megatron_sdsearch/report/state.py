@@ -48,7 +48,8 @@ def run_state(run_dir: Path, last_step: int, *, is_running: bool = False) -> Run
     stopped = read_object(run_dir / STOPPED_FILE)
     if stopped:
         by = stopped.get("signal", "a signal")
-        text = f"Stopped {after} ({by}) and saved: the same command goes on from there."
+        saved = " and saved: the same command goes on from there" if stopped.get("step") else ", with nothing to save"
+        text = f"Stopped {after} ({by}){saved}."
         return RunState(kind="stopped", text=text, last_numbers=time)
     if is_running or live_run(run_dir) is not None:
         done = f"step {last_step} is done" if last_step else "no step is done yet"

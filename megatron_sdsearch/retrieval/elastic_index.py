@@ -215,7 +215,16 @@ class Inspection:
     def _check_encoder(self, marker: dict[str, Any], encoder: TextEncoder | None) -> None:
         """Vectors of another encoder may have the same length, and are near to nothing that this one makes."""
         loaded_with = marker.get("encoder")
-        if self._config.mode == "bm25" or encoder is None or loaded_with in (None, encoder.fingerprint):
+        if self._config.mode == "bm25" or encoder is None or loaded_with == encoder.fingerprint:
+            return
+        if loaded_with is None:
+            if marker and encoder.has_own_settings:
+                raise ConfigError(
+                    f"{SECTION}.encoder",
+                    f"{self._config.encoder} says how it pools and prompts, and {self._config.index} was loaded by a "
+                    "version of index_corpus that did not look",
+                    "load the corpus again with --encoder",
+                )
             return
         raise ConfigError(
             f"{SECTION}.encoder",

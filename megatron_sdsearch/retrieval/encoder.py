@@ -27,6 +27,11 @@ class TextEncoder(Protocol):
         ...
 
     @property
+    def has_own_settings(self) -> bool:
+        """Its folder says how it pools and prompts."""
+        ...
+
+    @property
     def similarity(self) -> Similarity:
         """By which vectors are compared; ``dot`` where their lengths count."""
         ...

@@ -83,6 +83,11 @@ class FolderEncoder:
         return self._fingerprint
 
     @property
+    def has_own_settings(self) -> bool:
+        """See ``TextEncoder``."""
+        return self._settings.has_modules
+
+    @property
     def similarity(self) -> Similarity:
         """See ``TextEncoder``."""
         return self._settings.similarity

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.config import SGLangConfig, shown_command
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.rollout.server_process import ServerProcess, load_weights, read_model_info, read_tail
 
@@ -125,7 +125,9 @@ class SupervisedServer:
         with self._lock:
             if self._closing.is_set():
                 return False
-            self._note(f"start, restart {self.num_restarts} of {self._config.max_restarts}: {' '.join(self._command)}")
+            self._note(
+                f"start, restart {self.num_restarts} of {self._config.max_restarts}: {shown_command(self._command)}"
+            )
             self._process = ServerProcess(self._command, self._environment, self._log, grace_s=self._patience.grace_s)
         cause = self._watch(self._process)
         self._process.end()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import raise_first
+from megatron_sdsearch.errors import CheckpointError, ConfigError, raise_first
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, read_manifest, step_of
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup
@@ -102,13 +102,26 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an earlier start has done all that is asked for: the last step, its evaluation, the export, the summary.
 
     Raises:
-        CheckpointError: it was another run, which this configuration does not continue.
+        ContinuationError: it was another run, which this configuration does not continue.
+        ConfigError: it has finished, and its checkpoints are gone: to begin anew would remove what is left of it.
     """
     run_dir, last = config.run_dir, config.train.num_steps
     newest = next(iter(CheckpointFolder(run_dir / "checkpoints").candidates()), None)
-    if newest is None or step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
+    if newest is None:
+        if (run_dir / SUMMARY_FILE).is_file():
+            raise ConfigError(
+                "run_dir",
+                f"{run_dir} holds a finished run whose checkpoints are gone",
+                f"take another run_dir, or remove {SUMMARY_FILE} to begin anew in its place",
+            )
         return False
-    raise_first(continuation_problems(newest, read_manifest(newest), config))
+    try:
+        manifest = read_manifest(newest)
+    except CheckpointError:
+        return False  # loading it says more, or goes back to an older one
+    raise_first(continuation_problems(newest, manifest, config))
+    if step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
+        return False
     evaluated = {row["step"] for row in read_metrics(run_dir) if names.EVAL_EM in row}
     is_exported = (run_dir / "hf" / "config.json").is_file()
     return (last in evaluated or not config.evaluation.every) and (is_exported or not config.checkpoint.export_hf)

@@ -13,7 +13,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 import megatron_sdsearch
-from megatron_sdsearch.config import RunConfig, is_secret
+from megatron_sdsearch.config import RunConfig, flatten, is_secret, may_hold_secret
 from megatron_sdsearch.model.checkpoint import package_versions
 from megatron_sdsearch.telemetry.files import write_file
 
@@ -32,6 +32,7 @@ _HEADER: Final = "# Written by `sdsearch train` at every start: all settings, de
 _OTHER_CONFIG_FILE: Final = "config.resolved.yaml"
 _GIT_TIMEOUT_S: Final = 10.0
 _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
+_USELESS_ALONE: Final = "retrieval.http.username"  # refused without its password
 Tree = dict[str, Any]
 
 
@@ -58,7 +59,8 @@ def config_path(run_dir: Path) -> Path:
 def config_text(config: RunConfig) -> str:
     """YAML of all settings; ``load_config`` of it gives the same configuration, but for what is left out."""
     left_out: list[str] = []
-    tree = _without_secrets(config.model_dump(mode="json"), left_out)
+    paths = {name for name, value in flatten(config.model_dump()).items() if isinstance(value, Path)}
+    tree = _without_secrets(config.model_dump(mode="json"), left_out, paths)
     words = "".join(f"# Left out, for it may be a secret: {name}\n" for name in left_out)
     return _HEADER + words + OmegaConf.to_yaml(OmegaConf.create(tree))  # it knows which texts it would read as numbers
 
@@ -108,19 +110,22 @@ def _starts(run_dir: Path) -> list[Any]:
     return starts if isinstance(starts, list) else []
 
 
-def _without_secrets(tree: Mapping[str, Any], left_out: list[str], prefix: str = "") -> Tree:
-    return dict(_kept(tree, left_out, prefix))
+def _without_secrets(tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str = "") -> Tree:
+    return dict(_kept(tree, left_out, paths, prefix))
 
 
-def _kept(tree: Mapping[str, Any], left_out: list[str], prefix: str) -> Iterator[tuple[str, Any]]:
+def _kept(
+    tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str
+) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield key, _without_secrets(value, left_out, f"{name}.")
-        elif value is not None and is_secret(name, value):
+            yield key, _without_secrets(value, left_out, paths, f"{name}.")
+        elif value is not None and (is_secret(name, value) or name == _USELESS_ALONE):
             left_out.append(name)
         else:
-            yield key, _escaped(value)
+            # A folder whose name begins with "~" is not a home directory when it is read again.
+            yield key, _escaped(f"./{value}" if name in paths and value.startswith("~") else value)
 
 
 def _escaped(value: Any) -> Any:
@@ -132,4 +137,5 @@ def _escaped(value: Any) -> Any:
 
 def _shown(argument: str) -> str:
     name, equals, value = argument.partition("=")
-    return f"{name}=..." if equals and is_secret(argument, value) else argument
+    is_hidden = is_secret(argument, value) or may_hold_secret(name.split("."))
+    return f"{name}=..." if equals and is_hidden else argument

@@ -66,6 +66,8 @@ def of_updates(results: Sequence[UpdateResult]) -> Values:
         return {}
     values: Values = {}
     columns = [_distillation_means(result.metrics) for result in reported]
+    if any("distill_loss" in column for column in columns):  # 0 where no trajectory of the update has a teacher
+        columns = [{"distill_loss": 0.0, **column} for column in columns]
     for name in sorted({name for column in columns for name in column}):
         column = [metrics[name] for metrics in columns if name in metrics]
         key = f"loss/{name.removesuffix('_loss')}" if name != "loss" else "loss/total"

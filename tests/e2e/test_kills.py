@@ -214,6 +214,7 @@ def test_a_signal_saves_first(number: int, victim: int, world: Path, uninterrupt
     assert "saved and stopped" in ranks.output
     stopped = json.loads((run_dir / "stopped.json").read_text())
     assert stopped["signal"] == signal.Signals(number).name
+    assert f"Stopped after step {stopped['step']} ({stopped['signal']})" in (run_dir / "report.html").read_text()
     assert 2 <= stopped["step"] < 4, "no step is repeated, and none is waited for"
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step_{stopped['step']:06d}"
     assert not (run_dir / "summary.json").exists()

@@ -32,6 +32,7 @@ class ToyEncoder:
     num_dims = 2
     fingerprint = "toy"
     similarity: Similarity = "cosine"
+    has_own_settings = False
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return np.asarray([[1.0, 0.0]] * len(texts), dtype=np.float32)

@@ -78,7 +78,7 @@ def test_a_path_of_the_settings_may_begin_at_home(home: Path, field: str) -> Non
 def test_a_command_without_a_shell_has_its_home_expanded(home: Path) -> None:
     for field in ("rollout.sglang.command", "rollout.sglang.arguments"):
         assert value_of(parse_config(with_value(field, ["~/bin/x", "a~"])), field) == (f"{home}/bin/x", "a~")
-        with pytest.raises(ConfigError, match=rf"^{field}\.0: '~nosuchuser/x' is not valid"):
+        with pytest.raises(ConfigError, match=rf"^{field}\.0: ('~nosuchuser/x'|a text) is not valid"):
             parse_config(with_value(field, ["~nosuchuser/x"]))
 
 

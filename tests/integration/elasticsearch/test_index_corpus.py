@@ -429,6 +429,7 @@ class Encoder:
 
     num_dims, fingerprint = 8, "test"
     similarity: Similarity = "cosine"
+    has_own_settings = False
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         return self.encode_passages(texts)

@@ -53,6 +53,7 @@ class AngleEncoder:
     num_dims = 3
     fingerprint = "angles"
     similarity: Similarity = "cosine"
+    has_own_settings = False
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         angles = [float(text.split()[-1]) * np.pi for text in texts if text[-1].isdigit()] or [0.0] * len(texts)

@@ -98,3 +98,18 @@ def test_a_list_among_other_answers_is_refused(element: Any) -> None:
 
 def test_a_doubtful_text_among_other_answers_is_one_of_them() -> None:
     assert read_gold_answers(["1905", "[1905]"]) == ["1905", "[1905]"]
+
+
+def test_a_list_that_was_encoded_twice_is_read_and_a_quoted_answer_keeps_its_quotes() -> None:
+    for text in (json.dumps("['A', 'B']"), repr('["A", "B"]'), repr("['A' 'B']")):
+        assert answers_in_text(text) == ["A", "B"]
+    for text in ('"Heroes"', "'Salem's Lot'", '"[REC]"'):
+        assert answers_in_text(text) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["frozenset({'A'})", "Series(['A'])", "deque(['A', 'B'])", 'Array(["a"])', "b\"['A']\"", "[nan]"]
+)
+def test_lists_that_nothing_here_reads_are_refused(text: str) -> None:
+    with pytest.raises(PydanticCustomError):
+        answers_in_text(text)

@@ -268,3 +268,26 @@ def test_what_may_not_change_is_refused_and_what_may_is_not() -> None:
         "c was trained with seed = 1, this run has 9: set it back, or take another run_dir, where "
         "model.megatron_dir=c starts from these weights",
     ]
+
+
+def test_a_run_of_before_goes_on_as_it_was_and_a_changed_rule_is_refused() -> None:
+    before = manifest(config(rollout={"eos_without_action": "notice"}), without=("rollout", "eos_without_action"))
+    assert (
+        list(continuation_problems(Path("c"), before | {"format": 2}, config(rollout={"eos_without_action": "notice"})))
+        == []
+    )
+    (problem,) = continuation_problems(Path("c"), before | {"format": 2}, config())
+    assert "rollout.eos_without_action = notice, this run has stop" in str(problem)
+
+
+def test_a_warm_start_of_before_goes_on_under_the_profile_of_its_demonstrations() -> None:
+    train = {"mode": "warm_start", "demonstrations": "d.jsonl"}
+    before = {**manifest(config(train=train)), "format": 2}
+    assert (
+        list(
+            continuation_problems(
+                Path("c"), before, config(train=train, data={"train": "t", "prompt_profile": "plain"})
+            )
+        )
+        == []
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
-from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.errors import CheckpointError, ConfigError
 from megatron_sdsearch.telemetry import MetricsLog, names
 from megatron_sdsearch.telemetry.metrics import read_metrics
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
@@ -108,3 +108,11 @@ def test_steps_without_contrast_are_counted_over_starts_and_come_into_the_summar
     assert (summary["steps_without_contrast"], summary["steps_without_gradient"]) == (5, 0)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert len(read_metrics(tmp_path)) == 6
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    """It would cut its metrics and trajectories off, and take its summary away."""
+    assert not is_finished(config(tmp_path))
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a finished run whose checkpoints are gone"):
+        is_finished(config(tmp_path))

@@ -59,6 +59,19 @@ def test_secrets_are_left_out_and_named_and_nothing_else_changes(tmp_path: Path)
     assert all(f"# Left out, for it may be a secret: {name}\n" in text for name in changed)
 
 
+def test_what_is_left_out_never_keeps_the_file_from_loading(tmp_path: Path) -> None:
+    http = {"engine": "http", "http": {"username": "u", "password": SECRET}}
+    path = tmp_path / "c.yaml"
+    path.write_text(config_text(config(tmp_path, retrieval=http)))
+    assert load_config(path).retrieval == config(tmp_path, retrieval={"engine": "http"}).retrieval
+
+
+def test_a_folder_named_like_a_home_directory_stays_that_folder(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(config_text(config(tmp_path, data={"train": "./~t"})))
+    assert load_config(path).data.train == Path("~t")
+
+
 def test_the_command_is_shown_without_the_values_of_secrets() -> None:
     arguments = [
         "train",
@@ -67,12 +80,16 @@ def test_the_command_is_shown_without_the_values_of_secrets() -> None:
         "rollout.max_total_tokens=9",
         f"retrieval.elasticsearch.password={SECRET}",
         f"rollout.sglang.environment={{HF_TOKEN: {SECRET}}}",
+        f"rollout.sglang.environment.NGC={SECRET}",
+        f"rollout.sglang.arguments=[--api-key, {SECRET}]",
     ]
     assert command_line(arguments) == [
         "sdsearch",
         *arguments[:4],
         "retrieval.elasticsearch.password=...",
         "rollout.sglang.environment=...",
+        "rollout.sglang.environment.NGC=...",
+        "rollout.sglang.arguments=...",
     ]
 
 

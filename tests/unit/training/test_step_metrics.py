@@ -222,9 +222,15 @@ def test_of_updates_leaves_out_updates_that_learned_nothing() -> None:
 
 
 def test_of_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
-    values = of_updates([update(loss=1.0), update(loss=1.0, distill_loss=0.2), update(loss=1.0, distill_loss=0.4)])
-    assert values[names.DISTILL] == pytest.approx(0.3)
+    values = of_updates([update(loss=1.0), update(loss=1.0, old_kl=0.2), update(loss=1.0, old_kl=0.4)])
+    assert values["loss/old_kl"] == pytest.approx(0.3)
+
+
+def test_an_update_without_a_teacher_counts_in_the_distillation_loss_as_0() -> None:
+    values = of_updates([update(loss=1.5, distill_loss=0.5), update(loss=1.0)])
+    assert (values[names.DISTILL], values["loss/total"]) == (0.25, 1.25)
     assert names.JSD not in values
+    assert names.DISTILL not in of_updates([update(loss=1.0)])
 
 
 def by_class(**classes: tuple[float, float, float]) -> UpdateResult:
