@@ -654,7 +654,7 @@ class RunConfig(Section):
         if self.retrieval is not None:
             paths |= self.retrieval.files()
         if self.model.megatron_dir is not None:
-            paths["model.megatron_dir"] = self.model.megatron_dir / ".metadata"
+            yield from _megatron_problems(self.model.megatron_dir)
         for field, path in paths.items():
             if path is not None and not path.exists():
                 yield ConfigError(field, f"{path} does not exist", "give a path that exists")
@@ -761,6 +761,7 @@ def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
         yield ConfigError(field, f"missing, and {reason}", f"set {field}")
 
 
+_LOCAL_FOLDERS = ("models/", "model/", "checkpoints/", "runs/", "data/")
 _HUB_ID = re.compile(r"(?:https:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.-]*))")
 
 
@@ -770,10 +771,30 @@ def no_model(field: str, folder: Path) -> ConfigError:
     hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
     if hub_id is not None:
         name, target = hub_id[1], f"models/{hub_id[2]}"
+        if name.startswith(_LOCAL_FOLDERS):  # where it is to lie; who published it, nothing says
+            name, target = f"ORGANISATION/{hub_id[2]}", name
         fix += (
             f"; a model of the hub is fetched by `hf download {name} --local-dir {target}`, then set {field}={target}"
         )
     return ConfigError(field, f"{folder} holds no config.json", fix)
+
+
+def _megatron_problems(folder: Path) -> Iterator[ConfigError]:
+    if (folder / ".metadata").exists():
+        return
+    pointers = (path for path in (folder / "latest", folder / "checkpoints" / "latest") if path.is_file())
+    if (pointer := next(pointers, None)) is not None:
+        step = pointer.parent / pointer.read_text().strip()
+        yield ConfigError(
+            "model.megatron_dir", f"{folder} holds several checkpoints", f"give one of them, such as {step}"
+        )
+    else:
+        yield ConfigError(
+            "model.megatron_dir",
+            f"{folder} holds no checkpoint of megatron",
+            "give a folder that does; checkpoint.keep_last of the run that wrote it may have removed it: copy a step "
+            "out of its checkpoints before another run begins from it",
+        )
 
 
 def is_server_url(url: str) -> bool:

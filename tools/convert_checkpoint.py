@@ -109,6 +109,10 @@ def to_hf(
     _run(run, out)
 
 
+_MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes", "additional_chat_templates"}
+_MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".model"}
+
+
 def _check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     target = out.resolve()
     for source in (path.resolve() for path in sources):
@@ -117,7 +121,22 @@ def _check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not (overwrite and out.is_dir()):
-        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a folder")
+        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
+    if out.is_dir() and (others := _other_than_a_model(out)):
+        raise ConfigError(
+            "OUT", f"{out} holds other things than a model, such as {others[0]}", "give another folder: it is replaced"
+        )
+
+
+def _other_than_a_model(folder: Path) -> list[str]:
+    """What neither a Hugging Face folder nor a checkpoint of megatron has; replacing would lose it."""
+    if (folder / ".metadata").is_file():
+        return []
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in _MODEL_FILES and not (path.is_file() and path.suffix in _MODEL_SUFFIXES)
+    )
 
 
 def _verify(hf_dir: Path, checkpoint: Path) -> None:

@@ -88,7 +88,7 @@ def _demonstrations(subject: Subject, path: Path) -> Iterator[Finding]:
     )
     shown = Attempt.at(lambda: check_profile(attempt.value or (), get_profile(subject.config.data.prompt_profile)))
     if shown.error is not None:
-        yield Finding.of(shown.error, "data.prompt_profile")
+        yield Finding.of(shown.error, "train.demonstrations")
     yield from _longest(subject, attempt.value)
 
 

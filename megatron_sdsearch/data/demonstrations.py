@@ -68,11 +68,19 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
 
 
 def check_profile(demonstrations: Sequence[Demonstration], profile: PromptProfile) -> None:
-    """Search results are demonstrated between the tags between which rollouts will show them.
+    """Demonstrations act with the tags of rollouts, and see search results between the tags that rollouts will show.
 
     Raises:
-        ConfigError: there are observations, and none has the profile's tag.
+        ConfigError: none ends a search or an answer; or there are observations, and none has the profile's tag.
     """
+    sampled = [span.text for row in demonstrations for span in row.spans if span.kind == "sampled"]
+    if sampled and not any("</search>" in text or "</answer>" in text for text in sampled):
+        raise ConfigError(
+            "train.demonstrations",
+            f"none writes </search> or </answer>, such as {sampled[0].strip()!r:.60}: the policy would learn to act in "
+            "a way that rollouts do not know",
+            "write actions as <search> query </search> and <answer> answer </answer>",
+        )
     observed = [span.text for row in demonstrations for span in row.spans if span.kind == "observation"]
     if observed and not any(profile.observation_open in text for text in observed):
         raise ConfigError(

@@ -222,11 +222,21 @@ def index_root(corpus: Path, index: Path | None) -> Path:
 
 
 def check_writable(folder: Path, corpus: Path, field: str) -> None:
-    """Refuse a place in which no folder can be made, before the corpus is read.
+    """Refuse a place in which no index can be made: one that takes no folder, or that is an index itself.
+
+    The folder beside the corpus takes others although it may be one (``index_corpus.py --out``): no setting named it.
 
     Raises:
         ConfigError: of ``field``.
     """
+    manifest = Manifest.read(folder)
+    if manifest is not None and folder != default_root(corpus):
+        raise ConfigError(
+            field,
+            f"{folder} is an index already, with analyzer {manifest.analyzer}, and not the one that is wanted: of this "
+            "corpus with this analyzer",
+            "set retrieval.analyzer to its own where the corpus is the same, or give another folder",
+        )
     home = folder.absolute()
     while not home.exists() and home != home.parent:
         home = home.parent

@@ -25,6 +25,8 @@ def writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, IsADirectoryError):
+            raise StorageError(f"{path} cannot be written: it is a folder; give the name of a file") from error
         need = f"it needs {size_words(num_bytes)}, " if num_bytes else ""
         raise StorageError(
             f"{path} cannot be written ({error.strerror or error}): {need}{free_words(path)}; "

@@ -76,3 +76,17 @@ def test_a_folder_that_cannot_be_written_is_a_failure(hf_dir: Path, tmp_path: Pa
     assert done.returncode == 1
     assert "NotADirectoryError" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_overwriting_loses_nothing_but_a_model(hf_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "hf").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text("{}")
+    done = convert("to-megatron", hf_dir, run_dir, "--overwrite")
+    assert done.returncode == 2
+    assert "holds other things than a model, such as hf" in done.stderr
+    assert sorted(path.name for path in run_dir.iterdir()) == ["hf", "metrics.jsonl"]
+    model = tmp_path / "model"
+    for command in ("to-megatron", "to-megatron"):
+        done = convert(command, hf_dir, model, "--overwrite")
+        assert done.returncode == 0, done.stderr

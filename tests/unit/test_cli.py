@@ -274,7 +274,7 @@ def test_report_writes_to_another_file_on_request(killed_run: Path, monkeypatch:
         (("~/nowhere",), "nowhere/metrics.jsonl does not exist; give the folder of a run (its run_dir)"),
         (("~/run/metrics.jsonl",), "metrics.jsonl/metrics.jsonl does not exist"),
         (("~/run", "--out", "~/no/folder/page.html"), "page.html cannot be written (No such file or directory)"),
-        (("~/run", "--out", "~/run"), "run cannot be written (Is a directory)"),
+        (("~/run", "--out", "~/run"), "run cannot be written: it is a folder; give the name of a file"),
     ],
 )
 def test_report_refuses_what_is_no_run_and_no_place_for_a_page(

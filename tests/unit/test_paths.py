@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from megatron_sdsearch.cli import app
-from megatron_sdsearch.config import RunConfig, load_config, parse_config, path_argument
+from megatron_sdsearch.config import RunConfig, load_config, no_model, parse_config, path_argument
 from megatron_sdsearch.data.question_sources import open_source
 from megatron_sdsearch.errors import ConfigError
 
@@ -188,3 +188,20 @@ def test_a_number_that_python_will_not_read_is_refused_as_well(home: Path) -> No
     (home / "c.yaml").write_text("run_dir: r\n")
     with pytest.raises(ConfigError, match=r"^seed: .* is no YAML"):
         load_config(home / "c.yaml", [f"seed={'9' * 5000}"])
+
+
+def test_a_folder_of_models_is_not_taken_for_the_name_of_an_organisation() -> None:
+    problem = no_model("model.hf_dir", Path("models/Qwen2.5-3B"))
+    assert "`hf download ORGANISATION/Qwen2.5-3B --local-dir models/Qwen2.5-3B`" in problem.mend
+
+
+def test_a_run_in_the_place_of_one_of_its_checkpoints_is_called_so(tmp_path: Path) -> None:
+    def problem() -> ConfigError:
+        config = parse_config(with_value("model.megatron_dir", str(tmp_path)))
+        (found,) = [p for p in config.file_problems() if p.field == "model.megatron_dir"]
+        return found
+
+    assert "holds no checkpoint" in problem().problem
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step_000004")
+    assert problem().mend == f"give one of them, such as {tmp_path}/checkpoints/step_000004"

@@ -155,3 +155,12 @@ def test_search_results_are_demonstrated_between_the_profiles_tags() -> None:
     check_profile([], get_profile("autorefine"))
     with pytest.raises(ConfigError, match=r"^data\.prompt_profile: autorefine shows search results in <documents>"):
         check_profile(rows, get_profile("autorefine"))
+
+
+def test_demonstrations_that_never_act_are_refused() -> None:
+    spans = [{"kind": "sampled", "text": "<query> a </query>"}]
+    rows = [Demonstration.model_validate({"demonstration_id": "d", "prompt": "p", "spans": spans})]
+    with pytest.raises(
+        ConfigError, match=r"^train\.demonstrations: none writes </search> or </answer>, such as '<query>"
+    ):
+        check_profile(rows, get_profile("plain"))

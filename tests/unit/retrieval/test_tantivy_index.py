@@ -341,3 +341,13 @@ def test_other_users_may_read_an_index(tmp_path: Path) -> None:
     TantivyRetriever.build(write_corpus(tmp_path, ["canal"]), tmp_path / "x", "standard")
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "x").iterdir()}
     assert set(modes.values()) == {modes["manifest.json"]}
+
+
+def test_another_index_in_the_named_place_is_not_built_into(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, ["canals"])
+    TantivyRetriever.build(corpus, tmp_path / "en", "english")
+    assert TantivyRetriever.open_or_build(corpus, "english", tmp_path / "en")
+    with pytest.raises(
+        ConfigError, match=r"en is an index already, with analyzer english, .*; set retrieval\.analyzer"
+    ):
+        TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "en")
