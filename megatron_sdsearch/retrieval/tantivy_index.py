@@ -322,7 +322,8 @@ def _open(index_dir: Path) -> tantivy.Index:
     except ValueError as error:
         if "Lockfile" not in str(error):
             raise
-    with tempfile.TemporaryDirectory() as links:
+    # Its threads may still take a lock there while the folder is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as links:
         for file in index_dir.resolve().iterdir():
             if file.suffix != ".lock":
                 (Path(links) / file.name).symlink_to(file)
