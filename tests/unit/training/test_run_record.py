@@ -120,7 +120,7 @@ def test_a_persons_own_config_in_the_folder_is_not_overwritten(tmp_path: Path) -
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "environment.json").mkdir()
-    with pytest.raises(StorageError, match=r"environment\.json cannot be written \(Is a directory\)"):
+    with pytest.raises(StorageError, match=r"environment\.json cannot be written: it is a folder"):
         write_run_record(config(tmp_path))
 
 
