@@ -27,8 +27,8 @@ from rich.console import Console
 
 from megatron_sdsearch.config import RunConfig, expand_home, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-from megatron_sdsearch.telemetry import final_table, warnings_of
-from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.logging import final_table, warnings_of
+from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
 
 if TYPE_CHECKING:
@@ -329,9 +329,9 @@ def _say(line: str) -> None:
 
 def _first_line(config: Path, loaded: RunConfig) -> str:
     world, parallel = int(os.environ.get("WORLD_SIZE", "1")), loaded.parallel
-    replicas = world // (parallel.tensor * parallel.pipeline)
+    replicas = world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     ranks = f"{world} rank{'s' if world > 1 else ''}"
-    layout = f"TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas}"
+    layout = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x DP {replicas}"
     return f"sdsearch train: {config} -> {loaded.run_dir}; {ranks}: {layout}"
 
 

@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose.
 
 SDSearchError
-|-- ConfigError             a setting is wrong: names the field, the value and the mend; exit code 2
+|-- ConfigError             a setting is wrong: names the field, the value and the fix; exit code 2
 |-- DataError               a file with questions, passages or weights is wrong: names file and line; exit code 2
 |-- RetrievalError          the search engine failed (never: it found nothing)
 |   `-- RetrievalDownError      it has answered nobody for long: the run stops
@@ -26,16 +26,16 @@ class ConfigError(SDSearchError):
     """A setting is wrong.
 
     Attributes:
-        field: dotted path of the setting, e.g. ``parallel.tensor``.
+        field: dotted path of the setting, e.g. ``parallel.tensor_model_parallel_size``.
         problem: what is wrong with it.
-        mend: what to do about it, in one clause.
+        fix: what to do about it, in one clause.
     """
 
-    def __init__(self, field: str, problem: str, mend: str) -> None:
-        super().__init__(f"{field}: {problem}; {mend}")
+    def __init__(self, field: str, problem: str, fix: str) -> None:
+        super().__init__(f"{field}: {problem}; {fix}")
         self.field = field
         self.problem = problem
-        self.mend = mend
+        self.fix = fix
 
 
 class DataError(SDSearchError):

@@ -19,8 +19,8 @@ from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.check.world import GivenWorld
 from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError
+from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
-from megatron_sdsearch.telemetry.files import write_file
 
 STARTS_FILE = "slurm_starts.json"
 RENDEZVOUS_PORTS = range(10_000, 20_000)
@@ -157,9 +157,9 @@ def _num_serving(config: RunConfig, given: Allocation) -> int:
             f"0, and rollout.engine=sglang on {given.num_nodes} nodes needs servers that all of them reach",
             "set it to a number of nodes, or set rollout.sglang.colocated=true or rollout.sglang.urls",
         )
-    if wanted and given.num_gpus and sglang.tensor > given.num_gpus:
-        problem = f"{sglang.tensor} GPUs of a server, and nodes have {given.num_gpus}"
-        raise ConfigError("rollout.sglang.tensor", problem, "lower it")
+    if wanted and given.num_gpus and sglang.tp_size > given.num_gpus:
+        problem = f"{sglang.tp_size} GPUs of a server, and nodes have {given.num_gpus}"
+        raise ConfigError("rollout.sglang.tp_size", problem, "lower it")
     return wanted
 
 
@@ -200,7 +200,7 @@ def has_errors(config: Path, overrides: Sequence[str], given: Allocation, roles:
     report = run_checks(config, overrides, given=world, is_online=True)
     for finding in report.findings:
         if finding.severity is not Severity.NOTE:
-            told = f"check: {finding.severity}: {finding.field}: {finding.problem}; {finding.mend}"
+            told = f"check: {finding.severity}: {finding.field}: {finding.problem}; {finding.fix}"
             print(told, file=sys.stderr)
     return report.count(Severity.ERROR) > 0
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
@@ -46,7 +47,6 @@ from megatron_sdsearch.records import (
 )
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import GenerationRequest, SamplingParams
-from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
@@ -155,7 +155,10 @@ def _config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
         {
             "run_dir": str(folder),
             "model": {"hf_dir": str(folder)},
-            "parallel": {"tensor": arguments.tensor, "pipeline": arguments.pipeline},
+            "parallel": {
+                "tensor_model_parallel_size": arguments.tensor,
+                "pipeline_model_parallel_size": arguments.pipeline,
+            },
             "data": {"train": "none", "questions_per_step": arguments.questions},
             "retrieval": {"corpus": "none"},
             "rollout": {

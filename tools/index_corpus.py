@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.to == "elasticsearch" and not arguments.index:
         parser.error("--to elasticsearch needs --index NAME")
     if arguments.to == "tantivy" and arguments.allow_rejects:
-        parser.error("--allow-rejects is for Elasticsearch: training reads the corpus itself, mend its rows")
+        parser.error("--allow-rejects is for Elasticsearch: training reads the corpus itself, fix its rows")
     for name in ("workers", "chunk", "timeout", "patience"):
         if getattr(arguments, name) <= 0:
             parser.error(f"--{name} must be positive")
@@ -135,8 +135,8 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         import elasticsearch  # noqa: F401
     except ImportError as error:
-        mend = "pip install 'megatron-sdsearch[elasticsearch]'"
-        raise ConfigError("--to", "elasticsearch needs its client, which is not installed", mend) from error
+        fix = "pip install 'megatron-sdsearch[elasticsearch]'"
+        raise ConfigError("--to", "elasticsearch needs its client, which is not installed", fix) from error
     from megatron_sdsearch.retrieval.bulk_index import RejectFile, survey_corpus
 
     settings = index_settings(arguments, None)  # wrong names are told before the corpus is read

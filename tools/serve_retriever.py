@@ -73,8 +73,8 @@ async def run(arguments: argparse.Namespace) -> None:
     try:
         from megatron_sdsearch.retrieval import server
     except ImportError as error:
-        mend = "pip install 'megatron-sdsearch[retriever]'"
-        raise ConfigError("serve_retriever", f"{error.name} is not installed", mend) from error
+        fix = "pip install 'megatron-sdsearch[retriever]'"
+        raise ConfigError("serve_retriever", f"{error.name} is not installed", fix) from error
     folder = index_folder(Path(arguments.index)) if arguments.engine == "tantivy" else None
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
@@ -111,8 +111,8 @@ async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
     try:
         from megatron_sdsearch.retrieval.elastic import ElasticRetriever
     except ImportError as error:
-        mend = "pip install 'megatron-sdsearch[elasticsearch]'"
-        raise ConfigError("--engine", f"elasticsearch needs {error.name}, which is not installed", mend) from error
+        fix = "pip install 'megatron-sdsearch[elasticsearch]'"
+        raise ConfigError("--engine", f"elasticsearch needs {error.name}, which is not installed", fix) from error
     config = ElasticsearchConfig(
         urls=tuple(arguments.url or ElasticsearchConfig().urls),
         index=arguments.index,

@@ -21,8 +21,8 @@ from rich.console import Console
 from megatron_sdsearch.cli import home_path
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError
+from megatron_sdsearch.logging import final_table
 from megatron_sdsearch.report.page import write_page
-from megatron_sdsearch.telemetry import final_table
 
 HERE = Path(__file__).parent
 NUM_PROCESSES = 2

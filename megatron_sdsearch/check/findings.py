@@ -31,25 +31,25 @@ class Finding:
         severity: see ``Severity``.
         field: the setting to look at, dotted.
         problem: what is wrong, or what was found.
-        mend: what to do about it; notes have none.
+        fix: what to do about it; notes have none.
         section: of the check.
     """
 
     severity: Severity
     field: str
     problem: str
-    mend: str = ""
+    fix: str = ""
     section: str = ""
 
     @classmethod
-    def error(cls, field: str, problem: str, mend: str) -> Finding:
+    def error(cls, field: str, problem: str, fix: str) -> Finding:
         """The run would fail."""
-        return cls(severity=Severity.ERROR, field=field, problem=problem, mend=mend)
+        return cls(severity=Severity.ERROR, field=field, problem=problem, fix=fix)
 
     @classmethod
-    def warning(cls, field: str, problem: str, mend: str) -> Finding:
+    def warning(cls, field: str, problem: str, fix: str) -> Finding:
         """The run would be wasted, wholly or in part."""
-        return cls(severity=Severity.WARNING, field=field, problem=problem, mend=mend)
+        return cls(severity=Severity.WARNING, field=field, problem=problem, fix=fix)
 
     @classmethod
     def note(cls, field: str, told: str) -> Finding:
@@ -60,10 +60,10 @@ class Finding:
     def of(cls, error: SDSearchError, field: str) -> Finding:
         """What training would raise; ``field`` for errors that name none."""
         if isinstance(error, ConfigError):
-            return cls.error(error.field, error.problem, error.mend)
-        # Messages of this project end with their mend, after a semicolon.
-        problem, _, mend = str(error).rpartition("; ")
-        return cls.error(field, problem or mend, mend if problem else "see the message")
+            return cls.error(error.field, error.problem, error.fix)
+        # Messages of this project end with their fix, after a semicolon.
+        problem, _, fix = str(error).rpartition("; ")
+        return cls.error(field, problem or fix, fix if problem else "see the message")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,15 +30,16 @@ def check(subject: Subject) -> Iterator[Finding]:
             f"{world.ranks_per_node} trainer processes per node and {world.gpus_per_node} GPUs: each takes one",
             f"start {world.gpus_per_node} per node",
         )
-    if parallel.tensor > world.ranks_per_node:
+    tensor = parallel.tensor_model_parallel_size
+    if tensor > world.ranks_per_node:
         yield Finding.warning(
-            "parallel.tensor",
-            f"{parallel.tensor} is more than the {world.ranks_per_node} processes of a node: every layer's all-reduce "
+            "parallel.tensor_model_parallel_size",
+            f"{tensor} is more than the {world.ranks_per_node} processes of a node: every layer's all-reduce "
             "would go over the network",
-            "keep tensor within a node, and take parallel.pipeline for the rest",
+            "keep tensor within a node, and take parallel.pipeline_model_parallel_size for the rest",
         )
-    if parallel.tensor > 1 and not parallel.sequence and world.has_gpu:
-        yield Finding.note("parallel.sequence", "false: every rank keeps whole activations between layers")
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel and world.has_gpu:
+        yield Finding.note("parallel.sequence_parallel", "false: every rank keeps whole activations between layers")
     yield from _model(subject)
 
 
@@ -50,13 +51,14 @@ def _model(subject: Subject) -> Iterator[Finding]:
     yield from problems
     if problems:
         return
-    padding = padded_vocab_size(hf_config.vocab_size, parallel.tensor) - hf_config.vocab_size
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    padding = padded_vocab_size(hf_config.vocab_size, tensor) - hf_config.vocab_size
     yield Finding.note(
         "parallel",
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {subject.num_ranks_dp}: "
-        f"{hf_config.num_hidden_layers // parallel.pipeline} layers per stage, "
-        f"{hf_config.num_attention_heads // parallel.tensor} heads and "
-        f"{_per_rank(hf_config.num_key_value_heads, parallel.tensor)}, vocabulary padded by {padding}",
+        f"tensor {tensor} x pipeline {pipeline} x data {subject.num_ranks_dp}: "
+        f"{hf_config.num_hidden_layers // pipeline} layers per stage, "
+        f"{hf_config.num_attention_heads // tensor} heads and "
+        f"{_per_rank(hf_config.num_key_value_heads, tensor)}, vocabulary padded by {padding}",
     )
 
 

@@ -27,7 +27,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     if hf_config is None or not is_known or not subject.world.has_gpu:
         return
     parallel = config.parallel
-    if not is_layout(hf_config, parallel.tensor, parallel.pipeline):
+    if not is_layout(hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size):
         return
     if any(config.world_problems(subject.world.size, has_gpu=True)):
         return

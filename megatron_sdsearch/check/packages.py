@@ -60,8 +60,8 @@ def _gpu(subject: Subject) -> Iterator[Finding]:
         if subject.config.model.layer_spec != "local":
             version("transformer-engine")
     except PackageNotFoundError:
-        mend = "pip install 'megatron-sdsearch[gpu]', or use an image that has it"
-        yield Finding.error("packages", "transformer-engine is not installed, and trains on GPUs", mend)
+        fix = "pip install 'megatron-sdsearch[gpu]', or use an image that has it"
+        yield Finding.error("packages", "transformer-engine is not installed, and trains on GPUs", fix)
     if num_gpus < subject.world.gpus_per_node:
         yield Finding.warning(
             "--gpus-per-node",

@@ -24,8 +24,8 @@ def page(report: Report) -> Group:
         for finding in findings:
             # Text, not str: a value with square brackets must not be read as markup.
             words = Text(f"{finding.field}: ", style="bold") + Text(finding.problem, style="not bold")
-            if finding.mend:
-                words += Text(f"\n-> {finding.mend}", style="cyan")
+            if finding.fix:
+                words += Text(f"\n-> {finding.fix}", style="cyan")
             table.add_row(Text(f"  {finding.severity}", style=_STYLES[finding.severity]), words)
     return Group(table, *([Text(f"\nMeant for {report.world}")] if report.world else []), Text(summary(report)))
 

@@ -76,13 +76,13 @@ def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
     """As the first rank hands them out: what its node's trainers leave over, or their own where colocated."""
     world = subject.world
     if world.num_sglang_nodes:
-        if sglang.tensor > world.gpus_per_node:
-            told = f"{sglang.tensor} GPUs of a server, and nodes have {world.gpus_per_node}"
-            yield Finding.error(f"{SECTION}.tensor", told, "lower it")
+        if sglang.tp_size > world.gpus_per_node:
+            told = f"{sglang.tp_size} GPUs of a server, and nodes have {world.gpus_per_node}"
+            yield Finding.error(f"{SECTION}.tp_size", told, "lower it")
         return
     names = [str(index) for index in range(world.gpus_per_node)]
     trainers, rest = names[: world.ranks_per_node], names[world.ranks_per_node :]
-    if not sglang.colocated and not rest and sglang.tensor == 1:
+    if not sglang.colocated and not rest and sglang.tp_size == 1:
         yield Finding.of(no_gpus_left(world.ranks_per_node, world.gpus_per_node), f"{SECTION}.num_servers")
         return
     attempt = Attempt.at(lambda: split_gpus(trainers if sglang.colocated else rest, sglang))
@@ -157,9 +157,9 @@ def _same_shape(subject: Subject, url: str, path: Path) -> Iterator[Finding]:
 
 def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[str, Any]) -> Iterator[Finding]:
     tensor = told.get("tp_size")
-    if isinstance(tensor, int) and tensor != sglang.tensor:
+    if isinstance(tensor, int) and tensor != sglang.tp_size:
         yield Finding.error(
-            f"{SECTION}.tensor", f"{sglang.tensor}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
+            f"{SECTION}.tp_size", f"{sglang.tp_size}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
         )
     longest = told.get("max_req_input_len")
     if isinstance(longest, int):

@@ -49,8 +49,8 @@ def check_program(sglang: SGLangConfig) -> Iterator[Finding]:
         return
     attempt = Attempt.at(lambda: _probe(sglang))
     if attempt.error is not None:
-        mend = "name the interpreter of an environment with SGLang"
-        yield Finding.error(field, str(attempt.error), f"{mend} (on a CPU `make .sglang/.installed` makes one)")
+        fix = "name the interpreter of an environment with SGLang"
+        yield Finding.error(field, str(attempt.error), f"{fix} (on a CPU `make .sglang/.installed` makes one)")
     if attempt.value is not None:
         yield from check_version(field, attempt.value.version)
         yield from _unknown_flags(sglang, attempt.value)
@@ -101,9 +101,9 @@ def _unknown_flags(sglang: SGLangConfig, installed: _Installed) -> Iterator[Find
     for flag in flags_of(sglang.arguments):
         if not any(name.startswith(flag) for name in known):  # argparse takes beginnings of flags
             near = difflib.get_close_matches(flag, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else "see `python -m sglang.launch_server --help`"
+            fix = f"did you mean {near[0]}?" if near else "see `python -m sglang.launch_server --help`"
             yield Finding.warning(
-                field, f"{flag} is not among the {len(known)} flags of SGLang {installed.version}", mend
+                field, f"{flag} is not among the {len(known)} flags of SGLang {installed.version}", fix
             )
 
 

@@ -12,10 +12,10 @@ from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import CheckpointConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError
+from megatron_sdsearch.files import nearest_existing, size_words
+from megatron_sdsearch.logging.metrics import METRICS_FILE
+from megatron_sdsearch.logging.trajectories import step_files
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
-from megatron_sdsearch.telemetry.files import nearest_existing, size_words
-from megatron_sdsearch.telemetry.metrics import METRICS_FILE
-from megatron_sdsearch.telemetry.trajectories import step_files
 from megatron_sdsearch.training.run_lock import check_run_dir, live_run
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -80,8 +80,8 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
 def _continuation(newest: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
     problems = list(continuation_problems(newest, manifest, config))
     for problem in problems:
-        told, _, mend = str(problem).rpartition(": ")
-        yield Finding.error("run_dir", told, mend)
+        told, _, fix = str(problem).rpartition(": ")
+        yield Finding.error("run_dir", told, fix)
     step, wanted = manifest["step"], config.train.num_steps
     if not problems and step == wanted:
         yield Finding.warning(
@@ -97,7 +97,7 @@ def _schedule(subject: Subject) -> Iterator[Finding]:
     config = subject.config
     checkpoint, every = config.checkpoint, config.checkpoint.every
     if (problem := config.saving_problem()) is not None:
-        yield Finding.warning(problem.field, problem.problem, problem.mend)
+        yield Finding.warning(problem.field, problem.problem, problem.fix)
         return
     if every == 0 or every > config.train.num_steps:
         minutes = f"{checkpoint.every_minutes:g}: which steps are saved depends on how long they take"
@@ -145,8 +145,8 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
     )
     needed -= min(written, needed)
     if needed > free:
-        mend = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
-        yield Finding.error("run_dir", told, mend)
+        fix = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
+        yield Finding.error("run_dir", told, fix)
     elif needed + trajectories > free:
         yield Finding.warning("run_dir", told, "free some, or set telemetry.trajectories=false")
     else:

@@ -45,7 +45,7 @@ class Subject:
     def num_ranks_dp(self) -> int:
         """Data-parallel ranks; at least 1, whatever the world."""
         parallel = self.config.parallel
-        return max(1, self.world.size // (parallel.tensor * parallel.pipeline))
+        return max(1, self.world.size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
 
     @property
     def profile(self) -> PromptProfile:

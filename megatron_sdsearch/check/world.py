@@ -159,5 +159,5 @@ def _ranks_per_node(given: GivenWorld, environment: Mapping[str, str]) -> tuple[
 
 
 def _smallest_ranks(config: RunConfig, num_nodes: int) -> int:
-    per_replica = config.parallel.tensor * config.parallel.pipeline
+    per_replica = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     return -(-per_replica // num_nodes)

@@ -61,7 +61,7 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "the row"
-            raise DataError(f"{path}:{number}: {field}: {first['msg']}; mend or remove the row") from error
+            raise DataError(f"{path}:{number}: {field}: {first['msg']}; fix or remove the row") from error
     if not rows:
         raise DataError(f"{path} holds no demonstration: write at least one row")
     return tuple(rows)

@@ -188,7 +188,7 @@ class _Shelf:
         more = len(self.bad_rows) - _NUM_SHOWN
         raise DataError(
             f"bad rows: {len(self.bad_rows)}, and at most {self._max_bad_rows} may be left out; "
-            f"mend them, or raise the limit{shown}" + (f"\n  and {more} more" if more > 0 else "")
+            f"fix them, or raise the limit{shown}" + (f"\n  and {more} more" if more > 0 else "")
         )
 
     def _questions(self, file: QuestionFile) -> list[Question]:

@@ -122,8 +122,8 @@ def _from_hub(repository: str, revision: str | None, wanted: Sequence[tuple[str,
         folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:  # HTTP errors and "not in the cache" are OSErrors, too
         reason = " ".join(str(error).split())
-        mend = "mend the name or the network, or fetch the files elsewhere and give their folder"
-        raise ConfigError("SOURCE", f"{repository} cannot be fetched from the hub: {reason}", mend) from error
+        fix = "fix the name or the network, or fetch the files elsewhere and give their folder"
+        raise ConfigError("SOURCE", f"{repository} cannot be fetched from the hub: {reason}", fix) from error
     # A snapshot's folder is named after its commit.
     name = f"{HUB}:{repository}@{folder.name}"
     return QuestionSource(name=name, files=_in_folder(folder, name))

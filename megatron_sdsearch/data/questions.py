@@ -134,7 +134,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     Each row is in our own schema, Search-R1's, or FlashRAG's (recognised by its keys).
 
     Raises:
-        DataError: naming file, line (or row), field and mend: a bad row, an id that stands twice, an unknown suffix,
+        DataError: naming file, line (or row), field and fix: a bad row, an id that stands twice, an unknown suffix,
             a missing or an empty file.
     """
     questions: dict[str, Question] = {}

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, raise_first
+from megatron_sdsearch.files import free_words
 from megatron_sdsearch.model.background_write import BackgroundWrite, describe, plan_write
 from megatron_sdsearch.model.checkpoint_folder import (
     FORMAT,
@@ -46,7 +47,6 @@ from megatron_sdsearch.model.checkpoint_folder import (
 )
 from megatron_sdsearch.model.safe_load import check_metadata, forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.telemetry.files import free_words
 
 _log = logging.getLogger(__name__)
 _METADATA = ".metadata"
@@ -234,8 +234,8 @@ class CheckpointStore:
             older = [other.name for other in found[index + 1 :]]
             message = f"{folder} is damaged: {'; '.join(problems)}"
             if not self._config.checkpoint.fallback or not older:
-                mend = f"set checkpoint.fallback=true to go on from {older[0]}" if older else "there is no older one"
-                raise CheckpointError(f"{message}. Restore it, or {mend}" if older else f"{message}; {mend}")
+                hint = f"set checkpoint.fallback=true to go on from {older[0]}" if older else "there is no older one"
+                raise CheckpointError(f"{message}. Restore it, or {hint}" if older else f"{message}; {hint}")
             if self._parallel.is_main:
                 _log.warning("%s; checkpoint.fallback is on: trying %s", message, older[0])
         return None
@@ -322,13 +322,13 @@ class CheckpointStore:
         return result
 
     def _failure(self, what: object, reason: str) -> CheckpointError:
-        """One message for whoever has to make room or mend permissions."""
+        """One message for whoever has to make room or fix permissions."""
         name = f"step {what}" if isinstance(what, int) else what
         kept = f"step {self._saved_step}'s is unharmed" if self._saved_step else "there is none before it"
         return CheckpointError(
             f"the checkpoint in {self._folder.root} cannot be written ({name}): {reason} "
             f"({free_words(self._folder.root)}). The last one: {kept}. "
-            "Make room or mend the permissions, then start the same command again"
+            "Make room or fix the permissions, then start the same command again"
         )
 
 

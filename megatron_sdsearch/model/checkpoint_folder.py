@@ -19,9 +19,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
-from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret
+from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret, with_current_names
 from megatron_sdsearch.errors import CheckpointError, ContinuationError
-from megatron_sdsearch.telemetry.files import sync_folder, write_durably
+from megatron_sdsearch.files import sync_folder, write_durably
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = 3
@@ -245,7 +245,7 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the run that wrote a manifest, under today's names."""
-    settings = flatten(manifest["config"])
+    settings = with_current_names(flatten(manifest["config"]))
     if manifest.get("format", 0) < FORMAT:
         settings.setdefault("rollout.eos_without_action", "notice")  # there was no other way
         if settings.get("hindsight.labels") == "shuffled":

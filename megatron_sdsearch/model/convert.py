@@ -90,7 +90,7 @@ def to_megatron(
         DataError: a tensor is missing, unknown, of another shape, or tied in name only.
     """
     config = load_hf_config(hf_dir)
-    check_layout(config, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
     tensors, shapes = SafetensorsFolder(hf_dir), expected_tensors(config)
     _check_hf(tensors, shapes, config, hf_dir)
     tally = _Tally(shapes, progress)

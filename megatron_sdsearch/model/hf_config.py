@@ -113,7 +113,7 @@ def refusals(config: PretrainedConfig) -> Iterator[ConfigError]:
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
         yield _refusal(
-            f"num_key_value_heads = {shared} does not divide num_attention_heads = {heads}", "mend config.json"
+            f"num_key_value_heads = {shared} does not divide num_attention_heads = {heads}", "fix config.json"
         )
     if config.hidden_act != "silu":
         yield _refusal(f"hidden_act {config.hidden_act!r} is not supported", "use silu")
@@ -141,8 +141,8 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _refusal(problem: str, mend: str) -> ConfigError:
-    return ConfigError("model.hf_dir", problem, mend)
+def _refusal(problem: str, fix: str) -> ConfigError:
+    return ConfigError("model.hf_dir", problem, fix)
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
@@ -158,14 +158,18 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
 
 def is_layout(hf_config: PretrainedConfig, tensor: int, pipeline: int) -> bool:
     """Whether ``check_layout`` has nothing against these sizes."""
-    return not any(layout_problems(hf_config, ParallelConfig(tensor=tensor, pipeline=pipeline)))
+    return not any(
+        layout_problems(
+            hf_config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+        )
+    )
 
 
 def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
     """What ``check_layout`` raises the first of."""
     figures = {
-        "parallel.tensor": ("num_attention_heads", "intermediate_size"),
-        "parallel.pipeline": ("num_hidden_layers",),
+        "parallel.tensor_model_parallel_size": ("num_attention_heads", "intermediate_size"),
+        "parallel.pipeline_model_parallel_size": ("num_hidden_layers",),
     }
     heads = hf_config.num_key_value_heads
     for field, names in figures.items():
@@ -173,14 +177,14 @@ def layout_problems(hf_config: PretrainedConfig, parallel: ParallelConfig) -> It
         sizes = {name: getattr(hf_config, name) for name in names}
         wrong = [f"{name} = {value}" for name, value in sizes.items() if value % size]
         choices = [n for n in range(1, math.gcd(*sizes.values()) + 1) if not any(v % n for v in sizes.values())]
-        mend = f"choose one of {', '.join(map(str, choices))}"
-        if field == "parallel.tensor":
-            mend = f"choose one of {', '.join(str(n) for n in choices if _shares(heads, n))}"
+        fix = f"choose one of {', '.join(map(str, choices))}"
+        if field == "parallel.tensor_model_parallel_size":
+            fix = f"choose one of {', '.join(str(n) for n in choices if _shares(heads, n))}"
             if not wrong and not _shares(heads, size):
                 told = f"{size} is neither divisor nor multiple of the model's num_key_value_heads = {heads}"
-                yield ConfigError(field, told, mend)
+                yield ConfigError(field, told, fix)
         if wrong:
-            yield ConfigError(field, f"{size} does not divide the model's {', '.join(wrong)}", mend)
+            yield ConfigError(field, f"{size} does not divide the model's {', '.join(wrong)}", fix)
 
 
 def _shares(num_key_value_heads: int, tensor: int) -> bool:

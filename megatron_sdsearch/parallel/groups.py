@@ -61,7 +61,9 @@ class ParallelState:
         minutes = config.collective_timeout_minutes
         device = _start_distributed(timedelta(minutes=minutes))
         install_cpu_layer()
-        parallel_state.initialize_model_parallel(config.tensor, config.pipeline, distributed_timeout_minutes=minutes)
+        parallel_state.initialize_model_parallel(
+            config.tensor_model_parallel_size, config.pipeline_model_parallel_size, distributed_timeout_minutes=minutes
+        )
         model_parallel_cuda_manual_seed(seed)
         random.seed(seed)  # nothing of ours draws from these two; a library that did would make a run unrepeatable
         np.random.seed(seed % 2**32)
@@ -69,12 +71,12 @@ class ParallelState:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=config.tensor,
+            tp_size=config.tensor_model_parallel_size,
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            pp_size=config.pipeline,
+            pp_size=config.pipeline_model_parallel_size,
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
-            sequence_parallel=config.sequence,
+            sequence_parallel=config.sequence_parallel,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             device=device,

@@ -77,7 +77,7 @@ def servers_in(config: RunConfig, allocation: Allocation) -> Servers | None:
         return servers
     if servers.tensor > allocation.gpus_per_node:
         told = f"{servers.tensor} GPUs of a server, and nodes have {allocation.gpus_per_node}"
-        raise ConfigError("rollout.sglang.tensor", told, "lower it")
+        raise ConfigError("rollout.sglang.tp_size", told, "lower it")
     nodes = allocation.num_nodes if servers.place == "colocated" else allocation.num_sglang_nodes
     return allocation.servers_on(nodes, servers.tensor, servers.place)
 
@@ -99,8 +99,8 @@ def check_sglang_nodes(servers: Servers | None, allocation: Allocation) -> None:
             "attached": ("rollout.sglang.urls names servers of its own", "drop one of the two"),
             "colocated": ("rollout.sglang.colocated serves on all nodes", "set one of the two"),
         }
-        told, mend = reason[place]
-        raise ConfigError(_FIELD, f"{wanted}, and {told}", mend)
+        told, fix = reason[place]
+        raise ConfigError(_FIELD, f"{wanted}, and {told}", fix)
     if not wanted and place == "beside" and num_nodes > 1:
         raise ConfigError(
             _FIELD,
@@ -112,7 +112,7 @@ def check_sglang_nodes(servers: Servers | None, allocation: Allocation) -> None:
 def _check_one_node(servers: Servers, num_gpus: int) -> None:
     field, told = "rollout.sglang.num_servers", f"{servers.num} servers of {servers.tensor} GPUs"
     if servers.place == "colocated" and servers.num_gpus > num_gpus:
-        raise ConfigError(field, f"{told} share {num_gpus}", "lower it, or rollout.sglang.tensor")
+        raise ConfigError(field, f"{told} share {num_gpus}", "lower it, or rollout.sglang.tp_size")
     if servers.place == "beside" and servers.num_gpus >= num_gpus:
         raise ConfigError(
             field,

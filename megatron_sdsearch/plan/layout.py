@@ -81,10 +81,10 @@ class Layout:
         """
         parallel = config.parallel
         return cls(
-            tp=parallel.tensor,
-            pp=parallel.pipeline,
-            dp=num_trainers // (parallel.tensor * parallel.pipeline),
-            sequence=parallel.sequence,
+            tp=parallel.tensor_model_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
+            dp=num_trainers // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size),
+            sequence=parallel.sequence_parallel,
             recompute=config.model.recompute == "full",
             max_tokens=config.train.max_tokens_per_microbatch,
             chunk_rows=config.model.logits_chunk_tokens,
@@ -95,9 +95,9 @@ class Layout:
     def overrides(self) -> list[str]:
         """The settings as ``key=value`` of the command line."""
         settings: dict[str, object] = {
-            "parallel.tensor": self.tp,
-            "parallel.pipeline": self.pp,
-            "parallel.sequence": str(self.sequence).lower(),
+            "parallel.tensor_model_parallel_size": self.tp,
+            "parallel.pipeline_model_parallel_size": self.pp,
+            "parallel.sequence_parallel": str(self.sequence).lower(),
             "parallel.distributed_optimizer": str(self.distributed_optimizer).lower(),
             "model.recompute": "full" if self.recompute else "none",
             "train.max_tokens_per_microbatch": self.max_tokens,
@@ -105,7 +105,7 @@ class Layout:
         if self.servers is not None and self.servers.place != "attached":
             if self.servers.num_nodes is None:  # else a node's GPUs say how many
                 settings["rollout.sglang.num_servers"] = self.servers.num
-            settings["rollout.sglang.tensor"] = self.servers.tensor
+            settings["rollout.sglang.tp_size"] = self.servers.tensor
             settings["rollout.sglang.colocated"] = str(self.servers.place == "colocated").lower()
         return [f"{key}={value}" for key, value in settings.items()]
 
@@ -122,7 +122,7 @@ def servers_of(config: RunConfig) -> Servers | None:
         return None
     sglang = config.rollout.sglang
     place: ServerPlace = "colocated" if sglang.colocated else "attached" if sglang.urls else "beside"
-    return Servers(num=len(sglang.urls) or sglang.num_servers, tensor=sglang.tensor, place=place)
+    return Servers(num=len(sglang.urls) or sglang.num_servers, tensor=sglang.tp_size, place=place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.telemetry.trajectories import step_files
+from megatron_sdsearch.logging.trajectories import step_files
 
 GROUPS_PER_STEP = 3
 GROUPS_LOOKED_AT = 64

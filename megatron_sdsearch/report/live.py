@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from megatron_sdsearch.errors import ConfigError, ContinuationError
+from megatron_sdsearch.logging.metrics import METRICS_FILE
 from megatron_sdsearch.report.page import PAGE_FILE, write_page
-from megatron_sdsearch.telemetry.metrics import METRICS_FILE
 
 _log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_sdsearch.config import flatten
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.files import write_file
+from megatron_sdsearch.logging import names, warnings_of
+from megatron_sdsearch.logging.metrics import METRICS_FILE, read_metrics
+from megatron_sdsearch.logging.summary import SUMMARY_FILE, short
 from megatron_sdsearch.report import charts
 from megatron_sdsearch.report.charts import Chart, Series, line_chart, stacked_chart
 from megatron_sdsearch.report.examples import pick_examples
 from megatron_sdsearch.report.state import read_object, run_state
-from megatron_sdsearch.telemetry import names, warnings_of
-from megatron_sdsearch.telemetry.files import write_file
-from megatron_sdsearch.telemetry.metrics import METRICS_FILE, read_metrics
-from megatron_sdsearch.telemetry.summary import SUMMARY_FILE, short
 
 PAGE_FILE = "report.html"
 EDGE_STEPS = 5

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.telemetry.metrics import METRICS_FILE
-from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
+from megatron_sdsearch.logging.metrics import METRICS_FILE
+from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.training.run_lock import live_run
 from megatron_sdsearch.training.stop_request import STOPPED_FILE
 

@@ -260,7 +260,7 @@ async def index_corpus(
         raise cluster.failed(
             index.name,
             f"{num_rejected:,} of {num_rows:,} passages were rejected, see {rejects.path}; nothing was published: "
-            "mend them, or allow rejects and start again",
+            "fix them, or allow rejects and start again",
         )
     await index.open_for_searches(is_merged=load_settings.is_merged)
     await index.verify(survey.num_passages - done.num_rejected, survey.sample, load.rejected_ids)

@@ -25,8 +25,8 @@ from megatron_sdsearch.records import bare_title
 OnReject = Callable[[str, str], None]
 """Told of a bad row: its place (``file:line``) and what is wrong with it."""
 
-_MEND = 'write {"id": "...", "contents": "\\"Title\\"\\ntext"} on one line'
-_PARQUET_MEND = "give the columns id and contents, or id, title and text"
+_FIX = 'write {"id": "...", "contents": "\\"Title\\"\\ntext"} on one line'
+_PARQUET_FIX = "give the columns id and contents, or id, title and text"
 _PARQUET_BATCH = 1000  # rows; a batch of the library's default size holds 64k passages at once
 _MAX_BIT = 1 << 30
 """Ids that are whole numbers below this take one bit each; the map of bits is at most 128 MiB."""
@@ -100,7 +100,7 @@ def read_corpus(
         num_passages += 1
         yield parsed
     if not num_passages:
-        raise DataError(f"{path}: holds no passages; {_MEND}")
+        raise DataError(f"{path}: holds no passages; {_FIX}")
 
 
 def sha256_of_corpus(path: Path) -> str:
@@ -157,8 +157,8 @@ def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_byte
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "row"
-        mend = _MEND if isinstance(line, bytes) else _PARQUET_MEND
-        raise DataError(f"{place}: {field}: {first['msg']}; {mend}") from error
+        fix = _FIX if isinstance(line, bytes) else _PARQUET_FIX
+        raise DataError(f"{place}: {field}: {first['msg']}; {fix}") from error
     num_bytes = len(row.id.encode())
     if max_id_bytes is not None and num_bytes > max_id_bytes:
         problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"

@@ -165,10 +165,10 @@ class Cluster:
         """
         answer = await self.try_once(self.client.info)
         if isinstance(answer, Fault):
-            mend = "see that the cluster runs and --url is its address (http or https)"
+            fix = "see that the cluster runs and --url is its address (http or https)"
             if "401" in answer.cause or "403" in answer.cause:
-                mend = "set ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
-            raise self.failed("first contact", f"{answer.cause}; {mend}")
+                fix = "set ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
+            raise self.failed("first contact", f"{answer.cause}; {fix}")
 
     async def ask(self, request: Callable[[], Awaitable[T]], what: str) -> T:
         """The answer to a request that may be sent again.
@@ -194,8 +194,8 @@ class Cluster:
         except ApiError as error:
             fault = fault_of(error, self._credentials)
             if is_wrong_version(error) or is_other_product(error):
-                mend = "install the client of the cluster's major version: pip install 'elasticsearch[async]==8.*'"
-                raise RetrievalError(f"{self._url}: {fault.cause}; {mend}") from error
+                fix = "install the client of the cluster's major version: pip install 'elasticsearch[async]==8.*'"
+                raise RetrievalError(f"{self._url}: {fault.cause}; {fix}") from error
             return fault
         except TransportError as error:
             return fault_of(error, self._credentials)

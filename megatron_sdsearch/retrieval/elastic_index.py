@@ -1,4 +1,4 @@
-"""What must be true of a cluster and its index before the first search: each failure is one message with its mend.
+"""What must be true of a cluster and its index before the first search: each failure is one message with its fix.
 
 A wrong setting is a ConfigError; an engine that is down, or breaks on the way, is a RetrievalError.
 """

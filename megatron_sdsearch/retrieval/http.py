@@ -125,9 +125,9 @@ class RetrieveServerRetriever:
                 return Fault(cause=f"no connection in {_CONNECT_TIMEOUT_S:g} s", is_retryable=True)
             return Fault(cause=f"no connection: {cause_of(error)}", is_retryable=True)
         if response.status != 200:
-            mend = "; give the whole route: http://host:8000/retrieve" if response.status == 404 else ""
+            fix = "; give the whole route: http://host:8000/retrieve" if response.status == 404 else ""
             return Fault(
-                cause=f"HTTP {response.status}: {_words(body, self._secrets)}{mend}",
+                cause=f"HTTP {response.status}: {_words(body, self._secrets)}{fix}",
                 is_retryable=response.status in _RETRYABLE,
                 is_overload=response.status in _OVERLOADED,
                 retry_after_s=_seconds(response.headers.get("Retry-After", "")),

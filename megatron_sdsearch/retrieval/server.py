@@ -39,7 +39,7 @@ MAX_TOP_K = 1000
 MAX_QUERIES = 16384
 """Of one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
 
-_MEND = 'send {"queries": ["..."], "topk": 3, "return_scores": true}'
+_FIX = 'send {"queries": ["..."], "topk": 3, "return_scores": true}'
 
 
 class RetrieveRequest(BaseModel):
@@ -136,13 +136,13 @@ def _items(passages: Sequence[Passage], has_scores: bool) -> list[dict[str, Any]
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """4xx with the first thing that is wrong, and the mend."""
+    """4xx with the first thing that is wrong, and the fix."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     reason = first.get("ctx", {}).get("error", "")
     words = f"{place}: {first['msg']}" + (f" ({reason})" if first["type"] == "json_invalid" and reason else "")
-    return JSONResponse({"detail": f"{words}; {_MEND}"}, status_code=422)
+    return JSONResponse({"detail": f"{words}; {_FIX}"}, status_code=422)
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
@@ -169,8 +169,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error.strerror
-        mend = "give another --port or --host"
-        raise ConfigError("--port", f"cannot listen at {host}:{port} ({reason})", mend) from error
+        fix = "give another --port or --host"
+        raise ConfigError("--port", f"cannot listen at {host}:{port} ({reason})", fix) from error
 
 
 def new_server(app: FastAPI) -> uvicorn.Server:

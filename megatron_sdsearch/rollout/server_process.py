@@ -123,19 +123,19 @@ def find_obstacle(url: str, timeout_s: float) -> str:
     Raises:
         ConfigError: waiting is of no use: the host has no address, or something else than SGLang answers.
     """
-    mend = "give the url of an SGLang server"
+    fix = "give the url of an SGLang server"
     try:
         _call(url + "/model_info", None, timeout_s)
     except urllib.error.HTTPError as error:
         if error.code < 500:
-            raise ConfigError("rollout.sglang.urls", f"{url}/model_info answers HTTP {error.code}", mend) from error
+            raise ConfigError("rollout.sglang.urls", f"{url}/model_info answers HTTP {error.code}", fix) from error
         return f"HTTP {error.code}"
     except ValueError as error:
-        raise ConfigError("rollout.sglang.urls", f"{url}/model_info does not answer with JSON", mend) from error
+        raise ConfigError("rollout.sglang.urls", f"{url}/model_info does not answer with JSON", fix) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
-            raise ConfigError("rollout.sglang.urls", f"{url}: {reason.strerror}", mend) from error
+            raise ConfigError("rollout.sglang.urls", f"{url}: {reason.strerror}", fix) from error
         return cause_of(reason) if isinstance(reason, BaseException) else str(reason)
     return ""
 

@@ -51,7 +51,7 @@ class ServerSupervisor:
             log_dir: ``server_{i}.log`` goes here, appended over restarts.
             seed: server i samples with ``seed + i``, of which 32 bits count: SGLang seeds numpy with it.
             host: address that servers listen on and that every rank reaches.
-            gpus: as in CUDA_VISIBLE_DEVICES; ``config.tensor`` for each server in turn. Empty: no GPU is assigned.
+            gpus: as in CUDA_VISIBLE_DEVICES; ``config.tp_size`` for each server in turn. Empty: no GPU is assigned.
             patience: time limits other than ``config.start_timeout_s``; None takes the usual ones.
 
         Raises:
@@ -179,14 +179,14 @@ def split_gpus(gpus: Sequence[str], config: SGLangConfig) -> list[Devices]:
     Raises:
         ConfigError: there are too few.
     """
-    wanted = config.num_servers * config.tensor
-    if not gpus and config.tensor == 1:
+    wanted = config.num_servers * config.tp_size
+    if not gpus and config.tp_size == 1:
         return [Devices()] * config.num_servers
     if wanted > len(gpus):
-        problem = f"{config.num_servers} servers x {config.tensor} GPUs are more than the {len(gpus)} given"
-        raise ConfigError("rollout.sglang.num_servers", problem, "lower it, or rollout.sglang.tensor")
-    shares = [gpus[start : start + config.tensor] for start in range(0, wanted, config.tensor)]
-    flags = ("--tp-size", str(config.tensor))
+        problem = f"{config.num_servers} servers x {config.tp_size} GPUs are more than the {len(gpus)} given"
+        raise ConfigError("rollout.sglang.num_servers", problem, "lower it, or rollout.sglang.tp_size")
+    shares = [gpus[start : start + config.tp_size] for start in range(0, wanted, config.tp_size)]
+    flags = ("--tp-size", str(config.tp_size))
     return [Devices(flags=flags, environment={"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
 
 

@@ -20,6 +20,8 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import DataError, raise_first
+from megatron_sdsearch.files import writing
+from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
@@ -28,8 +30,6 @@ from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
-from megatron_sdsearch.telemetry.files import writing
-from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy, starting_weights

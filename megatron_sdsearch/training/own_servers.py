@@ -142,10 +142,10 @@ def _on_this_node(config: RunConfig) -> RunConfig:
     if not config.samples_from_sglang:
         raise ConfigError("rollout.engine", f"{config.rollout.engine} has no servers", "set rollout.engine=sglang")
     sglang, num_gpus = config.rollout.sglang, len(_visible_gpus())
-    if num_gpus and num_gpus < sglang.tensor:
-        problem = f"{sglang.tensor} GPUs of a server, and this node has {num_gpus}"
-        raise ConfigError("rollout.sglang.tensor", problem, "lower it")
-    num_servers = num_gpus // sglang.tensor if num_gpus else sglang.num_servers
+    if num_gpus and num_gpus < sglang.tp_size:
+        problem = f"{sglang.tp_size} GPUs of a server, and this node has {num_gpus}"
+        raise ConfigError("rollout.sglang.tp_size", problem, "lower it")
+    num_servers = num_gpus // sglang.tp_size if num_gpus else sglang.num_servers
     here = sglang.model_copy(update={"urls": (), "num_servers": num_servers})
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": here})})
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig
 from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.logging import names
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.batching import CountsSearches
 from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
 from megatron_sdsearch.retrieval.replay import ReplayRetriever, replay_counts, with_replay_async
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_root
-from megatron_sdsearch.telemetry import names
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:

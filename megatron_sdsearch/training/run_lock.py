@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.telemetry.files import nearest_existing
+from megatron_sdsearch.files import nearest_existing
 
 LOCK_FILE: Final = "run.lock"
 """In ``run_dir``: ``{"host", "pid", "since"}`` of the process that holds it, or held it last."""

@@ -11,14 +11,14 @@ from typing import Any, Self
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, ConfigError, raise_first
+from megatron_sdsearch.files import write_file
+from megatron_sdsearch.logging import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
+from megatron_sdsearch.logging.metrics import read_metrics
+from megatron_sdsearch.logging.stalls import due_warnings, num_stalled
+from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, read_manifest, step_of
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup
-from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
-from megatron_sdsearch.telemetry.files import write_file
-from megatron_sdsearch.telemetry.metrics import read_metrics
-from megatron_sdsearch.telemetry.stalls import due_warnings, num_stalled
-from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 Values = Mapping[str, float | int]

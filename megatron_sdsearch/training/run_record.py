@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig, flatten, is_secret, may_hold_secret
+from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint import package_versions
-from megatron_sdsearch.telemetry.files import write_file
 
 CONFIG_FILE: Final = "config.yaml"
 ENVIRONMENT_FILE: Final = "environment.json"

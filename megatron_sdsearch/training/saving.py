@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from datetime import date
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.logging import names
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import Policy
 
 

@@ -9,9 +9,9 @@ from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.evaluation import Metrics, summarize
+from megatron_sdsearch.logging import names
 from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import GROUP_CLASSES, RolloutGroup, TrajectoryStatus
-from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import StepRollouts
 

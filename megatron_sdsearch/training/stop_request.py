@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from megatron_sdsearch.telemetry.files import write_file
+from megatron_sdsearch.files import write_file
 
 if TYPE_CHECKING:  # the page reads STOPPED_FILE, and needs no torch
     from megatron_sdsearch.parallel.groups import ParallelState

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
+from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.loss.objective import (
     DistillRows,
     Metrics,
@@ -21,7 +22,6 @@ from megatron_sdsearch.loss.objective import (
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import DeviceMicrobatch
 from megatron_sdsearch.records import TrainBatch, TrainingSample
-from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Network, Policy, UpdateResult
 from megatron_sdsearch.training.teacher import HindsightTeacher
 

@@ -26,7 +26,12 @@ from tests.distributed.test_training import Run, _config
 from tests.unit.model.test_safe_load import Poison
 
 # Each layout trains one step, saves, and the next goes on: TP 2 (DP 2) -> PP 2 (DP 2) -> TP 4 -> DP 4.
-CHAIN: list[dict[str, object]] = [{"tensor": 2}, {"pipeline": 2}, {"tensor": 4}, {}]
+CHAIN: list[dict[str, object]] = [
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 4},
+    {},
+]
 Weights = dict[str, Tensor]
 
 

@@ -29,8 +29,8 @@ from tests.distributed.oracle import CONFIGS, VOCAB_SIZE, make_config, make_mode
 MODELS = [(family, is_tied) for family in CONFIGS for is_tied in (True, False)]
 LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{}],
-    2: [{"tensor": 2}, {"pipeline": 2}],
-    4: [{"tensor": 2, "pipeline": 2}, {"tensor": 4}],
+    2: [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    4: [{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}],
 }
 Weights = dict[str, Tensor]
 

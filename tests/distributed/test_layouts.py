@@ -99,7 +99,11 @@ def worker(rank: int, world_size: int, cases: list[Case], folder: Path) -> dict[
 
 
 def _loss_and_gradient(case: Case, folder: Path) -> Outcome:
-    layout: dict[str, object] = {"tensor": case.tensor, "pipeline": case.pipeline, "sequence": case.sequence}
+    layout: dict[str, object] = {
+        "tensor_model_parallel_size": case.tensor,
+        "pipeline_model_parallel_size": case.pipeline,
+        "sequence_parallel": case.sequence,
+    }
     config = make_config(folder / case.model, folder, case.objective, parallel=layout)
     how = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
     config = config.model_copy(update={"model": config.model.model_copy(update=how)})

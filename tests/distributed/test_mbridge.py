@@ -42,8 +42,8 @@ def compare(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
     different = {}
     for family, is_tied in MODELS:
         hf_dir = folder / f"{family}-{is_tied}"
-        config = make_config(hf_dir, folder / "run", {}, parallel={"tensor": world_size})
-        parallel = ParallelState.initialize(ParallelConfig(tensor=world_size), seed=1)
+        config = make_config(hf_dir, folder / "run", {}, parallel={"tensor_model_parallel_size": world_size})
+        parallel = ParallelState.initialize(ParallelConfig(tensor_model_parallel_size=world_size), seed=1)
         gpt, bridge = Network.load(config, parallel).gpt, make_bridge(hf_dir)
         # As its get_model would set them, which builds with transformer-engine.
         bridge.vocab_size, bridge.make_vocab_size_divisible_by = VOCAB_SIZE, world_size

@@ -39,8 +39,8 @@ Sizes = dict[str, int]
 
 PLAIN: Case = {"family": "qwen2", "row": 4 * (LENGTH + BLOCK)}
 # One sample a row: stages need several microbatches to be ahead of each other.
-PIPELINE: Case = {**PLAIN, "row": LENGTH + BLOCK, "parallel": {"pipeline": 2}}
-SEQUENCE: Case = {**PLAIN, "parallel": {"tensor": 2, "sequence": True}}
+PIPELINE: Case = {**PLAIN, "row": LENGTH + BLOCK, "parallel": {"pipeline_model_parallel_size": 2}}
+SEQUENCE: Case = {**PLAIN, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
 CASES: dict[int, dict[str, Case]] = {
     1: {
         "one chunk of logits": PLAIN,
@@ -51,7 +51,7 @@ CASES: dict[int, dict[str, Case]] = {
         "untied, norms of queries, chunks": {**PLAIN, "family": "qwen3", "chunk": 200},
     },
     2: {
-        "TP": {**PLAIN, "parallel": {"tensor": 2}},
+        "TP": {**PLAIN, "parallel": {"tensor_model_parallel_size": 2}},
         "TP, sequence": SEQUENCE,
         "TP, sequence, recompute, chunks": {**SEQUENCE, "recompute": "full", "chunk": 64},
         "PP": PIPELINE,

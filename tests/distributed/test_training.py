@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, TrainingError
+from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.loss.objective import policy_logprobs
 from megatron_sdsearch.model.checkpoint import TrainingState, load_latest, save_checkpoint
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainBatch, TrainingSample
-from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner
@@ -32,7 +32,12 @@ NUM_STEPS = 3
 OBJECTIVE: dict[str, object] = {"alpha": 0.5, "alpha_warmup_steps": 1, "kl_coef": 0.1, "entropy_coef": 0.01, "topk": 20}
 LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{}],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}],
+    2: [
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_model_parallel_size": 2},
+        {},
+    ],
 }
 Weights = dict[str, Tensor]
 Outcome = tuple[list[float], Weights]
@@ -124,7 +129,7 @@ def test_three_steps_give_the_same_weights_on_every_layout(folder: Path, single:
                 assert gap < 5e-6, f"{layout} {name}: {gap:.2e}, where weights moved by up to {moved:.2e}"
 
 
-DISTRIBUTED: dict[int, list[dict[str, object]]] = {2: [{}], 4: [{"tensor": 2}]}
+DISTRIBUTED: dict[int, list[dict[str, object]]] = {2: [{}], 4: [{"tensor_model_parallel_size": 2}]}
 
 
 def train_both_ways(
@@ -165,7 +170,7 @@ def _steps(config: RunConfig, num_steps: int) -> RunConfig:
 
 def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     root = folder / "checkpoints"
-    config = _config(folder, {"tensor": 2})
+    config = _config(folder, {"tensor_model_parallel_size": 2})
     first = Run(config)
     first.step(0)
     first.step(1)
@@ -213,7 +218,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_export_loads(folder: Pat
 
 
 def nothing_to_learn(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    config = _config(folder, {"tensor": 2}, weight_decay=0.0)
+    config = _config(folder, {"tensor_model_parallel_size": 2}, weight_decay=0.0)
     run = Run(config.model_copy(update={"objective": config.objective.model_copy(update={"entropy_coef": 0.0})}))
     start = run.weights()
     samples = [

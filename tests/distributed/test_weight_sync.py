@@ -229,7 +229,7 @@ def _agree(rank: int, parallel: ParallelState) -> str:
     together(parallel, lambda: work(set()))
 
     def mistake() -> None:
-        raise ConfigError("a", "is wrong", "mend it")
+        raise ConfigError("a", "is wrong", "fix it")
 
     with pytest.raises(ConfigError):
         together(parallel, mistake)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny.run import NUM_PROCESSES
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.logging import names
 from tests.e2e.conftest import DEMO_LIMIT_S, DEMO_SEED, Demo, read_rows
 from tests.e2e.ranks import ROOT
 

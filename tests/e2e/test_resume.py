@@ -114,7 +114,7 @@ def test_a_rank_that_is_killed_takes_the_others_along(demo: Demo, tmp_path: Path
 
 def test_two_replicas_sample_what_two_shards_sample(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "replicas"
-    run = start(run_dir, "parallel.tensor=1", "train.num_steps=1", "optimizer.warmup_steps=0")
+    run = start(run_dir, "parallel.tensor_model_parallel_size=1", "train.num_steps=1", "optimizer.warmup_steps=0")
     assert run.wait(LIMIT_S) == [0, 0], run.output[-4000:]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["tp"], summary["dp"]) == (1, 2)

@@ -44,7 +44,7 @@ def searches_of(row: dict[str, Any]) -> tuple[int, int]:
 def test_with_a_fifth_of_all_answers_failing_a_step_loses_only_what_it_counts(
     fake: FakeElastic, start: Start, tmp_path: Path
 ) -> None:
-    """Requests break in every way, which is mended by repetition, and one in five is refused, which is not."""
+    """Requests break in every way, which is fixed by repetition, and one in five is refused, which is not."""
     kinds: list[Fault] = ["429", "503", "drop", "half", "timed_out", "shard", "garbage"]
     fake.fault_of = lambda number: kinds[number // 5 % len(kinds)] if number % 5 == 0 else None
     numbers = itertools.count(1)

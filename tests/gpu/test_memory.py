@@ -15,9 +15,9 @@ import yaml
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sdsearch.config import RunConfig, load_config
+from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainingSample
-from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
@@ -29,8 +29,8 @@ TOLERANCE = 0.15
 LENGTH, NUM_SAMPLES, PROMPT = 2048, 8, 32
 VOCAB = 32_000
 SIZES: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor": 2},
-    "tp2 sequence": {"tensor": 2, "sequence": True},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2 sequence": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "dp2": {},
     "dp2 distributed optimizer": {"distributed_optimizer": True},
 }

@@ -33,13 +33,18 @@ RUNS = {
     "disk": [*SGLANG, "rollout.sglang.weight_sync=disk", "rollout.sglang.num_servers=2"],
     "tensor": [*SGLANG, "rollout.sglang.weight_sync=tensor"],
     "distributed": [*SGLANG, "rollout.sglang.weight_sync=distributed", "rollout.sglang.num_servers=2"],
-    "distributed, servers of two GPUs": [*SGLANG, "rollout.sglang.weight_sync=distributed", "rollout.sglang.tensor=2"],
+    "distributed, servers of two GPUs": [*SGLANG, "rollout.sglang.weight_sync=distributed", "rollout.sglang.tp_size=2"],
     "colocated": [*SGLANG, SMALL, "rollout.sglang.colocated=true", "rollout.sglang.num_servers=2"],
     "colocated, tensor": [*SGLANG, SMALL, "rollout.sglang.colocated=true", "rollout.sglang.weight_sync=tensor"],
 }
 
 
-ON_GPUS = ["model.dtype=bfloat16", "parallel.tensor=2", "parallel.sequence=true", "parallel.distributed_optimizer=true"]
+ON_GPUS = [
+    "model.dtype=bfloat16",
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "parallel.distributed_optimizer=true",
+]
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_a_cluster_that_is_not_there_is_found(tiny: TinyRun, nobody: str) -> Non
     finding = only(tiny.found(*elastic(nobody), is_online=True))
     assert (finding.severity, finding.field) == ("error", "retrieval.elasticsearch")
     assert "no answer after 1 attempts" in finding.problem
-    assert finding.mend == "start the cluster, or give its address"
+    assert finding.fix == "start the cluster, or give its address"
 
 
 def test_what_the_cluster_lacks_is_found(tiny: TinyRun, cluster: FakeElastic) -> None:
@@ -103,7 +103,7 @@ def test_documents_that_do_not_fit_the_prompt_are_found(tiny: TinyRun, cluster: 
     assert only(tiny.found(*elastic(cluster.url), is_online=True)).field == "rollout.max_observation_tokens"
     cluster.passages = {"p0": PASSAGES["p0"]}
     finding = only(tiny.found(*elastic(cluster.url), is_online=True))
-    assert (finding.field, finding.mend) == ("retrieval.top_k", "set it to 1")
+    assert (finding.field, finding.fix) == ("retrieval.top_k", "set it to 1")
 
 
 # Search-R1's /retrieve
@@ -117,7 +117,7 @@ def test_a_retrieve_server_is_asked(tiny: TinyRun, nobody: str) -> None:
         assert "in 10 a gold answer stands in the first 2" in online_notes(tiny, *right)
     finding = only(tiny.found("retrieval.engine=http", f"retrieval.http.url={nobody}/retrieve", is_online=True))
     assert "no server answers" in finding.problem
-    assert "tools/serve_retriever.py" in finding.mend
+    assert "tools/serve_retriever.py" in finding.fix
 
 
 # SGLang
@@ -152,7 +152,7 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, nobody
     ("about", "told", "field", "words"),
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
-        ("server_info", {"tp_size": 2}, "rollout.sglang.tensor", "runs with --tp-size 2"),
+        ("server_info", {"tp_size": 2}, "rollout.sglang.tp_size", "runs with --tp-size 2"),
         ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "takes 299 (max_req_input_len"),
         ("server_info", {"skip_tokenizer_init": True}, "rollout.sglang.urls", "has no tokenizer"),
         ("model_info", {"model_type": "llama"}, "rollout.sglang.urls", "serves a llama, the policy is a qwen2"),
@@ -190,12 +190,12 @@ def test_training_refuses_a_short_context_as_the_check_does(
     with pytest.raises(ConfigError) as caught:
         start_servers(supervise(config, gpus=()), config)
     assert (finding.severity, finding.field) == ("error", "rollout.max_total_tokens")
-    assert (caught.value.field, caught.value.problem, caught.value.mend) == (
+    assert (caught.value.field, caught.value.problem, caught.value.fix) == (
         finding.field,
         finding.problem,
-        finding.mend,
+        finding.fix,
     )
-    assert caught.value.mend.startswith("lower it to 299, or start the server with more")
+    assert caught.value.fix.startswith("lower it to 299, or start the server with more")
 
 
 def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(

@@ -118,7 +118,7 @@ def test_starts_servers_with_their_flags_and_without_torchruns_environment(
 ) -> None:
     for name in TORCHRUN_NAMES:
         monkeypatch.setenv(name, "1")
-    supervisor = world.supervise(num_servers=2, tensor=2, gpus=["4", "5", "6", "7"])
+    supervisor = world.supervise(num_servers=2, tp_size=2, gpus=["4", "5", "6", "7"])
     supervisor.start()
     assert [read_model_info(url, 1.0) for url in supervisor.urls] == [
         {"weight_version": "default", "model_path": ""}
@@ -141,9 +141,9 @@ def test_starts_servers_with_their_flags_and_without_torchruns_environment(
 
 def test_too_few_gpus_is_a_wrong_setting(world: World) -> None:
     with pytest.raises(ConfigError, match=r"2 servers x 2 GPUs are more than the 3 given"):
-        world.supervise(num_servers=2, tensor=2, gpus=["0", "1", "2"])
+        world.supervise(num_servers=2, tp_size=2, gpus=["0", "1", "2"])
     with pytest.raises(ConfigError, match=r"1 servers x 2 GPUs are more than the 0 given"):
-        world.supervise(tensor=2)
+        world.supervise(tp_size=2)
 
 
 def test_death_is_followed_by_a_restart_that_announces_only_the_published_version(world: World) -> None:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from megatron_sdsearch import cli
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import TrainingError
-from megatron_sdsearch.telemetry import MetricsLog, ProgressDisplay
+from megatron_sdsearch.logging import MetricsLog, ProgressDisplay
 from megatron_sdsearch.training.loop import Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def of_run(run_dir: Path, **sections: Any) -> RunConfig:
 
 def test_the_first_line_names_what_is_known_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    loaded = of_run(Path("runs/x"), parallel={"tensor": 2, "pipeline": 2})
+    loaded = of_run(Path("runs/x"), parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
     line = cli._first_line(Path("c.yaml"), loaded)
     assert line == "sdsearch train: c.yaml -> runs/x; 8 ranks: TP 2 x PP 2 x DP 2"
 

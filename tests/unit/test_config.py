@@ -1,4 +1,4 @@
-"""Settings: each mistake is one ConfigError that names the field, what is wrong with it, and the mend."""
+"""Settings: each mistake is one ConfigError that names the field, what is wrong with it, and the fix."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "value", "mend"),
+    ("changes", "field", "value", "fix"),
     [
         ({"objectve": {}}, "objectve", "unknown key", "did you mean objective?"),
         ({"objective.alpa": 1}, "objective.alpa", "unknown key", "did you mean alpha?"),
@@ -113,8 +113,18 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"objective.importance_correction": "clip"}, "objective.importance_correction", "'clip'", "'truncate' or"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
         ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "no list", "write [http://a:1]"),
-        ({"parallel.sequence": True}, "parallel.sequence", "parallel.tensor=1", "parallel.tensor >= 2"),
-        ({"parallel.tensor": 0}, "parallel.tensor", "0", "from 1 to 2147483647"),
+        (
+            {"parallel.sequence_parallel": True},
+            "parallel.sequence_parallel",
+            "parallel.tensor_model_parallel_size=1",
+            "parallel.tensor_model_parallel_size >= 2",
+        ),
+        (
+            {"parallel.tensor_model_parallel_size": 0},
+            "parallel.tensor_model_parallel_size",
+            "0",
+            "from 1 to 2147483647",
+        ),
         ({"model.dtype": "float16"}, "model.dtype", "'float16'", "'float32' or 'bfloat16'"),
         ({"run_dir": None}, "run_dir", "missing", "set run_dir"),
         ({"model": None}, "model", "missing", "set model"),
@@ -152,13 +162,13 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: str, value: str, mend: str) -> None:
+def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: str, value: str, fix: str) -> None:
     error = error_of(merged(RL, changes))
     assert error.field == field
     assert str(error).startswith(f"{field}: ")
     assert value in str(error)
-    assert mend in error.mend
-    assert str(error).endswith(error.mend)
+    assert fix in error.fix
+    assert str(error).endswith(error.fix)
     assert "\n" not in str(error)
 
 
@@ -166,7 +176,7 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
 
 
 @pytest.mark.parametrize(
-    ("urls", "told", "mend"),
+    ("urls", "told", "fix"),
     [
         (["10.0.0.7:30000"], "'10.0.0.7:30000' is not the url", "http://host:port"),
         (["http://a:1", "http:///x"], "'http:///x' is not the url", "http://host:port"),
@@ -174,12 +184,12 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
         (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 stands there 2 times", "once"),
     ],
 )
-def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], told: str, mend: str) -> None:
+def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], told: str, fix: str) -> None:
     changes = {"rollout.sglang.urls": urls}
     error = error_of(merged(SGLANG, changes))
     assert error.field == "rollout.sglang.urls"
     assert told in str(error)
-    assert mend in error.mend
+    assert fix in error.fix
     parse_config(merged(RL, changes))  # the embedded engine reads none of it
     parse_config(merged(WARM_START, {"rollout.engine": "sglang", **changes}))
 
@@ -197,7 +207,7 @@ def test_a_server_has_one_name_with_or_without_a_slash() -> None:
 )
 def test_warm_start_asks_for_its_own_sections(changes: dict[str, Any], field: str) -> None:
     error = error_of(merged(WARM_START, changes))
-    assert (error.field, error.mend) == (field, f"set {field}")
+    assert (error.field, error.fix) == (field, f"set {field}")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +237,7 @@ EVERYTHING: dict[str, Any] = {"hindsight.content": "everything", "train.max_toke
 def test_a_block_of_whole_responses_has_to_hold_them(changes: dict[str, Any], needed: int) -> None:
     tree = merged(RL, EVERYTHING | changes)
     error = error_of(merged(tree, {"hindsight.max_block_tokens": needed - 1}))
-    assert (error.field, f"at least {needed}" in error.mend) == ("hindsight.max_block_tokens", True)
+    assert (error.field, f"at least {needed}" in error.fix) == ("hindsight.max_block_tokens", True)
     assert parse_config(merged(tree, {"hindsight.max_block_tokens": needed})).hindsight.max_block_tokens == needed
 
 
@@ -277,7 +287,7 @@ def test_several_mistakes_are_one_error_with_a_line_each() -> None:
 def test_what_is_no_mapping_is_refused(tree: Any) -> None:
     error = error_of(tree)
     assert "mapping of sections" in str(error)
-    assert "examples/tiny/config.yaml" in error.mend
+    assert "examples/tiny/config.yaml" in error.fix
 
 
 def test_settings_are_frozen() -> None:
@@ -345,19 +355,19 @@ def test_an_override_without_key_or_value_is_named(file: Path, override: str, na
     error = error_of_file(file, "seed=1", override)
     assert error.field == "override"
     assert f"{named} is not key=value" in str(error)
-    assert "objective.alpha=0" in error.mend
+    assert "objective.alpha=0" in error.fix
 
 
 def test_an_override_of_an_unknown_key_is_named_like_one_in_the_file(file: Path) -> None:
     error = error_of_file(file, "rollout.group_sise=4")
-    assert (error.field, error.mend) == ("rollout.group_sise", "did you mean group_size?")
+    assert (error.field, error.fix) == ("rollout.group_sise", "did you mean group_size?")
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
 def test_a_path_that_is_no_file_is_named(tmp_path: Path, name: str) -> None:
     error = error_of_file(tmp_path / name)
     assert str(tmp_path / name) in str(error)
-    assert error.mend == "give the path of a YAML file"
+    assert error.fix == "give the path of a YAML file"
 
 
 @pytest.mark.parametrize(
@@ -379,7 +389,7 @@ def test_a_broken_file_is_one_line_that_names_it(file: Path, content: bytes, tol
     error = error_of_file(file)
     assert error.field == str(file)
     assert told in str(error)
-    assert "mend the YAML" in error.mend
+    assert "fix the YAML" in error.fix
     assert "\n" not in str(error)
 
 
@@ -455,7 +465,7 @@ def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> 
         sglang_config(tmp_path, command=[]).check_files()
 
 
-@pytest.mark.parametrize("sglang", [{"colocated": True}, {"tensor": 2}])
+@pytest.mark.parametrize("sglang", [{"colocated": True}, {"tp_size": 2}])
 def test_what_needs_gpus_is_refused_without(tmp_path: Path, sglang: dict[str, Any]) -> None:
     config = sglang_config(tmp_path, **sglang)
     with pytest.raises(ConfigError) as caught:
@@ -466,7 +476,7 @@ def test_what_needs_gpus_is_refused_without(tmp_path: Path, sglang: dict[str, An
 
 
 def test_attached_servers_may_have_gpus_where_the_trainer_has_none(tmp_path: Path) -> None:
-    sglang_config(tmp_path, tensor=2, urls=["http://a:1"]).check_world(1, has_gpu=False)
+    sglang_config(tmp_path, tp_size=2, urls=["http://a:1"]).check_world(1, has_gpu=False)
 
 
 def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
@@ -482,15 +492,17 @@ def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
 
 @given(tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world_size=st.integers(1, 16))
 def test_the_layout_has_to_divide_the_processes(tensor: int, pipeline: int, world_size: int) -> None:
-    config = parse_config(merged(RL, {"parallel.tensor": tensor, "parallel.pipeline": pipeline}))
+    config = parse_config(
+        merged(RL, {"parallel.tensor_model_parallel_size": tensor, "parallel.pipeline_model_parallel_size": pipeline})
+    )
     if world_size % (tensor * pipeline) == 0:
         config.check_world(world_size, has_gpu=False)
         return
     with pytest.raises(ConfigError) as caught:
         config.check_world(world_size, has_gpu=False)
-    assert caught.value.field == "parallel.tensor"
+    assert caught.value.field == "parallel.tensor_model_parallel_size"
     assert f"= {tensor * pipeline} does not divide the {world_size} started processes" in str(caught.value)
-    assert f"--nproc-per-node a multiple of {tensor * pipeline}" in caught.value.mend
+    assert f"--nproc-per-node a multiple of {tensor * pipeline}" in caught.value.fix
 
 
 def test_the_distributed_optimizer_is_for_gpus() -> None:
@@ -511,14 +523,14 @@ def test_layers_of_torch_take_either_dtype_on_a_gpu(dtype: str) -> None:
     assert caught.value.field == "model.layer_spec"
 
 
-@pytest.mark.parametrize(("value", "has_gpu", "mend"), [("bfloat16", False, "float32"), ("float32", True, "bfloat16")])
-def test_the_dtype_has_to_suit_the_hardware(value: str, has_gpu: bool, mend: str) -> None:
+@pytest.mark.parametrize(("value", "has_gpu", "fix"), [("bfloat16", False, "float32"), ("float32", True, "bfloat16")])
+def test_the_dtype_has_to_suit_the_hardware(value: str, has_gpu: bool, fix: str) -> None:
     config = parse_config(merged(RL, {"model.dtype": value}))
     config.check_world(1, has_gpu=not has_gpu)
     with pytest.raises(ConfigError) as caught:
         config.check_world(1, has_gpu=has_gpu)
     assert caught.value.field == "model.dtype"
-    assert f"model.dtype={mend}" in caught.value.mend
+    assert f"model.dtype={fix}" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -648,7 +660,7 @@ def test_no_error_shows_a_secret(changes: dict[str, Any], field: str, problem: s
 
 def test_a_number_as_a_password_is_to_be_quoted() -> None:
     error = error_of(merged(RL, {"retrieval.elasticsearch.password": 271828}))
-    assert (error.field, error.mend) == ("retrieval.elasticsearch.password", "write it in quotes")
+    assert (error.field, error.fix) == ("retrieval.elasticsearch.password", "write it in quotes")
     assert "271828" not in "".join(traceback.format_exception(error))
 
 
@@ -714,7 +726,7 @@ def test_secrets_reach_neither_repr_nor_checkpoint() -> None:
 @pytest.mark.parametrize(("given", "lacking"), [("username", "password"), ("password", "username")])
 def test_basic_authentication_takes_two(given: str, lacking: str) -> None:
     error = error_of(merged(RL, {f"retrieval.http.{given}": "x"}))
-    assert (error.field, error.mend) == (f"retrieval.http.{lacking}", "set both, or neither")
+    assert (error.field, error.fix) == (f"retrieval.http.{lacking}", "set both, or neither")
 
 
 def test_a_path_may_hold_an_at_sign() -> None:

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.errors import StorageError
+from megatron_sdsearch.files import write_durably, write_file
+from megatron_sdsearch.logging import MetricsLog, TrajectoryLog
+from megatron_sdsearch.logging.metrics import read_metrics
+from megatron_sdsearch.logging.trajectories import step_files
 from megatron_sdsearch.records import (
     ContextSpan,
     HindsightBlock,
@@ -21,10 +25,6 @@ from megatron_sdsearch.records import (
     TrajectoryStatus,
 )
 from megatron_sdsearch.report.page import write_page
-from megatron_sdsearch.telemetry import MetricsLog, TrajectoryLog
-from megatron_sdsearch.telemetry.files import write_durably, write_file
-from megatron_sdsearch.telemetry.metrics import read_metrics
-from megatron_sdsearch.telemetry.trajectories import step_files
 from megatron_sdsearch.training.stop_request import write_stopped
 from tests.unit.full_disk import full_disk
 

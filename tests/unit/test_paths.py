@@ -192,7 +192,7 @@ def test_a_number_that_python_will_not_read_is_refused_as_well(home: Path) -> No
 
 def test_a_folder_of_models_is_not_taken_for_the_name_of_an_organisation() -> None:
     problem = no_model("model.hf_dir", Path("models/Qwen2.5-3B"))
-    assert "`hf download ORGANISATION/Qwen2.5-3B --local-dir models/Qwen2.5-3B`" in problem.mend
+    assert "`hf download ORGANISATION/Qwen2.5-3B --local-dir models/Qwen2.5-3B`" in problem.fix
 
 
 def test_a_run_in_the_place_of_one_of_its_checkpoints_is_called_so(tmp_path: Path) -> None:
@@ -204,4 +204,4 @@ def test_a_run_in_the_place_of_one_of_its_checkpoints_is_called_so(tmp_path: Pat
     assert "holds no checkpoint" in problem().problem
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/latest").write_text("step_000004")
-    assert problem().mend == f"give one of them, such as {tmp_path}/checkpoints/step_000004"
+    assert problem().fix == f"give one of them, such as {tmp_path}/checkpoints/step_000004"

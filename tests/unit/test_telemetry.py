@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from megatron_sdsearch.errors import DataError, TrainingError
+from megatron_sdsearch.logging import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, final_table, names
+from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -25,8 +27,6 @@ from megatron_sdsearch.records import (
     TrajectoryId,
     TrajectoryStatus,
 )
-from megatron_sdsearch.telemetry import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, final_table, names
-from megatron_sdsearch.telemetry.metrics import read_metrics
 
 
 class Clock:

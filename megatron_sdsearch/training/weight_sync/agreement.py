@@ -22,7 +22,7 @@ def together(parallel: ParallelState, work: Callable[[], None]) -> None:
     except (EngineError, OSError) as error:
         failure = str(error) or repr(error)
     except ConfigError as error:
-        refusal = (error.field, error.problem, error.mend)
+        refusal = (error.field, error.problem, error.fix)
     gathered = parallel.all_gather_object((failure, refusal))
     refusals = [refusal for _, refusal in gathered if refusal is not None]
     if refusals:

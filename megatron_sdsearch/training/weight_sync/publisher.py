@@ -59,8 +59,8 @@ def choose_transport(config: RunConfig, parallel: ParallelState) -> Transport:
     if sglang.weight_sync == "disk":
         return DiskTransport(config.run_dir / "weights", config.model.hf_dir, parallel, bucket_bytes)
     if sglang.weight_sync == "tensor":
-        return TensorTransport(parallel, bucket_bytes, sglang.tensor)
-    return DistributedTransport(parallel, bucket_bytes, sglang.tensor, sglang.request_timeout_s)
+        return TensorTransport(parallel, bucket_bytes, sglang.tp_size)
+    return DistributedTransport(parallel, bucket_bytes, sglang.tp_size, sglang.request_timeout_s)
 
 
 class WeightPublisher:
@@ -136,7 +136,7 @@ class WeightPublisher:
         """Every ``verify_every``-th publish, and each that did not succeed at once."""
         every = self._config.verify_every
         if every and (is_due or self._num_published % every == 0):
-            tp_size = self._config.tensor
+            tp_size = self._config.tp_size
             together(self._parallel, lambda: verify(policy, self._fleet, urls, self._parallel, server_tp_size=tp_size))
 
     def _resume(self, urls: Sequence[str], tags: Sequence[str]) -> None:

@@ -43,7 +43,8 @@ def _train(world: Path, run_dir: Path, *overrides: str) -> dict[str, bytes]:
     _call(
         "-m", "megatron_sdsearch", "train", "examples/tiny/config.yaml", f"run_dir={run_dir}",
         f"model.hf_dir={world / 'warm_start' / 'hf'}", f"data.train={world / 'world' / 'train.jsonl'}",
-        f"data.heldout={world / 'world' / 'heldout.jsonl'}", "parallel.tensor=1", "data.questions_per_step=4",
+        f"data.heldout={world / 'world' / 'heldout.jsonl'}", "parallel.tensor_model_parallel_size=1",
+        "data.questions_per_step=4",
         "rollout.group_size=4", "train.num_steps=2", "evaluation.every=0", "telemetry.query_probe=false", *overrides,
     )  # fmt: skip
     return {file.name: file.read_bytes() for file in (run_dir / "trajectories").iterdir()}

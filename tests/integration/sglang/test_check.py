@@ -35,5 +35,5 @@ def test_flags_that_we_use_and_document_are_known(tiny: TinyRun) -> None:
 def test_running_servers_are_in_order(tiny: TinyRun, servers: Servers) -> None:
     attached = ("rollout.engine=sglang", f"rollout.sglang.urls={list(servers.urls)}")
     assert tiny.found(*attached, is_online=True) == []
-    fields = {finding.field for finding in tiny.found(*attached, "rollout.sglang.tensor=4", is_online=True)}
-    assert "rollout.sglang.tensor" in fields
+    fields = {finding.field for finding in tiny.found(*attached, "rollout.sglang.tp_size=4", is_online=True)}
+    assert "rollout.sglang.tp_size" in fields

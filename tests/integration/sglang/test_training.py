@@ -237,7 +237,11 @@ def test_ctrl_c_leaves_nothing_running(start: Start) -> None:
 def test_servers_of_somebody_else_serve_a_run_and_outlive_it(
     start: Start, untied_models: tuple[Path, Path], untied_servers: Servers
 ) -> None:
-    overrides = ["rollout.sglang.weight_sync=distributed", "parallel.tensor=1", "parallel.pipeline=2"]
+    overrides = [
+        "rollout.sglang.weight_sync=distributed",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=2",
+    ]
     overrides += [f"model.hf_dir={untied_models[0]}", f"rollout.sglang.urls=[{untied_servers.urls[0]}/]"]
     overrides += ["rollout.max_prompt_tokens=256", "rollout.max_total_tokens=600"]  # its tokenizer knows no long words
     run = start(*overrides, "train.num_steps=2")

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
-from megatron_sdsearch.telemetry import PhaseTimer
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples

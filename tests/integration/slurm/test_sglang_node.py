@@ -22,7 +22,7 @@ def settings(world: Path, run_dir: Path) -> list[str]:
     return arguments(
         world,
         run_dir,
-        "parallel.pipeline=1",
+        "parallel.pipeline_model_parallel_size=1",
         f"train.num_steps={NUM_STEPS}",
         "checkpoint.every=0",
         "rollout.engine=sglang",

@@ -47,7 +47,12 @@ def test_a_job_trains_across_nodes(uninterrupted: Path, world: Path) -> None:
 
 
 def test_tensor_parallel_within_nodes_and_data_parallel_across(cluster: Cluster, world: Path, tmp_path: Path) -> None:
-    settings = ["parallel.tensor=2", "parallel.pipeline=1", "train.num_steps=2", "optimizer.warmup_steps=0"]
+    settings = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=1",
+        "train.num_steps=2",
+        "optimizer.warmup_steps=0",
+    ]
     environment = ENVIRONMENT | {"SDSEARCH_RANKS_PER_NODE": "2"}
     command = arguments(world, tmp_path / "run", *settings)
     job = cluster.submit(tmp_path / "log", command, flags=["--nodes=2"], **environment)
@@ -169,9 +174,9 @@ def wrong_inputs(world: Path, run_dir: Path) -> dict[str, tuple[list[str], dict[
             "ConfigError: ",
         ),
         "sizes": (
-            [*right, "parallel.pipeline=3"],
+            [*right, "parallel.pipeline_model_parallel_size=3"],
             {},
-            "ConfigError: parallel.tensor: tensor 1 x pipeline 3 = 3 does not divide the 2 started processes",
+            "ConfigError: parallel.tensor_model_parallel_size: tensor 1 x pipeline 3 = 3 does not divide the 2 ",
         ),
         "retriever down": ([*right, *down], {}, "check: error: retrieval.http: "),
         "no number": (right, {"SDSEARCH_SGLANG_NODES": "two"}, "train.sh: SDSEARCH_SGLANG_NODES: two is no number"),

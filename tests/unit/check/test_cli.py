@@ -52,7 +52,7 @@ def test_json_is_one_object_with_everything(tiny: TinyRun) -> None:
         "section": "configuration",
         "field": "objective.alpa",
         "problem": "unknown key",
-        "mend": "did you mean alpha?",
+        "fix": "did you mean alpha?",
     }
     assert "2 trainer processes per node (--nproc-per-node)" in told["world"]
 

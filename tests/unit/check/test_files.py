@@ -183,7 +183,7 @@ def test_a_template_that_fails_and_arguments_that_it_does_not_read_are_found(tin
     assert tiny.found("data.chat_template_arguments.enable_thinking=false") == []
     finding = only(tiny.found("data.chat_template_arguments.enable_thinkin=false"))
     assert finding.field == "data.chat_template_arguments.enable_thinkin"
-    assert finding.mend == "did you mean enable_thinking?"
+    assert finding.fix == "did you mean enable_thinking?"
 
 
 def test_a_tag_of_the_profile_that_would_vanish_is_found(tiny: TinyRun) -> None:
@@ -314,7 +314,7 @@ def test_damaged_checkpoints_are_found(tiny: TinyRun) -> None:
 def test_a_damaged_checkpoint_is_passed_over_where_training_would_do_so(tiny: TinyRun) -> None:
     write_checkpoint(tiny, 1)
     (write_checkpoint(tiny, 2) / "shard").write_text("half")
-    assert "or set checkpoint.fallback=true" in only(tiny.found()).mend
+    assert "or set checkpoint.fallback=true" in only(tiny.found()).fix
     passed_over = only(tiny.found("checkpoint.fallback=true"))
     assert (passed_over.severity, "step_000002 is damaged" in passed_over.problem) == ("warning", True)
     assert "the run goes on from step 1 of 4" in tiny.notes("checkpoint.fallback=true")
@@ -400,10 +400,10 @@ def test_a_place_that_takes_no_index_is_found_as_training_finds_it(tiny: TinyRun
     finding = only(tiny.found(f"retrieval.index={tiny.corpus}"))
     with pytest.raises(ConfigError) as caught:
         TantivyRetriever.open_or_build(tiny.corpus, "standard", tiny.corpus)
-    assert (finding.field, finding.problem, finding.mend) == (
+    assert (finding.field, finding.problem, finding.fix) == (
         "retrieval.index",
         caught.value.problem,
-        caught.value.mend,
+        caught.value.fix,
     )
     elsewhere = tiny.folder / "elsewhere"
     assert f"no standard index in {elsewhere} yet" in tiny.notes(f"retrieval.index={elsewhere}")

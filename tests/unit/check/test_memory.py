@@ -21,16 +21,22 @@ def test_a_model_that_is_too_large_is_found(tiny: TinyRun) -> None:
     assert finding.severity is Severity.WARNING
     assert "GiB planned on the busiest GPU" in finding.problem
     assert "an assumed H100 has 79.0" in finding.problem
-    assert "megatron_sdsearch plan CONFIG" in finding.mend
+    assert "megatron_sdsearch plan CONFIG" in finding.fix
 
 
 def test_sharding_makes_room(tiny: TinyRun) -> None:
     tiny.change_model(hidden_size=4096, intermediate_size=16384, num_hidden_layers=32, layer_types=None)
     assert only(of_memory(tiny, "model.dtype=bfloat16", **GPU)).severity is Severity.WARNING
-    sharded = of_memory(tiny, "model.dtype=bfloat16", "parallel.tensor=2", "parallel.pipeline=4", **GPU)
+    sharded = of_memory(
+        tiny,
+        "model.dtype=bfloat16",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=4",
+        **GPU,
+    )
     assert only(sharded).severity is Severity.NOTE
 
 
 def test_nothing_is_planned_on_cpus_or_for_a_wrong_layout(tiny: TinyRun) -> None:
     assert of_memory(tiny) == []
-    assert of_memory(tiny, "model.dtype=bfloat16", "parallel.tensor=3", **GPU) == []
+    assert of_memory(tiny, "model.dtype=bfloat16", "parallel.tensor_model_parallel_size=3", **GPU) == []

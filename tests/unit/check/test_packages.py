@@ -26,7 +26,7 @@ def test_a_package_that_does_not_fit_is_found(
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "packages")
     assert words in finding.problem
-    assert finding.mend.startswith("pip install")
+    assert finding.fix.startswith("pip install")
 
 
 def test_extras_count_where_they_are_used(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from megatron_sdsearch.check.findings import Finding, Report
 from megatron_sdsearch.check.page import page, summary
 from megatron_sdsearch.errors import ConfigError, DataError
 
-ERROR = Finding.error("a.b", "is [red]wrong[/red]", "mend it")
+ERROR = Finding.error("a.b", "is [red]wrong[/red]", "fix it")
 WARNING = Finding.warning("a.c", "is doubtful", "look")
 NOTE = Finding.note("a.d", "is 7")
 
@@ -41,13 +41,13 @@ def test_the_worst_finding_decides(findings: list[Finding], code: int, words: st
 
 def test_everything_of_a_finding_is_shown_as_it_is() -> None:
     text = shown(Report(findings=[ERROR, NOTE], world="1 node"))
-    for words in ("error", "a.b: is [red]wrong[/red]", "-> mend it", "note", "a.d: is 7", "Meant for 1 node"):
+    for words in ("error", "a.b: is [red]wrong[/red]", "-> fix it", "note", "a.d: is 7", "Meant for 1 node"):
         assert words in text
 
 
 def test_errors_of_training_become_findings() -> None:
     found = Finding.of(ConfigError("f", "is bad", "set it; or not"), "other")
-    assert (found.field, found.problem, found.mend) == ("f", "is bad", "set it; or not")
+    assert (found.field, found.problem, found.fix) == ("f", "is bad", "set it; or not")
     found = Finding.of(DataError("x.jsonl:3: no text; write some"), "data.train")
-    assert (found.field, found.problem, found.mend) == ("data.train", "x.jsonl:3: no text", "write some")
+    assert (found.field, found.problem, found.fix) == ("data.train", "x.jsonl:3: no text", "write some")
     assert Finding.of(DataError("x is bad"), "f").problem == "x is bad"

@@ -23,19 +23,33 @@ def test_a_run_in_order_has_nothing_but_notes(tiny: TinyRun) -> None:
 
 
 CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
-    # overrides, world, severity, field, what, mend
+    # overrides, world, severity, field, what, fix
     (("objective.alpa=1",), {}, "error", "objective.alpa", "unknown key", "did you mean alpha?"),
     (("rollout.group_size=1",), {}, "error", "rollout.group_size", "1 gives no advantage", "at least 2"),
     (("train.max_tokens_per_microbatch=300",), {}, "error", "train.max_tokens_per_microbatch", "300", "at least 428"),
     (("optimizer.warmup_steps=4",), {}, "error", "optimizer.warmup_steps", "4 of the run's 4", "lower it"),
     (("data.train=nowhere.jsonl",), {}, "error", "data.train", "nowhere.jsonl does not exist", "that exists"),
-    (("parallel.tensor=3",), {}, "error", "parallel.tensor", "num_attention_heads = 4", "choose one of 1, 2, 4"),
-    (("parallel.pipeline=3",), {}, "error", "parallel.pipeline", "num_hidden_layers = 2", "choose one of 1, 2"),
     (
-        ("parallel.tensor=2",),
+        ("parallel.tensor_model_parallel_size=3",),
+        {},
+        "error",
+        "parallel.tensor_model_parallel_size",
+        "num_attention_heads = 4",
+        "choose one of 1, 2, 4",
+    ),
+    (
+        ("parallel.pipeline_model_parallel_size=3",),
+        {},
+        "error",
+        "parallel.pipeline_model_parallel_size",
+        "num_hidden_layers = 2",
+        "choose one of 1, 2",
+    ),
+    (
+        ("parallel.tensor_model_parallel_size=2",),
         {"ranks_per_node": 3},
         "error",
-        "parallel.tensor",
+        "parallel.tensor_model_parallel_size",
         "does not divide the 3",
         "multiple of 2",
     ),
@@ -43,10 +57,10 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
     ((BF16,), {"device": "cpu"}, "error", "model.dtype", "bfloat16 without a GPU", "model.dtype=float32"),
     ((BF16,), {"gpus_per_node": 2, "ranks_per_node": 4}, "error", "--nproc-per-node", "4 trainer processes", "start 2"),
     (
-        ("parallel.tensor=2",),
+        ("parallel.tensor_model_parallel_size=2",),
         {"num_nodes": 2, "ranks_per_node": 1},
         "warning",
-        "parallel.tensor",
+        "parallel.tensor_model_parallel_size",
         "over the network",
         "within a node",
     ),
@@ -207,10 +221,10 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "interpreter",
     ),
     (
-        (BF16, *SGLANG, "rollout.sglang.tensor=4"),
+        (BF16, *SGLANG, "rollout.sglang.tp_size=4"),
         {"num_nodes": 2, "gpus_per_node": 2, "ranks_per_node": 1, "num_sglang_nodes": 1},
         "error",
-        "rollout.sglang.tensor",
+        "rollout.sglang.tp_size",
         "nodes have 2",
         "lower it",
     ),
@@ -224,7 +238,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "fewer",
     ),
     (
-        (*SGLANG, BF16, "rollout.sglang.tensor=4"),
+        (*SGLANG, BF16, "rollout.sglang.tp_size=4"),
         {"gpus_per_node": 6, "ranks_per_node": 4},
         "error",
         "rollout.sglang.num_servers",
@@ -252,15 +266,15 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("overrides", "given", "severity", "field", "what", "mend"), CASES, ids=[f"{c[3]}-{i}" for i, c in enumerate(CASES)]
+    ("overrides", "given", "severity", "field", "what", "fix"), CASES, ids=[f"{c[3]}-{i}" for i, c in enumerate(CASES)]
 )
 def test_a_mistake_is_one_finding_with_its_mend(
-    tiny: TinyRun, overrides: tuple[str, ...], given: dict[str, Any], severity: str, field: str, what: str, mend: str
+    tiny: TinyRun, overrides: tuple[str, ...], given: dict[str, Any], severity: str, field: str, what: str, fix: str
 ) -> None:
     finding = only(tiny.found(*overrides, **given))
     assert (finding.severity, finding.field) == (severity, field)
     assert what in finding.problem
-    assert mend in finding.mend
+    assert fix in finding.fix
 
 
 def test_a_minibatch_size_that_does_not_divide_the_step_is_a_note(tiny: TinyRun) -> None:
@@ -311,7 +325,7 @@ def test_a_refused_value_is_not_judged_by_the_default_in_its_place(tiny: TinyRun
 def test_what_is_no_configuration_is_one_error(tiny: TinyRun) -> None:
     assert "does not exist" in only(list(run_checks(tiny.folder / "nowhere.yaml").findings)).problem
     tiny.config.write_text("- a list")
-    assert only(tiny.found()).mend
+    assert only(tiny.found()).fix
     tiny.config.write_text("model: [")
     assert only(tiny.found()).field.endswith("config.yaml")
 

@@ -81,7 +81,7 @@ def test_an_unknown_flag_is_found_with_the_one_that_is_meant(tiny: TinyRun, site
     finding = only(tiny.found(*overrides(site, "--mem-fracton-static", "0.8")))
     assert (finding.severity, finding.field) == ("warning", "rollout.sglang.arguments")
     assert "--mem-fracton-static is not among the 6 flags" in finding.problem
-    assert finding.mend == "did you mean --mem-fraction-static?"
+    assert finding.fix == "did you mean --mem-fraction-static?"
 
 
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["fields of ServerArgs", "fields of groups"])

@@ -16,7 +16,9 @@ SLURM = {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_PER_NODE": "h100:8"}
 
 @pytest.fixture
 def config(tiny: TinyRun) -> RunConfig:
-    return load_config(tiny.config, ["parallel.tensor=2", "parallel.pipeline=2"])
+    return load_config(
+        tiny.config, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
+    )
 
 
 def test_the_command_line_comes_first(config: RunConfig) -> None:
@@ -64,7 +66,7 @@ def test_else_the_smallest_world_of_the_layout_is_assumed(config: RunConfig, dty
 
 
 def test_own_servers_take_gpus_from_the_trainers(tiny: TinyRun) -> None:
-    own = ("rollout.engine=sglang", "rollout.sglang.num_servers=2", "rollout.sglang.tensor=2")
+    own = ("rollout.engine=sglang", "rollout.sglang.num_servers=2", "rollout.sglang.tp_size=2")
     given = GivenWorld(gpus_per_node=8)
     for more, ranks in (("seed=1", 4), ("rollout.sglang.colocated=true", 8), ("rollout.sglang.urls=[http://h:1]", 8)):
         assert World.of(load_config(tiny.config, [*own, more]), given, {}).ranks_per_node == ranks

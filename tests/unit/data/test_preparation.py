@@ -128,7 +128,7 @@ def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(f
         file.write("not json\n")
         file.write('{"id": "train_5", "query": "who?", "golden_answers": ["x"]}\n')
     listed: list[BadRow] = []
-    with pytest.raises(DataError, match=r"bad rows: 3, and at most 2 may be left out; mend them, or raise the limit"):
+    with pytest.raises(DataError, match=r"bad rows: 3, and at most 2 may be left out; fix them, or raise the limit"):
         run(flashrag, max_bad_rows=2, on_bad_row=listed.append)
     prepared = run(flashrag, max_bad_rows=3)
     assert tuple(listed) == prepared.bad_rows

@@ -82,7 +82,5 @@ def test_hub_is_read_through_its_links_and_names_its_commit(hub_cache: Path, nam
 
 @pytest.mark.parametrize("name", ["hub:nobody/nothing", "hub:a/b/c", "hub@no-such-revision"])
 def test_what_the_hub_does_not_have_is_one_error(hub_cache: Path, name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"cannot be fetched from the hub: .*; mend the name or the network, or fetch"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot be fetched from the hub: .*; fix the name or the network, or fetch"):
         open_source(name, WANTED)

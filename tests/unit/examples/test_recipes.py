@@ -110,9 +110,9 @@ def test_every_model_fits_its_layout(recipe: str, model: str) -> None:
     assert config.model.hf_dir == Path("models") / model
     assert config.model.dtype == "bfloat16"
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        assert shape[name] % config.parallel.tensor == 0, name
-        assert shape[name] % config.rollout.sglang.tensor == 0, name
-    assert shape["num_hidden_layers"] % config.parallel.pipeline == 0
+        assert shape[name] % config.parallel.tensor_model_parallel_size == 0, name
+        assert shape[name] % config.rollout.sglang.tp_size == 0, name
+    assert shape["num_hidden_layers"] % config.parallel.pipeline_model_parallel_size == 0
     assert config.longest_sequence.num_tokens <= shape["max_position_embeddings"]
 
 
@@ -149,12 +149,14 @@ def test_every_machine_has_gpus_for_ranks_and_servers(recipe: str, model: str, m
     sglang = config.rollout.sglang
     if machine.num_sglang_nodes:
         num_sampling = machine.num_sglang_nodes * GPUS_PER_NODE  # as many servers as their GPUs hold
-        assert GPUS_PER_NODE % sglang.tensor == 0
+        assert GPUS_PER_NODE % sglang.tp_size == 0
     else:
-        num_sampling = sglang.num_servers * sglang.tensor
+        num_sampling = sglang.num_servers * sglang.tp_size
         assert machine.ranks_per_node + num_sampling == GPUS_PER_NODE
     assert (machine.num_ranks, num_sampling) == machine.told
-    num_replicas = machine.num_ranks // (config.parallel.tensor * config.parallel.pipeline)
+    num_replicas = machine.num_ranks // (
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    )
     assert config.data.questions_per_step % num_replicas == 0
     assert (config.train.trajectories_per_minibatch or 0) % num_replicas == 0
 
@@ -177,19 +179,21 @@ def test_parameters_are_those_of_the_model_cards(shape: dict[str, Any], billions
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_training_gpu_holds_the_state_and_leaves_a_third_for_activations(recipe: str, model: str) -> None:
     config, shape = load(recipe, *MODELS[model]), SHAPES[model]
-    per_gpu = num_parameters(shape) / (config.parallel.tensor * config.parallel.pipeline)
+    per_gpu = num_parameters(shape) / (
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    )
     reference = 2 if config.objective.kl_coef > 0 else 0
     state = per_gpu * (2 + reference + 4 + 12)
-    logits = config.model.logits_chunk_tokens * shape["vocab_size"] / config.parallel.tensor * 4
+    logits = config.model.logits_chunk_tokens * shape["vocab_size"] / config.parallel.tensor_model_parallel_size * 4
     assert config.model.recompute == "full"
     tokens = config.train.max_tokens_per_microbatch
-    inputs = tokens * shape["hidden_size"] * 2 * shape["num_hidden_layers"] / config.parallel.tensor
+    inputs = tokens * shape["hidden_size"] * 2 * shape["num_hidden_layers"] / config.parallel.tensor_model_parallel_size
     assert state + 5 * logits + inputs < GPU_BYTES * 2 / 3
     row = next(
         line for line in DOCS.splitlines() if line.startswith(f"| {model[8:10]} | {num_parameters(shape) / 1e9:.2f}")
     )
     assert [cell.strip() for cell in row.strip("|").split("|")][2:5] == [
-        str(config.parallel.tensor),
+        str(config.parallel.tensor_model_parallel_size),
         f"{state / 1e9:.0f} GB",
         f"{inputs / 1e9:.1f} GB",
     ]
@@ -300,9 +304,9 @@ def test_commands_of_a_readme_name_its_config_and_right_overrides(recipe: str) -
         config = load_config(ROOT / path, overrides)
         assert path == f"examples/{recipe}/config.yaml"
         ranks = re.search(r"--nproc-per-node (\d+)|RANKS_PER_NODE=(\d+)", command)
-        assert (int(ranks[1] or ranks[2]) if ranks else GPUS_PER_NODE) % config.parallel.tensor == 0
+        assert (int(ranks[1] or ranks[2]) if ranks else GPUS_PER_NODE) % config.parallel.tensor_model_parallel_size == 0
     assert config.model.hf_dir == Path("models/Qwen2.5-7B")
-    assert config.parallel.tensor == 4
+    assert config.parallel.tensor_model_parallel_size == 4
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,10 @@ def test_nothing_is_wrong_on_several_nodes(home: Path, monkeypatch: pytest.Monke
 
 
 def test_a_wrong_layout_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = check(home, monkeypatch, "sd_search", MACHINES[0], "parallel.tensor=3")
-    assert {(finding["severity"], finding["field"]) for finding in found} == {("error", "parallel.tensor")}
+    found = check(home, monkeypatch, "sd_search", MACHINES[0], "parallel.tensor_model_parallel_size=3")
+    assert {(finding["severity"], finding["field"]) for finding in found} == {
+        ("error", "parallel.tensor_model_parallel_size")
+    }
     problems = " ".join(finding["problem"] for finding in found)
     assert "does not divide the 4 started processes" in problems
     assert "num_attention_heads = 16" in problems

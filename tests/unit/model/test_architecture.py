@@ -87,7 +87,7 @@ def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("tree", "told", "mend"),
+    ("tree", "told", "fix"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported", KNOWN),
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported", KNOWN),
@@ -110,12 +110,12 @@ def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> No
         (qwen3(use_sliding_window=True), "some layers use sliding windows", "set use_sliding_window to false"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, tree: dict[str, Any], told: str, mend: str) -> None:
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, tree: dict[str, Any], told: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_hf_config(write_config(tmp_path, tree))
     assert caught.value.field == "model.hf_dir"
     assert told in str(caught.value)
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
 
 
 def test_rope_scaling_in_the_older_spelling_is_refused_too(tmp_path: Path) -> None:
@@ -160,13 +160,17 @@ def test_biases_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
 def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline: int) -> None:
     hf_config = Qwen2Config(**SIZES | {"num_key_value_heads": 6})
     divides = 6 % tensor == 0 and 96 % tensor == 0 and 4 % pipeline == 0
-    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     if divides:
         check_layout(hf_config, layout)
         return
     with pytest.raises(ConfigError) as caught:
         check_layout(hf_config, layout)
-    assert caught.value.field == ("parallel.pipeline" if 6 % tensor == 0 and 96 % tensor == 0 else "parallel.tensor")
+    assert caught.value.field == (
+        "parallel.pipeline_model_parallel_size"
+        if 6 % tensor == 0 and 96 % tensor == 0
+        else "parallel.tensor_model_parallel_size"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,16 +178,16 @@ def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline
     [
         (
             {"num_attention_heads": 6, "num_key_value_heads": 6},
-            {"tensor": 4},
+            {"tensor_model_parallel_size": 4},
             "4 does not divide .* num_attention_heads = 6",
         ),
         (
             {"num_attention_heads": 12, "num_key_value_heads": 6},
-            {"tensor": 4},
+            {"tensor_model_parallel_size": 4},
             "4 is neither divisor nor multiple of .* num_key_value_heads = 6",
         ),
-        ({"intermediate_size": 95}, {"tensor": 2}, "2 .* intermediate_size = 95"),
-        ({"num_hidden_layers": 4}, {"pipeline": 3}, "3 .* num_hidden_layers = 4"),
+        ({"intermediate_size": 95}, {"tensor_model_parallel_size": 2}, "2 .* intermediate_size = 95"),
+        ({"num_hidden_layers": 4}, {"pipeline_model_parallel_size": 3}, "3 .* num_hidden_layers = 4"),
     ],
 )
 def test_a_layout_that_does_not_divide_names_both_figures(
@@ -192,13 +196,14 @@ def test_a_layout_that_does_not_divide_names_both_figures(
     with pytest.raises(ConfigError, match=told) as caught:
         check_layout(Qwen2Config(**SIZES | changes), ParallelConfig.model_validate(layout))
     assert caught.value.field == f"parallel.{next(iter(layout))}"
-    assert caught.value.mend.startswith("choose ")
+    assert caught.value.fix.startswith("choose ")
 
 
 @pytest.mark.parametrize(("heads", "tensor"), [(1, 4), (2, 4), (4, 4), (8, 4)])
 def test_key_value_heads_may_be_fewer_than_ranks(heads: int, tensor: int) -> None:
     check_layout(
-        Qwen2Config(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": heads}), ParallelConfig(tensor=tensor)
+        Qwen2Config(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": heads}),
+        ParallelConfig(tensor_model_parallel_size=tensor),
     )
 
 

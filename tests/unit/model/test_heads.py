@@ -149,10 +149,10 @@ def test_train_and_check_say_the_same_before_anything_is_written(tiny: TinyRun) 
     (tiny.model / "model.safetensors.index.json").write_text(json.dumps(index))
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "model.hf_dir")
-    assert finding.mend == "set tie_word_embeddings to false in config.json"
+    assert finding.fix == "set tie_word_embeddings to false in config.json"
     with pytest.raises(DataError, match=DIFFER) as caught:
         train(load_config(tiny.config))
-    assert str(caught.value) == f"{finding.problem}; {finding.mend}"
+    assert str(caught.value) == f"{finding.problem}; {finding.fix}"
     assert not (tiny.folder / "run").exists()
 
 

@@ -17,8 +17,8 @@ from tests.unit.plan.models import run
 ENGINES: dict[str, dict[str, Any]] = {
     "embedded": {"engine": "embedded"},
     "beside": {"engine": "sglang", "sglang": {"colocated": False, "num_servers": 2}},
-    "beside, of two GPUs": {"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tensor": 2}},
-    "beside, of sixteen GPUs": {"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tensor": 16}},
+    "beside, of two GPUs": {"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tp_size": 2}},
+    "beside, of sixteen GPUs": {"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tp_size": 16}},
     "colocated": {"engine": "sglang", "sglang": {"colocated": True, "num_servers": 8}},
     "attached": {"engine": "sglang", "sglang": {"colocated": False, "urls": ["http://a:1"]}},
 }
@@ -55,7 +55,7 @@ def test_as_many_ranks_are_planned_as_a_job_starts_and_what_it_refuses_is_refuse
 
 def test_nodes_that_serve_hold_as_many_servers_as_fit() -> None:
     allocation = Allocation(num_nodes=4, gpus_per_node=8, num_sglang_nodes=3)
-    config = run(rollout={"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tensor": 3}})
+    config = run(rollout={"engine": "sglang", "sglang": {"colocated": False, "num_servers": 1, "tp_size": 3}})
     assert servers_in(config, allocation) == Servers(num=6, tensor=3, place="beside", num_nodes=3)
 
 

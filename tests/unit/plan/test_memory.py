@@ -103,7 +103,7 @@ def test_stages_ahead_of_the_others_hold_more_microbatches() -> None:
 
 
 def test_the_embedded_engine_is_a_whole_model_on_every_rank_whatever_tp() -> None:
-    config = run(rollout={"engine": "embedded"}, parallel={"tensor": 2})
+    config = run(rollout={"engine": "embedded"}, parallel={"tensor_model_parallel_size": 2})
     plan = plan_memory(config, shape_of(QWEN_3B), Layout.of(config, 8), gpu_bytes=GPU)
     assert plan.standing["embedded engine"] == 2 * 3_085_938_688
     assert plan.standing["embedded KV cache"] == 160 * 6656 * 36_864
@@ -122,7 +122,7 @@ def test_colocated_servers_are_cut_to_what_the_trainer_leaves_and_others_are_not
 
 
 def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
-    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tensor": 4, "urls": ["http://a:1"]}})
+    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tp_size": 4, "urls": ["http://a:1"]}})
     plan = plan_memory(config, shape_of(QWEN_7B), Layout.of(config, 8), gpu_bytes=GPU)
     assert plan.server["server weights"] == 2 * 7_615_616_512 // 4
     assert plan.kv_tokens == pytest.approx(plan.server["KV cache"] * 4 / shape_of(QWEN_7B).kv_bytes_per_token(2), abs=1)
@@ -130,7 +130,7 @@ def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
 
 @pytest.mark.parametrize(("tensor", "share"), [(1, 1), (2, 2), (4, 2), (8, 2)])
 def test_ranks_that_share_a_key_head_cache_it_each(tensor: int, share: int) -> None:
-    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tensor": tensor, "urls": ["http://a:1"]}})
+    config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tp_size": tensor, "urls": ["http://a:1"]}})
     shape = shape_of(QWEN_3B)  # two key heads
     plan = plan_memory(config, shape, Layout.of(config, 8), gpu_bytes=GPU)
     assert plan.kv_tokens == plan.server["KV cache"] // (shape.kv_bytes_per_token(2) // share)

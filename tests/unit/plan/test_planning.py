@@ -24,7 +24,7 @@ from megatron_sdsearch.plan.planning import assume, plan_on_cpu, plan_run
 from megatron_sdsearch.plan.report import RunPlan
 from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
 
-BESIDE = {"engine": "sglang", "sglang": {"num_servers": 2, "tensor": 1}}
+BESIDE = {"engine": "sglang", "sglang": {"num_servers": 2, "tp_size": 1}}
 NODE = Allocation(gpus_per_node=8)
 
 
@@ -103,9 +103,9 @@ def test_when_nothing_fits_that_is_said() -> None:
 @pytest.mark.parametrize(
     ("sections", "field"),
     [
-        ({"rollout": {"engine": "sglang", "sglang": {"num_servers": 4, "tensor": 2}}}, "rollout.sglang.num_servers"),
+        ({"rollout": {"engine": "sglang", "sglang": {"num_servers": 4, "tp_size": 2}}}, "rollout.sglang.num_servers"),
         ({"rollout": {"engine": "sglang", "sglang": {"colocated": True, "num_servers": 9}}}, "rollout.sglang.num_ser"),
-        ({"rollout": BESIDE, "parallel": {"tensor": 4}}, "parallel.tensor"),
+        ({"rollout": BESIDE, "parallel": {"tensor_model_parallel_size": 4}}, "parallel.tensor_model_parallel_size"),
         ({"model": {"dtype": "float32"}}, "model.dtype"),
     ],
 )

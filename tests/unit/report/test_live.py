@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.errors import ConfigError, TrainingError
+from megatron_sdsearch.logging import MetricsLog, names
 from megatron_sdsearch.report.live import LivePage
-from megatron_sdsearch.telemetry import MetricsLog, names
 from megatron_sdsearch.training.run_lock import RunLock
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.logging import MetricsLog, names
 from megatron_sdsearch.report.page import write_page
-from megatron_sdsearch.telemetry import MetricsLog, names
 from megatron_sdsearch.training.run_lock import RunLock
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'

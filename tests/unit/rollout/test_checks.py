@@ -56,7 +56,7 @@ def test_none_that_can_be_asked_is_a_wrong_setting_with_the_length_that_is_neede
         f"{limit}, and the prompts of all 4 questions of data.heldout are longer, the shortest has {lengths['q2']} "
         "tokens: none of their trajectories would begin"
     )
-    assert caught.value.mend == f"set it to at least {lengths['q500']}"
+    assert caught.value.fix == f"set it to at least {lengths['q500']}"
 
 
 def test_the_longest_request_must_be_one_that_a_server_takes() -> None:
@@ -67,12 +67,12 @@ def test_the_longest_request_must_be_one_that_a_server_takes() -> None:
         "rollout.max_total_tokens",
         "rollout.max_total_tokens makes requests of up to 3000 tokens, and http://h:1 takes 2999",
     )
-    assert problem.mend.startswith("lower it to 2999, or ")
+    assert problem.fix.startswith("lower it to 2999, or ")
     (problem,) = context_problems(config(probe=True), "http://h:1", 3500)
     assert (
         "rollout.max_total_tokens + hindsight.max_block_tokens makes requests of up to 4000 tokens" in problem.problem
     )
-    assert problem.mend.startswith("lower it to 2500, or ")
+    assert problem.fix.startswith("lower it to 2500, or ")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def config(*, dtype: str = "bfloat16", tensor: int = 1, pipeline: int = 1, **sgl
         {
             "run_dir": "runs/x",
             "model": {"hf_dir": "model", "dtype": dtype},
-            "parallel": {"tensor": tensor, "pipeline": pipeline},
+            "parallel": {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline},
             "data": {"train": "train.jsonl"},
             "rollout": {"engine": engine, "sglang": sglang},
             "retrieval": {"corpus": "corpus.jsonl"},
@@ -58,10 +58,10 @@ def test_roles(settings: dict[str, Any], given: Allocation, expected: Roles) -> 
         ({}, nodes(2, serve=1), "SDSEARCH_SGLANG_NODES"),
         ({"urls": ["http://a:1"]}, nodes(2, serve=1), "SDSEARCH_SGLANG_NODES"),
         ({"colocated": True}, nodes(2, serve=1), "SDSEARCH_SGLANG_NODES"),
-        ({"sglang_tensor": 16}, nodes(2, serve=1), "rollout.sglang.tensor"),
+        ({"sglang_tensor": 16}, nodes(2, serve=1), "rollout.sglang.tp_size"),
         ({"num_servers": 8}, nodes(1), "SDSEARCH_RANKS_PER_NODE"),
         ({}, nodes(2, ranks=9), "SDSEARCH_RANKS_PER_NODE"),
-        ({"tensor": 8, "pipeline": 3}, nodes(4), "parallel.tensor"),
+        ({"tensor": 8, "pipeline": 3}, nodes(4), "parallel.tensor_model_parallel_size"),
         ({}, nodes(2, gpus=0), "model.dtype"),
     ],
 )
@@ -78,7 +78,7 @@ def _with_server_tensor(settings: dict[str, Any]) -> RunConfig:
     if size is None:
         return config(**rest)
     first = config(**{"num_servers": 1, **rest})
-    sglang = first.rollout.sglang.model_copy(update={"tensor": size})
+    sglang = first.rollout.sglang.model_copy(update={"tp_size": size})
     return first.model_copy(update={"rollout": first.rollout.model_copy(update={"sglang": sglang})})
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sdsearch.telemetry import names
-from megatron_sdsearch.telemetry.stalls import STALL_STEPS, due_warnings, num_stalled, stalls, warnings_of
+from megatron_sdsearch.logging import names
+from megatron_sdsearch.logging.stalls import STALL_STEPS, due_warnings, num_stalled, stalls, warnings_of
 
 
 def row(step: int, *, share: float = 1.0, grad_norm: float | None = 0.5, **more: float) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_a_template_that_fails_is_one_error_in_its_own_words(template: str, told
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"^--model: the chat template of {tmp_path} .*{told}") as caught:
         Renderer.from_folder(tmp_path, field="--model")
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 def test_a_template_that_needs_no_header_is_taken() -> None:

@@ -91,5 +91,5 @@ def test_a_full_disk_is_said_and_the_lock_given_back(tmp_path: Path) -> None:
 def test_check_says_what_train_says(tiny: TinyRun, run_dir: str) -> None:
     run_dir = run_dir.format(file=tiny.config)
     finding = only(tiny.found(f"run_dir={run_dir}"))
-    assert f"{finding.field}: {finding.problem}; {finding.mend}" == str(refusal(Path(run_dir)))
+    assert f"{finding.field}: {finding.problem}; {finding.fix}" == str(refusal(Path(run_dir)))
     assert finding.severity == "error"

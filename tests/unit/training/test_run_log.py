@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import CheckpointError, ConfigError
-from megatron_sdsearch.telemetry import MetricsLog, names
-from megatron_sdsearch.telemetry.metrics import read_metrics
+from megatron_sdsearch.logging import MetricsLog, names
+from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.logging import names
 from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import (
     Action,
@@ -24,7 +25,6 @@ from megatron_sdsearch.records import (
     TrajectoryId,
     TrajectoryStatus,
 )
-from megatron_sdsearch.telemetry import names
 from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
 from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
 from megatron_sdsearch.training.step_metrics import of_evaluation, of_probe, of_step, of_updates

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_sdsearch.config import parse_config
-from megatron_sdsearch.telemetry import MetricsLog, names
-from megatron_sdsearch.telemetry.summary import SUMMARY_FILE
+from megatron_sdsearch.logging import MetricsLog, names
+from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.training.run_log import write_summary
 
 

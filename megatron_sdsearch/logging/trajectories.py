@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sdsearch.files import write_file, writing
 from megatron_sdsearch.records import (
     ContextSpan,
     HindsightBlock,
@@ -16,7 +17,6 @@ from megatron_sdsearch.records import (
     Span,
     Trajectory,
 )
-from megatron_sdsearch.telemetry.files import write_file, writing
 
 TRAJECTORIES_DIR = "trajectories"
 Decode = Callable[[Sequence[int]], str]

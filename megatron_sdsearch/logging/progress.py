@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.logging import names
 
 _SHOWN: Final = {
     names.REWARD: ("reward", "{:.3f}"),

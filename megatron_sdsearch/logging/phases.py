@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_sdsearch.telemetry.names import PHASE_PREFIX
+from megatron_sdsearch.logging.names import PHASE_PREFIX
 
 
 class PhaseTimer:

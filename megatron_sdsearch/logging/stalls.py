@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from megatron_sdsearch.telemetry import names
+from megatron_sdsearch.logging import names
 
 STALL_STEPS: Final = 5
 """A warning from so many steps in a row on: with few questions a step, one or two happen in healthy runs."""

@@ -4,11 +4,11 @@ Knows nothing of models or search engines: numbers and records come in, files an
 owns the run's folder uses the sinks; reducing numbers over ranks is the loop's.
 """
 
-from megatron_sdsearch.telemetry.metrics import MetricsLog
-from megatron_sdsearch.telemetry.phases import PhaseTimer
-from megatron_sdsearch.telemetry.progress import ProgressDisplay
-from megatron_sdsearch.telemetry.stalls import warnings_of
-from megatron_sdsearch.telemetry.summary import final_table
-from megatron_sdsearch.telemetry.trajectories import TrajectoryLog
+from megatron_sdsearch.logging.metrics import MetricsLog
+from megatron_sdsearch.logging.phases import PhaseTimer
+from megatron_sdsearch.logging.progress import ProgressDisplay
+from megatron_sdsearch.logging.stalls import warnings_of
+from megatron_sdsearch.logging.summary import final_table
+from megatron_sdsearch.logging.trajectories import TrajectoryLog
 
 __all__ = ["MetricsLog", "PhaseTimer", "ProgressDisplay", "TrajectoryLog", "final_table", "warnings_of"]

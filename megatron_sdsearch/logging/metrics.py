@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sdsearch.errors import DataError, TrainingError
-from megatron_sdsearch.telemetry.files import write_file, writing
+from megatron_sdsearch.files import write_file, writing
 
 METRICS_FILE = "metrics.jsonl"
 Metric = float | int | str
@@ -135,9 +135,9 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+        raise DataError(f"{path}:{number}: not JSON ({error.msg}); fix or remove the line") from error
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise DataError(f"{path}:{number}: no step in this line; mend or remove it")
+        raise DataError(f"{path}:{number}: no step in this line; fix or remove it")
     return row
 
 
