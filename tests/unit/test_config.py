@@ -76,7 +76,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"objectve": {}}, "objectve", "unknown key", "did you mean objective?"),
         ({"objective.alpa": 1}, "objective.alpa", "unknown key", "did you mean alpha?"),
         ({"retrieval.corpuss": "c"}, "retrieval.corpuss", "unknown key", "did you mean corpus?"),
-        ({"parallel.zzz": 1}, "parallel.zzz", "unknown key", "known keys: tensor, pipeline"),
+        ({"parallel.zzz": 1}, "parallel.zzz", "unknown key", "known keys: tensor_model_parallel_size, "),
         ({"objective.alpha": "lots"}, "objective.alpha", "'lots'", "valid number"),
         ({"objective.alpha": float("nan")}, "objective.alpha", "nan", "finite"),
         ({"objective.alpha": -0.5}, "objective.alpha", "-0.5", "greater than or equal to 0"),
