@@ -37,7 +37,7 @@ PARALLEL ?= -n 2 --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-latest test-sglang test-elasticsearch test-slurm test-gpu check format bench clean
+.PHONY: help demo test test-latest test-sglang test-elasticsearch test-slurm test-gpu check docs docs-pages format bench clean
 
 help:
 	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
@@ -48,6 +48,7 @@ help:
 	@echo "make test-latest  unit and distributed tests on Python 3.12 with the newest megatron-core (in .venv-latest, 5.5 GB)"
 	@echo "make test-gpu     what only GPUs can show, on a machine with four of them: docs/gpu-first-run.md"
 	@echo "make check  format, lint, types, import floors, shell scripts, image and compose files"
+	@echo "make docs   the documentation's site; make docs-pages rewrites the pages that are made from the code"
 	@echo "make format rewrite the files as make check wants them"
 	@echo "make bench  each benchmark prints one JSON object"
 	@echo "make clean  delete .venv, caches and runs/demo"
@@ -76,6 +77,16 @@ test-slurm: $(STAMP) $(SGLANG)
 	tools/slurm_local/install.sh
 	$(BIN)/python -m pytest tests/integration/slurm
 
+docs: $(STAMP)
+	$(BIN)/python tools/make_docs.py --check
+	$(BIN)/python docs/figures/method.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "documentation: site/index.html"
+
+docs-pages: $(STAMP)
+	$(BIN)/python tools/make_docs.py
+	$(BIN)/python docs/figures/method.py
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -93,7 +104,7 @@ bench: $(STAMP)
 	for bench in $(BENCHES); do $(BIN)/python "$$bench"; done
 
 clean:
-	rm -rf .venv .venv-latest .venv-gpu .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
+	rm -rf site .venv .venv-latest .venv-gpu .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
 
 # $(call require,PROGRAM,VERSIONS,SETTING): before anything is downloaded. A .venv that is there is what is used.
 require = @found=$$("$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || found="no Python"; \
