@@ -72,9 +72,9 @@ class Engine(Protocol):
         ...
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
-        """The trajectory is over: what is cached for it may go."""
+        """Forget what is cached for a trajectory that is over."""
         ...
 
     async def close(self) -> None:
-        """Give memory, processes and connections back. Called once."""
+        """Release memory, processes and connections. Called once."""
         ...
