@@ -1,4 +1,4 @@
-"""Compare the queries of student and teacher at the same positions: whose search results hold gold passages more often?
+"""Compare the hits of student's and teacher's queries, sampled at the same positions and searched.
 
 A diagnostic, once per run at the first distilling step: nothing is learned from what is sampled here. For every search
 of every trajectory, the student and the teacher each write one query after the student's own tokens up to where its

@@ -30,7 +30,7 @@ class GenerationRequest:
     """Continue one trajectory.
 
     Attributes:
-        trajectory_id: of the caller; turns of one trajectory share a prefix, which an engine may cache.
+        trajectory_id: of the trajectory to continue; turns of one trajectory share a prefix, which an engine may cache.
         seed: with ``trajectory_id`` the key of the random stream; the number drawn for the token at absolute
             position p (0 = first prompt token) depends on (seed, trajectory_id, p) alone.
         prompt_ids: everything so far: prompt, sampled tokens, observations.

@@ -53,7 +53,7 @@ def plan_step(sampler: QuestionSampler, rollout: RolloutConfig, *, step: int) ->
         rollout: ``group_size`` and ``max_refills`` are read.
         step: 0-based.
     """
-    slots = []
+    slots: list[Slot] = []
     for index, question in enumerate(sampler.batch(step)):
         # Every refill has an entry of the sampler's list to itself, used or not: no rank needs to know what the others
         # have refilled.
@@ -66,7 +66,7 @@ def plan_step(sampler: QuestionSampler, rollout: RolloutConfig, *, step: int) ->
 def one_group_each(questions: Sequence[Question], *, step: int, group_size: int) -> list[Slot]:
     """One slot without refills for each question listed, duplicates included."""
     num_seen: Counter[str] = Counter()
-    slots = []
+    slots: list[Slot] = []
     for question in questions:
         slots.append((_request(question, num_seen[question.question_id], step, group_size),))
         num_seen[question.question_id] += 1

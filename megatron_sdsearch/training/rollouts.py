@@ -93,7 +93,7 @@ class DistributedRollouts:
             self._collector = RolloutCollector(self._source.engine, self._retriever, renderer, config, runner)
 
     def publish(self, policy: Network, *, version: int) -> None:
-        """From here on rollouts come from exactly this policy."""
+        """Hand the policy's weights to the engine: from here on rollouts come from exactly these, as ``version``."""
         self._source.publish(policy, version)
 
     def release_memory(self) -> None:
