@@ -95,7 +95,7 @@ def evaluate(
 
     def run() -> dict[str, Any]:
         loaded = load_config(config, overrides or [])
-        from megatron_sdsearch.training.evaluate import evaluate_folder
+        from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 
         return evaluate_folder(loaded, model)
 

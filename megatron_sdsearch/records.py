@@ -145,14 +145,17 @@ Span = ContextSpan | SampledSpan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryId:
-    """Which trajectory this is; also the key of its random stream."""
+    """Which trajectory this is; also the key of its random stream.
+
+    ``step`` is 0-based; the text of an id counts steps from 1, as files and logs do.
+    """
 
     step: int
     question_id: str
     sibling: int
 
     def __str__(self) -> str:
-        return f"{self.step}/{self.question_id}/{self.sibling}"
+        return f"{self.step + 1}/{self.question_id}/{self.sibling}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,16 +283,13 @@ class CollectionCounts:
 
     Attributes:
         num_refilled: groups without contrast that gave way to another question, thrown away whole.
-        num_abandoned: places begun whose group the step did not wait for, or had no more use for.
     """
 
     num_refilled: int = 0
-    num_abandoned: int = 0
 
     def __add__(self, other: CollectionCounts) -> CollectionCounts:
         return CollectionCounts(
             num_refilled=self.num_refilled + other.num_refilled,
-            num_abandoned=self.num_abandoned + other.num_abandoned,
         )
 
 

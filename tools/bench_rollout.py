@@ -41,9 +41,9 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
+from megatron_sdsearch.rollout.requests import one_group_each
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
 from megatron_sdsearch.rollout.sglang_client import SGLangEngine
-from megatron_sdsearch.rollout.supply import exactly
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 WORDS = "river mountain author capital painter novel engine island treaty comet harbour opera bridge planet".split()
@@ -198,7 +198,7 @@ def _bench(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     try:
         for step in range(1 + arguments.steps):
             engine.seconds, engine.start = Seconds(), time.perf_counter()
-            collector.collect(exactly(questions, step=step, group_size=arguments.group), policy_version=version)
+            collector.collect(one_group_each(questions, step=step, group_size=arguments.group), policy_version=version)
             steps.append((time.perf_counter() - engine.start, engine.seconds))
     finally:
         collector.close()

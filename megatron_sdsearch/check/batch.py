@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.data.questions import QuestionSampler
+from megatron_sdsearch.rollout.requests import rollout_ranks
 
 
 def check(subject: Subject) -> Iterator[Finding]:
@@ -83,8 +84,9 @@ def _minibatches(subject: Subject) -> Iterator[Finding]:
 
 
 def _rollout_shares(subject: Subject) -> Iterator[Finding]:
-    """Every trainer process, tensor-parallel ones too, rolls out its own share of the step's questions."""
-    per_step, num_ranks = subject.config.data.questions_per_step, subject.world.size
+    """Every rank that rolls out takes its own share of the step's questions."""
+    per_step = subject.config.data.questions_per_step
+    num_ranks = len(rollout_ranks(subject.config, subject.world.size))
     if per_step < num_ranks:
         yield Finding.warning(
             "data.questions_per_step",

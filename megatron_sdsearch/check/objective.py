@@ -57,8 +57,6 @@ def _sampling(config: RunConfig) -> Iterator[Finding]:
             "objective.importance_correction",
             "the embedded engine computes what the trainer computes: ratios are 1 but for rounding",
         )
-    if rollout.oversample > 1.0:
-        yield Finding.note("rollout.oversample", f"{rollout.oversample}: short rollouts are favoured, see config.py")
 
 
 def _prompts(config: RunConfig) -> Iterator[Finding]:

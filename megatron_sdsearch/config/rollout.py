@@ -109,10 +109,6 @@ class RolloutConfig(Section):
     max_failed_search_share: UnitFloat = 0.2
     """Above this share of trajectories lost to failed searches, or given up by the engine, a step or an evaluation
     raises; up to it they are left out of training and of all averages, and counted."""
-    oversample: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 1.0
-    """Each rank begins so many times its share of ``data.questions_per_step``; when the share is complete the rest is
-    given up. Which groups those are depends on timing, unless the engine's does not, and short rollouts are favoured:
-    the step's groups are no fair sample of its questions any more."""
     max_refills: NonNegativeInt = 0
     """A group whose siblings are all right or all wrong (F1 > ``hindsight.rho``, of those that count in training) gives
     way to another question, at most so many times; the last one stays. It tells the teacher nothing, and has no

@@ -54,7 +54,8 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False
     """Shard the optimizer's state over data-parallel ranks: 12 bytes a parameter by their number. Needs a GPU."""
     collective_timeout_minutes: Annotated[int, Field(ge=1, le=525_600)] = 30
-    """A rank that waits longer for its peers ends the run; more than one rank's rollouts can take beyond another's."""
+    """A rank that waits longer for its peers ends the run. With servers most ranks wait through an evaluation, and
+    through a step's rollouts: set it above what these take."""
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:

@@ -56,12 +56,13 @@ def _shuffled(outcomes: Sequence[Outcome], seed: int) -> dict[TrajectoryId, bool
     The trajectories whose hashes are lowest get them. A hash knows seed, step, question and sibling, so a label depends
     neither on the own outcome nor on the order of groups nor on the processes that rolled them out.
     """
-    order = sorted((outcome.trajectory_id for outcome in outcomes), key=lambda name: _digest(seed, name))
+    ids = (outcome.trajectory_id for outcome in outcomes)
+    order = sorted(ids, key=lambda i: _digest(seed, f"{i.step}/{i.question_id}/{i.sibling}"))
     num_correct = sum(outcome.is_correct for outcome in outcomes)
     return {trajectory_id: place < num_correct for place, trajectory_id in enumerate(order)}
 
 
-def _digest(seed: int, name: object) -> bytes:
+def _digest(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"hindsight/{seed}/{name}".encode()).digest()
 
 

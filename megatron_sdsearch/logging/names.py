@@ -33,8 +33,6 @@ NUM_WITHOUT_CONTRAST: Final = "train/num_without_contrast"
 NUM_REFILLED: Final = "train/num_refilled"
 """Groups without contrast that gave way to another question. They are in no other number of the step: with refills
 EM, F1 and reward are those of the groups that stayed, and no measure of the policy."""
-NUM_ABANDONED: Final = "train/num_abandoned"
-"""Groups begun by over-sampling that the step did not wait for. They are in no other number of the step."""
 SHARE_WITHOUT_ADVANTAGE: Final = "train/share_without_advantage"
 """Share of groups in which every advantage is 0: their rewards are equal, or fewer than two siblings count. GRPO learns
 nothing from them. A group without contrast by F1 may still have some, from a shaped reward or from partial F1."""

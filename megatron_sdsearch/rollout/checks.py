@@ -1,5 +1,5 @@
-"""What is refused before it starts: prompts that cannot be asked, requests that would crash a model or a server, and
-models that an engine would run wrongly.
+"""Refuse before it starts what would fail or go wrong: prompts too long to ask, requests that would crash a model or a
+server, and models that an engine would run wrongly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_sdsearch.tokenization.renderer import Renderer
 
-_NUM_LOOKED_AT = 200
+_SAMPLE_SIZE = 200
 CONTEXT_RESERVE = 6
 """Tokens of its context that an SGLang server keeps from a prompt and the token after it: ``max_req_input_len`` is the
 context, or what fits its cache, less so many, and a prompt must be shorter still (tp_worker.py and utils.py, 0.5.23).
@@ -33,7 +33,7 @@ def prompt_lengths(questions: Sequence[Question], renderer: Renderer, profile: P
 def check_prompts(
     questions: Sequence[Question], field: str, renderer: Renderer, profile: PromptProfile, limit: int
 ) -> None:
-    """At least one question can be asked: texts are looked at from the shortest on.
+    """Check that at least one question can be asked, beginning with the shortest text.
 
     Args:
         questions: of a data set; none at all are fine.
@@ -46,12 +46,12 @@ def check_prompts(
         ConfigError: no prompt is within the limit.
     """
     by_length = sorted(questions, key=lambda question: len(question.text))
-    for question in by_length[:_NUM_LOOKED_AT]:
-        if max(prompt_lengths([question], renderer, profile).values()) <= limit:
+    for question in by_length[:_SAMPLE_SIZE]:
+        if prompt_lengths([question], renderer, profile)[question.question_id] <= limit:
             return
     if not by_length:
         return
-    ends = prompt_lengths([*by_length[:_NUM_LOOKED_AT], *by_length[-_NUM_LOOKED_AT:]], renderer, profile).values()
+    ends = prompt_lengths([*by_length[:_SAMPLE_SIZE], *by_length[-_SAMPLE_SIZE:]], renderer, profile).values()
     raise ConfigError(
         "rollout.max_prompt_tokens",
         f"{limit}, and the prompts of all {len(questions)} questions of {field} are longer, the shortest has "

@@ -1,139 +1,45 @@
-"""All trajectories of one step at once, as complete groups in the order of their places.
+"""All trajectories of a step at once, as complete groups in the order of their slots.
 
-Owns the event loop on which engine and retriever live, and the count of lost trajectories; the limit on them is held
-where all processes are known (``RolloutLosses.check``). Of failed searches the first is logged with its cause, the
-others are counted in one line. What is asked is ``supply.py``'s, refills and early ends are ``groups.py``'s, what one
-trajectory does is ``episode.py``'s, what a score means is ``data/scoring.py``'s.
+Owns the event loop on which engine and retriever live, and the refills of groups without contrast. Each trajectory is
+a task of its own (``episode.py``); a group is complete when its last sibling is, and nothing of an incomplete group
+leaves. What is asked is ``requests.py``'s, what a score means ``data/scoring.py``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.data.scoring import score_trajectory
-from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
-from megatron_sdsearch.records import (
-    CollectionCounts,
-    Question,
-    RolloutGroup,
-    Score,
-    Trajectory,
-    TrajectoryId,
-    TrajectoryStatus,
-)
+from megatron_sdsearch.data.scoring import group_class, score_trajectory
+from megatron_sdsearch.errors import ConfigError, EngineError
+from megatron_sdsearch.records import RolloutGroup
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine
 from megatron_sdsearch.rollout.episode import EpisodeRunner
-from megatron_sdsearch.rollout.groups import GroupCollection
-from megatron_sdsearch.rollout.supply import Supply, exactly
+from megatron_sdsearch.rollout.lost import LostTrajectories
+from megatron_sdsearch.rollout.requests import GroupRequest, Slot
 from megatron_sdsearch.tokenization.renderer import Renderer
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
-
-_SHOWN_CAUSES, _CAUSE_LENGTH = 3, 120
-
-
-class FailedSearches:
-    """Those of one collection, which a dead search engine makes thousands of.
-
-    Attributes:
-        first_cause: of the first one, whole; empty without one.
-    """
-
-    def __init__(self) -> None:
-        self.first_cause = ""
-        self._causes: Counter[str] = Counter()
-
-    @property
-    def total(self) -> int:
-        """How many there were."""
-        return self._causes.total()
-
-    def add(self, error: RetrievalError) -> None:
-        """Count one; the first is logged."""
-        if not self._causes:
-            self.first_cause = str(error)
-            _log.warning("a search failed: %s; further ones are counted until the step's end", error)
-        cause = error.cause or "no cause was given"
-        self._causes[cause if len(cause) <= _CAUSE_LENGTH else f"{cause[:_CAUSE_LENGTH]}..."] += 1
-
-    def sum_up(self) -> None:
-        """One line, by cause, where there was more than one."""
-        if self.total < 2:
-            return
-        shown = [f"{count} x {cause}" for cause, count in self._causes.most_common(_SHOWN_CAUSES)]
-        if (num_others := len(self._causes) - len(shown)) > 0:
-            shown.append(f"{num_others} other causes")
-        _log.warning("%d searches failed: %s", self.total, "; ".join(shown))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutLosses:
-    """Trajectories whose end says nothing of the policy; adds up over processes.
-
-    Attributes:
-        num_ended: trajectories that ended in whatever way, those of replaced and abandoned groups included.
-        num_failed: of them, lost to failed searches.
-        num_aborted: of them, given up by the rollout engine.
-        first_cause: of the first failed search; empty without one.
-    """
-
-    num_ended: int = 0
-    num_failed: int = 0
-    num_aborted: int = 0
-    first_cause: str = ""
-
-    def __add__(self, other: RolloutLosses) -> RolloutLosses:
-        return RolloutLosses(
-            num_ended=self.num_ended + other.num_ended,
-            num_failed=self.num_failed + other.num_failed,
-            num_aborted=self.num_aborted + other.num_aborted,
-            first_cause=self.first_cause or other.first_cause,
-        )
-
-    def check(self, limit: float) -> None:
-        """Hold the losses to ``rollout.max_failed_search_share``.
-
-        Raises:
-            RetrievalError: there are more, and failed searches among them.
-            EngineError: there are more, and the rollout engine has given up on all of them.
-        """
-        num_lost = self.num_failed + self.num_aborted
-        if num_lost <= limit * self.num_ended:
-            return
-        share = f"{num_lost} of {self.num_ended} trajectories ({num_lost / self.num_ended:.0%})"
-        more = f"more than rollout.max_failed_search_share = {limit:.0%}"
-        if not self.num_failed:
-            raise EngineError(f"the rollout engine gave up on {share}, {more}")
-        aborted = f" or given up by the rollout engine ({self.num_aborted})" if self.num_aborted else ""
-        raise RetrievalError(
-            f"{share} were lost to failed searches{aborted}, {more}; first cause: {self.first_cause}",
-            cause=self.first_cause,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """One process's part of a step.
+    """What one rank has rolled out.
 
     Attributes:
-        groups: complete, in the order of their places.
-        counts: what it took beside them.
-        losses: trajectories that are in the groups, or were, and say nothing of the policy.
+        groups: complete, in the order of their slots.
+        num_refilled: groups without contrast that gave way to another question, thrown away whole.
+        lost: trajectories of these groups, and of those thrown away, that say nothing of the policy.
     """
 
     groups: tuple[RolloutGroup, ...]
-    counts: CollectionCounts
-    losses: RolloutLosses
+    num_refilled: int
+    lost: LostTrajectories
 
 
 class RolloutCollector:
@@ -161,49 +67,40 @@ class RolloutCollector:
     ) -> None:
         if config.retrieval is None:
             raise ConfigError("retrieval", "missing, and rollouts search", "set retrieval")
+        profile = get_profile(config.data.prompt_profile)
+        top_k, seed = config.retrieval.top_k, config.seed
+        self._episodes = EpisodeRunner(engine, retriever, renderer, profile, config.rollout, top_k=top_k, seed=seed)
         self._engine = engine
         self._retriever = retriever
         self._config = config
-        self._episodes = EpisodeRunner(
-            engine,
-            retriever,
-            renderer,
-            get_profile(config.data.prompt_profile),
-            config.rollout,
-            top_k=config.retrieval.top_k,
-            seed=config.seed,
-        )
         self._runner = runner or asyncio.Runner()
         self._is_closed = False
 
-    @property
-    def engine(self) -> Engine:
-        """The engine, for publishing weights to."""
-        return self._engine
-
-    def collect(self, supply: Supply, *, policy_version: int) -> Collected:
-        """Sample the groups of a step that this process is to give.
+    def collect(self, slots: Sequence[Slot], *, policy_version: int, is_greedy: bool = False) -> Collected:
+        """Roll out one group per slot.
 
         Args:
-            supply: questions, ids, how many groups are wanted, begun and refilled.
-            policy_version: which every token must have been sampled from.
+            slots: the requests of each.
+            policy_version: of the weights that every token must have been sampled from.
+            is_greedy: sample at temperature 0 instead of ``rollout.temperature`` and ``rollout.top_p``.
 
         Raises:
-            RetrievalDownError: the search engine answers nobody. A search that failed alone is counted instead.
+            RetrievalDownError: the search engine is down. A single search that failed is counted instead.
             EngineError: the engine failed, or serves another policy version.
+            Exception: whatever else a trajectory raised, as it is, after all others have ended.
         """
-        rollout = self._config.rollout
-        collected = self._roll_out(supply, rollout.temperature, rollout.top_p)
-        versions = {s.policy_version for g in collected.groups for t in g.trajectories for s in t.sampled_spans}
+        lost = LostTrajectories()
+        try:
+            filled = self.run(_run_all([self._fill(slot, is_greedy, lost) for slot in slots]))
+        finally:
+            lost.log_failed_searches()
+        groups = tuple(group for group, _ in filled)
+        versions = {s.policy_version for g in groups for t in g.trajectories for s in t.sampled_spans}
         if versions - {policy_version}:
             raise EngineError(f"sampled from policy versions {sorted(versions)} instead of {policy_version}")
-        return collected
+        return Collected(groups=groups, num_refilled=sum(number for _, number in filled), lost=lost)
 
-    def evaluate(self, questions: Sequence[Question], *, step: int) -> Collected:
-        """One greedy trajectory of every question, as groups of one; raises as ``collect`` does."""
-        return self._roll_out(exactly(questions, step=step, group_size=1), 0.0, 1.0)
-
-    def run(self, work: Coroutine[None, None, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do other work that needs the engine or the retriever, on the loop where they live."""
         return self._runner.run(work)
 
@@ -220,29 +117,38 @@ class RolloutCollector:
             finally:
                 self._runner.close()
 
-    def _roll_out(self, supply: Supply, temperature: float, top_p: float) -> Collected:
-        ended: Counter[TrajectoryStatus] = Counter()
-        failed = FailedSearches()
+    async def _fill(self, slot: Slot, is_greedy: bool, lost: LostTrajectories) -> tuple[RolloutGroup, int]:
+        """The slot's first group with a contrast, else its last one; and how many groups gave way to it.
 
-        async def roll_out(question: Question, trajectory_id: TrajectoryId) -> Trajectory:
-            trajectory = await self._episodes.run(
-                question, trajectory_id, temperature=temperature, top_p=top_p, on_failed_search=failed.add
-            )
-            ended[trajectory.status] += 1
-            return trajectory
+        Contrast is what training would see: two trainable siblings, one right and one wrong by F1, never by the shaped
+        reward. A trajectory lost to a failed search is neither, and a group of such alone has no contrast.
+        """
+        groups: list[RolloutGroup] = []
+        for request in slot:
+            groups.append(await self._roll_out(request, is_greedy, lost))
+            if group_class(groups[-1], self._config.hindsight.rho) == "mixed":
+                break
+        return groups[-1], len(groups) - 1
 
-        collection = GroupCollection(supply, roll_out, self._score, self._config.hindsight.rho)
-        try:
-            groups, counts = self._runner.run(collection.run())
-        finally:
-            failed.sum_up()
-        losses = RolloutLosses(
-            num_ended=ended.total(),
-            num_failed=ended[TrajectoryStatus.RETRIEVAL_FAILED],
-            num_aborted=ended[TrajectoryStatus.ABORTED],
-            first_cause=failed.first_cause,
+    async def _roll_out(self, request: GroupRequest, is_greedy: bool, lost: LostTrajectories) -> RolloutGroup:
+        rollout, question = self._config.rollout, request.question
+        temperature, top_p = (0.0, 1.0) if is_greedy else (rollout.temperature, rollout.top_p)
+        trajectories = await _run_all(
+            [
+                self._episodes.run(question, trajectory_id, temperature=temperature, top_p=top_p, lost=lost)
+                for trajectory_id in request.trajectory_ids
+            ]
         )
-        return Collected(groups=tuple(groups), counts=counts, losses=losses)
+        scores = tuple(score_trajectory(t, question, self._config.objective.reward) for t in trajectories)
+        return RolloutGroup(question=question, trajectories=tuple(trajectories), scores=scores)
 
-    def _score(self, trajectory: Trajectory, question: Question) -> Score:
-        return score_trajectory(trajectory, question, self._config.objective.reward)
+
+async def _run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; when one raises, the others are cancelled and end before its exception comes out."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

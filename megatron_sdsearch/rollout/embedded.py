@@ -2,8 +2,8 @@
 
 Rows at different turns share a step. ``generate`` puts a request into a queue; one task per burst of requests admits
 them, decodes one token for every running row, hands finished rows back and lets the event loop run, so that episodes
-search while the others go on. Token ids and log-probabilities are those of the model, and depend on who else is in the
-batch only through float rounding (``sampling.py``). Memory layout is ``kv_cache.py``'s.
+search while the others go on. Token ids and log-probabilities are those of the model, and depend on the other rows of
+the batch only through float rounding (``sampling.py``). Memory layout is ``kv_cache.py``'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_sdsearch.errors import EngineError
-from megatron_sdsearch.records import FloatArray, TrajectoryId
+from megatron_sdsearch.records import TrajectoryId
 from megatron_sdsearch.rollout.checks import check_model, check_request
 from megatron_sdsearch.rollout.engine import Generation, GenerationRequest
 from megatron_sdsearch.rollout.kv_cache import SlotCache
@@ -50,7 +50,7 @@ class _Row:
         self.logprobs: list[float] = []
 
     def push(self, token_id: int, logprob: float, token: bytes, eos_ids: Collection[int]) -> FinishReason | None:
-        """Take the sampled token; the reason to finish, if there is one."""
+        """Append a sampled token; returns the reason to finish, if there is one."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.next_input = token_id
@@ -71,6 +71,9 @@ class EmbeddedEngine:
         max_total_tokens: of prompt and new tokens together.
         policy_version: of the weights the model holds now.
 
+    Attributes:
+        policy_version: of the weights that the next token is sampled from.
+
     Raises:
         EngineError: the model's attention or its position range does not fit.
     """
@@ -89,18 +92,13 @@ class EmbeddedEngine:
         self._token_bytes = token_bytes
         self._eos_ids = frozenset(eos_ids)
         self._max_total_tokens = max_total_tokens
-        self._policy_version = policy_version
+        self.policy_version = policy_version
         self._has_whole_weights = True
         self._cache = SlotCache()
         self._waiting: list[_Row] = []
         self._running: list[_Row] = []
         self._busy: set[TrajectoryId] = set()
         self._driver: asyncio.Task[None] | None = None
-
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights that the next token is sampled from."""
-        return self._policy_version
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """See ``Engine``. One request at a time per trajectory."""
@@ -143,47 +141,63 @@ class EmbeddedEngine:
             policy_version: the version they are from now on.
 
         Raises:
-            EngineError: a name is unknown or missing, a shape differs, or a generation is under way. After any but the
-                last the weights are a mixture, and ``generate`` refuses until a whole set was loaded.
+            EngineError: a name is unknown or missing, a shape or dtype differs, or a generation is under way. After any
+                but the last the weights are a mixture, and ``generate`` refuses until a whole set was loaded.
         """
-        if self._rows():
-            raise EngineError(f"weights cannot change while {len(self._rows())} generations are under way")
+        if num_open := len(self._waiting) + len(self._running):
+            raise EngineError(f"weights cannot change while {num_open} generations are under way")
         self._has_whole_weights = False
         self._cache = SlotCache()
-        copy_weights(self._model, named_tensors)
+        own = self._model.state_dict()
+        written = set()
+        for name, tensor in named_tensors:
+            if name not in own:
+                raise EngineError(f"weight {name} is unknown to {type(self._model).__name__}")
+            if tensor.shape != own[name].shape:
+                raise EngineError(f"weight {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+            if tensor.dtype != own[name].dtype:
+                raise EngineError(f"weight {name} is {tensor.dtype}, the engine's is {own[name].dtype}: build it alike")
+            own[name].copy_(tensor)
+            written.add(own[name].data_ptr())
+        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]  # tied: one address
+        if missing:
+            raise EngineError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         self._has_whole_weights = True
-        self._policy_version = policy_version
-
-    def _rows(self) -> list[_Row]:
-        return self._waiting + self._running
+        self.policy_version = policy_version
 
     async def _drive(self) -> None:
         try:
-            while self._rows():
+            while self._waiting or self._running:
                 self._step()
                 await asyncio.sleep(0)
-        except Exception as error:  # noqa: BLE001  # whatever broke the step, nobody may wait for ever
+        except Exception as error:  # noqa: BLE001  # whatever broke the step, no caller may wait for ever
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         failure = error if isinstance(error, EngineError) else EngineError(f"decoding failed: {error!r}")
         failure.__cause__ = None if failure is error else error
-        for row in self._rows():
+        for row in self._waiting + self._running:
             if not row.answer.done():
                 row.answer.set_exception(failure)
         self._waiting, self._running, self._cache = [], [], SlotCache()
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Admit whoever waits, then one token for every running row."""
+        """Admit the waiting requests, then decode one token for every running row."""
         admitted, self._waiting = self._waiting, []
         self._running += admitted  # first, so that a failure reaches them
         for row in admitted:
             row.slot = self._cache.acquire(row.request.trajectory_id)
         self._prefill(admitted)
-        self._close_ranks()
+        self._compact_slots()
         logits = self._decode()
-        ids, logprobs = sample_tokens(logits, *self._sampling_arrays())
+        params = [row.request.params for row in self._running]
+        ids, logprobs = sample_tokens(
+            logits,
+            temperature=np.array([p.temperature for p in params]),
+            top_p=np.array([p.top_p for p in params]),
+            uniform=np.array([row.uniforms[len(row.token_ids)] for row in self._running]),
+        )
         running = []
         for row, token_id, logprob in zip(self._running, ids.tolist(), logprobs.tolist(), strict=True):
             self._cache.token_ids[row.slot].append(row.next_input)
@@ -191,7 +205,14 @@ class EmbeddedEngine:
             if reason is None:
                 running.append(row)
             elif not row.answer.done():
-                row.answer.set_result(self._generation(row, reason))
+                row.answer.set_result(
+                    Generation(
+                        token_ids=tuple(row.token_ids),
+                        logprobs=tuple(row.logprobs),
+                        finish_reason=reason,
+                        policy_version=self.policy_version,
+                    )
+                )
         self._running = running
 
     def _prefill(self, rows: list[_Row]) -> None:
@@ -199,7 +220,7 @@ class EmbeddedEngine:
 
         Siblings that start together share one computation of their prompt.
         """
-        todo = []
+        prefills = []
         siblings: dict[tuple[int, ...], list[int]] = {}
         for row in rows:
             start = self._cache.keep_prefix(row.slot, row.request.prompt_ids)
@@ -207,10 +228,10 @@ class EmbeddedEngine:
             if start == 0 and new_ids in siblings:
                 siblings[new_ids].append(row.slot)
             elif new_ids:
-                todo.append((row.slot, start, new_ids))
+                prefills.append((row.slot, start, new_ids))
                 if start == 0:
                     siblings[new_ids] = []
-        for part in _batches(todo):
+        for part in _batch_prefills(prefills):
             width = max(len(ids) for _, _, ids in part)
             slots = self._tensor([slot for slot, _, _ in part])
             starts = self._tensor([start for _, start, _ in part])
@@ -223,8 +244,8 @@ class EmbeddedEngine:
                 if start == 0:
                     self._cache.copy_prefix(slot, siblings[new_ids], len(new_ids))
 
-    def _close_ranks(self) -> None:
-        """Move running rows together when fewer than half of the rows a step would compute are running."""
+    def _compact_slots(self) -> None:
+        """Move running rows to the lowest slots when fewer than half of the rows a step would compute are running."""
         num_running = len(self._running)
         if max(row.slot for row in self._running) < 2 * num_running:
             return
@@ -262,52 +283,19 @@ class EmbeddedEngine:
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
         )
 
-    def _sampling_arrays(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        params = [row.request.params for row in self._running]
-        drawn = [row.uniforms[len(row.token_ids)] for row in self._running]
-        return np.array([p.temperature for p in params]), np.array([p.top_p for p in params]), np.array(drawn)
-
-    def _generation(self, row: _Row, reason: FinishReason) -> Generation:
-        return Generation(
-            token_ids=tuple(row.token_ids),
-            logprobs=tuple(row.logprobs),
-            finish_reason=reason,
-            policy_version=self._policy_version,
-        )
-
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
 
-def _batches(todo: Sequence[tuple[int, int, tuple[int, ...]]]) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
+def _batch_prefills(
+    prefills: Sequence[tuple[int, int, tuple[int, ...]]],
+) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
     """Parts of (slot, start, new ids), alike in length, each within the padded-token budget (or a single row)."""
     part: list[tuple[int, int, tuple[int, ...]]] = []
-    for item in sorted(todo, key=lambda item: len(item[2])):
-        if part and (len(part) + 1) * len(item[2]) > _MAX_PREFILL_TOKENS:
+    for prefill in sorted(prefills, key=lambda prefill: len(prefill[2])):
+        if part and (len(part) + 1) * len(prefill[2]) > _MAX_PREFILL_TOKENS:
             yield part
             part = []
-        part.append(item)
+        part.append(prefill)
     if part:
         yield part
-
-
-def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every tensor into the parameter of its name, in place.
-
-    Raises:
-        EngineError: a name is unknown or missing, or a shape or dtype differs.
-    """
-    own = model.state_dict()
-    written = set()
-    for name, tensor in named_tensors:
-        if name not in own:
-            raise EngineError(f"weight {name} is unknown to {type(model).__name__}")
-        if tensor.shape != own[name].shape:
-            raise EngineError(f"weight {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if tensor.dtype != own[name].dtype:
-            raise EngineError(f"weight {name} is {tensor.dtype}, the engine's is {own[name].dtype}: build it alike")
-        own[name].copy_(tensor)
-        written.add(own[name].data_ptr())
-    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]  # tied: one address
-    if missing:
-        raise EngineError(f"{len(missing)} weights are missing, the first is {missing[0]}")

@@ -30,7 +30,7 @@ class GenerationRequest:
     """Continue one trajectory.
 
     Attributes:
-        trajectory_id: of the caller; turns of one trajectory share a prefix, which an engine may cache.
+        trajectory_id: of the trajectory to continue; turns of one trajectory share a prefix, which an engine may cache.
         seed: with ``trajectory_id`` the key of the random stream; the number drawn for the token at absolute
             position p (0 = first prompt token) depends on (seed, trajectory_id, p) alone.
         prompt_ids: everything so far: prompt, sampled tokens, observations.
@@ -72,9 +72,9 @@ class Engine(Protocol):
         ...
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
-        """The trajectory is over: what is cached for it may go."""
+        """Forget what is cached for a trajectory that is over."""
         ...
 
     async def close(self) -> None:
-        """Give memory, processes and connections back. Called once."""
+        """Release memory, processes and connections. Called once."""
         ...

@@ -7,7 +7,7 @@ observation is encoded once, and what was sampled is carried along as it is. Man
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_sdsearch.config import RolloutConfig
 from megatron_sdsearch.data.prompts import PromptProfile
@@ -25,12 +25,16 @@ from megatron_sdsearch.records import (
 )
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
+from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, span_of
 
 
 class ObservationWriter:
     """Turns search results into observations of at most ``max_tokens`` tokens whose tag is always closed.
+
+    Attributes:
+        notice: the observation that follows a generation without a valid action.
 
     Raises:
         ConfigError: the tags alone leave no room for a result.
@@ -58,20 +62,19 @@ class ObservationWriter:
         if len(body) > self._room:
             body = body[: self._room]
             num_bytes = sum(map(len, self._renderer.token_bytes.of(body)))
-            shown = [passage for rank, passage in enumerate(passages) if self._offset(passages[:rank]) < num_bytes]
+            starts = [
+                len(self._profile.format_passages(passages[:i]).encode()) if i else 0 for i in range(len(passages))
+            ]
+            shown = [passage for passage, start in zip(passages, starts, strict=True) if start < num_bytes]
         return ContextSpan(
             kind="observation",
             token_ids=(*self._prefix, *body, *self._suffix),
             passage_ids=tuple(passage.passage_id for passage in shown),
         )
 
-    def _offset(self, before: Sequence[Passage]) -> int:
-        """Bytes that the passages before one take."""
-        return len(self._profile.format_passages(before).encode()) if before else 0
-
 
 class EpisodeRunner:
-    """What all rollouts of a run have in common.
+    """Rolls out trajectories, one per call of ``run``.
 
     Args:
         engine: samples.
@@ -97,19 +100,14 @@ class EpisodeRunner:
         top_k: int,
         seed: int,
     ) -> None:
-        self.engine = engine
-        self.rollout = rollout
-        self.seed = seed
-        self.token_bytes = renderer.token_bytes
-        self.writer = ObservationWriter(renderer, profile, rollout.max_observation_tokens)
+        self._engine = engine
         self._retriever = retriever
         self._renderer = renderer
         self._profile = profile
+        self._rollout = rollout
         self._top_k = top_k
-
-    async def search(self, query: str) -> ContextSpan:
-        """The observation that a query brings; raises as the retriever does."""
-        return self.writer.write(await self._retriever.search(query, top_k=self._top_k))
+        self._seed = seed
+        self._writer = ObservationWriter(renderer, profile, rollout.max_observation_tokens)
 
     async def run(
         self,
@@ -118,7 +116,7 @@ class EpisodeRunner:
         *,
         temperature: float,
         top_p: float = 1.0,
-        on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
+        lost: LostTrajectories,
     ) -> Trajectory:
         """Roll one trajectory out to its end; the engine's cache for it is released whatever happens.
 
@@ -134,108 +132,81 @@ class EpisodeRunner:
             trajectory_id: names the trajectory, and with the seed its random stream.
             temperature: 0 is greedy.
             top_p: nucleus mass.
-            on_failed_search: is told why a search failed.
+            lost: counts the trajectory, and why a search failed.
 
         Raises:
             EngineError: the engine failed or refused a request.
-            RetrievalDownError: the search engine answers nobody, so that no trajectory can go on.
+            RetrievalDownError: the search engine is down, so that no trajectory can go on.
         """
         prompt_ids = self._renderer.prompt_ids(self._profile.user_text(question.text))
-        if len(prompt_ids) > self.rollout.max_prompt_tokens:
-            prompt = ContextSpan(kind="prompt", token_ids=prompt_ids[: self.rollout.max_prompt_tokens])
-            return Trajectory(trajectory_id=trajectory_id, spans=(prompt,), status=TrajectoryStatus.PROMPT_TOO_LONG)
-        episode = _Episode(self, trajectory_id, prompt_ids, temperature, top_p)
-        try:
-            status = await episode.run()
-        except RetrievalDownError:
-            raise
-        except RetrievalError as error:
-            on_failed_search(error)
-            status = TrajectoryStatus.RETRIEVAL_FAILED
-        finally:
-            await self.engine.release(trajectory_id)
-        return Trajectory(trajectory_id=trajectory_id, spans=tuple(episode.spans), status=status)
+        is_too_long = len(prompt_ids) > self._rollout.max_prompt_tokens
+        spans: list[Span] = [ContextSpan(kind="prompt", token_ids=prompt_ids[: self._rollout.max_prompt_tokens])]
+        status, error = TrajectoryStatus.PROMPT_TOO_LONG, None
+        if not is_too_long:
+            try:
+                status = await self._take_turns(trajectory_id, spans, temperature, top_p)
+            except RetrievalDownError:
+                raise
+            except RetrievalError as failure:
+                status, error = TrajectoryStatus.RETRIEVAL_FAILED, failure
+            finally:
+                await self._engine.release(trajectory_id)
+        lost.count(status, error)
+        return Trajectory(trajectory_id=trajectory_id, spans=tuple(spans), status=status)
 
-
-class _Episode:
-    """One trajectory under way: its spans, and what is left of the budget."""
-
-    def __init__(
-        self,
-        runner: EpisodeRunner,
-        trajectory_id: TrajectoryId,
-        prompt_ids: tuple[int, ...],
-        temperature: float,
-        top_p: float,
-    ) -> None:
-        self.spans: list[Span] = []
-        self._runner = runner
-        self._rollout = runner.rollout
-        self._trajectory_id = trajectory_id
-        self._temperature = temperature
-        self._top_p = top_p
-        self._token_ids: list[int] = []
-        self.append(ContextSpan(kind="prompt", token_ids=prompt_ids))
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that still fit."""
-        return self._rollout.max_total_tokens - len(self._token_ids)
-
-    def append(self, span: Span) -> None:
-        self.spans.append(span)
-        self._token_ids += span.token_ids
-
-    async def sample(self, *, is_last: bool) -> SampledSpan:
-        """One engine call."""
-        params = SamplingParams(
-            temperature=self._temperature,
-            top_p=self._top_p,
-            max_new_tokens=min(self._rollout.max_response_tokens, self.num_left),
-            stop=(SEARCH_END, ANSWER_END),
-        )
-        request = GenerationRequest(
-            trajectory_id=self._trajectory_id, seed=self._runner.seed, prompt_ids=tuple(self._token_ids), params=params
-        )
-        generation = await self._runner.engine.generate(request)
-        return span_of(
-            self._runner.token_bytes,
-            token_ids=generation.token_ids,
-            logprobs=generation.logprobs,
-            finish_reason=generation.finish_reason,
-            policy_version=generation.policy_version,
-            allow_search=not is_last,
-        )
-
-    async def run(self) -> TrajectoryStatus:
-        """Take turns until the trajectory ends.
+    async def _take_turns(
+        self, trajectory_id: TrajectoryId, spans: list[Span], temperature: float, top_p: float
+    ) -> TrajectoryStatus:
+        """Append spans behind the prompt until the trajectory ends; returns how it ends.
 
         Raises:
             RetrievalError: a search failed.
         """
+        token_ids = list(spans[0].token_ids)
         for turn in range(self._rollout.max_turns + 1):
             is_last = turn == self._rollout.max_turns
-            span = await self.sample(is_last=is_last)
-            self.append(span)
-            status = self._status_after(span, is_last=is_last)
+            num_left = self._rollout.max_total_tokens - len(token_ids)
+            params = SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=min(self._rollout.max_response_tokens, num_left),
+                stop=(SEARCH_END, ANSWER_END),
+            )
+            request = GenerationRequest(
+                trajectory_id=trajectory_id, seed=self._seed, prompt_ids=tuple(token_ids), params=params
+            )
+            generation = await self._engine.generate(request)
+            span = span_of(
+                self._renderer.token_bytes,
+                token_ids=generation.token_ids,
+                logprobs=generation.logprobs,
+                finish_reason=generation.finish_reason,
+                policy_version=generation.policy_version,
+                allow_search=not is_last,
+            )
+            spans.append(span)
+            token_ids += span.token_ids
+            num_left -= len(span.token_ids)
+            status = self._status_after(span, num_left, is_last=is_last)
             if status is not None:
                 return status
-            observation = self._runner.writer.notice
+            observation = self._writer.notice
             if span.action is Action.SEARCH:
-                observation = await self._runner.search(span.argument)
-            if len(observation.token_ids) >= self.num_left:
+                observation = self._writer.write(await self._retriever.search(span.argument, top_k=self._top_k))
+            if len(observation.token_ids) >= num_left:
                 return TrajectoryStatus.TRUNCATED
-            self.append(observation)
+            spans.append(observation)
+            token_ids += observation.token_ids
         raise AssertionError("the last turn always ends the trajectory")
 
-    def _status_after(self, span: SampledSpan, *, is_last: bool) -> TrajectoryStatus | None:
-        """How the trajectory ends with this span; None when it goes on."""
+    def _status_after(self, span: SampledSpan, num_left: int, *, is_last: bool) -> TrajectoryStatus | None:
+        """How the trajectory ends with this span, behind which ``num_left`` tokens fit; None when it goes on."""
         if span.finish_reason == "abort":
             return TrajectoryStatus.ABORTED
         if span.action is Action.ANSWER:
             return TrajectoryStatus.ANSWERED
         if span.is_eos_without_action and self._rollout.eos_without_action == "stop":
             return TrajectoryStatus.NO_ANSWER
-        if self.num_left < 1 and (span.finish_reason == "length" or not is_last):
+        if num_left < 1 and (span.finish_reason == "length" or not is_last):
             return TrajectoryStatus.TRUNCATED
         return TrajectoryStatus.NO_ANSWER if is_last else None

@@ -2,7 +2,7 @@
 
 ``SlotCache`` is handed to a plain transformers model as ``past_key_values``. Nothing is concatenated or moved as text
 grows: a forward pass writes at the rows and positions it was pointed at and reads a slice up to the longest of them.
-What stands beyond a slot's length is left-over and must be masked by the caller. Who runs when is ``embedded.py``'s.
+Whatever is stored beyond a slot's length is stale and must be masked by the caller. Scheduling is ``embedded.py``'s.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SlotCache(Cache):
             self.token_ids[target] = self.token_ids[source][:length]
 
     def point_at(self, slots: Tensor | slice, rows: Tensor, positions: Tensor) -> int:
-        """Say where the next forward pass writes, and make room for it.
+        """Set where the next forward pass writes, and make room for it.
 
         Args:
             slots: the rows that attention reads; a slice reads in place, an index tensor copies.
@@ -103,7 +103,13 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer: [n, heads, m, head_dim] new, [n, heads, visible, head_dim] to attend to."""
+        """Store a layer's new [n, heads, m, head_dim] keys and values; returns [n, heads, visible, head_dim] of each.
+
+        Called by each attention layer.
+
+        Raises:
+            RuntimeError: ``point_at`` was not called before.
+        """
         if self._target is None:
             raise RuntimeError("point_at comes before the forward pass")
         slots, rows, positions, visible = self._target

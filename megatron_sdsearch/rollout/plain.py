@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class _ContainsStop(StoppingCriteria):
+class _StopStrings(StoppingCriteria):
     """Ends generation once the new tokens' bytes hold a stop string."""
 
     def __init__(self, token_bytes: TokenBytes, stop: Sequence[str], prompt_length: int) -> None:
@@ -31,12 +31,9 @@ class _ContainsStop(StoppingCriteria):
         self._stop = [text.encode() for text in stop]
         self._prompt_length = prompt_length
 
-    def found(self, new_ids: Sequence[int]) -> bool:
-        written = b"".join(self._token_bytes.of(new_ids))
-        return any(text in written for text in self._stop)
-
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: Any) -> Tensor:
-        return torch.tensor([self.found(input_ids[0, self._prompt_length :].tolist())], device=input_ids.device)
+        written = b"".join(self._token_bytes.of(input_ids[0, self._prompt_length :].tolist()))
+        return torch.tensor([any(text in written for text in self._stop)], device=input_ids.device)
 
 
 class PlainEngine:
@@ -44,27 +41,20 @@ class PlainEngine:
 
     Args:
         model: a causal language model; its own generation defaults (a repetition penalty, say) are replaced by plain
-            greedy decoding.
+            greedy decoding. Its weights count as policy version 0.
         token_bytes: of the model's tokenizer, for stop strings.
         eos_ids: ids that end a generation.
         max_total_tokens: of prompt and new tokens together.
-        policy_version: reported with every generation.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        token_bytes: TokenBytes,
-        eos_ids: Collection[int],
-        max_total_tokens: int,
-        policy_version: int = 0,
+        self, model: PreTrainedModel, token_bytes: TokenBytes, eos_ids: Collection[int], max_total_tokens: int
     ) -> None:
         self._model: Any = model
         self._model.train(False)
         self._token_bytes = token_bytes
         self._eos_ids = sorted(eos_ids)
         self._max_total_tokens = max_total_tokens
-        self._policy_version = policy_version
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._eos_ids or None, pad_token_id=min(self._eos_ids, default=0)
         )
@@ -79,13 +69,13 @@ class PlainEngine:
         if request.params.temperature != 0.0:
             raise EngineError(f"the plain engine is greedy: temperature {request.params.temperature} is not 0")
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
-        contains_stop = _ContainsStop(self._token_bytes, request.params.stop, len(request.prompt_ids))
+        stop_strings = _StopStrings(self._token_bytes, request.params.stop, len(request.prompt_ids))
         with torch.inference_mode():
             output = self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=request.params.max_new_tokens,
-                stopping_criteria=StoppingCriteriaList([contains_stop]),
+                stopping_criteria=StoppingCriteriaList([stop_strings]),
                 output_logits=True,
                 return_dict_in_generate=True,
             )
@@ -93,19 +83,16 @@ class PlainEngine:
         logprobs = torch.stack(output.logits)[:, 0].float().log_softmax(dim=-1)
         chosen = logprobs.gather(1, torch.tensor(new_ids, device=logprobs.device)[:, None])[:, 0]
         reason: Literal["stop", "eos", "length"] = "length"
-        if contains_stop.found(new_ids):
+        if stop_strings(output.sequences, None).item():
             reason = "stop"
         elif new_ids[-1] in self._eos_ids:
             reason = "eos"
         return Generation(
-            token_ids=tuple(new_ids),
-            logprobs=tuple(chosen.tolist()),
-            finish_reason=reason,
-            policy_version=self._policy_version,
+            token_ids=tuple(new_ids), logprobs=tuple(chosen.tolist()), finish_reason=reason, policy_version=0
         )
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
         """Nothing is kept between calls."""
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""

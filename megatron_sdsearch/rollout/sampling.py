@@ -1,8 +1,8 @@
-"""Drawing the next token of many rows at once, each row from its own random stream.
+"""Draw the next token of many rows at once, each row from its own random stream.
 
 The numbers are keyed by (seed, trajectory) and indexed by absolute position, and a row's draw looks at that row alone:
-who else is in the batch has no influence. What remains is the model itself, whose logits move by a few float ulps with
-the shape of the batch; a draw changes only when a random number falls within that distance of a boundary.
+the other rows of the batch have no influence. What remains is the model itself, whose logits move by a few float ulps
+with the shape of the batch; a draw changes only when a random number falls within that distance of a boundary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def uniforms(seed: int, trajectory_id: TrajectoryId, start: int, stop: int) -> F
     """
     name = f"{seed}\0{trajectory_id.step}\0{trajectory_id.sibling}\0{trajectory_id.question_id}"
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
-    words = np.asarray(np.random.Philox(key=key).random_raw(stop))[start:]
-    return np.asarray((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    raw = np.asarray(np.random.Philox(key=key).random_raw(stop))[start:]
+    return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def sample_tokens(

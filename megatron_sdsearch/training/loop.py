@@ -21,6 +21,8 @@ from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.files import writing
+from megatron_sdsearch.hindsight.block import build_hindsight
+from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
@@ -28,12 +30,12 @@ from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import Question, TrainBatch
+from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy, starting_weights
-from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
+from megatron_sdsearch.training.rollouts import DistributedRollouts, check_questions
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
@@ -201,6 +203,7 @@ def _reinforce(
     questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
     heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
     step = _begin(config, saving, parallel, display)
+    has_warned_of_blocks = False
 
     with RunLog(config, parallel, step, rollouts.renderer) as log:
         phase = log.timer.phase
@@ -217,21 +220,25 @@ def _reinforce(
                 break
             with phase("rollout"):
                 collected = rollouts.collect(questions, step=step)
-                groups = collected.groups
+                blocks = _build_hindsight(collected.groups, renderer, config)
+            groups = list(zip(collected.groups, blocks, strict=True))
+            if (emptied := step_metrics.num_emptied(groups)) and config.is_distilling and not has_warned_of_blocks:
+                has_warned_of_blocks = True
+                _warn_of_emptied(emptied, step, config, parallel)
             if stop.is_agreed():
                 break  # nothing was learned from them: the step will begin anew
             probe = {}
             if config.telemetry.query_probe and step == config.objective.first_distilling_step:
                 with phase("probe"):
                     probe = step_metrics.of_probe(rollouts.probe(groups))
-            rollouts.rest()
+            rollouts.release_memory()
             advantages = [group_advantages(g, config.objective.normalize_advantage_std) for g, _ in groups]
             with phase("pack"):
                 batch = _pack(groups, advantages, config.objective.alpha_at(step), config, parallel)
             results = learner.learn(batch, step, log.timer)
             step += 1
             log.trajectories(step, [g for g, _ in groups], advantages, [b for _, b in groups])
-            log.step(step, step_metrics.of_step(collected, results, config) | probe, batch.num_policy_tokens)
+            log.step(step, step_metrics.of_step(collected, blocks, results, config) | probe, batch.num_policy_tokens)
             with phase("checkpoint"):
                 saving.after_step(step)
     rollouts.close()
@@ -261,8 +268,28 @@ def _warm_start(
     return step
 
 
+def _build_hindsight(
+    groups: Sequence[RolloutGroup], renderer: Renderer, config: RunConfig
+) -> list[list[HindsightBlock]]:
+    """Blocks of every trajectory, group after group; labels may be drawn from the outcomes of all groups."""
+    labels = shown_labels(outcomes_of(groups, config.hindsight.rho), config.hindsight, seed=config.seed)
+    profile = get_profile(config.data.prompt_profile)
+    return [build_hindsight(group, renderer, profile, config.hindsight, labels) for group in groups]
+
+
+def _warn_of_emptied(number: int, step: int, config: RunConfig, parallel: ParallelState) -> None:
+    if parallel.is_main:
+        _log.warning(
+            "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
+            "not distilled; raise it (hindsight/num_emptied counts them in every step)",
+            step + 1,  # as metrics.jsonl counts
+            config.hindsight.max_block_tokens,
+            number,
+        )
+
+
 def _pack(
-    groups: Sequence[HindsightGroup],
+    groups: Sequence[tuple[RolloutGroup, list[HindsightBlock]]],
     advantages: Sequence[Sequence[float]],
     alpha: float,
     config: RunConfig,

@@ -1,4 +1,4 @@
-"""Rollouts over all ranks: each samples its share of the questions, and all see all groups (ADR 0003)."""
+"""Rollouts over all ranks: those of ``rollout_ranks`` sample a share each, and all see all groups (ADR 0003)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import EngineError
-from megatron_sdsearch.evaluation import require_sampled
-from megatron_sdsearch.hindsight.block import build_hindsight
-from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
+from megatron_sdsearch.evaluation.metrics import require_sampled
+from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHits, compare_query_hits, summarize_hits
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.checks import check_prompts
-from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, RolloutLosses
-from megatron_sdsearch.rollout.supply import supply_of
+from megatron_sdsearch.rollout.collector import RolloutCollector
+from megatron_sdsearch.rollout.lost import LostTrajectories
+from megatron_sdsearch.rollout.requests import Slot, one_group_each, plan_step, rollout_ranks
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
 from megatron_sdsearch.training.policy import Network
@@ -30,38 +30,28 @@ from megatron_sdsearch.training.retrievers import open_retriever, take_counts
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRollouts:
-    """Groups with their hindsight, and what it took to get them: of one rank, or of all.
+    """The groups of a step, and what it took to get them, over all ranks.
 
     Attributes:
-        groups: in the order of their places.
+        groups: in question order.
         counts: of the collection.
         engine_counts: of the rollout engine, the search engine and the replay store, under names of metrics.
     """
 
-    groups: list[HindsightGroup]
+    groups: list[RolloutGroup]
     counts: CollectionCounts
     engine_counts: dict[str, int]
 
-    @property
-    def num_emptied(self) -> int:
-        """Trainable trajectories with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of."""
-        return sum(
-            block.is_emptied and trajectory.is_trainable
-            for group, blocks in self.groups
-            for trajectory, block in zip(group.trajectories, blocks, strict=True)
-        )
-
 
 def check_questions(config: RunConfig) -> None:
-    """Of the questions that a run trains on and is judged by, at least one each fits ``rollout.max_prompt_tokens``.
+    """Check that training and evaluation each have a question that fits ``rollout.max_prompt_tokens``.
 
     Raises:
-        ConfigError: of one of the two files none does.
+        ConfigError: one of the two files has none.
         DataError: a file or the tokenizer is malformed.
     """
     if config.train.mode != "rl":
@@ -76,7 +66,9 @@ def check_questions(config: RunConfig) -> None:
 
 
 class DistributedRollouts:
-    """This rank's engine and collector, and the exchange of what they produce.
+    """This rank's engine, its collector if it rolls out, and the exchange of what all ranks produce.
+
+    Every method but ``close`` is called on all ranks together.
 
     Args:
         config: of the run.
@@ -86,85 +78,99 @@ class DistributedRollouts:
 
     def __init__(self, config: RunConfig, parallel: ParallelState, renderer: Renderer) -> None:
         assert config.retrieval is not None  # RunConfig has checked it
+        self.renderer = renderer
         self._config = config
         self._parallel = parallel
-        self.renderer = renderer
-        self._profile = get_profile(config.data.prompt_profile)
-        runner = asyncio.Runner()
-        self._retriever = runner.run(open_retriever(config.retrieval))
-        self._source = start_engine(config, self.renderer, parallel)
-        self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
+        self._ranks = rollout_ranks(config, parallel.world_size)
+        self._retriever: Retriever | None = None
+        self._collector: RolloutCollector | None = None
         self._has_warned_of_prompts = False
-        self._has_warned_of_blocks = False
+        runner = asyncio.Runner()
+        if parallel.rank in self._ranks:
+            self._retriever = runner.run(open_retriever(config.retrieval))  # first: it fails faster than servers start
+        self._source = start_engine(config, renderer, parallel)
+        if self._retriever is not None:
+            self._collector = RolloutCollector(self._source.engine, self._retriever, renderer, config, runner)
 
     def publish(self, policy: Network, *, version: int) -> None:
-        """From here on rollouts come from exactly this policy."""
+        """Hand the policy's weights to the engine: from here on rollouts come from exactly these, as ``version``."""
         self._source.publish(policy, version)
 
-    def rest(self) -> None:
-        """No rollouts until the next publish."""
+    def release_memory(self) -> None:
+        """Let colocated servers release their memory: no rollouts until the next publish."""
         self._source.rest()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
-        """The step's groups with their hindsight, in the order of their places, on every rank.
+        """Roll out the groups of a step (0-based).
 
         Raises:
             RetrievalError, EngineError: on every rank: more of the step's trajectories than
                 ``rollout.max_failed_search_share`` were lost, of all ranks together.
             TrainingError: on every rank: no trajectory has a sampled token to learn from.
         """
-        rank, world_size = self._parallel.rank, self._parallel.world_size
-        supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
-        with self._sampling():
-            collected = self._collector.collect(supply, policy_version=step)
-        groups = self._with_hindsight(collected)
-        counts = self._source.take_counts() | take_counts(self._retriever)
-        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
-        parts = self._parallel.all_gather_object(own)
-        whole = StepRollouts(
-            groups=_in_turn([part.groups for part in parts]),
-            counts=sum((part.counts for part in parts), CollectionCounts()),
-            engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
-        )
-        self._look_at([group for group, _ in whole.groups], f"step {step + 1}")
-        self._warn_of_emptied(whole, step)
-        return whole
+        slots = plan_step(questions, self._config.rollout, step=step)
+        groups, num_refilled = self._roll_out(slots, f"step {step + 1}", policy_version=step)
+        own = self._source.take_counts()
+        if self._retriever is not None:
+            own |= take_counts(self._retriever)
+        engine_counts: dict[str, int] = {}
+        for counts in self._parallel.all_gather_object(own):
+            engine_counts |= {name: engine_counts.get(name, 0) + value for name, value in counts.items()}
+        counts_of_step = CollectionCounts(num_refilled=num_refilled)
+        return StepRollouts(groups=groups, counts=counts_of_step, engine_counts=engine_counts)
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
-        """One greedy trajectory per question, in question order, on every rank; raises as ``collect`` does."""
-        with self._sampling():
-            collected = self._collector.evaluate(self._share(questions), step=step)
-        gathered = self._parallel.all_gather_object((collected.groups, collected.losses))
-        self._check([losses for _, losses in gathered])
-        groups = _in_turn([groups for groups, _ in gathered])
-        self._look_at(groups, f"evaluation after step {step}")
-        return groups
+        """One greedy trajectory per question, in question order; raises as ``collect`` does.
 
-    def probe(self, groups: Sequence[HindsightGroup]) -> ProbeResult:
-        """How often queries of teacher and student hit, at the student's prefixes; over all ranks."""
-        share = self._share(groups)
-        rollout, retrieval = self._config.rollout, self._config.retrieval
-        assert retrieval is not None  # RunConfig has checked it
-        params = ProbeParams(
-            seed=self._config.seed,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_query_tokens=rollout.max_response_tokens,
-            top_k=retrieval.top_k,
-            rho=self._config.hindsight.rho,
-        )
-        members = [group for group, _ in share], [blocks for _, blocks in share]
-        work = probe_queries(*members, self._source.engine, self._retriever, self.renderer, params)
-        with self._sampling():
-            result = self._collector.run(work)
-        return merge(self._parallel.all_gather_object(result))
+        Args:
+            questions: held out.
+            step: number of finished steps.
+        """
+        slots = one_group_each(questions, step=step, group_size=1)
+        return self._roll_out(slots, f"evaluation after step {step}", policy_version=step, is_greedy=True)[0]
+
+    def probe(self, groups: Sequence[tuple[RolloutGroup, list[HindsightBlock]]]) -> QueryHitComparison:
+        """Compare how often queries of teacher and student hit, at the student's prefixes.
+
+        Args:
+            groups: of one step, each with its hindsight; the same ones on every rank.
+        """
+        turns: list[TurnHits | None] = []
+        if self._collector is not None and self._retriever is not None:
+            servers = self._source.engine, self._retriever
+            work = compare_query_hits(self._share(groups), *servers, self.renderer, self._config)
+            with self._sampling():
+                turns = self._collector.run(work)
+        return summarize_hits([turn for part in self._parallel.all_gather_object(turns) for turn in part])
 
     def close(self) -> None:
         """Close engine, retriever and event loop, and end servers."""
         try:
-            self._collector.close()
+            if self._collector is not None:
+                self._collector.close()
         finally:
             self._source.close()
+
+    def _roll_out(
+        self, slots: Sequence[Slot], what: str, *, policy_version: int, is_greedy: bool = False
+    ) -> tuple[list[RolloutGroup], int]:
+        """The groups of all ranks in the order of ``slots``, and how many gave way; ``what`` begins messages."""
+        collected = None
+        if self._collector is not None:
+            with self._sampling():
+                share = self._share(slots)
+                collected = self._collector.collect(share, policy_version=policy_version, is_greedy=is_greedy)
+        gathered = [part for part in self._parallel.all_gather_object(collected) if part is not None]
+        sum((part.lost for part in gathered), LostTrajectories()).check(self._config.rollout.max_failed_search_share)
+        # Puts together again what _share took apart.
+        groups = [gathered[i % len(gathered)].groups[i // len(gathered)] for i in range(len(slots))]
+        require_sampled(groups, what)
+        self._warn_of_long_prompts(groups, what)
+        return groups, sum(part.num_refilled for part in gathered)
+
+    def _share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of what the ranks that roll out deal out among themselves in turn."""
+        return items[self._ranks.index(self._parallel.rank) :: len(self._ranks)]
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -175,12 +181,8 @@ class DistributedRollouts:
                 self._source.explain()
                 raise
 
-    def _check(self, losses: Sequence[RolloutLosses]) -> None:
-        sum(losses, RolloutLosses()).check(self._config.rollout.max_failed_search_share)
-
-    def _look_at(self, groups: Sequence[RolloutGroup], what: str) -> None:
-        """Refuse what has no sampled token; the first time that prompts are too long, say so."""
-        require_sampled(groups, what)
+    def _warn_of_long_prompts(self, groups: Sequence[RolloutGroup], what: str) -> None:
+        """Warn the first time that prompts are too long."""
         statuses = [trajectory.status for group in groups for trajectory in group.trajectories]
         num_too_long = statuses.count(TrajectoryStatus.PROMPT_TOO_LONG)
         if num_too_long and self._parallel.is_main and not self._has_warned_of_prompts:
@@ -193,37 +195,3 @@ class DistributedRollouts:
                 len(statuses),
                 self._config.rollout.max_prompt_tokens,
             )
-
-    def _with_hindsight(self, collected: Collected) -> list[HindsightGroup]:
-        """This rank's groups; labels may be drawn from the outcomes of all ranks."""
-        config = self._config.hindsight
-        own = outcomes_of(collected.groups, config.rho)
-        gathered = self._parallel.all_gather_object((own, collected.losses))
-        self._check([losses for _, losses in gathered])
-        labels = shown_labels([o for outcomes, _ in gathered for o in outcomes], config, seed=self._config.seed)
-        return [
-            (group, build_hindsight(group, self.renderer, self._profile, config, labels)) for group in collected.groups
-        ]
-
-    def _warn_of_emptied(self, rollouts: StepRollouts, step: int) -> None:
-        """Once: ``hindsight/num_emptied`` counts it in every step."""
-        if self._has_warned_of_blocks or not self._config.is_distilling or not rollouts.num_emptied:
-            return
-        self._has_warned_of_blocks = True
-        if self._parallel.is_main:
-            _log.warning(
-                "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
-                "not distilled; raise it (hindsight/num_emptied counts them in every step)",
-                step + 1,  # as metrics.jsonl counts
-                self._config.hindsight.max_block_tokens,
-                rollouts.num_emptied,
-            )
-
-    def _share(self, items: Sequence[T]) -> Sequence[T]:
-        return items[self._parallel.rank :: self._parallel.world_size]
-
-
-def _in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
-    """What ``items[rank::world_size]`` took apart, together again."""
-    total = sum(len(share) for share in shares)
-    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.scoring import group_class
-from megatron_sdsearch.evaluation import Metrics, summarize
+from megatron_sdsearch.evaluation.metrics import RolloutStats, summarize
+from megatron_sdsearch.evaluation.query_probe import QueryHitComparison
 from megatron_sdsearch.logging import names
-from megatron_sdsearch.query_probe import ProbeResult
-from megatron_sdsearch.records import GROUP_CLASSES, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.records import GROUP_CLASSES, HindsightBlock, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import StepRollouts
 
@@ -19,10 +19,14 @@ Values = dict[str, float | int]
 _BY_CLASS = ("jsd", "entropy_gap")
 
 
-def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: RunConfig) -> Values:
+def of_step(
+    collected: StepRollouts,
+    blocks: Sequence[Sequence[HindsightBlock]],
+    results: Sequence[UpdateResult],
+    config: RunConfig,
+) -> Values:
     """Rollouts, hindsight and updates of one step."""
-    groups, counts = collected.groups, collected.counts
-    rollouts = [group for group, _ in groups]
+    rollouts, counts = collected.groups, collected.counts
     metrics = summarize(rollouts).overall
     rewards = [
         score.reward
@@ -37,13 +41,12 @@ def of_step(collected: StepRollouts, results: Sequence[UpdateResult], config: Ru
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.SHARE_WITHOUT_ADVANTAGE: _share_without_advantage(rollouts),
         names.NUM_REFILLED: counts.num_refilled,
-        names.NUM_ABANDONED: counts.num_abandoned,
         **collected.engine_counts,
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(metrics, names.TRAIN_PREFIX),
         **_query_values(rollouts),
     }
-    return values | _hindsight_values(collected) | of_updates(results)
+    return values | _hindsight_values(list(zip(rollouts, blocks, strict=True))) | of_updates(results)
 
 
 def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
@@ -51,7 +54,7 @@ def of_evaluation(groups: Sequence[RolloutGroup]) -> Values:
     return _rollout_values(summarize(groups).overall, names.EVAL_PREFIX)
 
 
-def of_probe(result: ProbeResult) -> Values:
+def of_probe(result: QueryHitComparison) -> Values:
     """Hit rates of queries sampled from teacher and student."""
     shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
     known = {name: getattr(result, name) for name in shares}
@@ -90,7 +93,7 @@ def _distillation_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return means
 
 
-def _rollout_values(metrics: Metrics, prefix: str) -> Values:
+def _rollout_values(metrics: RolloutStats, prefix: str) -> Values:
     """Counts and status shares of all trajectories, beside the means over those that were not lost."""
     values: Values = {
         f"{prefix}num_trajectories": metrics.num_trajectories,
@@ -121,8 +124,16 @@ def _query_values(groups: Sequence[RolloutGroup]) -> Values:
     }
 
 
-def _hindsight_values(collected: StepRollouts) -> Values:
-    groups = collected.groups
+def num_emptied(groups: Sequence[tuple[RolloutGroup, Sequence[HindsightBlock]]]) -> int:
+    """Trainable trajectories with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of."""
+    return sum(
+        block.is_emptied and trajectory.is_trainable
+        for group, blocks in groups
+        for trajectory, block in zip(group.trajectories, blocks, strict=True)
+    )
+
+
+def _hindsight_values(groups: Sequence[tuple[RolloutGroup, Sequence[HindsightBlock]]]) -> Values:
     num_trajectories = sum(len(group.trajectories) for group, _ in groups)
     num_kept = sum(not trajectory.status.is_lost for group, _ in groups for trajectory in group.trajectories)
     leaks = sum(
@@ -135,7 +146,7 @@ def _hindsight_values(collected: StepRollouts) -> Values:
         "hindsight/num_leaks": leaks,
         names.LEAK_SHARE: leaks / num_kept if num_kept else 0.0,
         "hindsight/dropped_per_block": dropped / num_trajectories,
-        names.NUM_EMPTIED: collected.num_emptied,
+        names.NUM_EMPTIED: num_emptied(groups),
     }
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import megatron_sdsearch.rollout.collector
+import megatron_sdsearch.training.rollouts
 from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import CollectionCounts, Question, Score, Trajectory
+from megatron_sdsearch.records import CollectionCounts, Question
 from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.engines import EmbeddedPolicyEngine
 from megatron_sdsearch.training.policy import Network
-from megatron_sdsearch.training.rollouts import DistributedRollouts, StepRollouts
+from megatron_sdsearch.training.rollouts import DistributedRollouts
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_config
 from tests.unit.conftest import train_tokenizer
@@ -35,66 +36,59 @@ ROLLOUT: dict[str, object] = {
 
 
 REFILLED: dict[str, object] = {"max_refills": 2}
-OVERSAMPLED: dict[str, object] = {"oversample": 1.5}
 TOO_LONG: dict[str, object] = {"max_prompt_tokens": 1}
-PLACEBO: dict[str, object] = {"group_size": 4}
+SERVERS: dict[str, object] = {"engine": "sglang", "sglang": {"urls": ["http://127.0.0.1:9"]}}
 Outcome = tuple[list[list[tuple[str, list[int]]]], CollectionCounts]
-Placebo = list[list[tuple[bool, str]]]
 
 
-def worker(
-    rank: int, world_size: int, folder: Path, cases: list[dict[str, object]]
-) -> tuple[list[Outcome], Placebo, list[str]]:
-    """Outcomes of each case, placebo labels, and what is said where no prompt is short enough."""
+def worker(rank: int, world_size: int, folder: Path) -> tuple[Outcome, list[str]]:
+    """The groups of a step, and the messages where no prompt is short enough."""
     parallel = ParallelState.initialize(ParallelConfig(), seed=1)
-    outcomes = [_outcome(_collect(parallel, folder, rollout)) for rollout in cases]
-    return outcomes, _placebo(parallel, folder), _refusals(_rollouts(parallel, folder, TOO_LONG))
+    outcome = _outcome(_rollouts(parallel, folder, REFILLED))
+    return outcome, _refusals(_rollouts(parallel, folder, TOO_LONG))
 
 
-def _placebo(parallel: ParallelState, folder: Path) -> Placebo:
-    """Of each trajectory whether it is right, and its block. A random policy never is: odd questions count as right."""
+def server_worker(
+    rank: int, world_size: int, folder: Path, tensor: int, pipeline: int
+) -> tuple[bool, bool, Outcome, list[list[str]]]:
+    """Whether this rank is its replica's first, whether it rolls out, the step's groups and the ids of an evaluation.
 
-    def score(trajectory: Trajectory, *_: object) -> Score:
-        f1 = float(int(trajectory.trajectory_id.question_id[1:]) % 2)
-        return Score(f1=f1, em=f1, reward=f1)
-
+    Configured with servers, in whose stead the embedded engine samples.
+    """
+    sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel = ParallelState.initialize(sizes, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_sdsearch.rollout.collector, "score_trajectory", score)
-        step = _collect(parallel, folder, PLACEBO, labels="shuffled")
-    return [
-        [(score.f1 > 0, block.text) for score, block in zip(group.scores, blocks, strict=True)]
-        for group, blocks in step.groups
-    ]
+        patch.setattr(megatron_sdsearch.training.rollouts, "start_engine", EmbeddedPolicyEngine)
+        rollouts = _rollouts(parallel, folder, REFILLED | SERVERS, sizes)
+        evaluated = [[str(t.trajectory_id) for t in g.trajectories] for g in rollouts.evaluate(POOL[:3], step=STEP)]
+        is_client = rollouts._retriever is not None
+        if not is_client:
+            patch.setattr(rollouts._source, "engine", None)  # which a rank that does not roll out never asks
+        outcome = _outcome(rollouts)
+    return parallel.tp_rank == parallel.pp_rank == 0, is_client, outcome, evaluated
 
 
 def _refusals(rollouts: DistributedRollouts) -> list[str]:
-    """Of a step, and of an evaluation."""
-    said = []
+    """The messages of a step and of an evaluation."""
+    messages = []
     with pytest.raises(TrainingError) as caught:
         rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
-    said.append(str(caught.value))
+    messages.append(str(caught.value))
     with pytest.raises(TrainingError) as caught:
         rollouts.evaluate(POOL[:PER_STEP], step=STEP)
     rollouts.close()
-    return [*said, str(caught.value)]
+    return [*messages, str(caught.value)]
 
 
-def _outcome(step: StepRollouts) -> Outcome:
-    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
+def _outcome(rollouts: DistributedRollouts) -> Outcome:
+    step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
+    rollouts.close()
+    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group in step.groups]
     return ids, step.counts
 
 
-def _collect(
-    parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
-) -> StepRollouts:
-    rollouts = _rollouts(parallel, folder, rollout, labels)
-    step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
-    rollouts.close()
-    return step
-
-
 def _rollouts(
-    parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
+    parallel: ParallelState, folder: Path, rollout: dict[str, object], sizes: ParallelConfig | None = None
 ) -> DistributedRollouts:
     config = make_config(
         folder / "hf",
@@ -102,7 +96,8 @@ def _rollouts(
         {},
         data={"train": "unused", "prompt_profile": "plain"},
         retrieval={"corpus": str(folder / "corpus.jsonl")},
-        hindsight={"max_block_tokens": 100, "labels": labels},
+        hindsight={"max_block_tokens": 100},
+        parallel=sizes.model_dump() if sizes else {},
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
@@ -133,29 +128,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_give_the_groups_of_one_and_count_together(folder: Path) -> None:
-    ((alone, placebo, _),) = run_distributed(worker, 1, folder, [REFILLED])
-    (first, shown, refusals), second = run_distributed(worker, 2, folder, [REFILLED, OVERSAMPLED])
-    assert (first, shown, refusals) == second, "all ranks see all groups, and end together"
-    for said, what, number in zip(
+    ((alone, _),) = run_distributed(worker, 1, folder)
+    (first, refusals), second = run_distributed(worker, 2, folder)
+    assert (first, refusals) == second, "all ranks see all groups, and end together"
+    for message, what, number in zip(
         refusals, ("step 3", "evaluation after step 2"), (PER_STEP * 2, PER_STEP), strict=True
     ):
-        assert said.startswith(f"{what}: none of its {number} trajectories ({number} prompt_too_long) has a token")
-        assert said.endswith("raise rollout.max_prompt_tokens, `check` says how long prompts are")
-    assert first[0] == alone[0]
-    ids, counts = first[0]
+        assert message.startswith(f"{what}: none of its {number} trajectories ({number} prompt_too_long) has a token")
+        assert message.endswith("raise rollout.max_prompt_tokens, `check` says how long prompts are")
+    assert first == alone
+    ids, counts = first
     assert len(ids) == PER_STEP
+    assert all(trajectory_id.startswith(f"{STEP + 1}/") for group in ids for trajectory_id, _ in group)
     assert counts == CollectionCounts(num_refilled=2 * PER_STEP), "a random policy is always wrong"
-    ids, counts = first[1]
-    assert len(ids) == PER_STEP
-    assert counts == CollectionCounts(num_abandoned=1 + 1), "each rank over-samples its own share: 3 for 2, 2 for 1"
-    assert shown == placebo
-    _check_placebo(placebo)
 
 
-def _check_placebo(groups: list[list[tuple[bool, str]]]) -> None:
-    """As many labels as outcomes over all groups, and so over all processes, but not in each group."""
-    true = [[is_right for is_right, _ in group] for group in groups]
-    shown = [[line.startswith("CORRECT") for line in group[0][1].splitlines()[1:]] for group in groups]
-    assert [len(group) for group in shown] == [len(group) for group in true]
-    assert sum(map(sum, shown)) == sum(map(sum, true)) > 0
-    assert [sum(group) for group in shown] != [sum(group) for group in true]
+@pytest.mark.parametrize(("world_size", "tensor", "pipeline"), [(2, 2, 1), (4, 1, 2)])
+def test_with_servers_one_rank_of_each_replica_rolls_out(
+    folder: Path, world_size: int, tensor: int, pipeline: int
+) -> None:
+    ((alone, _),) = run_distributed(worker, 1, folder)
+    for is_first, is_client, outcome, evaluated in run_distributed(server_worker, world_size, folder, tensor, pipeline):
+        assert is_client == is_first
+        assert outcome == alone, "the same groups, in the same order, on every rank"
+        assert evaluated == [[f"{STEP + 1}/q{i}/0"] for i in range(3)]

@@ -101,8 +101,6 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"rollout.engine": "vllm"}, "rollout.engine", "'vllm'", "'embedded' or 'sglang'"),
-        ({"rollout.oversample": 0.9}, "rollout.oversample", "0.9", "greater than or equal to 1"),
-        ({"rollout.oversample": float("inf")}, "rollout.oversample", "inf", "finite"),
         ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "from 0 to 2147483647"),
         ({"rollout.sglang.weight_sync": "nccl"}, "rollout.sglang.weight_sync", "'nccl'", "'disk', 'tensor' or"),
         ({"rollout.sglang.num_server": 2}, "rollout.sglang.num_server", "unknown key", "did you mean num_servers?"),

@@ -82,7 +82,7 @@ def test_every_array_speaks_of_the_next_token() -> None:
     assert built.rollout_logprobs[built.loss_mask].tolist() == [-2.0, -2.1, -2.2, -2.3, -4.0, -4.1, -4.2, -5.0, -5.1]
     assert not built.rollout_logprobs[~built.loss_mask].any()
     assert not built.loss_mask[-1]
-    assert (built.prompt_length, built.advantage, built.sample_id) == (3, 0.5, "5/q/0")
+    assert (built.prompt_length, built.advantage, built.sample_id) == (3, 0.5, "6/q/0")
     assert built.teacher_prompts == (TeacherPrompt(token_ids=TEACHER_PROMPT, start=0, end=14),)
     assert built.token_ids.dtype == np.int64
     assert built.labels.dtype == np.int64
@@ -91,7 +91,7 @@ def test_every_array_speaks_of_the_next_token() -> None:
 def test_untrainable_trajectories_are_skipped_with_their_advantage_and_block() -> None:
     group = group_of(trajectory(0, TrajectoryStatus.RETRIEVAL_FAILED), trajectory(1))
     samples = build_samples(group, [9.0, 0.25], [block((7,)), block((8,))], ObjectiveConfig())
-    assert [(s.sample_id, s.advantage, s.teacher_prompts[0].token_ids) for s in samples] == [("5/q/1", 0.25, (8,))]
+    assert [(s.sample_id, s.advantage, s.teacher_prompts[0].token_ids) for s in samples] == [("6/q/1", 0.25, (8,))]
 
 
 def test_all_positions_distil_when_asked() -> None:
@@ -101,7 +101,7 @@ def test_all_positions_distil_when_asked() -> None:
 
 def test_an_empty_prompt_is_refused_because_nothing_predicts_the_first_token() -> None:
     bare = dataclasses.replace(trajectory(), spans=(ContextSpan(kind="prompt", token_ids=()), span((1, 2))))
-    with pytest.raises(AlignmentError, match="5/q/0"):
+    with pytest.raises(AlignmentError, match="6/q/0"):
         build_samples(group_of(bare), [0.0], [block()], ObjectiveConfig())
 
 
@@ -157,7 +157,7 @@ def with_query_at(built: TrainingSample, position: int) -> TrainingSample:
 def test_misalignment_is_an_error_that_names_sample_and_position(
     spoil: Callable[[TrainingSample], TrainingSample], position: int
 ) -> None:
-    with pytest.raises(AlignmentError, match=rf"sample 5/q/0, position {position}:"):
+    with pytest.raises(AlignmentError, match=rf"sample 6/q/0, position {position}:"):
         teacher_sequences(spoil(sample()))
 
 

@@ -147,7 +147,7 @@ def test_prompts_whose_ranges_overlap_or_leave_a_token_out_are_refused() -> None
     first, second = sample.teacher_prompts
     for prompts in ((first,), (dataclasses.replace(first, end=second.end), second)):
         with pytest.raises(
-            AlignmentError, match=r"sample 3/q/0, position \d+: not the query token of one teacher prompt"
+            AlignmentError, match=r"sample 4/q/0, position \d+: not the query token of one teacher prompt"
         ):
             teacher_sequences(dataclasses.replace(sample, teacher_prompts=prompts))
 

@@ -15,11 +15,11 @@ from transformers import PretrainedConfig
 
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 from megatron_sdsearch.model.convert import to_megatron
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_weights import HFTensors, SafetensorsFolder, load_weights
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
-from megatron_sdsearch.training.evaluate import evaluate_folder
 from tests.unit.check.tiny_run import TinyRun, save_model
 from tests.unit.model.test_convert import make_model
 from tests.unit.model.test_hf_weights import FakeGPT, stage

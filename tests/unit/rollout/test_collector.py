@@ -13,12 +13,12 @@ import pytest
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalDownError, RetrievalError
-from megatron_sdsearch.records import CollectionCounts, Passage, Question, RolloutGroup, TrajectoryId, TrajectoryStatus
-from megatron_sdsearch.rollout.collector import FailedSearches, RolloutCollector, RolloutLosses
+from megatron_sdsearch.records import Passage, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
 from megatron_sdsearch.rollout.plain import PlainEngine
-from megatron_sdsearch.rollout.supply import exactly, supply_of
+from megatron_sdsearch.rollout.requests import one_group_each, plan_step
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.conftest import ModelFactory
 from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
@@ -55,8 +55,13 @@ def collect(
     policy_version: int = 0,
     group_size: int = 2,
 ) -> tuple[RolloutGroup, ...]:
-    supply = exactly(questions, step=step, group_size=group_size)
-    return collector.collect(supply, policy_version=policy_version).groups
+    slots = one_group_each(questions, step=step, group_size=group_size)
+    return collector.collect(slots, policy_version=policy_version).groups
+
+
+def evaluate(collector: RolloutCollector) -> tuple[RolloutGroup, ...]:
+    slots = one_group_each(QUESTIONS, step=0, group_size=1)
+    return collector.collect(slots, policy_version=0, is_greedy=True).groups
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer
     assert [group.question for group in groups] == QUESTIONS
     for group in groups:
         assert [str(t.trajectory_id) for t in group.trajectories] == [
-            f"7/{group.question.question_id}/{s}" for s in (0, 1)
+            f"8/{group.question.question_id}/{s}" for s in (0, 1)
         ]
         assert [score.em for score in group.scores] == [1.0, 0.0]
         assert [t.retrieved_passage_ids for t in group.trajectories] == [("p1",), ()]
@@ -85,7 +90,7 @@ def test_groups_are_complete_in_question_order_and_scored(build: Build, renderer
 
 def test_evaluation_is_greedy_and_one_trajectory_each(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ANSWER])
-    groups = build(engine, temperature=1.3, top_p=0.5).evaluate(QUESTIONS, step=2).groups
+    groups = evaluate(build(engine, temperature=1.3, top_p=0.5))
     assert [len(group.trajectories) for group in groups] == [1, 1, 1]
     assert {(r.params.temperature, r.params.top_p) for r in engine.requests} == {(0.0, 1.0)}
 
@@ -112,29 +117,14 @@ def test_failed_searches_up_to_the_limit_are_part_of_the_groups(build: Build, re
     assert [group.trajectories[1].status for group in groups] == [TrajectoryStatus.RETRIEVAL_FAILED] * 3
 
 
-def test_losses_are_counted_with_their_first_cause(build: Build, renderer: Renderer) -> None:
-    engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
-    collector = build(engine, DictRetriever({"book": None}))
-    losses = collector.collect(exactly(QUESTIONS, step=0, group_size=2), policy_version=0).losses
-    assert losses == RolloutLosses(num_ended=6, num_failed=3, first_cause="no route to the engine for 'book'")
-    losses.check(0.5)
-    message = r"3 of 6 trajectories \(50%\).*max_failed_search_share = 40%; first cause: no route .* 'book'"
-    with pytest.raises(RetrievalError, match=message):
-        losses.check(0.4)
-
-
-def test_trajectories_that_the_engine_gave_up_on_are_losses_as_well(build: Build, renderer: Renderer) -> None:
+def test_lost_trajectories_are_counted_with_their_first_error(build: Build, renderer: Renderer) -> None:
     engine = ScriptedEngine(renderer, [ABORT], by_sibling={1: [SEARCH], 2: [ANSWER]})
     collector = build(engine, DictRetriever({"book": None}))
-    losses = collector.collect(exactly(QUESTIONS[:1], step=0, group_size=3), policy_version=0).losses
-    assert losses == RolloutLosses(
-        num_ended=3, num_failed=1, num_aborted=1, first_cause="no route to the engine for 'book'"
-    )
-    losses.check(0.7)
-    with pytest.raises(RetrievalError, match=r"2 of 3 .* failed searches or given up by the rollout engine \(1\)"):
-        losses.check(0.5)
-    with pytest.raises(EngineError, match=r"the rollout engine gave up on 1 of 2 trajectories \(50%\), more than"):
-        RolloutLosses(num_ended=2, num_aborted=1).check(0.2)
+    lost = collector.collect(one_group_each(QUESTIONS, step=0, group_size=3), policy_version=0).lost
+    assert (lost.num_ended, lost.num_aborted, lost.failed_searches.total()) == (9, 3, 3)
+    message = r"6 of 9 trajectories \(67%\).*max_failed_search_share = 60%; first cause: no route .* 'book'"
+    with pytest.raises(RetrievalError, match=message):
+        lost.check(0.6)
 
 
 class _Failing(DictRetriever):
@@ -166,37 +156,13 @@ def test_the_first_failed_search_is_logged_and_the_others_are_counted(
         assert last == "40 searches failed: 40 x no answer within 30 s"
 
 
-def test_causes_are_counted_by_kind(caplog: pytest.LogCaptureFixture) -> None:
-    failed = FailedSearches()
-    failed.sum_up()
-    for number in range(12):
-        failed.add(RetrievalError(f"query {number} failed", cause=("a", "b", "b", "", "d")[min(number, 4)]))
-        failed.sum_up() if number == 0 else None
-    assert [record.getMessage() for record in caplog.records] == [
-        "a search failed: query 0 failed; further ones are counted until the step's end"
-    ]
-    failed.sum_up()
-    assert caplog.records[-1].getMessage() == "12 searches failed: 8 x d; 2 x b; 1 x a; 1 other causes"
-    assert (failed.total, failed.first_cause) == (12, "query 0 failed")
-
-
-def test_losses_add_up_and_the_share_is_that_of_all() -> None:
-    ranks = [RolloutLosses(num_ended=8), RolloutLosses(num_ended=8, num_failed=3, first_cause="a"), RolloutLosses()]
-    total = sum(ranks, RolloutLosses())
-    assert total == RolloutLosses(num_ended=16, num_failed=3, first_cause="a")
-    total.check(0.2)
-    with pytest.raises(RetrievalError):
-        ranks[1].check(0.2)
-    RolloutLosses().check(0.0)
-
-
 def test_failed_searches_of_replaced_groups_count_as_well(build: Build, renderer: Renderer) -> None:
     """The sibling that is left has no contrast alone, so that every group gives way: no outage hides behind refills."""
     engine = ScriptedEngine(renderer, [ANSWER], by_sibling={1: [SEARCH]})
     collector = build(engine, DictRetriever({"book": None}), max_refills=1)
-    supply = supply_of(QuestionSampler(MANY, 1, 3), _config(max_refills=1).rollout, step=0)
-    losses = collector.collect(supply, policy_version=0).losses
-    assert (losses.num_failed, losses.num_ended) == (6, 12)
+    slots = plan_step(QuestionSampler(MANY, 1, 3), _config(max_refills=1).rollout, step=0)
+    collected = collector.collect(slots, policy_version=0)
+    assert (collected.lost.failed_searches.total(), collected.lost.num_ended, collected.num_refilled) == (6, 12, 3)
 
 
 class _Down(DictRetriever):
@@ -292,7 +258,7 @@ def test_both_engines_roll_out_the_same_evaluation(build: Build, make_model: Mod
     engines = [
         kind(make_model(), renderer.token_bytes, renderer.eos_ids, 500) for kind in (EmbeddedEngine, PlainEngine)
     ]
-    ours, plain = (build(engine).evaluate(QUESTIONS, step=0).groups for engine in engines)
+    ours, plain = (evaluate(build(engine)) for engine in engines)
     assert [[t.token_ids.tolist() for t in g.trajectories] for g in ours] == [
         [t.token_ids.tolist() for t in g.trajectories] for g in plain
     ]
@@ -307,7 +273,7 @@ def test_both_engines_keep_the_rule_of_eos(
     ids = range(make_model().config.vocab_size)
     engines = [kind(make_model(), renderer.token_bytes, ids, 500) for kind in (EmbeddedEngine, PlainEngine)]
     for engine in engines:
-        for group in build(engine, eos_without_action=rule).evaluate(QUESTIONS, step=0).groups:
+        for group in evaluate(build(engine, eos_without_action=rule)):
             (trajectory,) = group.trajectories
             assert trajectory.status is TrajectoryStatus.NO_ANSWER
             assert [len(span.token_ids) for span in trajectory.sampled_spans] == [1] * num_turns
@@ -325,55 +291,16 @@ def test_the_same_step_rolls_out_the_same_ids(build: Build, make_model: ModelFac
     assert all(one != another for one, another in zip(ids[0], ids[2], strict=True))
 
 
-class _Watched(EmbeddedEngine):
-    """Remembers who was begun and who was released."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.begun: set[TrajectoryId] = set()
-        self.released: list[TrajectoryId] = []
-
-    async def generate(self, request: GenerationRequest) -> Generation:
-        self.begun.add(request.trajectory_id)
-        return await super().generate(request)
-
-    async def release(self, trajectory_id: TrajectoryId) -> None:
-        self.released.append(trajectory_id)
-        await super().release(trajectory_id)
-
-
-def test_the_engine_drops_the_rows_of_abandoned_groups(
-    build: Build, make_model: ModelFactory, renderer: Renderer
-) -> None:
-    model = make_model()
-    engine = _Watched(model, renderer.token_bytes, renderer.eos_ids, 500)
-    collector = build(engine, oversample=3.0)
-    sampler, rollout = QuestionSampler(MANY, 1, 2), _config(oversample=3.0).rollout
-    collected = collector.collect(supply_of(sampler, rollout, step=0), policy_version=0)
-    assert collected.counts == CollectionCounts(num_abandoned=4)
-    assert [len(group.trajectories) for group in collected.groups] == [2, 2]
-    assert len(engine.begun) == 6 * 2
-    assert sorted(map(str, engine.released)) == sorted(map(str, engine.begun))
-    engine.load_weights(model.state_dict().items(), 1)  # refused while a generation is under way
-    # Who was there before has left nothing behind: the same groups come out of a new engine.
-    questions = [group.question for group in collected.groups]
-    groups = collect(build(_Watched(make_model(), renderer.token_bytes, renderer.eos_ids, 500)), questions)
-    by_id = {t.trajectory_id: t.token_ids.tolist() for g in groups for t in g.trajectories}
-    assert {t.trajectory_id: t.token_ids.tolist() for g in collected.groups for t in g.trajectories} == by_id
-
-
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_refilled_groups_are_the_same_on_any_number_of_processes(
     build: Build, make_model: ModelFactory, renderer: Renderer, world_size: int
 ) -> None:
-    sampler, rollout = QuestionSampler(MANY, 1, 4), _config(max_refills=1).rollout
+    slots = plan_step(QuestionSampler(MANY, 1, 4), _config(max_refills=1).rollout, step=5)
 
     def roll_out(rank: int, world_size: int) -> list[list[Any]]:
         collector = build(EmbeddedEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 500), max_refills=1)
-        collected = collector.collect(
-            supply_of(sampler, rollout, step=5, rank=rank, world_size=world_size), policy_version=0
-        )
-        assert collected.counts.num_refilled == len(collected.groups), "a random policy is always wrong"
+        collected = collector.collect(slots[rank::world_size], policy_version=0)
+        assert collected.num_refilled == len(collected.groups), "a random policy is always wrong"
         return [[(str(t.trajectory_id), t.token_ids.tolist()) for t in g.trajectories] for g in collected.groups]
 
     alone = roll_out(0, 1)

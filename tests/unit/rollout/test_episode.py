@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_sdsearch.config import RolloutConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.errors import ConfigError, EngineError, RetrievalError
+from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -24,6 +23,7 @@ from megatron_sdsearch.records import (
     TrajectoryStatus,
 )
 from megatron_sdsearch.rollout.episode import EpisodeRunner, ObservationWriter
+from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.tokenization.renderer import Renderer
 from tests.unit.fakes import ABORT, DictRetriever, ScriptedEngine
 
@@ -43,14 +43,14 @@ def _run(
     engine: ScriptedEngine,
     renderer: Renderer,
     retriever: DictRetriever | None = None,
-    on_failed_search: Callable[[RetrievalError], None] = lambda error: None,
+    lost: LostTrajectories | None = None,
     **rollout: Any,
 ) -> Trajectory:
     settings = {"max_turns": 3, "max_prompt_tokens": 1000, "max_total_tokens": 4000, "max_response_tokens": 200}
     searched = retriever or DictRetriever({"book": (LISBON, PORTO)})
     config = RolloutConfig(**(settings | rollout))
     runner = EpisodeRunner(engine, searched, renderer, PROFILE, config, top_k=3, seed=1)
-    return asyncio.run(runner.run(QUESTION, ID, temperature=1.0, on_failed_search=on_failed_search))
+    return asyncio.run(runner.run(QUESTION, ID, temperature=1.0, lost=lost or LostTrajectories()))
 
 
 def _observations(trajectory: Trajectory) -> list[ContextSpan]:
@@ -153,14 +153,15 @@ def test_an_abort_ends_the_trajectory_and_keeps_it_out_of_training(renderer: Ren
 
 
 def test_a_failed_search_keeps_the_spans_so_far_and_says_why(renderer: Renderer) -> None:
-    said: list[RetrievalError] = []
+    lost = LostTrajectories()
     retriever = DictRetriever({"book": (LISBON,), "cap": None})
     engine = ScriptedEngine(renderer, [SEARCH, "<search>cap</search>"])
-    trajectory = _run(engine, renderer, retriever, on_failed_search=said.append)
+    trajectory = _run(engine, renderer, retriever, lost=lost)
     assert trajectory.status is TrajectoryStatus.RETRIEVAL_FAILED
     assert trajectory.queries == ("book", "cap")
     assert not trajectory.is_trainable
-    assert [str(error) for error in said] == ["no route to the engine for 'cap'"]
+    assert (lost.num_ended, lost.failed_searches.total()) == (1, 1)
+    assert lost.first_error == "no route to the engine for 'cap'"
     assert engine.released == [ID]
 
 

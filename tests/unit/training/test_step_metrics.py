@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.evaluation.query_probe import QueryHitComparison
 from megatron_sdsearch.logging import names
-from megatron_sdsearch.query_probe import ProbeResult
 from megatron_sdsearch.records import (
     Action,
     CollectionCounts,
@@ -26,7 +26,7 @@ from megatron_sdsearch.records import (
     TrajectoryStatus,
 )
 from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
-from megatron_sdsearch.training.rollouts import HindsightGroup, StepRollouts
+from megatron_sdsearch.training.rollouts import StepRollouts
 from megatron_sdsearch.training.step_metrics import of_evaluation, of_probe, of_step, of_updates
 
 ANSWERED, FAILED = TrajectoryStatus.ANSWERED, TrajectoryStatus.RETRIEVAL_FAILED
@@ -73,7 +73,9 @@ def group(f1: list[float], *, shown: str = "wrong", statuses: list[TrajectorySta
     )
 
 
-def with_blocks(rollout: RolloutGroup, leaks: tuple[int, ...] = (), dropped: tuple[int, ...] = ()) -> HindsightGroup:
+def with_blocks(
+    rollout: RolloutGroup, leaks: tuple[int, ...] = (), dropped: tuple[int, ...] = ()
+) -> tuple[RolloutGroup, list[HindsightBlock]]:
     block = HindsightBlock(text="", teacher_prompt_ids=(1,), sources=(), dropped=dropped, leaks=leaks)
     return rollout, [block] * len(rollout.trajectories)
 
@@ -82,6 +84,7 @@ def update(grad_norm: float = 1.0, learning_rate: float = 0.1, **metrics: float)
     return UpdateResult(metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate)
 
 
+HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 STEP = [
     with_blocks(group([1.0, 0.0], shown="gold"), leaks=(1,), dropped=(0,)),
     with_blocks(group([0.0, 0.0], statuses=[ANSWERED, FAILED])),
@@ -90,12 +93,13 @@ STEP = [
 ]
 
 
-def step(groups: list[HindsightGroup], **counts: int) -> StepRollouts:
-    return StepRollouts(groups=groups, counts=CollectionCounts(**counts), engine_counts={})
+def step(groups: list[HindsightGroup], **counts: int) -> tuple[StepRollouts, list[list[HindsightBlock]]]:
+    rollouts = StepRollouts(groups=[group for group, _ in groups], counts=CollectionCounts(**counts), engine_counts={})
+    return rollouts, [blocks for _, blocks in groups]
 
 
 def test_of_step_averages_over_what_was_not_lost_and_counts_what_went_wrong() -> None:
-    assert of_step(step(STEP, num_refilled=3, num_abandoned=2), [], config()) == {
+    assert of_step(*step(STEP, num_refilled=3), [], config()) == {
         names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 7),
         names.EM: pytest.approx(2 / 7),
         names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 7),
@@ -110,7 +114,6 @@ def test_of_step_averages_over_what_was_not_lost_and_counts_what_went_wrong() ->
         names.NUM_WITHOUT_CONTRAST: 2,
         names.SHARE_WITHOUT_ADVANTAGE: 1 / 4,
         names.NUM_REFILLED: 3,
-        names.NUM_ABANDONED: 2,
         "train/status/answered": 7 / 8,
         "train/status/retrieval_failed": 1 / 8,
         "train/share_all_correct": 0.25,
@@ -131,21 +134,21 @@ def test_query_length_and_entropy_are_means_over_queries_and_over_their_tokens()
     rollout = group([1.0, 0.0])
     searched = [replace(t, spans=(t.spans[0], *spans)) for t in rollout.trajectories[:1]]
     mixed = replace(rollout, trajectories=(*searched, rollout.trajectories[1]))
-    values = of_step(step([with_blocks(mixed)]), [], config())
+    values = of_step(*step([with_blocks(mixed)]), [], config())
     assert values[names.QUERY_TOKENS] == 2
     assert values[names.QUERY_ENTROPY] == 2
-    assert names.QUERY_TOKENS not in of_step(step(STEP), [], config())
+    assert names.QUERY_TOKENS not in of_step(*step(STEP), [], config())
 
 
 def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
-    values = of_step(step(STEP), [], config(rho=0.5))
+    values = of_step(*step(STEP), [], config(rho=0.5))
     shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
     assert shares == [0.0, 0.5, 0.5]
 
 
 def test_a_group_has_an_advantage_where_rewards_of_those_that_count_differ() -> None:
     def share(*groups: RolloutGroup) -> float:
-        return of_step(step([with_blocks(g) for g in groups]), [], config())[names.SHARE_WITHOUT_ADVANTAGE]
+        return of_step(*step([with_blocks(g) for g in groups]), [], config())[names.SHARE_WITHOUT_ADVANTAGE]
 
     right_and_half_right, alike = group([1.0, 0.5]), group([0.5, 0.5])
     lost = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
@@ -154,7 +157,7 @@ def test_a_group_has_an_advantage_where_rewards_of_those_that_count_differ() -> 
 
 
 def test_of_step_adds_the_updates() -> None:
-    values = of_step(step(STEP), [update(policy_loss=2.0, grad_norm=3.0)], config())
+    values = of_step(*step(STEP), [update(policy_loss=2.0, grad_norm=3.0)], config())
     assert (values[names.POLICY_LOSS], values[names.GRAD_NORM]) == (2.0, 3.0)
     assert values["train/num_trajectories"] == 8
 
@@ -162,7 +165,7 @@ def test_of_step_adds_the_updates() -> None:
 def test_blocks_that_the_budget_emptied_are_counted_where_something_would_have_been_learned() -> None:
     rollout = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
     block = HindsightBlock(text="", teacher_prompt_ids=(), sources=(), dropped=(0,), leaks=(), is_emptied=True)
-    values = of_step(step([(rollout, [block] * 2), *STEP]), [], config())
+    values = of_step(*step([(rollout, [block] * 2), *STEP]), [], config())
     assert values[names.NUM_EMPTIED] == 1
 
 
@@ -170,7 +173,7 @@ def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
     rollout = group([1.0])
     question = Question(question_id="q", text="?", gold_answers=("a",))
     unknown = RolloutGroup(question=question, trajectories=rollout.trajectories, scores=rollout.scores)
-    assert names.HIT_RATE not in of_step(step([with_blocks(unknown)]), [], config())
+    assert names.HIT_RATE not in of_step(*step([with_blocks(unknown)]), [], config())
 
 
 def test_of_evaluation_has_names_of_its_own() -> None:
@@ -259,13 +262,13 @@ def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
 
 
 def test_of_probe_reports_shares_and_counts() -> None:
-    result = ProbeResult(
+    result = QueryHitComparison(
         num_turns=10,
-        student_hits=4,
-        teacher_hits=6,
+        student_hit=0.4,
+        teacher_hit=0.6,
         num_turns_mixed=5,
-        student_hits_mixed=1,
-        teacher_hits_mixed=3,
+        student_hit_mixed=0.2,
+        teacher_hit_mixed=0.6,
         num_failed=2,
     )
     assert of_probe(result) == {
@@ -280,7 +283,7 @@ def test_of_probe_reports_shares_and_counts() -> None:
 
 
 def test_of_probe_without_a_turn_has_no_share() -> None:
-    assert of_probe(ProbeResult()) == {"probe/num_turns": 0, "probe/num_turns_mixed": 0, "probe/num_failed": 0}
+    assert of_probe(QueryHitComparison()) == {"probe/num_turns": 0, "probe/num_turns_mixed": 0, "probe/num_failed": 0}
 
 
 metrics = st.dictionaries(st.sampled_from(["loss", "kl", "ratio_max"]), st.integers(-9, 9).map(float))

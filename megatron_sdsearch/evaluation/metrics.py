@@ -1,15 +1,16 @@
-"""What a set of rollouts amounts to: answer quality, searches, hits and how trajectories ended.
+"""Average a set of rollouts: answer quality, searches, hits and how trajectories ended.
 
-Owns the averages, and that there is something to average. Every mean is over trajectories (micro), so that data sets
-count by their size in the overall row. Trajectories that a failed search or the engine has ended are in none of them:
-an outage is no wrong answer. Their count stands beside the means. Single scores are ``data/scoring.py``'s.
+Owns the averages, and the check that there is something to average. Every mean is over trajectories (micro), so that
+data sets count by their size in the overall row. Trajectories that a failed search or the engine has ended are in none
+of them: an outage is not a wrong answer. Their count is given beside the means. A single score is made in
+``data/scoring.py``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
+class RolloutStats:
     """Means over the trajectories of one set that were not lost; None where there is nothing to average.
 
     Attributes:
@@ -40,8 +41,8 @@ class Metrics:
         hit: share of trajectories that were shown their question's last gold passage (the one that holds the answer),
             among questions that know it.
         searches_per_question: searches asked for, per trajectory, whether or not they found anything.
-        status_shares: share of all trajectories by how they ended; the shares sum to 1, absent ones are 0.
         mean_response_tokens: sampled tokens per trajectory, observations not counted.
+        status_shares: share of all trajectories by how they ended; the shares sum to 1, absent ones are 0.
     """
 
     num_questions: int
@@ -53,45 +54,43 @@ class Metrics:
     f1: float | None
     hit: float | None
     searches_per_question: float | None
-    status_shares: dict[TrajectoryStatus, float]
     mean_response_tokens: float | None
+    status_shares: dict[TrajectoryStatus, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: plain values, unknown ones left out."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "status_shares"}
-        known = {name: value for name, value in values.items() if value is not None}
-        return known | {"status_shares": {status.value: share for status, share in self.status_shares.items()}}
+        """Plain values for JSON, unknown ones left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSummary:
     """Metrics over everything, and per data set in alphabetical order."""
 
-    overall: Metrics
-    by_dataset: dict[str, Metrics]
+    overall: RolloutStats
+    by_dataset: dict[str, RolloutStats]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        by_dataset = {name: metrics.to_dict() for name, metrics in self.by_dataset.items()}
+        """Plain values for JSON."""
+        by_dataset = {name: stats.to_dict() for name, stats in self.by_dataset.items()}
         return {"overall": self.overall.to_dict(), "by_dataset": by_dataset}
 
 
 def summarize(groups: Sequence[RolloutGroup]) -> EvaluationSummary:
     """Average over all groups, and over those of each data set. No groups give counts of 0 and no means."""
     names = sorted({group.question.dataset for group in groups})
-    by_dataset = {name: _metrics([g for g in groups if g.question.dataset == name]) for name in names}
-    return EvaluationSummary(overall=_metrics(groups), by_dataset=by_dataset)
+    by_dataset = {name: _stats([g for g in groups if g.question.dataset == name]) for name in names}
+    return EvaluationSummary(overall=_stats(groups), by_dataset=by_dataset)
 
 
 def require_sampled(groups: Sequence[RolloutGroup], what: str) -> None:
-    """Of all trajectories at least one was not lost and has sampled tokens: else nothing can be learned, or judged.
+    """Check that some trajectory was not lost and has sampled tokens: else there is nothing to learn from or to judge.
 
     Args:
-        groups: of all processes.
-        what: they are, at the beginning of the message.
+        groups: of all ranks.
+        what: the message begins with, e.g. ``step 3``.
 
     Raises:
-        TrainingError: with the counts by status, and what most likely helps.
+        TrainingError: there is none; with the counts by status, and what most likely helps.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     if any(trajectory.is_trainable for trajectory in trajectories):
@@ -105,7 +104,7 @@ def require_sampled(groups: Sequence[RolloutGroup], what: str) -> None:
     )
 
 
-def _metrics(groups: Sequence[RolloutGroup]) -> Metrics:
+def _stats(groups: Sequence[RolloutGroup]) -> RolloutStats:
     rollouts: list[tuple[Question, Trajectory, Score]] = [
         (group.question, trajectory, score)
         for group in groups
@@ -113,7 +112,7 @@ def _metrics(groups: Sequence[RolloutGroup]) -> Metrics:
     ]
     statuses = Counter(trajectory.status for _, trajectory, _ in rollouts)
     kept = [rollout for rollout in rollouts if not rollout[1].status.is_lost]
-    return Metrics(
+    return RolloutStats(
         num_questions=len(groups),
         num_trajectories=len(rollouts),
         num_lost=len(rollouts) - len(kept),

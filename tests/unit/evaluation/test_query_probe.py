@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from megatron_sdsearch.config import parse_config
 from megatron_sdsearch.errors import EngineError, RetrievalError
-from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
+from megatron_sdsearch.evaluation.query_probe import (
+    QueryHitComparison,
+    TurnHits,
+    compare_query_hits,
+    summarize_hits,
+)
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -37,6 +43,16 @@ class ByteTable:
         return [bytes([token_id]) for token_id in ids]
 
 
+CONFIG = parse_config(
+    {
+        "run_dir": "run",
+        "model": {"hf_dir": "model"},
+        "data": {"train": "train.jsonl"},
+        "seed": 3,
+        "rollout": {"temperature": 0.7, "max_response_tokens": 16},
+        "retrieval": {"corpus": "corpus.jsonl", "top_k": 2},
+    }
+)
 RENDERER: Any = SimpleNamespace(token_bytes=ByteTable())
 
 
@@ -128,10 +144,9 @@ def block(prompt: tuple[int, ...] = TEACHER) -> HindsightBlock:
 
 def run(
     group: RolloutGroup, engine: PromptedEngine, library: Library, shown: HindsightBlock | None = None
-) -> ProbeResult:
-    blocks = [[shown or block()] * len(group.trajectories)]
-    params = ProbeParams(seed=3, temperature=0.7, top_k=2, max_query_tokens=16)
-    return asyncio.run(probe_queries([group], blocks, engine, library, RENDERER, params))
+) -> QueryHitComparison:
+    groups = [(group, [shown or block()] * len(group.trajectories))]
+    return summarize_hits(asyncio.run(compare_query_hits(groups, engine, library, RENDERER, CONFIG)))
 
 
 def test_both_roles_write_a_query_after_the_student_s_own_tokens() -> None:
@@ -168,7 +183,6 @@ def test_a_hit_is_a_gold_passage_that_was_not_shown_before() -> None:
     engine = PromptedEngine("first</search>", "second</search>")
     result = run(group_of(trajectory()), engine, Library(first=["other", "gold1"], second=["gold2"]))
     assert result.num_turns == 2
-    assert (result.student_hits, result.teacher_hits) == (1, 2)
     assert (result.student_hit, result.teacher_hit) == (0.5, 1.0)
     assert result.num_failed == 0
 
@@ -177,7 +191,7 @@ def test_a_hit_is_a_gold_passage_that_was_not_shown_before() -> None:
 def test_a_generation_without_a_whole_query_is_a_miss(text: str) -> None:
     library = Library(good=["gold1"])
     result = run(group_of(trajectory(searches=1)), PromptedEngine(text, "good</search>"), library)
-    assert (result.num_turns, result.student_hits, result.teacher_hits) == (1, 0, 1)
+    assert (result.num_turns, result.student_hit, result.teacher_hit) == (1, 0.0, 1.0)
     assert library.searches == [("good", 2)]
 
 
@@ -185,10 +199,10 @@ def test_mixed_groups_are_counted_apart_by_f1() -> None:
     engine = PromptedEngine("bad</search>", "good</search>")
     library = Library(good=["gold1", "gold2"])
     mixed = run(group_of(trajectory(0), trajectory(1), f1=[0.0, 1.0]), engine, library)
-    assert (mixed.num_turns, mixed.num_turns_mixed, mixed.teacher_hits_mixed, mixed.student_hits_mixed) == (4, 4, 4, 0)
+    assert (mixed.num_turns, mixed.num_turns_mixed) == (4, 4)
     assert (mixed.student_hit_mixed, mixed.teacher_hit_mixed) == (0.0, 1.0)
     uniform = run(group_of(trajectory(0), trajectory(1), f1=[0.5, 1.0]), engine, library)
-    assert (uniform.num_turns, uniform.teacher_hits, uniform.num_turns_mixed) == (4, 4, 0)
+    assert (uniform.num_turns, uniform.teacher_hit, uniform.num_turns_mixed) == (4, 1.0, 0)
     assert uniform.teacher_hit_mixed is None
 
 
@@ -202,47 +216,39 @@ def test_mixed_groups_are_counted_apart_by_f1() -> None:
 )
 def test_what_cannot_be_probed_is_left_alone(make_group: Callable[[], RolloutGroup]) -> None:
     engine = PromptedEngine("a</search>", "b</search>")
-    assert run(make_group(), engine, Library()) == ProbeResult()
+    assert run(make_group(), engine, Library()) == QueryHitComparison()
     assert engine.requests == []
 
 
 def test_without_a_teacher_prompt_there_is_nothing_to_compare() -> None:
     engine = PromptedEngine("a</search>", "b</search>")
-    assert run(group_of(trajectory()), engine, Library(), shown=block(())) == ProbeResult()
+    assert run(group_of(trajectory()), engine, Library(), shown=block(())) == QueryHitComparison()
 
 
 def test_a_failed_search_counts_for_neither_role() -> None:
     engine = PromptedEngine("bad</search>", "good</search>")
     result = run(group_of(trajectory()), engine, Library(bad=RetrievalError("down"), good=["gold1", "gold2"]))
-    assert result == ProbeResult(num_failed=2)
+    assert result == QueryHitComparison(num_failed=2)
 
 
 def test_an_engine_that_refuses_or_aborts_counts_for_neither_role() -> None:
     library = Library(good=["gold1", "gold2"])
     refusing = PromptedEngine("good</search>", EngineError("too long"))
-    assert run(group_of(trajectory()), refusing, library) == ProbeResult(num_failed=2)
+    assert run(group_of(trajectory()), refusing, library) == QueryHitComparison(num_failed=2)
     assert len(refusing.released) == 4
     aborting = PromptedEngine("good</search>", "good</search>", finish_reason="abort")
-    assert run(group_of(trajectory()), aborting, library) == ProbeResult(num_failed=2)
+    assert run(group_of(trajectory()), aborting, library) == QueryHitComparison(num_failed=2)
 
 
-def test_results_of_ranks_add_up() -> None:
-    one = ProbeResult(
-        num_turns=1,
-        student_hits=2,
-        teacher_hits=3,
-        num_turns_mixed=4,
-        student_hits_mixed=5,
-        teacher_hits_mixed=6,
-        num_failed=7,
+def test_turns_of_ranks_are_counted_together() -> None:
+    hit, miss = (TurnHits(student=False, teacher=t, is_mixed=t) for t in (True, False))
+    assert summarize_hits([hit, miss, None, miss, miss]) == QueryHitComparison(
+        num_turns=4,
+        student_hit=0.0,
+        teacher_hit=0.25,
+        num_turns_mixed=1,
+        student_hit_mixed=0.0,
+        teacher_hit_mixed=1.0,
+        num_failed=1,
     )
-    assert merge([one, one, ProbeResult()]) == ProbeResult(
-        num_turns=2,
-        student_hits=4,
-        teacher_hits=6,
-        num_turns_mixed=8,
-        student_hits_mixed=10,
-        teacher_hits_mixed=12,
-        num_failed=14,
-    )
-    assert merge([]).teacher_hit is None
+    assert summarize_hits([]) == QueryHitComparison()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sdsearch.errors import TrainingError
-from megatron_sdsearch.evaluation import require_sampled, summarize
+from megatron_sdsearch.evaluation.metrics import require_sampled, summarize
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,

@@ -1,4 +1,4 @@
-"""Evaluation of a Hugging Face folder by stock transformers, in one process: the second opinion on an export."""
+"""Evaluate a Hugging Face folder with stock transformers in one process: the second opinion on an export."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from megatron_sdsearch.config import RunConfig, no_model
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError, DataError
-from megatron_sdsearch.evaluation import require_sampled, summarize
+from megatron_sdsearch.evaluation.metrics import require_sampled, summarize
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.rollout.checks import check_prompts
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
+from megatron_sdsearch.rollout.requests import one_group_each
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.retrievers import open_retriever
 
 
 def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
-    """Greedy rollouts of ``data.heldout`` with the model in ``model_dir``.
+    """Roll out ``data.heldout`` greedily with the model in ``model_dir``.
 
-    A chat template that tells the date is told that of the run in ``run_dir``, as in training, for this model and for
+    A chat template that shows the date gets that of the run in ``run_dir``, as in training, for this model and for
     those it is compared with; today's where ``run_dir`` holds no checkpoint.
+
+    Returns:
+        The model's path, and averages overall and by data set (``EvaluationSummary.to_dict``).
 
     Raises:
         ConfigError: there is no held-out set, no search engine, or no model; its chat template cannot be used; or no
@@ -57,7 +61,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     check_prompts(questions, "data.heldout", renderer, profile, rollout.max_prompt_tokens)
     weights = SafetensorsFolder(model_dir)
     for name in weights.names():
-        weights.shape(name)  # a file that is missing or cut short is said here, by its name
+        weights.shape(name)  # names a file that is missing or cut short
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -69,8 +73,9 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
     runner = asyncio.Runner()
     collector = RolloutCollector(engine, runner.run(open_retriever(config.retrieval)), renderer, config, runner)
     try:
-        collected = collector.evaluate(questions, step=0)
-        collected.losses.check(rollout.max_failed_search_share)
+        slots = one_group_each(questions, step=0, group_size=1)
+        collected = collector.collect(slots, policy_version=0, is_greedy=True)
+        collected.lost.check(rollout.max_failed_search_share)
         require_sampled(collected.groups, "evaluation")
         return {"model": str(model_dir), **summarize(collected.groups).to_dict()}
     finally:

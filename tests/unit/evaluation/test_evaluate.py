@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, DataError
-from megatron_sdsearch.training.evaluate import evaluate_folder
+from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 from tests.unit.check.tiny_run import TinyRun, save_model
 
 
