@@ -30,6 +30,11 @@ from megatron_sdsearch.errors import ConfigError, SDSearchError, VerificationErr
 if TYPE_CHECKING:
     from megatron_sdsearch.model.convert import Conversion
 
+_START = time.monotonic()
+# All that a model's folder holds; a folder with anything else is not replaced.
+_MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes", "additional_chat_templates"}
+_MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".model"}
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -58,15 +63,19 @@ def to_megatron(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Weights for model.megatron_dir, which any layout can start from."""
+    _check_out(out, overwrite, hf_dir)
+    from megatron_sdsearch.model import convert
 
-    def run(progress: Callable[[int, int], None]) -> Conversion:
-        _check_out(out, overwrite, hf_dir)
-        from megatron_sdsearch.model import convert
-
-        check = (lambda partial: _verify(hf_dir, partial)) if verify else (lambda _: None)
-        return convert.to_megatron(hf_dir, out, tensor=tensor, pipeline=pipeline, check=check, progress=progress)
-
-    _run(run, out)
+    with _progress() as progress:
+        done = convert.to_megatron(
+            hf_dir,
+            out,
+            tensor=tensor,
+            pipeline=pipeline,
+            check=(lambda partial: _verify(hf_dir, partial)) if verify else None,
+            progress=progress,
+        )
+    _report(out, done)
     print(f"start from it with model.hf_dir={out / 'hf'} model.megatron_dir={out}")
 
 
@@ -86,31 +95,25 @@ def to_hf(
     overwrite: OverwriteOption = False,
 ) -> None:
     """A Hugging Face folder that transformers and SGLang load."""
+    import torch
 
-    def run(progress: Callable[[int, int], None]) -> Conversion:
-        import torch
+    from megatron_sdsearch.model import convert
+    from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
 
-        from megatron_sdsearch.model import convert
-        from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
-
-        folder = find_checkpoint(checkpoint)
-        source = hf_dir or find_hf_dir(folder)
-        _check_out(out, overwrite, folder, source)
-        return convert.to_hf(
+    folder = find_checkpoint(checkpoint)
+    source = hf_dir or find_hf_dir(folder)
+    _check_out(out, overwrite, folder, source)
+    with _progress() as progress:
+        done = convert.to_hf(
             folder,
             out,
             hf_dir=source,
             dtype=getattr(torch, dtype) if dtype else None,
             shard_bytes=shard_mb << 20,
-            check=(lambda partial: _verify(partial, folder)) if verify else (lambda _: None),
+            check=(lambda partial: _verify(partial, folder)) if verify else None,
             progress=progress,
         )
-
-    _run(run, out)
-
-
-_MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes", "additional_chat_templates"}
-_MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".model"}
+    _report(out, done)
 
 
 def _check_out(out: Path, overwrite: bool, *sources: Path) -> None:
@@ -118,48 +121,25 @@ def _check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     for source in (path.resolve() for path in sources):
         if target == source or target in source.parents:
             raise ConfigError("OUT", f"{out} holds what is converted", "give another folder")
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if out.exists() and not (overwrite and out.is_dir()):
+    if not (overwrite and out.is_dir()):
         raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
-    if out.is_dir() and (others := _other_than_a_model(out)):
-        raise ConfigError(
-            "OUT", f"{out} holds other things than a model, such as {others[0]}", "give another folder: it is replaced"
-        )
-
-
-def _other_than_a_model(folder: Path) -> list[str]:
-    """What neither a Hugging Face folder nor a checkpoint of megatron has; replacing would lose it."""
-    if (folder / ".metadata").is_file():
-        return []
-    return sorted(
+    others = sorted(
         path.name
-        for path in folder.iterdir()
+        for path in out.iterdir()
         if path.name not in _MODEL_FILES and not (path.is_file() and path.suffix in _MODEL_SUFFIXES)
     )
+    if others and not (out / ".metadata").is_file():  # neither a Hugging Face folder nor a checkpoint of megatron
+        problem = f"{out} holds other things than a model, such as {others[0]}"
+        raise ConfigError("OUT", problem, "give another folder: it is replaced")
 
 
 def _verify(hf_dir: Path, checkpoint: Path) -> None:
-    from megatron_sdsearch.model.verify import verify
+    from megatron_sdsearch.model.logits_check import check_same_logits
 
-    gap = verify(hf_dir, checkpoint)
+    gap = check_same_logits(hf_dir, checkpoint)
     print(f"verified: logits differ by {gap.largest:.1e} at most, the largest is {gap.scale:.1e}")
-
-
-def _run(work: Callable[[Callable[[int, int], None]], Conversion], out: Path) -> None:
-    """Do the work; an error becomes one message and an exit code."""
-    start = time.monotonic()
-    try:
-        with _progress() as progress:
-            done = work(progress)
-    except SDSearchError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
-    except OSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    seconds = time.monotonic() - start
-    print(f"{out}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.3f} GB, {seconds:.1f} s")
 
 
 @contextmanager
@@ -172,15 +152,24 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _report(out: Path, done: Conversion) -> None:
+    seconds = time.monotonic() - _START
+    print(f"{out}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.3f} GB, {seconds:.1f} s")
+
+
 def main() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or somebody else's GPU, is none of our business
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or another job's GPU, is not to be touched
     os.environ.pop("RANK", None)  # one process, inside of a job as well
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="Please use DTensor")  # torch, of what megatron's checkpoints call
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    app()
+    try:
+        app()
+    except (SDSearchError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, (VerificationError, OSError)) else 2)
 
 
 if __name__ == "__main__":

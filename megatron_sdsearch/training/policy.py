@@ -97,7 +97,7 @@ class Network:
 
     def row_logits(self, hidden: Tensor) -> RowLogits:
         """Logits on demand for the rows of one packed microbatch."""
-        head = LMHead.of(self.gpt, self.hf_config, self.parallel)
+        head = LMHead.from_model(self.gpt, self.hf_config, self.parallel)
         return RowLogits(
             hidden=head.gather(hidden),
             project=head.logits,

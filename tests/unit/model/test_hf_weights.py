@@ -16,17 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.hf_weights import (
-    GATE_UP,
-    QKV,
-    REPLICATED,
-    ROW,
-    VOCAB,
-    SafetensorsFolder,
-    export_hf_weights,
-    load_weights,
-    placements,
-)
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder, export_hf_weights, load_weights
+from megatron_sdsearch.model.weight_table import GATE_UP, QKV, REPLICATED, ROW, VOCAB, placements
 from megatron_sdsearch.parallel.groups import ParallelState
 
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -312,9 +303,9 @@ def test_a_tensor_with_twice_the_rows_is_named_with_both_shapes(tmp_path: Path, 
     weights = save_model(tmp_path, config)
     weights[name] = torch.cat([weights[name]] * 2)
     save_file(weights, tmp_path / "model.safetensors")
-    told = refusal(tmp_path, config)
-    assert name in told
-    assert "the model wants" in told
+    message = refusal(tmp_path, config)
+    assert name in message
+    assert "the model wants" in message
 
 
 # Rows that do not divide into query groups.

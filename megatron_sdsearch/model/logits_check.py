@@ -18,11 +18,12 @@ from megatron_sdsearch.config import ModelConfig, ParallelConfig
 from megatron_sdsearch.errors import VerificationError
 from megatron_sdsearch.model.architecture import LMHead, build_model
 from megatron_sdsearch.model.hf_config import load_hf_config
-from megatron_sdsearch.model.torch_dist import TorchDistReader
+from megatron_sdsearch.model.megatron_folder import read_metadata
 from megatron_sdsearch.parallel.groups import ParallelState
 
 # float32 against float32 in another order of summation is about 1e-6; a wrong tensor is of the order of 1.
 TOLERANCE = 1e-3
+_NUM_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,30 +38,37 @@ class LogitsGap:
     largest: float
     scale: float
 
-    @property
-    def is_close(self) -> bool:
-        """Not so when anything is not finite."""
-        return self.largest <= TOLERANCE * self.scale
-
 
 @torch.no_grad()
-def compare_logits(
-    hf_dir: Path, checkpoint: Path, parallel: ParallelState, *, num_tokens: int = 64, seed: int = 0
-) -> LogitsGap:
-    """Logits of both sides on random ids, in float32, one model after the other. Takes one whole model of memory."""
-    config = load_hf_config(hf_dir)
-    random = torch.Generator().manual_seed(seed)
-    length = min(num_tokens, config.max_position_embeddings)
-    ids = torch.randint(config.vocab_size, (1, length), generator=random)
-    theirs = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)(ids).logits[0]
-    gap = (megatron_logits(hf_dir, checkpoint, ids, parallel) - theirs).abs().max()
-    return LogitsGap(largest=float(gap), scale=float(theirs.abs().max()))
+def check_same_logits(hf_dir: Path, checkpoint: Path) -> LogitsGap:
+    """Compare the logits of both sides on random ids, in float32, one model after the other.
+
+    Takes one whole model of memory, and this process's default process group.
+
+    Raises:
+        VerificationError: the logits differ, or are not finite.
+    """
+    parallel = ParallelState.initialize(ParallelConfig(), seed=1)
+    try:
+        config = load_hf_config(hf_dir)
+        length = min(_NUM_TOKENS, config.max_position_embeddings)
+        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        expected = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)(ids).logits[0]
+        largest = float((megatron_logits(hf_dir, checkpoint, ids, parallel) - expected).abs().max())
+    finally:
+        parallel.shutdown()
+    gap = LogitsGap(largest=largest, scale=float(expected.abs().max()))
+    if not gap.largest <= TOLERANCE * gap.scale:  # nor where one is not finite
+        raise VerificationError(
+            f"{checkpoint} does not compute what {hf_dir} does: logits differ by {gap.largest:.2e} of {gap.scale:.2e}"
+        )
+    return gap
 
 
 @torch.no_grad()
 def megatron_logits(hf_dir: Path, checkpoint: Path, ids: Tensor, parallel: ParallelState) -> Tensor:
     """[T, V] logits of a checkpoint at ids [1, T], loaded by megatron-core; of a single process."""
-    TorchDistReader(checkpoint)  # refuses a pickle that megatron would run
+    read_metadata(checkpoint)  # refuses a pickle that megatron would run
     config = load_hf_config(hf_dir)
     gpt = build_model(config, ModelConfig(hf_dir=hf_dir), parallel)
     # The states of transformer-engine's fp8 recipes are not weights.
@@ -74,22 +82,4 @@ def megatron_logits(hf_dir: Path, checkpoint: Path, ids: Tensor, parallel: Paral
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
     )
     hidden = gpt(ids, torch.arange(length).unsqueeze(0), None, packed_seq_params=packed)
-    return LMHead.of(gpt, config, parallel).logits(hidden.squeeze(0))[:, : config.vocab_size]
-
-
-def verify(hf_dir: Path, checkpoint: Path) -> LogitsGap:
-    """Compare, and refuse what is apart.
-
-    Raises:
-        VerificationError: the logits differ, or are not finite.
-    """
-    parallel = ParallelState.initialize(ParallelConfig(), seed=1)
-    try:
-        gap = compare_logits(hf_dir, checkpoint, parallel)
-    finally:
-        parallel.shutdown()
-    if not gap.is_close:
-        raise VerificationError(
-            f"{checkpoint} does not compute what {hf_dir} does: logits differ by {gap.largest:.2e} of {gap.scale:.2e}"
-        )
-    return gap
+    return LMHead.from_model(gpt, config, parallel).logits(hidden.squeeze(0))[:, : config.vocab_size]
