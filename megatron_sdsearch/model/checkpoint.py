@@ -6,7 +6,6 @@ Layout: ``root/step_000040/`` with the shards and ``manifest.json``; ``root/late
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import pickle
@@ -118,6 +117,7 @@ class CheckpointStore:
         self._policy = policy
         self._optimizers = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
         self._parallel = parallel
+        self._layout = {"tp": parallel.tp_size, "pp": parallel.pp_size, "dp": parallel.dp_size}
         self._config = config
         self._pending: _PendingSave | None = None
         self._saved_step = 0
@@ -300,16 +300,8 @@ class CheckpointStore:
         }
         return {name: fingerprint(path) for name, path in paths.items() if path is not None}
 
-    @property
-    def _layout(self) -> dict[str, int]:
-        return {"tp": self._parallel.tp_size, "pp": self._parallel.pp_size, "dp": self._parallel.dp_size}
-
     def _describe_run(self, state: TrainingState, *, has_moments: bool) -> dict[str, Any]:
         """The manifest without the files, which are not written yet."""
-        root = Path(megatron_sdsearch.__file__).parent
-        code = hashlib.sha256()  # of the package's source: its version number is not raised at every change
-        for path in sorted(root.rglob("*.py")):
-            code.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
         return {
             "format": FORMAT,
             "step": state.step,
@@ -319,7 +311,8 @@ class CheckpointStore:
             "state": {"wall_s": state.wall_s, "scores": {str(step): score for step, score in state.scores.items()}},
             "inputs": self._inputs if self._config.checkpoint.verify else {},
             "config": self._config.model_dump(mode="json"),
-            "code": code.hexdigest(),
+            # The version number is not raised at every change of the source.
+            "code": fingerprint(Path(megatron_sdsearch.__file__).parent, "**/*.py"),
             "versions": package_versions(),
         }
 

@@ -287,11 +287,12 @@ def damages(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str],
     return found
 
 
-def fingerprint(path: Path) -> str:
-    """Identity of a file, or of a folder's files, by content; "" where nothing is."""
+def fingerprint(path: Path, pattern: str = "*") -> str:
+    """Identity of a file, or of a folder's files that match ``pattern``, by names and content; "" where nothing is."""
     if path.is_file():
         return hash_file(path)["sha256"]
     if not path.is_dir():
         return ""
-    parts = [f"{file.name} {hash_file(file)['sha256']}" for file in sorted(path.iterdir()) if file.is_file()]
+    files = sorted(file for file in path.glob(pattern) if file.is_file())
+    parts = [f"{file.relative_to(path)} {hash_file(file)['sha256']}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

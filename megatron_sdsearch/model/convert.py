@@ -7,6 +7,7 @@ leaves nothing behind. Memory: one megatron tensor to megatron, one shard to Hug
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ from megatron_sdsearch.errors import CheckpointError, DataError
 from megatron_sdsearch.files import replacing_folder
 from megatron_sdsearch.model.hf_config import check_layout, load_hf_config
 from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights, split_shards
+from megatron_sdsearch.model.hf_weights import HFTensors, SafetensorsFolder, check_weights, split_shards
 from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, METADATA, MegatronFolder
-from megatron_sdsearch.model.weight_table import Placement, placements
+from megatron_sdsearch.model.weight_table import HEAD, VOCAB, placements
 
 Progress = Callable[[int, int], None]
 """Called with (bytes of tensors done, bytes of all)."""
@@ -44,25 +45,17 @@ _SHARDED = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What was written.
 
     Attributes:
         num_tensors: Hugging Face tensors.
-        num_parameters: numbers in them, padding not counted.
-        num_bytes: size of these numbers.
+        num_bytes: size of their numbers, padding not counted.
     """
 
-    num_tensors: int = 0
-    num_parameters: int = 0
-    num_bytes: int = 0
-
-    def add(self, num_tensors: int, num_parameters: int, itemsize: int) -> None:
-        """Count some tensors of ``itemsize`` bytes a number."""
-        self.num_tensors += num_tensors
-        self.num_parameters += num_parameters
-        self.num_bytes += num_parameters * itemsize
+    num_tensors: int
+    num_bytes: int
 
 
 def to_megatron(
@@ -79,8 +72,8 @@ def to_megatron(
     Args:
         hf_dir: safetensors, single or indexed.
         out: the new folder; config and tokenizer go to ``out/hf``.
-        tensor: tensor-parallel ranks that it is sharded and padded for.
-        pipeline: stages that it is sharded for: one file for each rank.
+        tensor: tensor-parallel ranks that the vocabulary is padded for.
+        pipeline: stages, with a file for each.
         check: of the result.
         progress: called after every tensor.
 
@@ -90,18 +83,32 @@ def to_megatron(
     """
     config = load_hf_config(hf_dir)
     check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
-    tensors, shapes = SafetensorsFolder(hf_dir), expected_tensors(config)
-    _check_hf_folder(tensors, shapes, config, hf_dir)
-    done, num_parameters = Conversion(), sum(shape.numel() for shape in shapes.values())
+    tensors = SafetensorsFolder(hf_dir)
+    counts = _check_tensors(tensors, config, hf_dir)
+    first: dict[str, str] = {}
+    for placement in placements(config, pp_size=1):
+        for name in placement.hf:
+            other = first.setdefault(placement.key, name)
+            dtype, other_dtype = tensors.dtype(name), tensors.dtype(other)
+            if dtype != other_dtype:
+                message = f"{name} is {dtype} and {other} {other_dtype}"
+                raise DataError(f"{hf_dir}: {message}: they become one tensor and must have one dtype")
+    num_done, num_bytes = 0, 0
     with replacing_folder(out) as partial:
         partial.mkdir(parents=True)
         writer = TorchDistWriter(partial)
         for placement in placements(config, pipeline):
-            shards = split_shards(placement, tensors, tensor, config)
-            _write_shards(writer, placement, shards, config.num_hidden_layers)
-            itemsize = shards[0].itemsize
-            done.add(len(placement.hf), sum(shapes[name].numel() for name in placement.hf), itemsize)
-            progress(done.num_parameters * itemsize, num_parameters * itemsize)
+            is_padded = placement.layout is VOCAB
+            whole = torch.cat(split_shards(placement, tensors, tensor if is_padded else 1, config))
+            if placement.layer is None:
+                writer.add(placement.stage, placement.key, whole.shape, (0,) * whole.dim(), whole)
+            else:
+                size, offsets = (config.num_hidden_layers, *whole.shape), (placement.layer, *(0,) * whole.dim())
+                writer.add(placement.stage, placement.key, size, offsets, whole.unsqueeze(0))
+            num_numbers = sum(counts[name] for name in placement.hf)
+            num_done += num_numbers
+            num_bytes += num_numbers * whole.itemsize
+            progress(num_done * whole.itemsize, sum(counts.values()) * whole.itemsize)
         writer.finish({"step": 0})
         (partial / HF_SUBFOLDER).mkdir()
         carry_over(hf_dir, partial / HF_SUBFOLDER)
@@ -113,7 +120,7 @@ def to_megatron(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         if check is not None:
             check(partial)
-    return done
+    return Conversion(num_tensors=len(counts), num_bytes=num_bytes)
 
 
 def to_hf(
@@ -143,49 +150,36 @@ def to_hf(
         CheckpointError: the checkpoint is damaged.
     """
     config = load_hf_config(hf_dir)
-    tensors, shapes = MegatronFolder(checkpoint, config), expected_tensors(config)
-    for placement in placements(config, pp_size=1):
-        tensors.check(placement.hf[0], [shapes[name] for name in placement.hf])
-    check_weights(tensors, config, checkpoint)
-    done, num_parameters = Conversion(), sum(shape.numel() for shape in shapes.values())
+    tensors = MegatronFolder(checkpoint, config)
+    counts = _check_tensors(tensors, config, checkpoint)
+    num_done, num_bytes = 0, 0
 
     def stream() -> Iterator[tuple[str, Tensor]]:
+        nonlocal num_done, num_bytes
         for name in (name for placement in placements(config, pp_size=1) for name in placement.hf):
             whole = tensors[name] if dtype is None else tensors[name].to(dtype)
             yield name, whole
-            done.add(1, whole.numel(), whole.itemsize)
-            progress(done.num_parameters * whole.itemsize, num_parameters * whole.itemsize)
+            num_done += whole.numel()
+            num_bytes += whole.nbytes
+            progress(num_done * whole.itemsize, sum(counts.values()) * whole.itemsize)
 
     write_hf_folder(stream(), hf_dir, out, is_writer=True, shard_bytes=shard_bytes, check=check)
-    return done
+    return Conversion(num_tensors=len(counts), num_bytes=num_bytes)
 
 
-def expected_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Meta tensors by name, of the model that transformers builds from this config. A tied head is not among them."""
+def _check_tensors(tensors: HFTensors, config: PretrainedConfig, source: Path) -> dict[str, int]:
+    """Check names and shapes against the model that transformers builds; returns the size of each tensor in numbers."""
+    check_weights(tensors, config, source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensors: dict[str, Tensor] = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
-
-
-def _check_hf_folder(
-    tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: PretrainedConfig, hf_dir: Path
-) -> None:
-    check_weights(tensors, config, hf_dir)
-    for name, wanted in shapes.items():
+        expected.pop(HEAD, None)  # it is the embedding
+    for name, wanted in expected.items():
         shape = tensors.shape(name)
-        if shape != tuple(wanted.shape):
-            raise DataError(f"{hf_dir}: {name} is {shape}, the model of config.json wants {tuple(wanted.shape)}")
-    first: dict[str, str] = {}
-    for placement in placements(config, pp_size=1):
-        for name in placement.hf:
-            other = first.setdefault(placement.key, name)
-            dtype, other_dtype = tensors.dtype(name), tensors.dtype(other)
-            if dtype != other_dtype:
-                message = f"{name} is {dtype} and {other} {other_dtype}"
-                raise DataError(f"{hf_dir}: {message}: they become one tensor and must have one dtype")
+        if shape != wanted:
+            raise DataError(f"{source}: {name} is {shape}, the model of config.json wants {wanted}")
+    return {name: math.prod(shape) for name, shape in expected.items()}
 
 
 class TorchDistWriter:
@@ -203,10 +197,10 @@ class TorchDistWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, rank: int, key: str, size: Sequence[int], offsets: Sequence[int], piece: Tensor) -> None:
-        """Append one piece to the file of a rank.
+        """Append one piece to a file.
 
         Args:
-            rank: that would have saved it; one file each.
+            rank: number of the file.
             key: of the whole tensor.
             size: of the whole tensor.
             offsets: of the piece in it.
@@ -238,21 +232,3 @@ class TorchDistWriter:
         metadata = Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._storage)
         with (self._folder / METADATA).open("wb") as stream:
             pickle.dump(metadata, stream)
-
-
-def _write_shards(writer: TorchDistWriter, placement: Placement, shards: list[Tensor], num_layers: int) -> None:
-    """Write one tensor in the pieces that megatron's ranks would save (data-parallel size 1, tensor ranks fastest)."""
-    layout, tp_size = placement.layout, len(shards)
-    size = list(shards[0].shape)
-    if layout.dim is not None:
-        size[layout.dim] *= tp_size
-    stack = () if placement.layer is None else (num_layers,)
-    first = () if placement.layer is None else (placement.layer,)
-    for tp_rank, shard in enumerate(shards if layout.dim is not None else shards[:1]):
-        for block, piece in enumerate(shard.chunk(layout.blocks, layout.dim or 0)):
-            offsets = [0] * piece.dim()
-            if layout.dim is not None:
-                offsets[layout.dim] = (block * tp_size + tp_rank) * piece.shape[layout.dim]
-            whole = piece.contiguous() if placement.layer is None else piece.contiguous().unsqueeze(0)
-            rank = placement.stage * tp_size + tp_rank
-            writer.add(rank, placement.key, (*stack, *size), (*first, *offsets), whole)

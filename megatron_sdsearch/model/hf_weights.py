@@ -38,6 +38,10 @@ class HFTensors(Protocol):
         """One tensor on CPU; DataError when there is none."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, which is not read; DataError when there is none."""
+        ...
+
     def locate(self, name: str) -> Path:
         """The file or folder that holds it; DataError when there is none."""
         ...

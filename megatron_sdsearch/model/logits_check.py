@@ -5,7 +5,6 @@ transformers reads the folder, megatron-core's own dist_checkpointing the checkp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,24 +25,14 @@ TOLERANCE = 1e-3
 _NUM_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitsGap:
-    """How far two models are apart.
-
-    Attributes:
-        largest: absolute difference of two logits.
-        scale: the largest absolute logit of the Hugging Face side.
-    """
-
-    largest: float
-    scale: float
-
-
 @torch.no_grad()
-def check_same_logits(hf_dir: Path, checkpoint: Path) -> LogitsGap:
+def check_same_logits(hf_dir: Path, checkpoint: Path) -> tuple[float, float]:
     """Compare the logits of both sides on random ids, in float32, one model after the other.
 
     Takes one whole model of memory, and this process's default process group.
+
+    Returns:
+        The largest difference of two logits, and the largest logit of the Hugging Face side, both absolute.
 
     Raises:
         VerificationError: the logits differ, or are not finite.
@@ -57,12 +46,11 @@ def check_same_logits(hf_dir: Path, checkpoint: Path) -> LogitsGap:
         largest = float((megatron_logits(hf_dir, checkpoint, ids, parallel) - expected).abs().max())
     finally:
         parallel.shutdown()
-    gap = LogitsGap(largest=largest, scale=float(expected.abs().max()))
-    if not gap.largest <= TOLERANCE * gap.scale:  # nor where one is not finite
-        raise VerificationError(
-            f"{checkpoint} does not compute what {hf_dir} does: logits differ by {gap.largest:.2e} of {gap.scale:.2e}"
-        )
-    return gap
+    scale = float(expected.abs().max())
+    if not largest <= TOLERANCE * scale:  # nor where one is not finite
+        difference = f"logits differ by {largest:.2e} of {scale:.2e}"
+        raise VerificationError(f"{checkpoint} does not compute what {hf_dir} does: {difference}")
+    return largest, scale
 
 
 @torch.no_grad()

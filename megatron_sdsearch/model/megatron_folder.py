@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import CheckpointError, DataError
-from megatron_sdsearch.model.weight_table import VOCAB, Placement, placements
+from megatron_sdsearch.model.weight_table import Placement, placements
 
 METADATA = ".metadata"
 HF_SUBFOLDER = "hf"
@@ -189,10 +189,20 @@ class MegatronFolder:
         """
         if name not in self._joined:
             self.locate(name)
-            placement, key, layer = self._sources[name]
-            whole = self._reader.read(key, layer)
-            self._joined = dict(zip(placement.hf, placement.layout.join([whole], self._config), strict=True))
+            _, key, layer = self._sources[name]
+            self._joined = self._join(name, self._reader.read(key, layer))
         return self._joined.pop(name)  # each is asked for once: memory holds no more than one megatron tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, which is not read.
+
+        Raises:
+            DataError: there is no such tensor, or it has another shape.
+        """
+        self.locate(name)
+        _, key, layer = self._sources[name]
+        size = self._reader.tensors[key].size
+        return tuple(self._join(name, torch.empty(size if layer is None else size[1:], device="meta"))[name].shape)
 
     def locate(self, name: str) -> Path:
         """The checkpoint's folder.
@@ -200,36 +210,24 @@ class MegatronFolder:
         Raises:
             DataError: there is no such tensor.
         """
-        self.check(name)
-        return self._folder
-
-    def check(self, name: str, sources: list[Tensor] | None = None) -> None:
-        """Check that a tensor is there, without reading it.
-
-        Args:
-            name: of the tensor.
-            sources: meta tensors of all that share its megatron tensor, whose shapes it must have.
-
-        Raises:
-            DataError: it is not there, or has another shape.
-        """
         if name not in self._sources:
             raise DataError(f"{self._folder} has no tensor {name}")
-        placement, key, layer = self._sources[name]
+        _, key, layer = self._sources[name]
         if key not in self._reader.tensors:
             raise DataError(f"{self._folder} has no tensor {key}, of which {name} is made")
-        shape = tuple(self._reader.tensors[key].size)
-        num_layers = self._config.num_hidden_layers
-        if layer is not None and shape[0] != num_layers:
-            raise DataError(f"{self._folder}: {key} has {shape[0]} layers, the model of config.json {num_layers}")
-        if sources is None:
-            return
-        wanted = tuple(placement.layout.split(sources, 1, self._config)[0].shape)
-        found = shape if layer is None else shape[1:]
-        if placement.layout is VOCAB and found[0] > wanted[0]:
-            found = (wanted[0], *found[1:])  # padded for some tensor-parallel size
-        if found != wanted:
-            raise DataError(f"{self._folder}: {key} is {found}, the model of config.json wants {wanted}")
+        found, wanted = self._reader.tensors[key].size[0], self._config.num_hidden_layers
+        if layer is not None and found != wanted:
+            raise DataError(f"{self._folder}: {key} has {found} layers, the model of config.json {wanted}")
+        return self._folder
+
+    def _join(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """The Hugging Face tensors that share the megatron tensor of ``name``."""
+        placement, key, _ = self._sources[name]
+        try:
+            return dict(zip(placement.hf, placement.layout.join([whole], self._config), strict=True))
+        except RuntimeError as error:
+            shape = tuple(whole.shape)
+            raise DataError(f"{self._folder}: {key} is {shape}, not as config.json says: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -6,7 +6,7 @@ weights to rollout engines. docs/adding-a-model.md says how to add an architectu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,51 +26,45 @@ class Layout:
     Attributes:
         split: (HF tensors, tp_size, config) -> one tensor per tensor-parallel rank.
         join: its inverse, padding removed.
-        dim: that shards are cut along, None when every rank holds all of it.
-        blocks: number of tensors whose parts lie one after another in a shard; in a checkpoint each of them is whole.
     """
 
-    split: Callable[[Sequence[Tensor], int, PretrainedConfig], list[Tensor]]
-    join: Callable[[Sequence[Tensor], PretrainedConfig], list[Tensor]]
-    dim: int | None = 0
-    blocks: int = 1
+    split: Callable[[list[Tensor], int, PretrainedConfig], list[Tensor]]
+    join: Callable[[list[Tensor], PretrainedConfig], list[Tensor]]
 
 
-def _split_vocab(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
+def _split_vocab(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
     padding = padded_vocab_size(config.vocab_size, size) - config.vocab_size
     return list(torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)).chunk(size))
 
 
-def _split_qkv(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
+def _split_qkv(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
     # megatron keeps each query group's heads together: [q of the group, k, v] for every group in turn.
     grouped = [tensor.unflatten(0, (config.num_key_value_heads, -1)) for tensor in tensors]
     return list(torch.cat(grouped, dim=1).flatten(0, 1).chunk(size))
 
 
-def _join_qkv(shards: Sequence[Tensor], config: PretrainedConfig) -> list[Tensor]:
+def _join_qkv(shards: list[Tensor], config: PretrainedConfig) -> list[Tensor]:
     groups, width = config.num_key_value_heads, head_dim(config)
-    grouped = torch.cat(list(shards)).unflatten(0, (groups, -1))
+    grouped = torch.cat(shards).unflatten(0, (groups, -1))
     sizes = [width * (config.num_attention_heads // groups), width, width]
     return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
 
 
-def _split_gate_up(tensors: Sequence[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
+def _split_gate_up(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
     gate, up = (tensor.chunk(size) for tensor in tensors)
     return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
 
-def _join_gate_up(shards: Sequence[Tensor], config: PretrainedConfig) -> list[Tensor]:
+def _join_gate_up(shards: list[Tensor], config: PretrainedConfig) -> list[Tensor]:
     halves = [shard.chunk(2) for shard in shards]
     return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
 
 
-REPLICATED = Layout(split=lambda t, size, _: [t[0]] * size, join=lambda shards, _: [shards[0]], dim=None)
-ROW = Layout(
-    split=lambda t, size, _: list(t[0].chunk(size, dim=1)), join=lambda s, _: [torch.cat(list(s), dim=1)], dim=1
-)
-VOCAB = Layout(split=_split_vocab, join=lambda shards, config: [torch.cat(list(shards))[: config.vocab_size]])
+REPLICATED = Layout(split=lambda t, size, _: [t[0]] * size, join=lambda shards, _: [shards[0]])
+ROW = Layout(split=lambda t, size, _: list(t[0].chunk(size, dim=1)), join=lambda s, _: [torch.cat(s, dim=1)])
+VOCAB = Layout(split=_split_vocab, join=lambda shards, config: [torch.cat(shards)[: config.vocab_size]])
 QKV = Layout(split=_split_qkv, join=_join_qkv)
-GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up, blocks=2)
+GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,9 +76,9 @@ def test_no_caller_can_ask_torch_for_code(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_distributed_optimizer_with_torchs_adam_is_refused(tmp_path: Path) -> None:
     policy: Any = SimpleNamespace(optimizer=object.__new__(DistributedOptimizer))
-    unused: Any = None
+    anything: Any = SimpleNamespace(tp_size=1, pp_size=1, dp_size=1)
     with pytest.raises(CheckpointError, match="wrong without an error"):
-        CheckpointStore(tmp_path, policy, unused, unused)
+        CheckpointStore(tmp_path, policy, anything, anything)
 
 
 def test_the_disk_is_blamed_and_not_what_torch_makes_of_it() -> None:
