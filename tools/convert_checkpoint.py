@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+from rich.progress import Progress
 
 from megatron_sdsearch.config import path_argument
 from megatron_sdsearch.errors import ConfigError, SDSearchError, VerificationError
@@ -44,9 +44,8 @@ def main() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     arguments = parse_arguments()
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
             done = convert(arguments, bar)
     except (SDSearchError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

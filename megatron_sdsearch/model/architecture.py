@@ -86,11 +86,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel
     architecture = ARCHITECTURES[hf_config.model_type]
     dtype = getattr(torch, model.dtype)
     on_gpu = parallel.device.type == "cuda"
-    recompute = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if model.recompute == "full"
-        else {}
-    )
+    recomputes = model.recompute == "full"
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -115,18 +111,15 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=True,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         gradient_accumulation_fusion=False,  # the loss owns the head's matmul: its gradient comes through autograd
-        persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         sequence_parallel=parallel.sequence_parallel,
         # Batched point-to-point calls are silently wrong on gloo with interleaving and hang with tied embeddings.
         batch_p2p_comm=on_gpu,
-        **recompute,
+        recompute_granularity="full" if recomputes else None,
+        recompute_method="uniform" if recomputes else None,
+        recompute_num_layers=1 if recomputes else None,
     )
 
 

@@ -1,7 +1,7 @@
 """Resumable checkpoints through megatron's dist_checkpointing: saving in the background, and loading.
 
 Layout: ``root/step_000040/`` with the shards and ``manifest.json``; ``root/latest`` names the newest, and moves last.
-``checkpoint_folder.py`` owns folders, checksums and retention; ``docs/checkpoints.md`` tells the user's side.
+``checkpoint_folder.py`` owns folders, checksums and retention; ``docs/checkpoints.md`` is the user's guide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class _PendingSave:
     """A save that has begun."""
 
     state: TrainingState
-    partial: Path
+    folder: Path
     manifest: Mapping[str, Any]
     write: BackgroundWrite
 
@@ -141,17 +141,17 @@ class CheckpointStore:
             return
         # Before the first update Adam has no state yet: steps with nothing to learn may come first.
         has_moments = any(bool(part.optimizer.state) for part in self._optimizers if part.optimizer is not None)
-        manifest, partial = self._run_on_main(
+        manifest, folder = self._run_on_main(
             lambda: (self._describe_run(state, has_moments=has_moments), self._folder.begin(state.step)),
             f"step {state.step}",
         )
         content = {**self._content(is_loading=False, has_moments=has_moments), "step": state.step}
         try:
-            write = BackgroundWrite(content, partial)
+            write = BackgroundWrite(content, folder)
         except _LIBRARY_ERRORS as error:
             # On one rank perhaps: the others notice when it is gone.
             raise self._write_error(f"step {state.step}", describe_error(error)) from error
-        self._pending = _PendingSave(state=state, partial=partial, manifest=manifest, write=write)
+        self._pending = _PendingSave(state=state, folder=folder, manifest=manifest, write=write)
         if not self._config.checkpoint.async_save:
             self.finish()
 
@@ -177,7 +177,7 @@ class CheckpointStore:
         reports = self._parallel.all_gather_object(pending.write.wait())
         if errors := [f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error]:
             if self._parallel.is_main:
-                shutil.rmtree(pending.partial, ignore_errors=True)  # a full disk needs the room
+                shutil.rmtree(pending.folder, ignore_errors=True)  # a full disk needs the room
             raise self._write_error(name, "; ".join(errors))
         try:
             pending.write.write_metadata()
@@ -186,10 +186,10 @@ class CheckpointStore:
 
         def commit() -> None:
             records = {name: record for _, files in reports for name, record in files.items()}
-            for path in pending.partial.iterdir():
+            for path in pending.folder.iterdir():
                 if path.is_file() and path.name not in records:
                     records[path.name] = hash_file(path, should_sync=True)
-            self._folder.commit(pending.partial, {**pending.manifest, "files": dict(sorted(records.items()))})
+            self._folder.commit(pending.folder, {**pending.manifest, "files": dict(sorted(records.items()))})
             self._folder.prune(pending.state.step, pending.state.scores, self._config.checkpoint)
 
         self._run_on_main(commit, name)
@@ -245,39 +245,37 @@ class CheckpointStore:
         """The checkpoint to continue from, undamaged as far as can be seen: the same one on every rank."""
         self._run_on_main(self._folder.clean, "start")
         found: list[Path] = self._run_on_main(self._folder.candidates, "start")
-        for index, folder in enumerate(found):
+        for folder, older in zip(found, [*found[1:], None], strict=True):
             problems = self._find_damage(folder)
             if not problems:
-                if index:
-                    self._run_on_main(lambda folder=folder: self._folder.go_back(folder), "fallback")  # type: ignore[misc]
+                if folder != found[0]:
+                    self._run_on_main(partial(self._folder.go_back, folder), "fallback")
                 return folder
-            older = [other.name for other in found[index + 1 :]]
             message = f"{folder} is damaged: {'; '.join(problems)}"
-            if not older:
+            if older is None:
                 raise CheckpointError(f"{message}; there is no older one")
             if not self._config.checkpoint.fallback:
-                fix = f"Restore it, or set checkpoint.fallback=true to go on from {older[0]}"
+                fix = f"Restore it, or set checkpoint.fallback=true to go on from {older.name}"
                 raise CheckpointError(f"{message}. {fix}")
             if self._parallel.is_main:
-                _log.warning("%s; checkpoint.fallback is on: trying %s", message, older[0])
+                _log.warning("%s; checkpoint.fallback is on: trying %s", message, older.name)
         return None
 
     def _find_damage(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint; each rank looks at its share of the files, the first at the metadata."""
+        problems: list[str] = []
         try:
             files = read_manifest(folder)["files"]
-        except CheckpointError as error:
-            return [str(error)]
-        own = sorted(files)[self._parallel.rank :: self._parallel.world_size]
-        problems = damages(folder, files, own, verify=self._config.checkpoint.verify)
-        if self._parallel.is_main:
-            try:
-                read_metadata(folder)
-            except CheckpointError as error:
-                problems.append(str(error))
-            if METADATA not in files:
+            own = sorted(files)[self._parallel.rank :: self._parallel.world_size]
+            problems += damages(folder, files, own, verify=self._config.checkpoint.verify)
+            if self._parallel.is_main and METADATA not in files:
                 problems.append(f"the manifest does not list {METADATA}")
-        return [problem for part in self._parallel.all_gather_object(problems) for problem in part]
+            if self._parallel.is_main:
+                read_metadata(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+        found = (problem for part in self._parallel.all_gather_object(problems) for problem in part)
+        return list(dict.fromkeys(found))  # a manifest that cannot be read is the same problem on every rank
 
     def _check_inputs(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         for name, before in manifest.get("inputs", {}).items():
@@ -319,9 +317,21 @@ class CheckpointStore:
     def _content(self, *, is_loading: bool, has_moments: bool) -> dict[str, Any]:
         """megatron's sharded state dictionary of everything that is saved or loaded, but the step."""
         policy, parallel = self._policy, self._parallel
+        # Every generator of this process, as plain numbers and tensors, which need no pickle.
+        algorithm, keys, position, has_gauss, cached = np.random.get_state()  # libraries draw from it
+        states = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "megatron": dict(get_cuda_rng_tracker().get_states()),
+            "python": random.getstate(),
+            "numpy": (str(algorithm), [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
+        }
         model = policy.gpt.sharded_state_dict()
-        rng = ShardedObject("rng", [_get_rng_states()], (parallel.world_size,), (parallel.rank,), replica_id=0)
-        content = {"model": model, "scheduler": policy.scheduler.state_dict(), "rng": rng}
+        content = {
+            "model": model,
+            "scheduler": policy.scheduler.state_dict(),
+            "rng": ShardedObject("rng", [states], (parallel.world_size,), (parallel.rank,), replica_id=0),
+        }
         if has_moments:
             content["optimizer"] = policy.optimizer.sharded_state_dict(
                 dict(model), is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
@@ -350,18 +360,6 @@ class CheckpointStore:
             f"({describe_free_space(self._folder.root)}). The last one: {kept}. "
             "Make room or fix the permissions, then start the same command again"
         )
-
-
-def _get_rng_states() -> dict[str, Any]:
-    """Every generator of this process, as plain numbers and tensors, which need no pickle."""
-    algorithm, keys, position, has_gauss, cached = np.random.get_state()  # libraries draw from it
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": dict(get_cuda_rng_tracker().get_states()),
-        "python": random.getstate(),
-        "numpy": (str(algorithm), [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
-    }
 
 
 def _set_rng_states(states: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -59,11 +60,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_STEP))
 
 
+@dataclass(frozen=True, slots=True)
 class CheckpointFolder:
     """``run_dir/checkpoints``. A single process of the run calls what changes it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     def steps(self) -> dict[int, Path]:
         """Folders that were completed, by step in ascending order; they may have been damaged since."""

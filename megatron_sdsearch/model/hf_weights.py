@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,30 +21,15 @@ from megatron_sdsearch.model.weight_table import EMBEDDING, HEAD, VOCAB, Placeme
 if TYPE_CHECKING:  # what only looks at a folder's weights does not wait for megatron
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_sdsearch.model.megatron_folder import MegatronFolder
     from megatron_sdsearch.parallel.groups import ParallelState
 
 _INDEX = "model.safetensors.index.json"
 T = TypeVar("T")
 
 
-class HFTensors(Protocol):
-    """Whole tensors by their Hugging Face names, read one at a time."""
-
-    def names(self) -> set[str]:
-        """Names of all tensors, those included that no table knows."""
-        ...
-
-    def __getitem__(self, name: str) -> Tensor:
-        """One tensor on CPU; DataError when there is none."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, which is not read; DataError when there is none."""
-        ...
-
-    def locate(self, name: str) -> Path:
-        """The file or folder that holds it; DataError when there is none."""
-        ...
+HFTensors: TypeAlias = "SafetensorsFolder | MegatronFolder"
+"""Whole tensors by their Hugging Face names, read one at a time."""
 
 
 @torch.no_grad()
@@ -76,7 +61,14 @@ def load_weights(
             raise DataError(f"{joined}: {shard.dtype} is no type of weights; give a model that is not quantised")
         target.copy_(shard)
         if not target.isfinite().all():
-            raise _not_finite_error(sources, tensors, target.dtype)
+            for name in sources:
+                if count := int((~tensors[name].isfinite()).sum()):
+                    raise DataError(
+                        f"{tensors.locate(name)}: {name} holds {count} numbers that are NaN or infinite; "
+                        "fetch the file again, or take an earlier checkpoint of the model"
+                    )
+            problem = f"{tensors.locate(sources[0])}: {joined}: numbers too large for {target.dtype}"
+            raise DataError(f"{problem}; set model.dtype to a wider one")
         filled.add(id(target))
 
     for placement in placements(config, parallel.pp_size):
@@ -90,20 +82,6 @@ def load_weights(
     missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
     if missed:
         raise DataError(f"no weight in {source} for {', '.join(missed)}: the weight table does not fit this model")
-
-
-def _not_finite_error(sources: Sequence[str], tensors: HFTensors, dtype: torch.dtype) -> DataError:
-    """Which of the sources it is; where all are finite, they are too large for the model's dtype."""
-    for name in sources:
-        if count := int((~tensors[name].isfinite()).sum()):
-            return DataError(
-                f"{tensors.locate(name)}: {name} holds {count} numbers that are NaN or infinite; "
-                "fetch the file again, or take an earlier checkpoint of the model"
-            )
-    return DataError(
-        f"{tensors.locate(sources[0])}: {', '.join(sources)}: numbers too large for {dtype}; "
-        "set model.dtype to a wider one"
-    )
 
 
 def _find_parameter(parameters: Mapping[str, Tensor], placement: Placement) -> Tensor:
@@ -128,7 +106,7 @@ def split_shards(placement: Placement, tensors: HFTensors, tp_size: int, config:
 
 
 def check_weights(tensors: HFTensors, config: PretrainedConfig, source: Path) -> None:
-    """Check that a folder's weights are those of config.json's model, as far as names tell; a tied head is compared.
+    """Check that a folder's weights are those of config.json's model, by their names; a tied head is compared.
 
     Raises:
         DataError: a tensor is unknown or missing, or config.json ties a head that is another one.
@@ -176,7 +154,7 @@ def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> N
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards. An ``HFTensors``.
+    """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards.
 
     A file is opened anew for every tensor: what has been read of an open one stays in the process's resident memory.
     Every method raises DataError where a file is missing or is none of weights, or where it lacks the tensor.

@@ -10,7 +10,6 @@ types are let through. Pieces are loaded with ``weights_only=True``.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import pickle
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import CheckpointError, DataError
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, read_manifest
 from megatron_sdsearch.model.weight_table import Placement, placements
 
 METADATA = ".metadata"
@@ -148,7 +148,7 @@ class TorchDistReader:
 
 
 class MegatronFolder:
-    """A checkpoint's weights under their Hugging Face names; optimizer and RNG are passed over. An ``HFTensors``.
+    """A checkpoint's weights under their Hugging Face names; optimizer and RNG are passed over.
 
     Args:
         folder: of the checkpoint.
@@ -231,7 +231,7 @@ class MegatronFolder:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` stands for: itself, or what ``latest`` names in it or in its ``checkpoints``.
+    """The checkpoint that ``path`` stands for: itself, or the newest in it or in its ``checkpoints``.
 
     Raises:
         CheckpointError: there is none.
@@ -239,11 +239,10 @@ def find_checkpoint(path: Path) -> Path:
     if (path / METADATA).is_file():
         return path
     for root in (path, path / "checkpoints"):
-        if (root / "latest").is_file():
-            folder = root / (root / "latest").read_text().strip()
-            if (folder / METADATA).is_file():
-                return folder
-            raise CheckpointError(f"{root / 'latest'} names {folder.name}, which is no complete checkpoint")
+        for newest in CheckpointFolder(root).candidates()[:1]:
+            if not (newest / METADATA).is_file():
+                raise CheckpointError(f"the newest in {root} is {newest.name}, which is no complete checkpoint")
+            return newest
     raise CheckpointError(f"{path} is no checkpoint: give a step_* folder, a run's folder or a converted one")
 
 
@@ -256,9 +255,8 @@ def find_hf_dir(checkpoint: Path) -> Path:
     if (checkpoint / HF_SUBFOLDER / "config.json").is_file():
         return checkpoint / HF_SUBFOLDER
     try:
-        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
-        folder = Path(manifest["config"]["model"]["hf_dir"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        folder = Path(read_manifest(checkpoint)["config"]["model"]["hf_dir"])
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} does not say which model it is of: give --hf-dir") from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} was trained from {folder}, which holds no config.json: give --hf-dir")

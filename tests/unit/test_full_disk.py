@@ -128,8 +128,8 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
             partial.mkdir()
             (partial / content).touch()
         assert names(target) == [content]
-    with pytest.raises(FileExistsError), replacing_folder(target) as partial:
-        [partial.mkdir() for _ in range(2)]
+    with pytest.raises(FileNotFoundError), replacing_folder(target) as partial:
+        (partial / "below").mkdir()
     with pytest.raises(FileNotFoundError), replacing_folder(target):
         pass  # there is nothing to put in its position
     assert names(target) == ["second"]
