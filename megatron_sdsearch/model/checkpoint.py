@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -245,7 +246,7 @@ class CheckpointStore:
         """The checkpoint to continue from, undamaged as far as can be seen: the same one on every rank."""
         self._run_on_main(self._folder.clean, "start")
         found: list[Path] = self._run_on_main(self._folder.candidates, "start")
-        for folder, older in zip(found, [*found[1:], None], strict=True):
+        for folder, older in zip_longest(found, found[1:]):
             problems = self._find_damage(folder)
             if not problems:
                 if folder != found[0]:

@@ -222,30 +222,28 @@ class SafetensorsFolder:
 
 
 @torch.no_grad()
-def export_hf_weights(gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors one at a time, the same on every rank: a collective, which all ranks must drain."""
+def export_hf_weights(
+    gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState, *, own_stage_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole Hugging Face tensors one at a time: a collective, which its ranks must drain.
+
+    The ranks are all, and each gets every tensor; with ``own_stage_only`` they are those of a tensor-parallel group,
+    and get the tensors of their pipeline stage.
+    """
     parameters = dict(gpt.named_parameters())
     for placement in placements(config, parallel.pp_size):
-        tensors = _gather(parameters, placement, config, parallel) if placement.stage == parallel.pp_rank else []
-        if parallel.pp_size > 1:
+        is_own = placement.stage == parallel.pp_rank
+        if own_stage_only and not is_own:
+            continue
+        tensors = _gather(parameters, placement, config, parallel) if is_own else []
+        if parallel.pp_size > 1 and not own_stage_only:
             box: list[Any] = [[(tensor.shape, tensor.dtype) for tensor in tensors]]
             dist.broadcast_object_list(box, group=parallel.pp_group, group_src=placement.stage)
-            if placement.stage != parallel.pp_rank:
+            if not is_own:
                 tensors = [torch.empty(shape, dtype=dtype, device=parallel.device) for shape, dtype in box[0]]
             for tensor in tensors:
                 dist.broadcast(tensor.contiguous(), group=parallel.pp_group, group_src=placement.stage)
         yield from zip(placement.hf, tensors, strict=True)
-
-
-@torch.no_grad()
-def export_stage_weights(
-    gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState
-) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors of this rank's pipeline stage; a collective over its tensor-parallel group."""
-    parameters = dict(gpt.named_parameters())
-    for placement in placements(config, parallel.pp_size):
-        if placement.stage == parallel.pp_rank:
-            yield from zip(placement.hf, _gather(parameters, placement, config, parallel), strict=True)
 
 
 def _gather(
