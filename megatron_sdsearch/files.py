@@ -53,7 +53,7 @@ def write_file(path: Path, content: str | bytes, *, is_shared: bool = False) -> 
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.rename(path)
+            temporary.rename(path)  # the content first: a crash in between leaves the old file
         except OSError:
             temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
@@ -68,7 +68,7 @@ def replace_folder(partial: Path, target: Path) -> None:
     """
     old = target.with_name(f".old_{target.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if target.exists():  # nothing can be renamed over a folder that is not empty
         target.rename(old)
     try:
         partial.rename(target)

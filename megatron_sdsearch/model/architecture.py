@@ -1,4 +1,4 @@
-"""From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
+"""Build a megatron-core GPTModel that returns hidden states from a Hugging Face config.
 
 The layer spec is transformer-engine's with CUDA, and our packed local spec without, or where it is asked for.
 ``hf_config.py`` decides which models are supported; ``hf_weights.py`` fills them.

@@ -180,6 +180,7 @@ class CheckpointStore:
             if self._parallel.is_main:
                 shutil.rmtree(pending.folder, ignore_errors=True)  # a full disk needs the room
             raise self._write_error(name, "; ".join(errors))
+        # Only now, for the metadata makes the folder readable: every shard that it names is on the disk.
         try:
             pending.write.write_metadata()
         except _LIBRARY_ERRORS as error:
@@ -187,7 +188,7 @@ class CheckpointStore:
 
         def commit() -> None:
             records = {name: record for _, files in reports for name, record in files.items()}
-            for path in pending.folder.iterdir():
+            for path in pending.folder.iterdir():  # the metadata, which no rank has reported
                 if path.is_file() and path.name not in records:
                     records[path.name] = hash_file(path, should_sync=True)
             self._folder.commit(pending.folder, {**pending.manifest, "files": dict(sorted(records.items()))})
@@ -229,7 +230,7 @@ class CheckpointStore:
             self._policy.scheduler.load_state_dict(loaded["scheduler"])
         if "rng" in loaded:
             _set_rng_states(loaded["rng"][0])
-        self._saved_step = int(loaded["step"])
+        self._saved_step = int(loaded["step"])  # not to be saved again
         state = manifest.get("state", {})
         # What no setting says: the number of processes, and the libraries' versions.
         before = {"ranks": math.prod(manifest["layout"].values()), **manifest.get("versions", {})}

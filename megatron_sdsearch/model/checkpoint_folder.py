@@ -25,7 +25,7 @@ from megatron_sdsearch.files import replace_folder, write_file
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = 3
-"""Of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
+"""Version of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
 LATEST: Final = "latest"
 BEST: Final = "best"
 _STEP: Final = "step_"

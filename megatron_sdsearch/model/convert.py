@@ -85,6 +85,7 @@ def to_megatron(
     check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
     tensors = SafetensorsFolder(hf_dir)
     counts = _check_tensors(tensors, config, hf_dir)
+    # q, k and v become one tensor and all layers one stack, whose type is that of the first piece.
     first: dict[str, str] = {}
     for placement in placements(config, pp_size=1):
         for name in placement.hf:
@@ -98,7 +99,7 @@ def to_megatron(
         partial.mkdir(parents=True)
         writer = TorchDistWriter(partial)
         for placement in placements(config, pipeline):
-            is_padded = placement.layout is VOCAB
+            is_padded = placement.layout is VOCAB  # the others are the same for every tensor-parallel size
             whole = torch.cat(split_shards(placement, tensors, tensor if is_padded else 1, config))
             if placement.layer is None:
                 writer.add(placement.stage, placement.key, whole.shape, (0,) * whole.dim(), whole)

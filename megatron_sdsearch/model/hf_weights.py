@@ -60,7 +60,7 @@ def load_weights(
         if not shard.is_floating_point():
             raise DataError(f"{joined}: {shard.dtype} is no type of weights; give a model that is not quantised")
         target.copy_(shard)
-        if not target.isfinite().all():
+        if not target.isfinite().all():  # after the copy: a smaller dtype may not hold what the file does
             for name in sources:
                 if count := int((~tensors[name].isfinite()).sum()):
                     raise DataError(

@@ -27,7 +27,7 @@ from megatron_sdsearch.model.weight_table import Placement, placements
 
 METADATA = ".metadata"
 HF_SUBFOLDER = "hf"
-"""Of a converted checkpoint: config and tokenizer, without weights."""
+"""Folder in a converted checkpoint with config and tokenizer, without weights."""
 _NO_WEIGHTS = ("optimizer.", "rng", "chained_")
 # What megatron-core 0.16.1 and torch 2.13 write, every rank's plan for the next save included; classes of plain data,
 # and two functions that look up an enum.

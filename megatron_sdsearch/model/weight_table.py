@@ -33,6 +33,7 @@ class Layout:
 
 
 def _split_vocab(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
+    # Zeros behind the table, so that all ranks hold as many rows.
     padding = padded_vocab_size(config.vocab_size, size) - config.vocab_size
     return list(torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)).chunk(size))
 
@@ -51,6 +52,7 @@ def _join_qkv(shards: list[Tensor], config: PretrainedConfig) -> list[Tensor]:
 
 
 def _split_gate_up(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
+    # A rank holds its part of the gate above its part of the up projection.
     gate, up = (tensor.chunk(size) for tensor in tensors)
     return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 

@@ -65,6 +65,7 @@ class CheckpointScheduler:
         every, every_s = self._checkpoint.every, self._checkpoint.every_minutes * 60
         is_due = step == self._num_steps or (every > 0 and step % every == 0)
         if not is_due and every_s > 0:
+            # The first rank decides: a save is a collective, and clocks differ.
             is_due = self._parallel.all_gather_object(self._clock() - self._last_save >= every_s)[0]
         if not is_due:
             self._store.poll()
