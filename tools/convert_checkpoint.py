@@ -9,178 +9,139 @@ appears when it is complete, and not at all otherwise.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress
 
-from megatron_sdsearch.cli import home_path
+from megatron_sdsearch.config import path_argument
 from megatron_sdsearch.errors import ConfigError, SDSearchError, VerificationError
 
 if TYPE_CHECKING:
     from megatron_sdsearch.model.convert import Conversion
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-
-
-class Dtype(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", callback=home_path, help="The new folder.")]
-VerifyOption = Annotated[
-    bool, typer.Option(help="Compare the logits of both sides on random ids (float32; needs the memory of a model).")
-]
-OverwriteOption = Annotated[bool, typer.Option(help="Replace OUT if it is there.")]
-
-
-@app.command("to-megatron")
-def to_megatron(
-    hf_dir: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", callback=home_path, help="Hugging Face folder with safetensors.")
-    ],
-    out: OutArgument,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks it is sharded for.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages it is sharded for.")] = 1,
-    verify: VerifyOption = False,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Weights for model.megatron_dir, which any layout can start from."""
-
-    def run(progress: Callable[[int, int], None]) -> Conversion:
-        _check_out(out, overwrite, hf_dir)
-        from megatron_sdsearch.model import convert
-
-        check = (lambda partial: _verify(hf_dir, partial)) if verify else (lambda _: None)
-        return convert.to_megatron(hf_dir, out, tensor=tensor, pipeline=pipeline, check=check, progress=progress)
-
-    _run(run, out)
-    print(f"start from it with model.hf_dir={out / 'hf'} model.megatron_dir={out}")
-
-
-@app.command("to-hf")
-def to_hf(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CHECKPOINT", callback=home_path, help="step_*, a run's folder, or a converted one."),
-    ],
-    out: OutArgument,
-    hf_dir: Annotated[
-        Path | None, typer.Option(callback=home_path, help="Config and tokenizer; the run's model.hf_dir by default.")
-    ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the new weights; the checkpoint's by default.")] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="MiB of one safetensors file, and of memory.")] = 4096,
-    verify: VerifyOption = False,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """A Hugging Face folder that transformers and SGLang load."""
-
-    def run(progress: Callable[[int, int], None]) -> Conversion:
-        import torch
-
-        from megatron_sdsearch.model import convert
-        from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
-
-        folder = find_checkpoint(checkpoint)
-        source = hf_dir or find_hf_dir(folder)
-        _check_out(out, overwrite, folder, source)
-        return convert.to_hf(
-            folder,
-            out,
-            hf_dir=source,
-            dtype=getattr(torch, dtype) if dtype else None,
-            shard_bytes=shard_mb << 20,
-            check=(lambda partial: _verify(partial, folder)) if verify else (lambda _: None),
-            progress=progress,
-        )
-
-    _run(run, out)
-
-
+# All that a model's folder holds; a folder with anything else is not replaced.
 _MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes", "additional_chat_templates"}
 _MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".model"}
 
 
-def _check_out(out: Path, overwrite: bool, *sources: Path) -> None:
-    target = out.resolve()
-    for source in (path.resolve() for path in sources):
-        if target == source or target in source.parents:
-            raise ConfigError("OUT", f"{out} holds what is converted", "give another folder")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() and not (overwrite and out.is_dir()):
-        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
-    if out.is_dir() and (others := _other_than_a_model(out)):
-        raise ConfigError(
-            "OUT", f"{out} holds other things than a model, such as {others[0]}", "give another folder: it is replaced"
-        )
-
-
-def _other_than_a_model(folder: Path) -> list[str]:
-    """What neither a Hugging Face folder nor a checkpoint of megatron has; replacing would lose it."""
-    if (folder / ".metadata").is_file():
-        return []
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in _MODEL_FILES and not (path.is_file() and path.suffix in _MODEL_SUFFIXES)
-    )
-
-
-def _verify(hf_dir: Path, checkpoint: Path) -> None:
-    from megatron_sdsearch.model.verify import verify
-
-    gap = verify(hf_dir, checkpoint)
-    print(f"verified: logits differ by {gap.largest:.1e} at most, the largest is {gap.scale:.1e}")
-
-
-def _run(work: Callable[[Callable[[int, int], None]], Conversion], out: Path) -> None:
-    """Do the work; an error becomes one message and an exit code."""
-    start = time.monotonic()
-    try:
-        with _progress() as progress:
-            done = work(progress)
-    except SDSearchError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
-    except OSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    seconds = time.monotonic() - start
-    print(f"{out}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.3f} GB, {seconds:.1f} s")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def main() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or somebody else's GPU, is none of our business
+    start = time.monotonic()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or another job's GPU, is not to be touched
     os.environ.pop("RANK", None)  # one process, inside of a job as well
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="Please use DTensor")  # torch, of what megatron's checkpoints call
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    app()
+    arguments = parse_arguments()
+    console = Console(stderr=True)
+    try:
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+            done = convert(arguments, bar)
+    except (SDSearchError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, (VerificationError, OSError)) else 2)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # with the files that it has mapped
+    size, seconds = f"{done.num_bytes / 1e9:.3f} GB", f"{time.monotonic() - start:.1f} s"
+    print(f"{arguments.out}: {done.num_tensors} tensors, {size}, {seconds}, peak memory {peak_mb:,.0f} MB")
+    if arguments.command == "to-megatron":
+        print(f"start from it with model.hf_dir={arguments.out / 'hf'} model.megatron_dir={arguments.out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_megatron = commands.add_parser("to-megatron", help="weights for model.megatron_dir, for any layout")
+    to_megatron.add_argument("source", metavar="HF_DIR", type=path_argument, help="folder with safetensors")
+    to_megatron.add_argument("--tensor", type=int, default=1, help="ranks that the vocabulary is padded for")
+    to_megatron.add_argument("--pipeline", type=int, default=1, help="stages, with a file for each")
+    to_hf = commands.add_parser("to-hf", help="a Hugging Face folder that transformers and SGLang load")
+    to_hf.add_argument("source", metavar="CHECKPOINT", type=path_argument, help="step_*, a run's or converted folder")
+    to_hf.add_argument("--hf-dir", type=path_argument, help="config and tokenizer (default: the run's model.hf_dir)")
+    dtypes = ("float32", "bfloat16", "float16")
+    to_hf.add_argument("--dtype", choices=dtypes, help="of the new weights (default: the checkpoint's)")
+    to_hf.add_argument("--shard-mb", type=int, default=4096, help="MiB of one safetensors file, and of memory")
+    for command in (to_megatron, to_hf):
+        command.add_argument("out", metavar="OUT", type=path_argument, help="the new folder")
+        command.add_argument("--verify", action="store_true", help="compare the logits of both sides on random ids")
+        command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    arguments = parser.parse_args()
+    for name in ("tensor", "pipeline", "shard_mb"):
+        if getattr(arguments, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    return arguments
+
+
+def convert(arguments: argparse.Namespace, bar: Progress) -> Conversion:
+    """Run the command. Raises as ``to_megatron`` and ``to_hf`` do, and for an OUT that may not be replaced."""
+    import torch
+
+    from megatron_sdsearch.model.convert import to_hf, to_megatron
+    from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
+
+    task = bar.add_task("converting", total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+
+    def check(partial: Path) -> None:
+        if arguments.verify:
+            from megatron_sdsearch.model.logits_check import check_same_logits
+
+            sides = (source, partial) if arguments.command == "to-megatron" else (partial, source)
+            largest, scale = check_same_logits(*sides)
+            print(f"verified: logits differ by {largest:.1e} at most, the largest is {scale:.1e}")
+
+    source, out = arguments.source, arguments.out
+    if arguments.command == "to-megatron":
+        check_out(out, arguments.overwrite, source)
+        layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+        return to_megatron(source, out, **layout, check=check, progress=progress)
+    source = find_checkpoint(source)
+    hf_dir = arguments.hf_dir or find_hf_dir(source)
+    check_out(out, arguments.overwrite, source, hf_dir)
+    return to_hf(
+        source,
+        out,
+        hf_dir=hf_dir,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        shard_bytes=arguments.shard_mb << 20,
+        check=check,
+        progress=progress,
+    )
+
+
+def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
+    """Check that OUT is new or may be replaced.
+
+    Raises:
+        ConfigError: it holds a source or anything else than a model, or is there and not to be replaced.
+    """
+    target = out.resolve()
+    for source in (path.resolve() for path in sources):
+        if target == source or target in source.parents:
+            raise ConfigError("OUT", f"{out} holds what is converted", "give another folder")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (overwrite and out.is_dir()):
+        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
+    others = sorted(
+        path.name
+        for path in out.iterdir()
+        if path.name not in _MODEL_FILES and not (path.is_file() and path.suffix in _MODEL_SUFFIXES)
+    )
+    if others and not (out / ".metadata").is_file():  # neither a Hugging Face folder nor a checkpoint of megatron
+        problem = f"{out} holds other things than a model, such as {others[0]}"
+        raise ConfigError("OUT", problem, "give another folder: it is replaced")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.model.hf_config import ARCHITECTURES, refusals
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_head, check_weights, placements, refuse_unknown
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_head, check_weights, refuse_unknown
+from megatron_sdsearch.model.weight_table import placements
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import parse_action
 
@@ -89,7 +90,7 @@ def _missing_tensors(tensors: SafetensorsFolder, hf_config: PretrainedConfig) ->
     for place in placements(hf_config, pp_size=1):
         for name in place.hf:
             try:
-                tensors.place_of(name)
+                tensors.locate(name)
             except DataError as error:
                 problems[str(error)] = None
     return list(problems)

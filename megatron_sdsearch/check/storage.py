@@ -12,7 +12,7 @@ from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import CheckpointConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError
-from megatron_sdsearch.files import nearest_existing, size_words
+from megatron_sdsearch.files import format_bytes, nearest_existing
 from megatron_sdsearch.logging.metrics import METRICS_FILE
 from megatron_sdsearch.logging.trajectories import step_files
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
@@ -139,9 +139,10 @@ def _space(subject: Subject, home: Path) -> Iterator[Finding]:
     written = sum(_num_bytes(config.run_dir / name) for name in ("checkpoints", "weights", "hf"))
     trajectories = _trajectory_bytes(config)
     told = (
-        f"{num_kept} checkpoints of {size_words(checkpoint)} and {num_folders} folders of weights of "
-        f"{size_words(weights)} make {size_words(needed)}, of which {size_words(min(written, needed))} are there; "
-        f"trajectories at most {size_words(trajectories)} more; {size_words(free)} are free on {home}"
+        f"{num_kept} checkpoints of {format_bytes(checkpoint)} and {num_folders} folders of weights of "
+        f"{format_bytes(weights)} make {format_bytes(needed)}, "
+        f"of which {format_bytes(min(written, needed))} are there; "
+        f"trajectories at most {format_bytes(trajectories)} more; {format_bytes(free)} are free on {home}"
     )
     needed -= min(written, needed)
     if needed > free:

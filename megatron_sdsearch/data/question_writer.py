@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 
 from megatron_sdsearch.data.preparation import Prepared, PrepareSettings, Same
 from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.files import replacing_folder
 from megatron_sdsearch.records import Question
 
 FileFormat = Literal["parquet", "jsonl"]
@@ -60,36 +59,20 @@ def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, 
         DataError: the files cannot be written; what was there stays.
     """
     check_target(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        files = {}
-        for split, questions in prepared.splits.items():
-            path = partial / f"{split}.{file_format}"
-            (_write_parquet if file_format == "parquet" else _write_jsonl)(path, questions)
-            files[path.name] = _describe(path, questions, prepared.origins[split])
-        manifest = {"layout": _LAYOUT, "settings": asdict(settings), "files": files, **_findings(prepared)}
-        text = json.dumps(manifest, ensure_ascii=False, indent=2)
-        (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        _put_in_place(partial, folder)
+        with replacing_folder(folder) as partial:
+            partial.mkdir(parents=True)
+            files = {}
+            for split, questions in prepared.splits.items():
+                path = partial / f"{split}.{file_format}"
+                (_write_parquet if file_format == "parquet" else _write_jsonl)(path, questions)
+                files[path.name] = _describe(path, questions, prepared.origins[split])
+            manifest = {"layout": _LAYOUT, "settings": asdict(settings), "files": files, **_findings(prepared)}
+            text = json.dumps(manifest, ensure_ascii=False, indent=2)
+            (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder / MANIFEST
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    old = partial.with_name(f"{partial.name}-old")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _names_in_manifest(folder: Path) -> set[str]:

@@ -1,7 +1,7 @@
-"""From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
+"""Build a megatron-core GPTModel that returns hidden states from a Hugging Face config.
 
-Owns the choice of layer spec: transformer-engine with CUDA; our packed local spec without, or where it is asked for.
-Which models there are, and what is refused, is ``hf_config.py``'s; weights are ``hf_weights.py``'s.
+The layer spec is transformer-engine's with CUDA, and our packed local spec without, or where it is asked for.
+``hf_config.py`` decides which models are supported; ``hf_weights.py`` fills them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class PackedAttention(torch.nn.Module):
 
 
 class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
-    """The LM head as a holder of its weight: hands its input through, so that the loss applies it where needed."""
+    """LM head that only holds its weight and passes its input through: the loss applies it where needed."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """Hidden states in, hidden states out."""
@@ -82,15 +82,11 @@ class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> TransformerConfig:
-    """megatron's config for this model on this layout."""
+    """Build megatron's config for this model on this layout."""
     architecture = ARCHITECTURES[hf_config.model_type]
     dtype = getattr(torch, model.dtype)
     on_gpu = parallel.device.type == "cuda"
-    recompute = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if model.recompute == "full"
-        else {}
-    )
+    recomputes = model.recompute == "full"
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -115,23 +111,20 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=True,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         gradient_accumulation_fusion=False,  # the loss owns the head's matmul: its gradient comes through autograd
-        persist_layer_norm=False,
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         sequence_parallel=parallel.sequence_parallel,
         # Batched point-to-point calls are silently wrong on gloo with interleaving and hang with tied embeddings.
         batch_p2p_comm=on_gpu,
-        **recompute,
+        recompute_granularity="full" if recomputes else None,
+        recompute_method="uniform" if recomputes else None,
+        recompute_num_layers=1 if recomputes else None,
     )
 
 
 def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> GPTModel:
-    """An uninitialised GPTModel stage whose output is hidden states [1, T, h] (T/tp under sequence parallel)."""
+    """Build an uninitialised GPTModel stage whose output is hidden states [1, T, h] (T/tp under sequence parallel)."""
     config = transformer_config(hf_config, model, parallel)
     gpt = GPTModel(
         config=config,
@@ -149,15 +142,11 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
         gpt.output_layer.__class__ = HiddenStates
     if hf_config.rope_parameters.get("rope_type", "default") != "default":
         # megatron's rope_scaling fixes all factors but one at Llama 3.1's (rotary_pos_embedding.py, _apply_scaling).
-        gpt.rotary_pos_emb.inv_freq = _scaled_frequencies(hf_config)
+        rope_type = hf_config.rope_parameters["rope_type"]
+        frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](hf_config, "cpu")
+        assert attention_scaling == 1.0, "_ROPE_TYPES holds those without"
+        gpt.rotary_pos_emb.inv_freq = frequencies
     return gpt.to(parallel.device)
-
-
-def _scaled_frequencies(hf_config: PretrainedConfig) -> Tensor:
-    """[head_dim / 2] rotary frequencies, by transformers itself."""
-    frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[hf_config.rope_parameters["rope_type"]](hf_config, "cpu")
-    assert attention_scaling == 1.0, "_ROPE_TYPES holds those without"
-    return frequencies
 
 
 def _layer_spec(
@@ -191,18 +180,18 @@ class LMHead:
     sequence_parallel: bool
 
     @classmethod
-    def of(cls, gpt: GPTModel, hf_config: PretrainedConfig, parallel: ParallelState) -> LMHead:
-        """The head of a last-stage model."""
+    def from_model(cls, gpt: GPTModel, hf_config: PretrainedConfig, parallel: ParallelState) -> LMHead:
+        """Take the head of a last-stage model."""
         weight = gpt.shared_embedding_or_output_weight() if hf_config.tie_word_embeddings else gpt.output_layer.weight
         shard = parallel.vocab_shard(hf_config.vocab_size, padded_vocab_size(hf_config.vocab_size, parallel.tp_size))
         return cls(weight=weight, shard=shard, sequence_parallel=parallel.sequence_parallel)
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the whole sequence [T, h], whose gradient is summed over the vocabulary shards."""
+        """Gather hidden states of the whole sequence [T, h]; their gradient is summed over the vocabulary shards."""
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)  # type: ignore[no-any-return]
         return copy_to_tensor_model_parallel_region(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, h] gathered hidden rows -> [N, V/tp]."""
+        """Project gathered hidden rows [N, h] -> [N, V/tp]."""
         return F.linear(hidden, self.weight)

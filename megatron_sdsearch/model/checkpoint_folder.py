@@ -1,8 +1,8 @@
-"""The folder of checkpoints: which is the newest, whether one is whole, which ones go.
+"""The folder of checkpoints: which is the newest, whether one is undamaged, which are removed, which run may continue.
 
-Owns names, checksums, atomic moves, retention, and which run may go on from a checkpoint. Knows nothing of what is in a
-shard: that is ``checkpoint``'s. A checkpoint counts from the moment its folder has its name, which it gets with its
-manifest inside; ``latest`` moves after that.
+Knows names, checksums, manifests and retention, and nothing of what a shard holds: that is ``checkpoint.py``'s part.
+A checkpoint counts from the moment its folder has its name, which it gets with its manifest inside; ``latest`` moves
+last.
 """
 
 from __future__ import annotations
@@ -13,49 +13,45 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from megatron_sdsearch.config import CheckpointConfig, RunConfig, default_of, flatten, is_secret, with_current_names
 from megatron_sdsearch.errors import CheckpointError, ContinuationError
-from megatron_sdsearch.files import sync_folder, write_durably
+from megatron_sdsearch.files import replace_folder, write_file
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = 3
-"""Of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
+"""Version of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
 LATEST: Final = "latest"
 BEST: Final = "best"
 _STEP: Final = "step_"
 _PARTIAL: Final = ".partial_"
 _OLD: Final = ".old_"
-_CHUNK: Final = 1 << 22
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
+class FileRecord(TypedDict):
     """What a manifest says of one file."""
 
     num_bytes: int
     sha256: str
 
-    @classmethod
-    def of(cls, path: Path, *, should_sync: bool = False) -> FileRecord:
-        """Read a file in pieces; with ``should_sync`` it is on the disk afterwards."""
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-            if should_sync:
-                os.fsync(stream.fileno())
-            return cls(num_bytes=stream.tell(), sha256=digest.hexdigest())
+
+def hash_file(path: Path, *, should_sync: bool = False) -> FileRecord:
+    """Read a file in pieces; with ``should_sync`` it is on the disk afterwards."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        if should_sync:
+            os.fsync(stream.fileno())
+        return {"num_bytes": stream.tell(), "sha256": digest.hexdigest()}
 
 
 def folder_name(step: int) -> str:
-    """Of the checkpoint after ``step`` finished steps."""
+    """Name of the checkpoint after ``step`` finished steps."""
     return f"{_STEP}{step:06d}"
 
 
@@ -64,21 +60,24 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(_STEP))
 
 
+@dataclass(frozen=True, slots=True)
 class CheckpointFolder:
-    """``run_dir/checkpoints``. One process alone calls what changes it."""
+    """``run_dir/checkpoints``. A single process of the run calls what changes it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    root: Path
 
     def steps(self) -> dict[int, Path]:
-        """Folders that were completed, by step in ascending order; nobody has looked whether they still are whole."""
+        """Folders that were completed, by step in ascending order; they may have been damaged since."""
         folders = (f for f in self.root.glob(f"{_STEP}*") if f.name.removeprefix(_STEP).isdigit() and f.is_dir())
         return dict(sorted((step_of(folder), folder) for folder in folders))
 
     def candidates(self) -> list[Path]:
-        """What a run may go on from: first what ``latest`` names, then older ones, the newest of them first.
+        """What a run may continue from: first what ``latest`` names, then older ones, the newest of them first.
 
-        Without ``latest`` (a run that was killed while it ended its first save) all complete ones.
+        Without ``latest`` (a run that was killed while it ended its first save) these are all complete ones.
+
+        Raises:
+            CheckpointError: ``latest`` names something else than a checkpoint.
         """
         pointer = self.root / LATEST
         if not pointer.is_file():
@@ -91,14 +90,13 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what saves that were killed have left behind."""
-        for pattern in (f"{_PARTIAL}*", f"{_OLD}*"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (*self.root.glob(f"{_PARTIAL}*"), *self.root.glob(f"{_OLD}*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
-        """A new, empty folder to write into.
+        """Make a new, empty folder to write into.
 
-        Its name is its own: a rank of a killed run that lives on for a moment writes into another one.
+        Its name is unique: a rank of a killed run that lives on for a moment writes into another one.
         """
         partial = self.root / f"{_PARTIAL}{folder_name(step)}_{time.time_ns():x}"
         partial.mkdir(parents=True)
@@ -107,30 +105,24 @@ class CheckpointFolder:
     def commit(self, partial: Path, manifest: Mapping[str, Any]) -> Path:
         """Complete ``partial`` with its manifest, give it its name, and make it the latest: all flushed to the disk."""
         target = self.root / folder_name(int(manifest["step"]))
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-        old = self.root / f"{_OLD}{target.name}_{time.time_ns():x}"
-        if target.exists():  # of a process that was killed before it became the latest
-            target.rename(old)
-        partial.rename(target)
-        sync_folder(self.root)
-        write_durably(self.root / LATEST, target.name)
-        shutil.rmtree(old, ignore_errors=True)
+        write_file(partial / MANIFEST, json.dumps(manifest, indent=1))
+        replace_folder(partial, target)  # an old one is of a process that was killed before it became the latest
+        write_file(self.root / LATEST, target.name)
         return target
 
     def go_back(self, folder: Path) -> None:
-        """Make an older checkpoint the latest; newer ones are kept as ``damaged_*`` for somebody to look at."""
+        """Make an older checkpoint the latest; newer ones are kept as ``damaged_*`` for inspection."""
         for step, newer in self.steps().items():
             if step > step_of(folder):
                 newer.rename(self.root / f"damaged_{newer.name}_{time.time_ns():x}")
-        write_durably(self.root / LATEST, folder.name)
+        write_file(self.root / LATEST, folder.name)
 
     def prune(self, current: int, scores: Mapping[int, float], config: CheckpointConfig) -> None:
-        """Remove what the settings do not keep, and name the best. A folder that cannot go is said, and no error."""
+        """Remove what the settings do not keep, and name the best; a folder that cannot be removed is a warning."""
         folders = self.steps()
-        best = best_step(folders, scores, current) if config.keep_best else None
-        kept = kept_steps(folders, current, best, config)
+        kept, best = select_steps(folders, current, scores, config)
         if best is not None:
-            write_durably(self.root / BEST, folder_name(best))
+            write_file(self.root / BEST, folder_name(best))
         for step in folders.keys() - kept:
             doomed = self.root / f"{_OLD}{folders[step].name}"
             try:
@@ -140,29 +132,32 @@ class CheckpointFolder:
                 _log.warning("checkpoint %s is not needed any more and cannot be removed: %s", folders[step], error)
 
 
-def best_step(steps: Iterable[int], scores: Mapping[int, float], current: int) -> int | None:
-    """The saved step with the highest score, the earliest of equal ones; None when none of them was scored."""
-    scored = [step for step in sorted(steps) if step in scores and step <= current]
-    return max(scored, key=lambda step: scores[step], default=None)
+def select_steps(
+    steps: Collection[int], current: int, scores: Mapping[int, float], config: CheckpointConfig
+) -> tuple[set[int], int | None]:
+    """Choose the saved steps to keep: the last N, every Mth, and the best.
 
+    Steps beyond ``current`` belong to a future that this run has left (it went back to an older checkpoint) and are
+    not kept.
 
-def kept_steps(steps: Collection[int], current: int, best: int | None, config: CheckpointConfig) -> set[int]:
-    """The last N, every Mth and the best of the saved steps.
-
-    Steps beyond ``current`` belong to a future that this run has left (it went back to an older checkpoint): they go.
+    Returns:
+        The steps to keep, and the one with the highest score, the earliest of equal ones; None without a scored step
+        or without ``keep_best``.
     """
     past = sorted(step for step in steps if step <= current)
     kept = set(past[-config.keep_last :])
     if config.keep_every:
         kept |= {step for step in past if step % config.keep_every == 0}
-    return kept | ({best} if best is not None else set())
+    scored = [step for step in past if step in scores and config.keep_best]
+    best = max(scored, key=lambda step: scores[step], default=None)
+    return kept | ({best} if best is not None else set()), best
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing or no manifest.
+        CheckpointError: it is missing, or is no manifest.
     """
     path = folder / MANIFEST
     try:
@@ -181,11 +176,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def run_date_of(run_dir: Path) -> date:
-    """On which a run began, by its newest checkpoint that can be read; today for one that has none.
+    """The date on which a run began, by its newest checkpoint that can be read; today for a run without one.
 
-    Chat templates that tell the date are told this one, so that prompts neither change at midnight nor at a resume. A
-    checkpoint of an earlier version records no date: its run goes on with today's, which its next checkpoint records.
-    What is wrong with a checkpoint is not said here: loading it does that.
+    Chat templates that mention the date get this one, so that prompts change neither at midnight nor at a resume. A
+    checkpoint of an earlier version records no date: its run continues with today's, which its next checkpoint
+    records. What is wrong with a checkpoint is reported by loading it, not here.
     """
     today = date.today()
     try:
@@ -200,9 +195,7 @@ def run_date_of(run_dir: Path) -> date:
         try:
             return date.fromisoformat(recorded)
         except ValueError:
-            _log.warning(
-                "%s records no date of its run: a chat template that tells one is told today's, %s", folder, today
-            )
+            _log.warning("%s records no date of its run: a chat template that asks for one gets %s", folder, today)
             return today
     return today
 
@@ -215,23 +208,19 @@ _MAY_CHANGE = (
 )
 _FREE_NAMES = "rollout.sglang.environment."
 _PATHS = (
-    "model.hf_dir",
-    "model.megatron_dir",
-    "data.train",
-    "data.heldout",
-    "train.demonstrations",
-    "retrieval.corpus",
+    *("model.hf_dir", "model.megatron_dir", "data.train", "data.heldout"),
+    *("train.demonstrations", "retrieval.corpus"),
 )
 
 
 def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[ContinuationError]:
-    """Why a run of ``config`` cannot go on from a checkpoint: each setting that was another one then."""
-    kind = "parallel.distributed_optimizer"
+    """Why a run of ``config`` cannot continue from a checkpoint: each setting that had another value then."""
+    optimizer = "parallel.distributed_optimizer"
     for name, old, new in _differences(manifest, config):
-        if name == kind:  # the two keep their state under other names
-            yield ContinuationError(f"{folder} was written with {kind} = {old}: set it back")
+        if name == optimizer:  # the two keep their state under other names
+            yield ContinuationError(f"{folder} was written with {optimizer} = {old}: set it back")
         elif not name.startswith(_MAY_CHANGE):
-            # Of another network nothing could be taken over.
+            # Nothing could be taken over from another network.
             fork = "" if name == "model.hf_dir" else f", where model.megatron_dir={folder} starts from these weights"
             yield ContinuationError(
                 f"{folder} was trained with {name} = {old}, this run has {new}: "
@@ -243,34 +232,25 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
         )
 
 
-def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the run that wrote a manifest, under today's names."""
-    settings = with_current_names(flatten(manifest["config"]))
-    if manifest.get("format", 0) < FORMAT:
-        settings.setdefault("rollout.eos_without_action", "notice")  # there was no other way
-        if settings.get("hindsight.labels") == "shuffled":
-            settings["hindsight.labels"] = "permuted"  # what format 2 called so
-        if settings.get("train.mode") == "warm_start":
-            settings.pop("data.prompt_profile", None)  # a warm start did not read it
-    return settings
-
-
 def changed_settings(manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What a run of ``config`` does otherwise than its checkpoint, in words: ``optimizer.lr 1e-06 -> 0.0001``."""
+    """Settings in which a run of ``config`` differs from its checkpoint: ``optimizer.lr 1e-06 -> 0.0001``."""
     changes = []
-    for name, old, new in _differences(manifest, config):
-        hidden = is_secret(name, old) or is_secret(name, new)
-        changes.append(f"{name} (a secret)" if hidden else f"{name} {_word(old)} -> {_word(new)}")
+    for name, *values in _differences(manifest, config):
+        is_hidden = any(is_secret(name, value) for value in values)
+        old, new = ("null" if value is None else str(value) for value in values)
+        changes.append(f"{name} (a secret)" if is_hidden else f"{name} {old} -> {new}")
     return changes
 
 
-def _word(value: object) -> str:
-    return "null" if value is None else str(value)
-
-
 def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that were others when the checkpoint was written: name, value then, value now."""
-    before, now = _settings(manifest), flatten(config.model_dump(mode="json"))
+    """Settings with another value when the checkpoint was written, under today's names: name, value then, value now."""
+    before, now = with_current_names(flatten(manifest["config"])), flatten(config.model_dump(mode="json"))
+    if manifest.get("format", 0) < FORMAT:
+        before.setdefault("rollout.eos_without_action", "notice")  # there was no other way
+        if before.get("hindsight.labels") == "shuffled":
+            before["hindsight.labels"] = "permuted"  # what format 2 called so
+        if before.get("train.mode") == "warm_start":
+            before.pop("data.prompt_profile", None)  # a warm start did not read it
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if name == "data.prompt_profile" and name not in before:
@@ -283,7 +263,7 @@ def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tup
             yield name, old, new
 
 
-def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequence[str], *, verify: bool) -> list[str]:
+def damages(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str], *, verify: bool) -> list[str]:
     """What is wrong with some files of a checkpoint, each named.
 
     Args:
@@ -299,7 +279,7 @@ def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequenc
             num_bytes = path.stat().st_size
             if num_bytes != expected["num_bytes"]:
                 found.append(f"{name} has {num_bytes} bytes instead of {expected['num_bytes']}")
-            elif verify and FileRecord.of(path).sha256 != expected["sha256"]:
+            elif verify and hash_file(path)["sha256"] != expected["sha256"]:
                 found.append(f"{name} has changed since it was written (sha256)")
         except FileNotFoundError:
             found.append(f"{name} is missing")
@@ -308,11 +288,12 @@ def damages(folder: Path, files: Mapping[str, Mapping[str, Any]], names: Sequenc
     return found
 
 
-def fingerprint(path: Path) -> str:
-    """Identity of a file, or of a folder's files, by content; "" where there is nothing."""
+def fingerprint(path: Path, pattern: str = "*") -> str:
+    """Identity of a file, or of a folder's files that match ``pattern``, by names and content; "" where nothing is."""
     if path.is_file():
-        return FileRecord.of(path).sha256
+        return hash_file(path)["sha256"]
     if not path.is_dir():
         return ""
-    parts = [f"{file.name} {FileRecord.of(file).sha256}" for file in sorted(path.iterdir()) if file.is_file()]
+    files = sorted(file for file in path.glob(pattern) if file.is_file())
+    parts = [f"{file.relative_to(path)} {hash_file(file)['sha256']}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -7,34 +7,42 @@ leaves nothing behind. Memory: one megatron tensor to megatron, one shard to Hug
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.errors import CheckpointError, DataError
+from megatron_sdsearch.files import replacing_folder
 from megatron_sdsearch.model.hf_config import check_layout, load_hf_config
-from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder, written_whole
-from megatron_sdsearch.model.hf_weights import (
-    Placement,
-    SafetensorsFolder,
-    check_weights,
-    placements,
-    split_shards,
-)
-from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, MegatronFolder
-from megatron_sdsearch.model.torch_dist import TorchDistWriter
+from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder
+from megatron_sdsearch.model.hf_weights import HFTensors, SafetensorsFolder, check_weights, split_shards
+from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, METADATA, MegatronFolder
+from megatron_sdsearch.model.weight_table import HEAD, VOCAB, placements
 
 Progress = Callable[[int, int], None]
-"""(bytes of tensors done, bytes of all)."""
+"""Called with (bytes of tensors done, bytes of all)."""
 Check = Callable[[Path], None]
-"""Called with the complete result before it takes its place; raises to refuse it."""
+"""Called with the complete result before it is put in position; raises to refuse it."""
+_SHARDED = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,27 +51,11 @@ class Conversion:
 
     Attributes:
         num_tensors: Hugging Face tensors.
-        num_bytes: of them, padding not counted.
+        num_bytes: size of their numbers, padding not counted.
     """
 
     num_tensors: int
     num_bytes: int
-
-
-class _Tally:
-    def __init__(self, shapes: dict[str, Tensor], progress: Progress) -> None:
-        self._progress = progress
-        self._num_numbers, self._all_numbers = 0, sum(tensor.numel() for tensor in shapes.values())
-        self.num_tensors, self.num_bytes = 0, 0
-
-    def add(self, num_tensors: int, num_numbers: int, itemsize: int) -> None:
-        self.num_tensors += num_tensors
-        self.num_bytes += num_numbers * itemsize
-        self._num_numbers += num_numbers
-        self._progress(self._num_numbers * itemsize, self._all_numbers * itemsize)
-
-    def result(self) -> Conversion:
-        return Conversion(num_tensors=self.num_tensors, num_bytes=self.num_bytes)
 
 
 def to_megatron(
@@ -72,7 +64,7 @@ def to_megatron(
     *,
     tensor: int = 1,
     pipeline: int = 1,
-    check: Check = lambda _: None,
+    check: Check | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Write a checkpoint of weights alone that ``model.megatron_dir`` starts from, on this layout or another.
@@ -80,10 +72,10 @@ def to_megatron(
     Args:
         hf_dir: safetensors, single or indexed.
         out: the new folder; config and tokenizer go to ``out/hf``.
-        tensor: it is sharded and padded for so many tensor-parallel ranks,
-        pipeline: and so many stages: one file for each rank.
+        tensor: tensor-parallel ranks that the vocabulary is padded for.
+        pipeline: stages, with a file for each.
         check: of the result.
-        progress: told after every tensor.
+        progress: called after every tensor.
 
     Raises:
         ConfigError: an architecture or a layout that is not supported.
@@ -91,17 +83,34 @@ def to_megatron(
     """
     config = load_hf_config(hf_dir)
     check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
-    tensors, shapes = SafetensorsFolder(hf_dir), expected_tensors(config)
-    _check_hf(tensors, shapes, config, hf_dir)
-    tally = _Tally(shapes, progress)
-    with written_whole(out) as partial:
-        with TorchDistWriter(partial) as writer:
-            for place in placements(config, pipeline):
-                shards = split_shards(place, tensors, tensor, config)
-                _write(writer, place, shards, config.num_hidden_layers)
-                count = sum(shapes[name].numel() for name in place.hf)
-                tally.add(len(place.hf), count, shards[0].itemsize)
-            writer.finish({"step": 0})
+    tensors = SafetensorsFolder(hf_dir)
+    counts = _check_tensors(tensors, config, hf_dir)
+    # q, k and v become one tensor and all layers one stack, whose type is that of the first piece.
+    first: dict[str, str] = {}
+    for placement in placements(config, pp_size=1):
+        for name in placement.hf:
+            other = first.setdefault(placement.key, name)
+            dtype, other_dtype = tensors.dtype(name), tensors.dtype(other)
+            if dtype != other_dtype:
+                message = f"{name} is {dtype} and {other} {other_dtype}"
+                raise DataError(f"{hf_dir}: {message}: they become one tensor and must have one dtype")
+    num_done, num_bytes = 0, 0
+    with replacing_folder(out) as partial:
+        partial.mkdir(parents=True)
+        writer = TorchDistWriter(partial)
+        for placement in placements(config, pipeline):
+            is_padded = placement.layout is VOCAB  # the others are the same for every tensor-parallel size
+            whole = torch.cat(split_shards(placement, tensors, tensor if is_padded else 1, config))
+            if placement.layer is None:
+                writer.add(placement.stage, placement.key, whole.shape, (0,) * whole.dim(), whole)
+            else:
+                size, offsets = (config.num_hidden_layers, *whole.shape), (placement.layer, *(0,) * whole.dim())
+                writer.add(placement.stage, placement.key, size, offsets, whole.unsqueeze(0))
+            num_numbers = sum(counts[name] for name in placement.hf)
+            num_done += num_numbers
+            num_bytes += num_numbers * whole.itemsize
+            progress(num_done * whole.itemsize, sum(counts.values()) * whole.itemsize)
+        writer.finish({"step": 0})
         (partial / HF_SUBFOLDER).mkdir()
         carry_over(hf_dir, partial / HF_SUBFOLDER)
         manifest = {
@@ -110,8 +119,9 @@ def to_megatron(
             "versions": {"megatron_sdsearch": __version__, "torch": version("torch")},
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        check(partial)
-    return tally.result()
+        if check is not None:
+            check(partial)
+    return Conversion(num_tensors=len(counts), num_bytes=num_bytes)
 
 
 def to_hf(
@@ -121,7 +131,7 @@ def to_hf(
     hf_dir: Path,
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    check: Check = lambda _: None,
+    check: Check | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
     """Write a checkpoint's weights as a Hugging Face folder.
@@ -129,11 +139,11 @@ def to_hf(
     Args:
         checkpoint: of training or of ``to_megatron``.
         out: the new folder.
-        hf_dir: config, tokenizer and the rest are carried over from it.
+        hf_dir: config, tokenizer and everything else but weights are carried over from it.
         dtype: of the new weights; None keeps the checkpoint's.
         shard_bytes: of one safetensors file.
         check: of the result.
-        progress: told after every tensor.
+        progress: called after every tensor.
 
     Raises:
         ConfigError: an architecture that is not supported.
@@ -141,67 +151,85 @@ def to_hf(
         CheckpointError: the checkpoint is damaged.
     """
     config = load_hf_config(hf_dir)
-    tensors, shapes = MegatronFolder(checkpoint, config), expected_tensors(config)
-    _check_megatron(tensors, shapes, config, checkpoint)
-    tally = _Tally(shapes, progress)
+    tensors = MegatronFolder(checkpoint, config)
+    counts = _check_tensors(tensors, config, checkpoint)
+    num_done, num_bytes = 0, 0
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for place in placements(config, pp_size=1):
-            for name in place.hf:
-                whole = tensors[name]
-                whole = whole if dtype is None else whole.to(dtype)
-                yield name, whole
-                tally.add(1, whole.numel(), whole.itemsize)
+        nonlocal num_done, num_bytes
+        for name in (name for placement in placements(config, pp_size=1) for name in placement.hf):
+            whole = tensors[name] if dtype is None else tensors[name].to(dtype)
+            yield name, whole
+            num_done += whole.numel()
+            num_bytes += whole.nbytes
+            progress(num_done * whole.itemsize, sum(counts.values()) * whole.itemsize)
 
     write_hf_folder(stream(), hf_dir, out, is_writer=True, shard_bytes=shard_bytes, check=check)
-    return tally.result()
+    return Conversion(num_tensors=len(counts), num_bytes=num_bytes)
 
 
-def expected_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Meta tensors by name, of the model that transformers builds from this config. A tied head is not among them."""
+def _check_tensors(tensors: HFTensors, config: PretrainedConfig, source: Path) -> dict[str, int]:
+    """Check names and shapes against the model that transformers builds; returns the size of each tensor in numbers."""
+    check_weights(tensors, config, source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tensors: dict[str, Tensor] = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
-
-
-def _check_hf(tensors: SafetensorsFolder, shapes: dict[str, Tensor], config: PretrainedConfig, hf_dir: Path) -> None:
-    check_weights(tensors, config, hf_dir)
-    for name, wanted in shapes.items():
+        expected.pop(HEAD, None)  # it is the embedding
+    for name, wanted in expected.items():
         shape = tensors.shape(name)
-        if shape != tuple(wanted.shape):
-            raise DataError(f"{hf_dir}: {name} is {shape}, the model of config.json wants {tuple(wanted.shape)}")
-    first: dict[str, str] = {}
-    for place in placements(config, pp_size=1):
-        for name in place.hf:
-            other = first.setdefault(place.key, name)
-            if tensors.dtype(name) != tensors.dtype(other):
-                told = f"{name} is {tensors.dtype(name)} and {other} {tensors.dtype(other)}"
-                raise DataError(f"{hf_dir}: {told}: they become one tensor and must have one dtype")
+        if shape != wanted:
+            raise DataError(f"{source}: {name} is {shape}, the model of config.json wants {wanted}")
+    return {name: math.prod(shape) for name, shape in expected.items()}
 
 
-def _check_megatron(
-    tensors: MegatronFolder, shapes: dict[str, Tensor], config: PretrainedConfig, checkpoint: Path
-) -> None:
-    for place in placements(config, pp_size=1):
-        tensors.check(place.hf[0], [shapes[name] for name in place.hf])
-    check_weights(tensors, config, checkpoint)
+class TorchDistWriter:
+    """Writes a ``torch_dist`` checkpoint piece by piece; memory holds the piece at hand. ``finish`` completes it.
 
+    megatron-core reads what is written here (dist_checkpointing.load).
 
-def _write(writer: TorchDistWriter, place: Placement, shards: list[Tensor], num_layers: int) -> None:
-    """The pieces of one tensor as megatron's ranks would save them (data-parallel size 1, tensor ranks fastest)."""
-    layout, tp_size = place.layout, len(shards)
-    size = list(shards[0].shape)
-    if layout.dim is not None:
-        size[layout.dim] *= tp_size
-    stack = () if place.layer is None else (num_layers,)
-    first = () if place.layer is None else (place.layer,)
-    for tp_rank, shard in enumerate(shards if layout.dim is not None else shards[:1]):
-        for block, piece in enumerate(shard.chunk(layout.blocks, layout.dim or 0)):
-            offsets = [0] * piece.dim()
-            if layout.dim is not None:
-                offsets[layout.dim] = (block * tp_size + tp_rank) * piece.shape[layout.dim]
-            whole = piece.contiguous() if place.layer is None else piece.contiguous().unsqueeze(0)
-            writer.add(place.stage * tp_size + tp_rank, place.key, (*stack, *size), (*first, *offsets), whole)
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+
+    def add(self, rank: int, key: str, size: Sequence[int], offsets: Sequence[int], piece: Tensor) -> None:
+        """Append one piece to a file.
+
+        Args:
+            rank: number of the file.
+            key: of the whole tensor.
+            size: of the whole tensor.
+            offsets: of the piece in it.
+            piece: of as many dimensions.
+
+        Raises:
+            CheckpointError: pieces of one tensor differ in dtype.
+        """
+        properties = TensorProperties(dtype=piece.dtype)
+        entry = self._tensors.setdefault(key, TensorStorageMetadata(properties, torch.Size(size), []))
+        if entry.properties.dtype != piece.dtype:
+            raise CheckpointError(f"{key} is {entry.properties.dtype} in one piece and {piece.dtype} in another")
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=piece.shape))
+        file = f"__{rank}_0.distcp"
+        with (self._folder / file).open("ab") as stream:
+            start = stream.tell()
+            # A view would be saved with all of the storage behind it.
+            torch.save(piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone(), stream)
+            self._storage[MetadataIndex(key, offsets)] = _StorageInfo(file, start, stream.tell() - start)
+
+    def finish(self, common: dict[str, Any]) -> None:
+        """Write what makes a folder of files a checkpoint.
+
+        Args:
+            common: what is not sharded; plain numbers and texts.
+        """
+        torch.save(common, self._folder / "common.pt")
+        (self._folder / "metadata.json").write_text(json.dumps(_SHARDED | _COMMON))
+        metadata = Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._storage)
+        with (self._folder / METADATA).open("wb") as stream:
+            pickle.dump(metadata, stream)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_sdsearch.model.hf_weights import exhaust
+from megatron_sdsearch.files import replacing_folder
+from megatron_sdsearch.model.hf_weights import drain_collective
 
 DEFAULT_SHARD_BYTES = 4 << 30
 # In any format: Llama's and Mistral's own files lie beside transformers'.
@@ -27,73 +27,46 @@ def write_hf_folder(
     *,
     is_writer: bool,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
-    check: Callable[[Path], None] = lambda _: None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write new weights; everything else (config, tokenizer, template) is carried over from ``source``.
 
     Memory holds one shard. ``target`` is replaced as a whole once the new folder is complete.
 
     Args:
-        weights: whole tensors; a collective, which every rank exhausts even when writing fails.
+        weights: whole tensors; a collective, which every rank drains even when writing fails.
         source: the folder that the run started from.
         target: of the new one.
         is_writer: this rank writes.
         shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
-        check: called by the writer with the complete new folder, before it takes ``target``'s place.
+        check: called by the writer with the complete new folder, before it replaces ``target``.
 
     Raises:
         OSError: on the writer, when the disk is full or the folder may not be written; ``target`` is as before.
     """
     if not is_writer:
-        exhaust(weights, lambda _: None)
+        drain_collective(weights, lambda _: None)
         return
-    writer = _ShardWriter(_partial(target), shard_bytes)
-    with _whole_or_nothing(target):
-        exhaust(weights, writer.add, before=writer.start)
+    with replacing_folder(target) as partial:
+        writer = _ShardWriter(partial, shard_bytes)
+        drain_collective(weights, writer.add, before=lambda: partial.mkdir(parents=True))
         writer.finish()
-        carry_over(source, writer.folder, writer.dtype)
-        check(writer.folder)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes ``target``'s place at the end; nothing is left of it after an error."""
-    partial = _partial(target)
-    with _whole_or_nothing(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-
-
-@contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[None]:
-    try:
-        yield
-        _replace(target, _partial(target))
-    except BaseException:
-        shutil.rmtree(_partial(target), ignore_errors=True)
-        raise
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".partial_{target.name}")
+        carry_over(source, partial, writer.dtype)
+        if check is not None:
+            check(partial)
 
 
 class _ShardWriter:
-    """Files of about ``shard_bytes`` each; their final names are known at the end only."""
+    """Writes files of about ``shard_bytes`` each; their final names are known at the end only."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder = folder
-        self.dtype = ""
+        self._folder = folder
         self._shard_bytes = shard_bytes
         self._tensors: dict[str, Tensor] = {}
         self._num_bytes = 0
-        self._names: list[list[str]] = []
         self._total_bytes = 0
-
-    def start(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self._files: list[tuple[Path, list[str]]] = []
+        self.dtype = ""
 
     def add(self, named: tuple[str, Tensor]) -> None:
         name, tensor = named
@@ -105,30 +78,27 @@ class _ShardWriter:
 
     def finish(self) -> None:
         self._flush()
-        if len(self._names) == 1:
-            self._file(0).rename(self.folder / "model.safetensors")
+        if len(self._files) == 1:
+            self._files[0][0].rename(self._folder / "model.safetensors")
             return
         weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._names):
-            file = f"model-{index + 1:05d}-of-{len(self._names):05d}.safetensors"
-            self._file(index).rename(self.folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index_file = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
+        for number, (file, names) in enumerate(self._files, start=1):
+            final_name = f"model-{number:05d}-of-{len(self._files):05d}.safetensors"
+            file.rename(self._folder / final_name)
+            weight_map |= dict.fromkeys(names, final_name)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
-        file = self._file(len(self._names))
+        file = self._folder / f"shard-{len(self._files)}"
         try:
             save_file(self._tensors, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # what a full disk is to it
+        except SafetensorError as error:  # raised when the disk is full
             raise OSError(f"{file}: {error}") from error
-        file.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
-        self._names.append(list(self._tensors))
+        file.chmod(self._folder.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
+        self._files.append((file, list(self._tensors)))
         self._total_bytes += self._num_bytes
         self._tensors, self._num_bytes = {}, 0
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"shard-{index}"
 
 
 def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
@@ -144,24 +114,8 @@ def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
             shutil.copy2(file, target / file.name)
     if (source / _TEMPLATES).is_dir():
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
-    hf_config = json.loads((target / "config.json").read_text())
-    told = hf_config.pop("torch_dtype", None)  # the name of older versions
-    if dtype is None or hf_config.get("dtype", told) == dtype:
-        return
-    hf_config["dtype"] = dtype
-    (target / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-
-
-def _replace(target: Path, complete: Path) -> None:
-    """Put ``complete`` where ``target`` is; the old folder goes once the new one stands."""
-    old = target.with_name(f".old_{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        complete.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    config_file = target / "config.json"
+    hf_config = json.loads(config_file.read_text())
+    written = hf_config.pop("torch_dtype", None)  # the name of older versions
+    if dtype is not None and hf_config.get("dtype", written) != dtype:
+        config_file.write_text(json.dumps({**hf_config, "dtype": dtype}, indent=2) + "\n")

@@ -1,30 +1,154 @@
-"""A megatron checkpoint seen as Hugging Face tensors: the weight table on top of ``torch_dist.py``.
+"""Reading megatron's ``torch_dist`` checkpoints, tensor by tensor: without process groups and without a model.
 
-A checkpoint holds whole tensors (the layers of a kind stacked), however many ranks wrote it, so that the layout of the
-run that reads it does not matter. Optimizer and RNG are passed over.
+A checkpoint holds whole tensors (the layers stacked), however many ranks wrote it, so that the layout of the run that
+reads it does not matter. ``.metadata`` says where each piece lies; the pieces are in the ``__RANK_0.distcp`` files.
+
+What is trusted: nothing. ``.metadata`` is a pickle, which torch itself loads without any limit; here only plain record
+types are let through. Pieces are loaded with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import json
+import io
+import math
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import CheckpointError, DataError
-from megatron_sdsearch.model.hf_weights import EMBEDDING, VOCAB, Placement, head_placement, placements
-from megatron_sdsearch.model.torch_dist import METADATA, TorchDistReader
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, read_manifest
+from megatron_sdsearch.model.weight_table import Placement, placements
 
+METADATA = ".metadata"
 HF_SUBFOLDER = "hf"
-"""Of a converted checkpoint: config and tokenizer, without weights."""
+"""Folder in a converted checkpoint with config and tokenizer, without weights."""
 _NO_WEIGHTS = ("optimizer.", "rng", "chained_")
+# What megatron-core 0.16.1 and torch 2.13 write, every rank's plan for the next save included; classes of plain data,
+# and two functions that look up an enum.
+_RECORDS = {
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    },
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+def forbid_pickles() -> None:
+    """Make every later ``torch.load`` of this process ``weights_only``, whatever its caller asks for."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses both at once
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read where a checkpoint's tensors lie, without running any code that the file asks for.
+
+    Raises:
+        CheckpointError: it is no torch_dist checkpoint, or its ``.metadata`` is damaged or asks for code to be run.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no {METADATA}: it is no torch_dist checkpoint") from error
+    except Exception as error:  # garbage makes an unpickler raise anything
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(metadata).__name__}")
+    return metadata
+
+
+class TorchDistReader:
+    """The tensors of one checkpoint folder.
+
+    Args:
+        folder: with ``.metadata``.
+
+    Attributes:
+        tensors: by name: ``size`` of the whole tensor, all layers of a stack included, and its pieces.
+
+    Raises:
+        CheckpointError: see ``read_metadata``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        metadata = read_metadata(folder)
+        self._storage: dict[MetadataIndex, Any] = metadata.storage_data or {}
+        entries = metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """Put a whole tensor, or one layer of a stack, together from its pieces.
+
+        Raises:
+            CheckpointError: a piece is missing or damaged.
+        """
+        entry = self.tensors[key]
+        num_skipped = 0 if layer is None else 1
+        target = torch.empty(tuple(entry.size)[num_skipped:], dtype=entry.properties.dtype)
+        num_filled = 0
+        for chunk in entry.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+                continue
+            piece = self._read_piece(MetadataIndex(key, chunk.offsets), sizes)
+            if layer is not None:
+                piece, offsets, sizes = piece[layer - offsets[0]], offsets[1:], sizes[1:]
+            part = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+            target[part].copy_(piece)
+            num_filled += math.prod(sizes)
+        if num_filled != target.numel():
+            raise CheckpointError(
+                f"{self._folder}: {key} is incomplete, {num_filled} of {target.numel()} numbers are there"
+            )
+        return target
+
+    def _read_piece(self, index: MetadataIndex, sizes: tuple[int, ...]) -> Tensor:
+        storage = self._storage[index]
+        path = self._folder / Path(storage.relative_path).name  # never outside of the folder
+        try:
+            with path.open("rb") as stream:
+                stream.seek(storage.offset)
+                blob = stream.read(storage.length)
+            # torch.load takes a copy of its own out of the blob, which goes with this frame.
+            piece = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing: it holds part of {index.fqn}") from error
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{path} is damaged at {index.fqn} ({type(error).__name__}): write it again"
+            ) from error
+        if not isinstance(piece, Tensor) or tuple(piece.shape) != sizes:
+            raise CheckpointError(f"{path} is damaged at {index.fqn}: no tensor of shape {sizes}")
+        return piece
 
 
 class MegatronFolder:
-    """Implements ``HFTensors``.
+    """A checkpoint's weights under their Hugging Face names; optimizer and RNG are passed over.
 
     Args:
         folder: of the checkpoint.
@@ -38,17 +162,23 @@ class MegatronFolder:
         self._folder = folder
         self._config = config
         self._reader = TorchDistReader(folder)
-        self._keys = self._reader.keys()
+        # By Hugging Face name: the rule, the checkpoint's tensor, and the layer in it where layers are stacked, as
+        # megatron saves layers that are alike; else each is under a name of its own.
+        self._sources: dict[str, tuple[Placement, str, int | None]] = {}
         # A tied head, too: where the checkpoint holds one of its own, that is for `check_head` to judge.
-        places = (*placements(config, pp_size=1), head_placement(pp_size=1))
-        self._places = {name: place for place in places for name in place.hf}
+        for placement in placements(config, pp_size=1, has_head=True):
+            source = (placement, placement.key, placement.layer)
+            own = [name for name in placement.megatron if name in self._reader.tensors]
+            if own and placement.key not in self._reader.tensors:
+                source = (placement, own[0], None)
+            self._sources |= dict.fromkeys(placement.hf, source)
         self._joined: dict[str, Tensor] = {}
 
     def names(self) -> set[str]:
         """Hugging Face names of what is there, and the checkpoint's own of what no table knows."""
-        known = {name: self._key(place)[0] for name, place in self._places.items()}
-        there = {name for name, key in known.items() if key in self._keys}
-        return there | {key for key in self._keys - set(known.values()) if not key.startswith(_NO_WEIGHTS)}
+        keys, known = self._reader.tensors.keys(), {key for _, key, _ in self._sources.values()}
+        unknown = {key for key in keys - known if not key.startswith(_NO_WEIGHTS)}
+        return unknown | {name for name, (_, key, _) in self._sources.items() if key in keys}
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor; those that share a megatron tensor (q, k and v) are read together once.
@@ -58,73 +188,50 @@ class MegatronFolder:
             CheckpointError: a part of it is missing or damaged.
         """
         if name not in self._joined:
-            self.check(name)
-            place = self._places[name]
-            whole = self._reader.read(*self._key(place))
-            self._joined = dict(zip(place.hf, place.layout.join([whole], self._config), strict=True))
+            self.locate(name)
+            _, key, layer = self._sources[name]
+            self._joined = self._join(name, self._reader.read(key, layer))
         return self._joined.pop(name)  # each is asked for once: memory holds no more than one megatron tensor
 
-    def check(self, name: str, sources: list[Tensor] | None = None) -> None:
-        """Nothing is read.
-
-        Args:
-            name: of a tensor that must be there.
-            sources: meta tensors of all that share its megatron tensor, whose shapes it must have.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, which is not read.
 
         Raises:
-            DataError: it is not there, or has another shape.
+            DataError: there is no such tensor, or it has another shape.
         """
-        if name not in self._places:
-            raise DataError(f"{self._folder} has no tensor {name}")
-        place = self._places[name]
-        key, layer = self._key(place)
-        if key not in self._keys:
-            raise DataError(f"{self._folder} has no tensor {key}, of which {name} is made")
-        shape = self._reader.shape(key)
-        num_layers = self._config.num_hidden_layers
-        if layer is not None and shape[0] != num_layers:
-            raise DataError(f"{self._folder}: {key} has {shape[0]} layers, the model of config.json {num_layers}")
-        if sources is None:
-            return
-        (wanted,) = place.layout.split(sources, 1, self._config)
-        found = shape if layer is None else shape[1:]
-        if place.layout is VOCAB and found[0] > wanted.shape[0]:
-            found = (wanted.shape[0], *found[1:])  # padded for some tensor-parallel size
-        if found != tuple(wanted.shape):
-            raise DataError(f"{self._folder}: {key} is {found}, the model of config.json wants {tuple(wanted.shape)}")
+        self.locate(name)
+        _, key, layer = self._sources[name]
+        size = self._reader.tensors[key].size
+        return tuple(self._join(name, torch.empty(size if layer is None else size[1:], device="meta"))[name].shape)
 
-    def dtype(self) -> torch.dtype:
-        """Of the embedding."""
-        return self._reader.dtype(self._places[EMBEDDING].key)
-
-    def place_of(self, name: str) -> Path:
+    def locate(self, name: str) -> Path:
         """The checkpoint's folder.
 
         Raises:
             DataError: there is no such tensor.
         """
-        self.check(name)
+        if name not in self._sources:
+            raise DataError(f"{self._folder} has no tensor {name}")
+        _, key, layer = self._sources[name]
+        if key not in self._reader.tensors:
+            raise DataError(f"{self._folder} has no tensor {key}, of which {name} is made")
+        found, wanted = self._reader.tensors[key].size[0], self._config.num_hidden_layers
+        if layer is not None and found != wanted:
+            raise DataError(f"{self._folder}: {key} has {found} layers, the model of config.json {wanted}")
         return self._folder
 
-    def is_equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same; reads both.
-
-        Raises:
-            DataError, CheckpointError: as of reading one.
-        """
-        one, two = self[name], self[other]
-        return one.dtype == two.dtype and torch.equal(one, two)
-
-    def _key(self, place: Placement) -> tuple[str, int | None]:
-        """Stacked, as megatron saves layers that are alike; else under the layer's own name."""
-        if place.key in self._keys:
-            return place.key, place.layer
-        own = [name for name in place.megatron if name in self._keys]
-        return (own[0], None) if own else (place.key, place.layer)
+    def _join(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """The Hugging Face tensors that share the megatron tensor of ``name``."""
+        placement, key, _ = self._sources[name]
+        try:
+            return dict(zip(placement.hf, placement.layout.join([whole], self._config), strict=True))
+        except RuntimeError as error:
+            shape = tuple(whole.shape)
+            raise DataError(f"{self._folder}: {key} is {shape}, not as config.json says: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` stands for: itself, or what ``latest`` names in it or in its ``checkpoints``.
+    """The checkpoint that ``path`` stands for: itself, or the newest in it or in its ``checkpoints``.
 
     Raises:
         CheckpointError: there is none.
@@ -132,11 +239,10 @@ def find_checkpoint(path: Path) -> Path:
     if (path / METADATA).is_file():
         return path
     for root in (path, path / "checkpoints"):
-        if (root / "latest").is_file():
-            folder = root / (root / "latest").read_text().strip()
-            if (folder / METADATA).is_file():
-                return folder
-            raise CheckpointError(f"{root / 'latest'} names {folder.name}, which is no complete checkpoint")
+        for newest in CheckpointFolder(root).candidates()[:1]:
+            if not (newest / METADATA).is_file():
+                raise CheckpointError(f"the newest in {root} is {newest.name}, which is no complete checkpoint")
+            return newest
     raise CheckpointError(f"{path} is no checkpoint: give a step_* folder, a run's folder or a converted one")
 
 
@@ -149,9 +255,8 @@ def find_hf_dir(checkpoint: Path) -> Path:
     if (checkpoint / HF_SUBFOLDER / "config.json").is_file():
         return checkpoint / HF_SUBFOLDER
     try:
-        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
-        folder = Path(manifest["config"]["model"]["hf_dir"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        folder = Path(read_manifest(checkpoint)["config"]["model"]["hf_dir"])
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint} does not say which model it is of: give --hf-dir") from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{checkpoint} was trained from {folder}, which holds no config.json: give --hf-dir")

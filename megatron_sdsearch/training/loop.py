@@ -28,7 +28,7 @@ from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
-from megatron_sdsearch.model.safe_load import forbid_pickles
+from megatron_sdsearch.model.megatron_folder import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
@@ -39,7 +39,7 @@ from megatron_sdsearch.training.rollouts import DistributedRollouts, check_quest
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
-from megatron_sdsearch.training.saving import Saving
+from megatron_sdsearch.training.saving import CheckpointScheduler
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples
@@ -134,7 +134,7 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     )
     with StopRequest(parallel, display.say) as stop:
         policy = Policy.build(config, parallel)
-        saving = Saving(config, policy, start, run_date)
+        saving = CheckpointScheduler(config, policy, start, run_date)
         learn = _warm_start if config.train.mode == "warm_start" else _reinforce
         step = learn(config, policy, saving, stop, renderer, display)
         saving.finish(step)
@@ -175,7 +175,7 @@ def _device_words() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, display: Display) -> int:
+def _begin(config: RunConfig, saving: CheckpointScheduler, parallel: ParallelState, display: Display) -> int:
     """Load the newest checkpoint and say so; its step. Right before the loop, for random numbers go on from there."""
     loaded = saving.load()
     if parallel.is_main:
@@ -190,7 +190,7 @@ def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, display: 
 def _reinforce(
     config: RunConfig,
     policy: Policy,
-    saving: Saving,
+    saving: CheckpointScheduler,
     stop: StopRequest,
     renderer: Renderer,
     display: Display,
@@ -248,7 +248,7 @@ def _reinforce(
 def _warm_start(
     config: RunConfig,
     policy: Policy,
-    saving: Saving,
+    saving: CheckpointScheduler,
     stop: StopRequest,
     renderer: Renderer,
     display: Display,

@@ -18,6 +18,7 @@ import torch
 
 from megatron_sdsearch.config import RunConfig, SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError, raise_first
+from megatron_sdsearch.files import write_file
 from megatron_sdsearch.rollout.checks import context_problems
 from megatron_sdsearch.rollout.server_process import read_server_info
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights, no_gpus_left
@@ -158,9 +159,7 @@ def _visible_gpus() -> tuple[str, ...]:
 
 def _write_urls(path: Path, urls: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{url}\n" for url in urls))
-    temporary.replace(path)
+    write_file(path, "".join(f"{url}\n" for url in urls))
 
 
 class _PublishedFolders:

@@ -29,7 +29,6 @@ from megatron_sdsearch.model.hf_weights import (
     HFTensors,
     SafetensorsFolder,
     export_hf_weights,
-    export_stage_weights,
     load_weights,
 )
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
@@ -97,7 +96,7 @@ class Network:
 
     def row_logits(self, hidden: Tensor) -> RowLogits:
         """Logits on demand for the rows of one packed microbatch."""
-        head = LMHead.of(self.gpt, self.hf_config, self.parallel)
+        head = LMHead.from_model(self.gpt, self.hf_config, self.parallel)
         return RowLogits(
             hidden=head.gather(hidden),
             project=head.logits,
@@ -127,7 +126,7 @@ class Network:
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors of this rank's pipeline stage; all ranks of its tensor-parallel group must exhaust it."""
-        return export_stage_weights(self.gpt, self.hf_config, self.parallel)
+        return export_hf_weights(self.gpt, self.hf_config, self.parallel, own_stage_only=True)
 
 
 class Policy(Network):

@@ -9,61 +9,47 @@ from datetime import date
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
-from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Policy
 
 
-class SaveSchedule:
-    """When a save is due: after so many steps, after so many minutes, and after the last step.
+class CheckpointScheduler:
+    """The run's checkpoints as the loop sees them: loaded at the start, saved when due. All methods are collectives.
 
-    Args:
-        config: of the run.
-        parallel: its ranks; the first one's clock counts for all of them.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, config: RunConfig, parallel: ParallelState, clock: Callable[[], float] = time.monotonic) -> None:
-        self._every = config.checkpoint.every
-        self._every_s = config.checkpoint.every_minutes * 60
-        self._num_steps = config.train.num_steps
-        self._parallel = parallel
-        self._clock = clock
-        self._last_save = clock()
-
-    def is_due(self, step: int) -> bool:
-        """A collective: whether the state after ``step`` finished steps is to be saved. Minutes count from here on."""
-        is_due = step == self._num_steps or (self._every > 0 and step % self._every == 0)
-        if not is_due and self._every_s > 0:
-            is_due = self._parallel.all_gather_object(self._clock() - self._last_save >= self._every_s)[0]
-        if is_due:
-            self._last_save = self._clock()
-        return is_due
-
-
-class Saving:
-    """The run's checkpoints as the loop sees them. All methods are called on all ranks together.
+    A save is due after so many steps, after so many minutes by the first rank's clock, and after the last step.
 
     Args:
         config: of the run.
         policy: saved and loaded.
-        start: when this process began, by ``time.monotonic``.
-        run_date: when the run began, which its prompts may tell.
+        start: when this process began, by ``clock``.
+        run_date: when the run began, which its prompts may mention.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, start: float, run_date: date) -> None:
-        self._schedule = SaveSchedule(config, policy.parallel)
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        start: float,
+        run_date: date,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoint = config.checkpoint
+        self._num_steps = config.train.num_steps
+        self._parallel = policy.parallel
         self._store = CheckpointStore(config.run_dir / "checkpoints", policy, policy.parallel, config)
         self._start = start
         self._run_date = run_date
+        self._clock = clock
+        self._last_save = clock()
         self._scores: dict[int, float] = {}
 
     @property
     def wall_s(self) -> float:
-        """Spent on the finished steps: of this process, and of those before it up to the checkpoint it began from."""
-        return time.monotonic() - self._start
+        """Seconds spent on the finished steps: by this process, and by those before it up to its checkpoint."""
+        return self._clock() - self._start
 
     def load(self) -> TrainingState:
-        """Go on from the newest checkpoint, if there is one."""
+        """Continue from the newest checkpoint, if there is one."""
         state = self._store.load()
         self._start -= state.wall_s
         self._scores = {step: score for step, score in state.scores.items() if step <= state.step}
@@ -75,14 +61,20 @@ class Saving:
             self._scores[step] = float(evaluated[names.EVAL_EM])
 
     def after_step(self, step: int) -> None:
-        """Begin a save if one is due; else complete one that has been written meanwhile."""
-        if self._schedule.is_due(step):
-            self._store.save(self._state(step))
-        else:
+        """Begin a save if one is due after ``step`` steps; else complete one that has been written meanwhile."""
+        every, every_s = self._checkpoint.every, self._checkpoint.every_minutes * 60
+        is_due = step == self._num_steps or (every > 0 and step % every == 0)
+        if not is_due and every_s > 0:
+            # The first rank decides: a save is a collective, and clocks differ.
+            is_due = self._parallel.all_gather_object(self._clock() - self._last_save >= every_s)[0]
+        if not is_due:
             self._store.poll()
+            return
+        self._last_save = self._clock()
+        self._store.save(self._state(step))
 
     def finish(self, step: int) -> None:
-        """At the end, or where the run was asked to stop: everything is saved, complete, and no more than is kept."""
+        """Save and complete the state in which the run ends or was asked to stop; remove what is not kept."""
         if step:
             self._store.save(self._state(step))
         self._store.finish()

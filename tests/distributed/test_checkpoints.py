@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
-from megatron_sdsearch.model.checkpoint_folder import FileRecord, read_manifest
+from megatron_sdsearch.model.checkpoint_folder import hash_file, read_manifest
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_model
 from tests.distributed.test_training import Run, _config
@@ -172,12 +172,11 @@ def damaged(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def forge(folder: Path, name: str) -> None:
-    """As somebody would who knows the format: the manifest vouches for the file."""
+    """Change the manifest as an attacker would: it vouches for the file."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"].pop(name, None)
     if (folder / name).exists():
-        record = FileRecord.of(folder / name)
-        manifest["files"][name] = {"num_bytes": record.num_bytes, "sha256": record.sha256}
+        manifest["files"][name] = hash_file(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

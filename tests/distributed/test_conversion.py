@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import CheckpointError, VerificationError
-from megatron_sdsearch.model.checkpoint import TrainingState, save_checkpoint
+from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
 from megatron_sdsearch.model.checkpoint_folder import read_manifest
 from megatron_sdsearch.model.convert import to_hf, to_megatron
+from megatron_sdsearch.model.logits_check import check_same_logits, megatron_logits
 from megatron_sdsearch.model.megatron_folder import find_checkpoint, find_hf_dir
-from megatron_sdsearch.model.verify import megatron_logits, verify
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Network, Policy
 from tests.distributed.launch import run_distributed
@@ -114,7 +114,9 @@ def save_a_run(rank: int, world_size: int, folder: Path, names: list[str]) -> di
         for parameter in policy.gpt.parameters():
             parameter.main_grad.fill_(0.01)
         policy.optimizer.step()
-        save_checkpoint(config.run_dir / "checkpoints", policy, TrainingState(step=7), parallel, config)
+        store = CheckpointStore(config.run_dir / "checkpoints", policy, parallel, config)
+        store.save(TrainingState(step=7))
+        store.finish()
         results[name] = {name: tensor.clone() for name, tensor in policy.hf_weights()}
         parallel_state.destroy_model_parallel()
     return results
@@ -135,17 +137,17 @@ def test_training_checkpoints_become_hugging_face_folders(folder: Path, tmp_path
 
 
 def verify_right_and_wrong(rank: int, world_size: int, hf_dir: Path, wrong_dir: Path) -> list[str]:
-    torch.distributed.destroy_process_group()  # verify starts its own, of one process
+    torch.distributed.destroy_process_group()  # the check starts its own, of one process
     del os.environ["RANK"]
-    told = []
+    messages = []
     for folder in (hf_dir, wrong_dir):
         try:
-            verify(folder, converted(hf_dir))
-            told.append("")
+            check_same_logits(folder, converted(hf_dir))
+            messages.append("")
         except VerificationError as error:
-            told.append(str(error))
+            messages.append(str(error))
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    return told
+    return messages
 
 
 def test_verify_finds_one_pair_of_exchanged_heads(folder: Path, tmp_path: Path) -> None:
@@ -155,9 +157,9 @@ def test_verify_finds_one_pair_of_exchanged_heads(folder: Path, tmp_path: Path) 
     query = weights["model.layers.2.self_attn.q_proj.weight"]
     query[:32] = torch.cat([query[16:32], query[:16]])
     save_file(weights, wrong / "model.safetensors", metadata={"format": "pt"})
-    ((right, told),) = run_distributed(verify_right_and_wrong, 1, hf_dir, wrong)
+    ((right, message),) = run_distributed(verify_right_and_wrong, 1, hf_dir, wrong)
     assert right == ""
-    assert "does not compute what" in told
+    assert "does not compute what" in message
 
 
 def test_nothing_is_continued_from_weights_alone(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, TrainingError
 from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.loss.objective import policy_logprobs
-from megatron_sdsearch.model.checkpoint import TrainingState, load_latest, save_checkpoint
+from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainBatch, TrainingSample
@@ -174,18 +174,20 @@ def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, A
     first = Run(config)
     first.step(0)
     first.step(1)
-    save_checkpoint(root, first.policy, TrainingState(step=2), first.parallel, config)
+    store = CheckpointStore(root, first.policy, first.parallel, config)
+    store.save(TrainingState(step=2))
+    store.finish()
     first.step(2)
     uninterrupted = first.weights()
     first.end()
 
     second = Run(config)
-    step = load_latest(root, second.policy, second.parallel, config)
+    step = CheckpointStore(root, second.policy, second.parallel, config).load().step
     second.step(step)
     resumed = second.weights()
     for other, named in ((config.model_copy(update={"seed": 2}), "seed = 1"), (_steps(config, 1), "train.num_steps")):
         with pytest.raises(CheckpointError, match=named):
-            load_latest(root, second.policy, second.parallel, other)
+            CheckpointStore(root, second.policy, second.parallel, other).load()
     write_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
     microbatch = second.batch(0).minibatches[0].student[0]
     logprobs = second.policy.collect(

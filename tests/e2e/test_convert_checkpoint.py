@@ -56,7 +56,7 @@ def test_there_and_back_with_verification(hf_dir: Path, tmp_path: Path) -> None:
 
 def test_wrong_input_is_one_message_exit_code_2_and_nothing_on_the_disk(hf_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for arguments, told in (
+    for arguments, message in (
         (("to-megatron", tmp_path / "nowhere", out), "holds no config.json"),
         (("to-megatron", hf_dir, out, "--tensor", 3), "3 does not divide the model's num_attention_heads = 4"),
         (("to-hf", hf_dir, out), "is no checkpoint"),
@@ -64,7 +64,7 @@ def test_wrong_input_is_one_message_exit_code_2_and_nothing_on_the_disk(hf_dir: 
     ):
         done = convert(*arguments)
         assert done.returncode == 2, done.stderr
-        assert told in done.stderr
+        assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
     assert (hf_dir / "model.safetensors").is_file()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sdsearch.errors import StorageError
-from megatron_sdsearch.files import write_durably, write_file
+from megatron_sdsearch.files import replacing_folder, write_file
 from megatron_sdsearch.logging import MetricsLog, TrajectoryLog
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.logging.trajectories import step_files
@@ -115,8 +115,22 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, name: str) 
     assert (tmp_path / name).read_text() != "before"
 
 
-def test_a_folder_that_is_not_there_is_the_system_s_error_for_who_handles_those(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_durably(tmp_path / "nowhere/file", "x")
+def test_a_file_in_a_folder_that_is_not_there_is_the_same_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nowhere/file cannot be written \(No such file or directory\)"):
         write_file(tmp_path / "nowhere/file", "x")
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    (tmp_path / ".old_folder").mkdir()  # left by a process that was killed
+    for content in ("first", "second"):
+        with replacing_folder(target) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+        assert names(target) == [content]
+    with pytest.raises(FileNotFoundError), replacing_folder(target) as partial:
+        (partial / "below").mkdir()
+    with pytest.raises(FileNotFoundError), replacing_folder(target):
+        pass  # there is nothing to put in its position
+    assert names(target) == ["second"]
+    assert names(tmp_path) == ["folder"]

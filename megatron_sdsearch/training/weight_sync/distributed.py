@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from megatron_sdsearch.errors import ServerUnavailableError, cause_of
-from megatron_sdsearch.model.hf_weights import exhaust
+from megatron_sdsearch.model.hf_weights import drain_collective
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
 from megatron_sdsearch.training.policy import Network
@@ -72,9 +72,9 @@ class DistributedTransport:
 
     def _send_stage(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         if self._parallel.tp_rank > 0:
-            exhaust(policy.stage_weights(), lambda _: None)
+            drain_collective(policy.stage_weights(), lambda _: None)
             return
-        exhaust(
+        drain_collective(
             buckets(policy.stage_weights(), self._bucket_bytes),
             lambda bucket: self._broadcast(fleet, bucket, version),
             before=lambda: self._join(fleet, urls),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sdsearch.model.hf_weights import exhaust
+from megatron_sdsearch.model.hf_weights import drain_collective
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets, serialize
@@ -33,9 +33,9 @@ class TensorTransport:
     def send(self, policy: Network, fleet: ServerFleet, urls: Sequence[str], version: int) -> None:
         """See ``Transport``."""
         if not self._parallel.is_main:
-            exhaust(policy.hf_weights(), lambda _: None)
+            drain_collective(policy.hf_weights(), lambda _: None)
             return
-        exhaust(
+        drain_collective(
             buckets(policy.hf_weights(), self._bucket_bytes),
             lambda bucket: self._post(fleet, urls, bucket, version),
             before=lambda: fleet.call(urls, open_update),

@@ -66,11 +66,11 @@ LLAMA3 = {
 }
 
 
-def place(**changes: Any) -> ParallelState:
+def make_parallel(**changes: Any) -> ParallelState:
     """A single process without groups, as far as a config is concerned."""
     single = {"rank": 0, "world_size": 1, "tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1}
-    rest = {"dp_rank": 0, "dp_size": 1, "sequence_parallel": False, "tp_group": None, "pp_group": None}
-    return ParallelState(**(single | rest | {"device": torch.device("cpu")} | changes))
+    others = {"dp_rank": 0, "dp_size": 1, "sequence_parallel": False, "tp_group": None, "pp_group": None}
+    return ParallelState(**(single | others | {"device": torch.device("cpu")} | changes))
 
 
 # What is taken and what is refused
@@ -87,7 +87,7 @@ def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("tree", "told", "fix"),
+    ("tree", "message", "fix"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported", KNOWN),
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported", KNOWN),
@@ -110,11 +110,13 @@ def test_supported_families_are_read(tmp_path: Path, tree: dict[str, Any]) -> No
         (qwen3(use_sliding_window=True), "some layers use sliding windows", "set use_sliding_window to false"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, tree: dict[str, Any], told: str, fix: str) -> None:
+def test_what_would_be_computed_wrongly_is_refused(
+    tmp_path: Path, tree: dict[str, Any], message: str, fix: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load_hf_config(write_config(tmp_path, tree))
     assert caught.value.field == "model.hf_dir"
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert fix in caught.value.fix
 
 
@@ -174,7 +176,7 @@ def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline
 
 
 @pytest.mark.parametrize(
-    ("changes", "layout", "told"),
+    ("changes", "layout", "message"),
     [
         (
             {"num_attention_heads": 6, "num_key_value_heads": 6},
@@ -191,9 +193,9 @@ def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline
     ],
 )
 def test_a_layout_that_does_not_divide_names_both_figures(
-    changes: dict[str, Any], layout: dict[str, int], told: str
+    changes: dict[str, Any], layout: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         check_layout(Qwen2Config(**SIZES | changes), ParallelConfig.model_validate(layout))
     assert caught.value.field == f"parallel.{next(iter(layout))}"
     assert caught.value.fix.startswith("choose ")
@@ -223,15 +225,15 @@ def test_head_dim_is_the_configured_one_or_follows_from_the_width() -> None:
 
 
 def test_the_families_differ_in_bias_and_norm_of_queries() -> None:
-    two = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), place())
-    three = transformer_config(Qwen3Config(**SIZES, head_dim=16), ModelConfig(hf_dir=Path("m")), place())
+    two = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), make_parallel())
+    three = transformer_config(Qwen3Config(**SIZES, head_dim=16), ModelConfig(hf_dir=Path("m")), make_parallel())
     assert (two.add_qkv_bias, two.qk_layernorm, two.kv_channels) == (True, False, 8)
     assert (three.add_qkv_bias, three.qk_layernorm, three.kv_channels) == (False, True, 16)
 
 
 def test_megatrons_config_follows_the_models_and_the_layout() -> None:
     hf_config = Qwen2Config(**SIZES, rms_norm_eps=1e-5)
-    layout = place(tp_size=2, pp_size=2, sequence_parallel=True)
+    layout = make_parallel(tp_size=2, pp_size=2, sequence_parallel=True)
     config = transformer_config(hf_config, ModelConfig(hf_dir=Path("m"), recompute="full"), layout)
     sizes = (config.num_layers, config.hidden_size, config.ffn_hidden_size)
     assert sizes == (4, 48, 96)
@@ -244,9 +246,9 @@ def test_megatrons_config_follows_the_models_and_the_layout() -> None:
 
 
 def test_norms_mark_their_weight_for_sequence_parallel() -> None:
-    layout = place(tp_size=2, sequence_parallel=True)
+    layout = make_parallel(tp_size=2, sequence_parallel=True)
     sharded = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), layout)
-    whole = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), place())
+    whole = transformer_config(Qwen2Config(**SIZES), ModelConfig(hf_dir=Path("m")), make_parallel())
     assert RMSNorm(sharded, 48).weight.sequence_parallel is True  # type: ignore[attr-defined]
     assert RMSNorm(whole, 48).weight.sequence_parallel is False  # type: ignore[attr-defined]
 

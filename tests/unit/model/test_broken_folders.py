@@ -59,8 +59,8 @@ def with_one(value: float) -> Callable[[Tensor], Tensor]:
 def test_a_weight_that_is_not_finite_is_named_when_it_is_loaded(folder: Path, value: float) -> None:
     change(folder, V_PROJ, with_one(value))
     change(folder, "model.norm.weight", with_one(value))
-    words = rf"model\.safetensors: {V_PROJ} holds 1 numbers that are NaN or infinite; fetch"
-    with pytest.raises(DataError, match=words):
+    message = rf"model\.safetensors: {V_PROJ} holds 1 numbers that are NaN or infinite; fetch"
+    with pytest.raises(DataError, match=message):
         load(SafetensorsFolder(folder), folder, load_hf_config(folder))
 
 

@@ -13,23 +13,21 @@ from megatron_sdsearch.config import CheckpointConfig, RunConfig, parse_config
 from megatron_sdsearch.errors import CheckpointError
 from megatron_sdsearch.model.checkpoint_folder import (
     CheckpointFolder,
-    FileRecord,
-    best_step,
     changed_settings,
     continuation_problems,
     damages,
     fingerprint,
-    kept_steps,
+    hash_file,
     read_manifest,
     run_date_of,
+    select_steps,
 )
 
 
 def save(folder: CheckpointFolder, step: int, content: bytes = b"shard") -> Path:
     partial = folder.begin(step)
     (partial / "shard").write_bytes(content)
-    record = FileRecord.of(partial / "shard", should_sync=True)
-    files = {"shard": {"num_bytes": record.num_bytes, "sha256": record.sha256}}
+    files = {"shard": hash_file(partial / "shard", should_sync=True)}
     return folder.commit(partial, {"step": step, "config": {}, "layout": {}, "files": files})
 
 
@@ -47,8 +45,7 @@ def test_retention_keeps_what_it_says_and_nothing_else(
     steps: set[int], keep_last: int, keep_every: int, scored: dict[int, float]
 ) -> None:
     current = max(steps)
-    best = best_step(steps, scored, current)
-    kept = kept_steps(steps, current, best, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
+    kept, best = select_steps(steps, current, scored, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
     last = sorted(steps)[-keep_last:]
     for step in steps:
         is_wanted = step in last or step == best or (keep_every > 0 and step % keep_every == 0)
@@ -59,12 +56,14 @@ def test_retention_keeps_what_it_says_and_nothing_else(
 
 def test_steps_of_a_future_that_was_left_go_and_never_count_as_best() -> None:
     config = CheckpointConfig(keep_last=2, keep_every=10)
-    assert best_step([4, 6, 20], {4: 0.1, 6: 0.2, 20: 0.9}, current=6) == 6
-    assert kept_steps([2, 4, 6, 20], 6, None, config) == {4, 6}
+    assert select_steps([2, 4, 6, 20], 6, {4: 0.1, 6: 0.2, 20: 0.9}, config) == ({4, 6}, 6)
+    assert select_steps([2, 4, 6, 20], 6, {}, config) == ({4, 6}, None)
+    assert select_steps([2, 4, 6, 20], 6, {2: 0.9}, config) == ({2, 4, 6}, 2)
 
 
 def test_of_equal_scores_the_earliest_is_best() -> None:
-    assert best_step([3, 1, 2], {1: 0.5, 2: 0.5, 3: 0.4}, current=3) == 1
+    _, best = select_steps([3, 1, 2], 3, {1: 0.5, 2: 0.5, 3: 0.4}, CheckpointConfig())
+    assert best == 1
 
 
 def test_a_step_that_is_saved_again_leaves_nothing_of_the_first_time(tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_candidates_begin_with_latest_and_never_lie_in_its_future(tmp_path: Path
     for step in (1, 2, 3):
         save(folder, step)
     assert [path.name for path in folder.candidates()] == ["step_000003", "step_000002", "step_000001"]
-    (tmp_path / "latest").write_text("step_000002\n")  # somebody goes back by hand
+    (tmp_path / "latest").write_text("step_000002\n")  # as to go back by hand
     assert [path.name for path in folder.candidates()] == ["step_000002", "step_000001"]
     (tmp_path / "latest").unlink()  # killed between a first save's last two moves
     assert folder.candidates()[0].name == "step_000003"
@@ -120,7 +119,7 @@ def test_candidates_begin_with_latest_and_never_lie_in_its_future(tmp_path: Path
         folder.candidates()
 
 
-def test_going_back_keeps_the_damaged_one_for_somebody_to_look_at(tmp_path: Path) -> None:
+def test_going_back_keeps_the_damaged_one_for_inspection(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     first = save(folder, 1)
     save(folder, 2)
@@ -133,8 +132,7 @@ def test_going_back_keeps_the_damaged_one_for_somebody_to_look_at(tmp_path: Path
 def test_each_damage_is_named(tmp_path: Path) -> None:
     for name in ("short", "changed", "missing", "good"):
         (tmp_path / name).write_bytes(b"content of a shard")
-    records = {path.name: FileRecord.of(path) for path in tmp_path.iterdir()}
-    files = {name: {"num_bytes": r.num_bytes, "sha256": r.sha256} for name, r in records.items()}
+    files = {path.name: hash_file(path) for path in tmp_path.iterdir()}
     (tmp_path / "short").write_bytes(b"content")
     (tmp_path / "changed").write_bytes(b"content of a shar_")
     (tmp_path / "missing").unlink()
@@ -262,8 +260,8 @@ def test_a_setting_that_is_newer_than_the_checkpoint_was_what_its_default_is() -
 
 def test_what_may_not_change_is_refused_and_what_may_is_not() -> None:
     now = config(optimizer={"lr": 1e-4}, seed=9, parallel={"distributed_optimizer": True})
-    told = [str(problem) for problem in continuation_problems(Path("c"), manifest(config()), now)]
-    assert told == [
+    problems = [str(problem) for problem in continuation_problems(Path("c"), manifest(config()), now)]
+    assert problems == [
         "c was written with parallel.distributed_optimizer = False: set it back",
         "c was trained with seed = 1, this run has 9: set it back, or take another run_dir, where "
         "model.megatron_dir=c starts from these weights",

@@ -26,18 +26,18 @@ def config(**changes: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "difference"),
     [
         ({"rollout": {"group_size": 8}}, "rollout.group_size = 5, this run has 8"),
         ({"seed": 2}, "seed = 1, this run has 2"),
         ({"data": {"train": "u.jsonl"}}, "data.train = t.jsonl, this run has u.jsonl"),
     ],
 )
-def test_a_changed_setting_can_be_taken_to_another_run(changes: dict[str, Any], words: str) -> None:
+def test_a_changed_setting_can_be_taken_to_another_run(changes: dict[str, Any], difference: str) -> None:
     manifest = {"step": 7, "config": config().model_dump(mode="json")}
     (problem,) = continuation_problems(FOLDER, manifest, config(**changes))
     assert str(problem) == (
-        f"{FOLDER} was trained with {words}: set it back, or take another run_dir, where "
+        f"{FOLDER} was trained with {difference}: set it back, or take another run_dir, where "
         f"model.megatron_dir={FOLDER} starts from these weights"
     )
 

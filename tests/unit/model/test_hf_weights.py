@@ -16,17 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.hf_weights import (
-    GATE_UP,
-    QKV,
-    REPLICATED,
-    ROW,
-    VOCAB,
-    SafetensorsFolder,
-    export_hf_weights,
-    load_weights,
-    placements,
-)
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder, export_hf_weights, load_weights
+from megatron_sdsearch.model.weight_table import GATE_UP, QKV, REPLICATED, ROW, VOCAB, placements
 from megatron_sdsearch.parallel.groups import ParallelState
 
 FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -223,10 +214,10 @@ def test_every_tensor_of_the_model_has_one_place(tmp_path: Path, family: str, is
     config = tiny_config(family, is_tied=is_tied)
     weights = save_model(tmp_path, config)
     for pp_size in (1, 2, 4):
-        places = list(placements(config, pp_size))
-        names = [name for place in places for name in place.hf]
+        placed = list(placements(config, pp_size))
+        names = [name for placement in placed for name in placement.hf]
         assert sorted(names) == sorted(weights)
-        stages = [place.stage for place in places]
+        stages = [placement.stage for placement in placed]
         assert stages == sorted(stages), "in order, so that no stage waits for one behind it"
         assert set(stages) == set(range(pp_size))
 
@@ -249,10 +240,10 @@ def test_the_shards_of_all_ranks_make_up_the_model(tmp_path: Path, family: str, 
     config = tiny_config(family, is_tied=is_tied)
     weights = save_model(tmp_path, config)
     grid = [[load(tmp_path, config, stage(tp, 2, pp, 2)).parameters for tp in range(2)] for pp in range(2)]
-    for place in placements(config, 2):
-        (name,) = [name for name in place.megatron if name in grid[place.stage][0]]
-        joined = place.layout.join([shard[name] for shard in grid[place.stage]], config)
-        assert_equal(joined, [weights[source] for source in place.hf])
+    for placement in placements(config, 2):
+        (name,) = [name for name in placement.megatron if name in grid[placement.stage][0]]
+        joined = placement.layout.join([shard[name] for shard in grid[placement.stage]], config)
+        assert_equal(joined, [weights[source] for source in placement.hf])
 
 
 def test_the_last_stage_gets_its_copy_of_a_tied_table(tmp_path: Path) -> None:
@@ -312,9 +303,9 @@ def test_a_tensor_with_twice_the_rows_is_named_with_both_shapes(tmp_path: Path, 
     weights = save_model(tmp_path, config)
     weights[name] = torch.cat([weights[name]] * 2)
     save_file(weights, tmp_path / "model.safetensors")
-    told = refusal(tmp_path, config)
-    assert name in told
-    assert "the model wants" in told
+    message = refusal(tmp_path, config)
+    assert name in message
+    assert "the model wants" in message
 
 
 # Rows that do not divide into query groups.

@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_sdsearch.errors import CheckpointError
-from megatron_sdsearch.model.background_write import describe
-from megatron_sdsearch.model.checkpoint import _refuse_broken_optimizer
-from megatron_sdsearch.model.safe_load import check_metadata, forbid_pickles
+from megatron_sdsearch.model.background_write import describe_error
+from megatron_sdsearch.model.checkpoint import CheckpointStore
+from megatron_sdsearch.model.megatron_folder import forbid_pickles, read_metadata
 
 
 class Poison:
@@ -38,14 +40,18 @@ def test_the_poison_works(tmp_path: Path) -> None:
 
 def test_a_poisoned_metadata_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"state": Poison(tmp_path / "mark")}))
-    assert "posix.mkdir, which no checkpoint needs" in check_metadata(tmp_path / ".metadata")
+    with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: .*posix\.mkdir, which no checkpoint needs"):
+        read_metadata(tmp_path)
     assert not (tmp_path / "mark").exists()
 
 
 def test_metadata_that_is_none_or_missing_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read" in check_metadata(tmp_path / ".metadata")
-    (tmp_path / ".metadata").write_bytes(b"no pickle")
-    assert "is refused" in check_metadata(tmp_path / ".metadata")
+    with pytest.raises(CheckpointError, match=r"holds no \.metadata"):
+        read_metadata(tmp_path)
+    for content in (b"no pickle", pickle.dumps({"state": 1})):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"\.metadata cannot be read"):
+            read_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -53,7 +59,7 @@ def test_real_metadata_passes(dtype: torch.dtype, tmp_path: Path) -> None:
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
     tensor = TensorStorageMetadata(TensorProperties(dtype), torch.Size([2]), [chunk])
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"weight": tensor})))
-    assert check_metadata(tmp_path / ".metadata") == ""
+    assert read_metadata(tmp_path).state_dict_metadata == {"weight": tensor}
 
 
 def test_no_caller_can_ask_torch_for_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +74,11 @@ def test_no_caller_can_ask_torch_for_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_distributed_optimizer_with_torchs_adam_is_refused() -> None:
+def test_a_distributed_optimizer_with_torchs_adam_is_refused(tmp_path: Path) -> None:
+    policy: Any = SimpleNamespace(optimizer=object.__new__(DistributedOptimizer))
+    anything: Any = SimpleNamespace(tp_size=1, pp_size=1, dp_size=1)
     with pytest.raises(CheckpointError, match="wrong without an error"):
-        _refuse_broken_optimizer(object.__new__(DistributedOptimizer))
+        CheckpointStore(tmp_path, policy, anything, anything)
 
 
 def test_the_disk_is_blamed_and_not_what_torch_makes_of_it() -> None:
@@ -82,5 +90,5 @@ def test_the_disk_is_blamed_and_not_what_torch_makes_of_it() -> None:
 
     with pytest.raises(RuntimeError) as caught:
         write()
-    assert describe(caught.value) == "OSError: [Errno 28] No space left on device"
-    assert describe(ValueError("x")) == "ValueError: x"
+    assert describe_error(caught.value) == "OSError: [Errno 28] No space left on device"
+    assert describe_error(ValueError("x")) == "ValueError: x"
