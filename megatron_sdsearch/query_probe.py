@@ -97,7 +97,6 @@ class ProbeParams:
         top_p: of both samples; the rollouts' own.
         max_query_tokens: budget of one query, closing tag included.
         top_k: passages per query; the rollouts' own.
-        rho: an answer is right when its F1 is above it.
     """
 
     seed: int
@@ -105,7 +104,6 @@ class ProbeParams:
     top_p: float = 1.0
     max_query_tokens: int = 64
     top_k: int
-    rho: float = 0.0
 
 
 async def probe_queries(
@@ -136,7 +134,7 @@ async def probe_queries(
         params: sampling and searching.
     """
     prober = _Prober(engine, retriever, renderer, params)
-    turns = [turn for group, shown in zip(groups, blocks, strict=True) for turn in _turns(group, shown, params.rho)]
+    turns = [turn for group, shown in zip(groups, blocks, strict=True) for turn in _turns(group, shown)]
     return merge(await asyncio.gather(*map(prober.probe, turns)))
 
 
@@ -161,11 +159,11 @@ class _Turn:
     is_mixed: bool
 
 
-def _turns(group: RolloutGroup, blocks: Sequence[HindsightBlock], rho: float) -> list[_Turn]:
+def _turns(group: RolloutGroup, blocks: Sequence[HindsightBlock]) -> list[_Turn]:
     if not group.question.gold_passage_ids:
         return []
     members = [m for m in zip(group.trajectories, group.scores, blocks, strict=True) if m[0].is_trainable]
-    is_mixed = len({score.f1 > rho for _, score, _ in members}) == 2
+    is_mixed = len({score.is_correct for _, score, _ in members}) == 2
     turns: list[_Turn] = []
     for trajectory, _, block in members:
         turns += _turns_of(trajectory, block, group.question, is_mixed, first_number=len(turns))

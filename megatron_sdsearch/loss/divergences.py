@@ -40,9 +40,18 @@ class Divergence:
             raise ValueError(f"beta must lie inside (0, 1), got {self.beta}")
 
     def terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """``f`` and ``h`` of each entry. -inf is welcome: an entry without mass contributes its limit, not a NaN."""
+        """``f`` and ``h`` of each entry. At -inf, no mass, it is the limit, not a NaN."""
         if self.name == "jsd":
-            return self._jsd_terms(log_p, log_q)
+            # log m is taken relative to the larger of p and q. Unlike logaddexp, this is exact at p = q, where the loss
+            # and its gradient have to vanish, and keeps its relative precision near it.
+            gap = log_q - log_p
+            # Not where(.., 1 - beta, beta): of two Python numbers torch makes fp32, whatever the type of the others.
+            weight_of_smaller = torch.full_like(gap, self.beta).masked_fill_(gap <= 0, 1 - self.beta)
+            log_m_over_larger = torch.log1p(weight_of_smaller * torch.expm1(-gap.abs()))
+            log_p_over_m = -gap.clamp(min=0) - log_m_over_larger
+            log_q_over_m = gap.clamp(max=0) - log_m_over_larger
+            gradient = (1 - self.beta) * times_log(log_q.exp(), log_q_over_m)
+            return self.beta * times_log(log_p.exp(), log_p_over_m) + gradient, gradient
         p, q = log_p.exp(), log_q.exp()
         if self.name == "forward_kl":
             return times_log(p, log_p - log_q), -p
@@ -51,22 +60,10 @@ class Divergence:
             return value, value + q
         return (p - q).square(), 2 * q * (q - p)
 
-    def _jsd_terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        # log m is taken relative to the larger of p and q. Unlike logaddexp, this is exact at p = q, where the loss and
-        # its gradient have to vanish, and keeps its relative precision near it.
-        gap = log_q - log_p
-        # Not where(.., 1 - beta, beta): of two Python numbers torch makes fp32, whatever the type of the rest.
-        weight_of_smaller = torch.full_like(gap, self.beta).masked_fill_(gap <= 0, 1 - self.beta)
-        log_m_over_larger = torch.log1p(weight_of_smaller * torch.expm1(-gap.abs()))
-        log_p_over_m = -gap.clamp(min=0) - log_m_over_larger
-        log_q_over_m = gap.clamp(max=0) - log_m_over_larger
-        slope = (1 - self.beta) * times_log(log_q.exp(), log_q_over_m)
-        return self.beta * times_log(log_p.exp(), log_p_over_m) + slope, slope
-
     def summed(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For entries that are all at hand: ``J`` [Q], and ``h_e - q_e sum h``, its gradient by ``log q_e``."""
-        value, slope = self.terms(log_p, log_q)
-        return value.sum(-1), slope - log_q.exp() * slope.sum(-1, keepdim=True)
+        """For entries that are all at hand: ``J`` [Q], and ``h_e - q_e sum h`` [Q, entries], its gradient by log q."""
+        value, gradient = self.terms(log_p, log_q)
+        return value.sum(-1), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
 
 
 def check_choice(name: str, value: str, literal: Any) -> None:

@@ -7,8 +7,6 @@ denominators, which arrive as ``weights`` and so decide between a mean over toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,31 +14,6 @@ from torch import Tensor
 # Only the upper side is clamped: exp of a very negative number is a harmless 0, and clamping there would cut the k3
 # term's gradient, which is 1 and the only thing that brings a runaway policy back to the reference.
 _MAX_LOG_RATIO = 20.0
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class GRPOTerms:
-    """This rank's share of the loss and its diagnostics: each a 0-dim weighted sum, to be summed over ranks.
-
-    Since the weights sum to 1 over the global minibatch, those sums are weighted means there.
-
-    Attributes:
-        loss: ``policy_loss + kl_coef * kl - entropy_coef * entropy``; the only one with a gradient.
-        policy_loss: the clipped surrogate, negated; with importance weights where there are any.
-        kl: k3 estimate of KL(policy || reference), nats; 0 without a reference.
-        entropy: mean entropy of the policy, nats; 0 without entropies.
-        ratio: mean of policy / old; stays near 1.
-        clip_fraction: share of tokens whose gradient the clip has cut.
-        old_kl: k3 estimate of KL(old || policy), nats: how far this update has moved the policy.
-    """
-
-    loss: Tensor
-    policy_loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clip_fraction: Tensor
-    old_kl: Tensor
 
 
 def grpo_loss(
@@ -56,7 +29,7 @@ def grpo_loss(
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
-) -> GRPOTerms:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of ``weight * (-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
 
     The importance weight w stands at the surrogate alone: that is an expectation over the trainer's policy which the
@@ -81,7 +54,16 @@ def grpo_loss(
         importance_weights: [N], at least 0, a constant; None is 1 everywhere (``correction.py``).
 
     Returns:
-        The terms, in fp32, or float64 if the policy's log-probabilities are. N = 0 gives zeros, with a gradient path.
+        The loss ``policy_loss + kl_coef * kl - entropy_coef * entropy``, a 0-dim tensor with gradient, and 0-dim
+        diagnostics without one. All are sums over this rank's tokens, to be summed over ranks; since the weights sum to
+        1 over the global minibatch, those sums are weighted means there. In fp32, or float64 if the policy's
+        log-probabilities are. N = 0 gives zeros, with a gradient path. The diagnostics:
+
+        - ``policy_loss``: the clipped surrogate, negated; with importance weights where there are any.
+        - ``kl``: k3 estimate of KL(policy || reference), nats; 0 without a reference.
+        - ``entropy``: mean entropy of the policy, nats; 0 without entropies.
+        - ``clip_fraction``: share of tokens whose gradient the clip has cut.
+        - ``old_kl``: k3 estimate of KL(old || policy), nats: how far this update has moved the policy.
 
     Raises:
         ValueError: a shape differs from [N], or an option is out of range or lacks its input.
@@ -89,14 +71,32 @@ def grpo_loss(
     Source: GRPO, arXiv 2402.03300, section 4.1, with the separate clip bounds of DAPO, arXiv 2503.14476; the k3
     estimator ``exp(d) - d - 1``, ``d = ref - policy``, of J. Schulman, "Approximating KL divergence" (2020).
     """
-    _check_shapes(policy_logprobs, old_logprobs, advantages, weights, ref_logprobs, entropy, importance_weights)
-    _check_options(clip_low, clip_high)
-    _check_partner("kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
-    _check_partner("entropy_coef", entropy_coef, "entropy", entropy)
+    if policy_logprobs.dim() != 1:
+        raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")
+    others = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "weights": weights,
+        "ref_logprobs": ref_logprobs,
+        "entropy": entropy,
+        "importance_weights": importance_weights,
+    }
+    for name, tensor in others.items():
+        # Broadcasting would turn [N] * [N, 1] into a loss over N^2 pairs without a word.
+        if tensor is not None and tensor.shape != policy_logprobs.shape:
+            raise ValueError(f"{name} must be {list(policy_logprobs.shape)}, got {list(tensor.shape)}")
+    if not 0 <= clip_low < 1:
+        raise ValueError(f"clip_low must be in [0, 1), got {clip_low}")
+    if not clip_high >= 0:
+        raise ValueError(f"clip_high must be at least 0, got {clip_high}")
+    for name, coefficient, needed in (("kl_coef", kl_coef, "ref_logprobs"), ("entropy_coef", entropy_coef, "entropy")):
+        if coefficient != 0 and others[needed] is None:
+            raise ValueError(f"{name} is {coefficient}, which needs {needed}")
 
     policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
     log_ratio = policy - old_logprobs.detach()
-    ratio = _safe_exp(log_ratio)
+    # A token beyond the limit gets no gradient rather than one that drowns all others.
+    ratio = log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
 
@@ -104,45 +104,17 @@ def grpo_loss(
     policy_loss = -(surrogate_weights * torch.minimum(surrogate, clipped)).sum()
     kl = (weights * k3(ref_logprobs.detach() - policy)).sum() if ref_logprobs is not None else policy.new_zeros(())
     mean_entropy = (weights * entropy).sum() if entropy is not None else policy.new_zeros(())
-    return GRPOTerms(
-        loss=policy_loss + kl_coef * kl - entropy_coef * mean_entropy,
-        policy_loss=policy_loss.detach(),
-        kl=kl.detach(),
-        entropy=mean_entropy.detach(),
-        ratio=(weights * ratio.detach()).sum(),
-        clip_fraction=(weights * (clipped < surrogate)).sum(),
-        old_kl=(weights * k3(log_ratio.detach())).sum(),
-    )
-
-
-def _safe_exp(log_ratio: Tensor) -> Tensor:
-    """exp that cannot overflow; a token beyond the limit gets no gradient rather than one that drowns all others."""
-    return log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
+    loss = policy_loss + kl_coef * kl - entropy_coef * mean_entropy
+    return loss, {
+        "policy_loss": policy_loss.detach(),
+        "kl": kl.detach(),
+        "entropy": mean_entropy.detach(),
+        "clip_fraction": (weights * (clipped < surrogate)).sum(),
+        "old_kl": (weights * k3(log_ratio.detach())).sum(),
+    }
 
 
 def k3(log_ratio: Tensor) -> Tensor:
     """``exp(d) - d - 1`` with d = log(other / sampled): at least 0, unbiased for KL(sampled || other)."""
     limited = log_ratio.clamp(max=_MAX_LOG_RATIO)
     return torch.expm1(limited) - limited
-
-
-def _check_shapes(policy_logprobs: Tensor, *others: Tensor | None) -> None:
-    names = ("old_logprobs", "advantages", "weights", "ref_logprobs", "entropy", "importance_weights")
-    if policy_logprobs.dim() != 1:
-        raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")
-    for name, tensor in zip(names, others, strict=True):
-        # Broadcasting would turn [N] * [N, 1] into a loss over N^2 pairs without a word.
-        if tensor is not None and tensor.shape != policy_logprobs.shape:
-            raise ValueError(f"{name} must be {list(policy_logprobs.shape)}, got {list(tensor.shape)}")
-
-
-def _check_options(clip_low: float, clip_high: float) -> None:
-    if not 0 <= clip_low < 1:
-        raise ValueError(f"clip_low must be in [0, 1), got {clip_low}")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high must be at least 0, got {clip_high}")
-
-
-def _check_partner(name: str, coefficient: float, partner_name: str, partner: Tensor | None) -> None:
-    if coefficient != 0 and partner is None:
-        raise ValueError(f"{name} is {coefficient}, which needs {partner_name}")

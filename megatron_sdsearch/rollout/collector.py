@@ -231,7 +231,7 @@ class RolloutCollector:
             ended[trajectory.status] += 1
             return trajectory
 
-        collection = GroupCollection(supply, roll_out, self._score, self._config.hindsight.rho)
+        collection = GroupCollection(supply, roll_out, self._score)
         try:
             groups, counts = self._runner.run(collection.run())
         finally:
@@ -245,4 +245,4 @@ class RolloutCollector:
         return Collected(groups=tuple(groups), counts=counts, losses=losses)
 
     def _score(self, trajectory: Trajectory, question: Question) -> Score:
-        return score_trajectory(trajectory, question, self._config.objective.reward)
+        return score_trajectory(trajectory, question, self._config.objective.reward, self._config.hindsight.rho)

@@ -27,14 +27,12 @@ class GroupCollection:
         supply: what is asked, and how much of it is wanted.
         roll_out: one trajectory; releases what it holds when it is cancelled.
         score: one trajectory.
-        rho: a sibling is right when its F1 is above it.
     """
 
-    def __init__(self, supply: Supply, roll_out: RollOut, score: ScoreOne, rho: float) -> None:
+    def __init__(self, supply: Supply, roll_out: RollOut, score: ScoreOne) -> None:
         self._supply = supply
         self._roll_out = roll_out
         self._score = score
-        self._rho = rho
         self._num_refilled = 0
 
     async def run(self) -> tuple[list[RolloutGroup], CollectionCounts]:
@@ -63,7 +61,7 @@ class GroupCollection:
         """
         for attempt in range(self._supply.max_refills):
             group = await self._group(self._supply.draw(place, attempt))
-            if group_class(group, self._rho) == "mixed":
+            if group_class(group) == "mixed":
                 return group
             self._num_refilled += 1
         return await self._group(self._supply.draw(place, self._supply.max_refills))

@@ -14,14 +14,12 @@ from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.evaluation import require_sampled
-from megatron_sdsearch.hindsight.block import build_hindsight
-from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.rollout.checks import check_prompts
-from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, RolloutLosses
+from megatron_sdsearch.rollout.collector import RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
@@ -35,7 +33,7 @@ HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRollouts:
-    """Groups with their hindsight, and what it took to get them: of one rank, or of all.
+    """Groups, and what it took to get them: of one rank, or of all.
 
     Attributes:
         groups: in the order of their places.
@@ -43,18 +41,9 @@ class StepRollouts:
         engine_counts: of the rollout engine, the search engine and the replay store, under names of metrics.
     """
 
-    groups: list[HindsightGroup]
+    groups: list[RolloutGroup]
     counts: CollectionCounts
     engine_counts: dict[str, int]
-
-    @property
-    def num_emptied(self) -> int:
-        """Trainable trajectories with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of."""
-        return sum(
-            block.is_emptied and trajectory.is_trainable
-            for group, blocks in self.groups
-            for trajectory, block in zip(group.trajectories, blocks, strict=True)
-        )
 
 
 def check_questions(config: RunConfig) -> None:
@@ -89,24 +78,22 @@ class DistributedRollouts:
         self._config = config
         self._parallel = parallel
         self.renderer = renderer
-        self._profile = get_profile(config.data.prompt_profile)
         runner = asyncio.Runner()
         self._retriever = runner.run(open_retriever(config.retrieval))
         self._source = start_engine(config, self.renderer, parallel)
         self._collector = RolloutCollector(self._source.engine, self._retriever, self.renderer, config, runner)
         self._has_warned_of_prompts = False
-        self._has_warned_of_blocks = False
 
     def publish(self, policy: Network, *, version: int) -> None:
         """From here on rollouts come from exactly this policy."""
         self._source.publish(policy, version)
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """No rollouts until the next publish."""
         self._source.rest()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
-        """The step's groups with their hindsight, in the order of their places, on every rank.
+        """The step's groups, in the order of their places, on every rank.
 
         Raises:
             RetrievalError, EngineError: on every rank: more of the step's trajectories than
@@ -117,17 +104,17 @@ class DistributedRollouts:
         supply = supply_of(questions, self._config.rollout, step=step, rank=rank, world_size=world_size)
         with self._sampling():
             collected = self._collector.collect(supply, policy_version=step)
-        groups = self._with_hindsight(collected)
         counts = self._source.take_counts() | take_counts(self._retriever)
-        own = StepRollouts(groups=groups, counts=collected.counts, engine_counts=counts)
-        parts = self._parallel.all_gather_object(own)
+        own = StepRollouts(groups=list(collected.groups), counts=collected.counts, engine_counts=counts)
+        gathered = self._parallel.all_gather_object((own, collected.losses))
+        self._check([losses for _, losses in gathered])
+        parts = [part for part, _ in gathered]
         whole = StepRollouts(
             groups=_in_turn([part.groups for part in parts]),
             counts=sum((part.counts for part in parts), CollectionCounts()),
             engine_counts={name: sum(part.engine_counts[name] for part in parts) for name in own.engine_counts},
         )
-        self._look_at([group for group, _ in whole.groups], f"step {step + 1}")
-        self._warn_of_emptied(whole, step)
+        self._look_at(whole.groups, f"step {step + 1}")
         return whole
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
@@ -151,7 +138,6 @@ class DistributedRollouts:
             top_p=rollout.top_p,
             max_query_tokens=rollout.max_response_tokens,
             top_k=retrieval.top_k,
-            rho=self._config.hindsight.rho,
         )
         members = [group for group, _ in share], [blocks for _, blocks in share]
         work = probe_queries(*members, self._source.engine, self._retriever, self.renderer, params)
@@ -192,31 +178,6 @@ class DistributedRollouts:
                 num_too_long,
                 len(statuses),
                 self._config.rollout.max_prompt_tokens,
-            )
-
-    def _with_hindsight(self, collected: Collected) -> list[HindsightGroup]:
-        """This rank's groups; labels may be drawn from the outcomes of all ranks."""
-        config = self._config.hindsight
-        own = outcomes_of(collected.groups, config.rho)
-        gathered = self._parallel.all_gather_object((own, collected.losses))
-        self._check([losses for _, losses in gathered])
-        labels = shown_labels([o for outcomes, _ in gathered for o in outcomes], config, seed=self._config.seed)
-        return [
-            (group, build_hindsight(group, self.renderer, self._profile, config, labels)) for group in collected.groups
-        ]
-
-    def _warn_of_emptied(self, rollouts: StepRollouts, step: int) -> None:
-        """Once: ``hindsight/num_emptied`` counts it in every step."""
-        if self._has_warned_of_blocks or not self._config.is_distilling or not rollouts.num_emptied:
-            return
-        self._has_warned_of_blocks = True
-        if self._parallel.is_main:
-            _log.warning(
-                "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
-                "not distilled; raise it (hindsight/num_emptied counts them in every step)",
-                step + 1,  # as metrics.jsonl counts
-                self._config.hindsight.max_block_tokens,
-                rollouts.num_emptied,
             )
 
     def _share(self, items: Sequence[T]) -> Sequence[T]:

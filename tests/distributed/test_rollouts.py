@@ -56,7 +56,7 @@ def _placebo(parallel: ParallelState, folder: Path) -> Placebo:
 
     def score(trajectory: Trajectory, *_: object) -> Score:
         f1 = float(int(trajectory.trajectory_id.question_id[1:]) % 2)
-        return Score(f1=f1, em=f1, reward=f1)
+        return Score(f1=f1, em=f1, reward=f1, is_correct=f1 > 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megatron_sdsearch.rollout.collector, "score_trajectory", score)
@@ -106,7 +106,7 @@ def _rollouts(
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
-    rollouts.publish(Network.load(config, parallel), version=STEP)
+    rollouts.publish(Network(config, parallel), version=STEP)
     return rollouts
 
 

@@ -52,7 +52,7 @@ def test_a_union_holds_the_ids_of_both_once(case: tuple[Tensor, Tensor, int]) ->
     assert len(ids) == len(set(ids))
     assert set(ids) == tops[0] | tops[1]
     assert topk.logprobs[topk.ids < 0].tolist() == [-math.inf] * (2 * k - len(ids))
-    mass = topk.logprobs.exp().sum() + topk.log_tail.exp().sum()
+    mass = topk.logprobs.exp().sum() + topk.log_tail_mass.exp().sum()
     assert float(mass) == pytest.approx(1)
 
 
@@ -69,7 +69,7 @@ def test_more_entries_see_more_and_never_more_than_there_is(case: tuple[Tensor, 
 def test_the_teacher_s_own_is_teacher_topk_to_the_last_bit() -> None:
     student, teacher = make_logits(1), make_logits(2)
     chosen, plain = chosen_topk(student, teacher, SHARD, 4, of="teacher"), teacher_topk(teacher, SHARD, 4)
-    for name in ("ids", "logprobs", "log_tail"):
+    for name in ("ids", "logprobs", "log_tail_mass"):
         assert torch.equal(getattr(chosen, name), getattr(plain, name))
 
 

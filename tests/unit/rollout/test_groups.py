@@ -88,7 +88,7 @@ class World:
         """Run on a loop of its own, which nothing outlives."""
 
         async def run() -> Result:
-            collection = GroupCollection(supply, self.roll_out, self._score, rho=0.0)
+            collection = GroupCollection(supply, self.roll_out, self._score)
             try:
                 return await collection.run()
             finally:
@@ -99,7 +99,12 @@ class World:
 
     def _score(self, trajectory: Trajectory, question: Question) -> Score:
         f1 = self._f1(trajectory.trajectory_id)
-        return Score(f1=f1, em=0.0, reward=0.5 + trajectory.trajectory_id.sibling)  # a shaped reward always differs
+        return Score(
+            f1=f1,
+            em=0.0,
+            reward=0.5 + trajectory.trajectory_id.sibling,  # a shaped reward always differs
+            is_correct=f1 > 0,
+        )
 
 
 def _span() -> SampledSpan:
