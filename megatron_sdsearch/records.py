@@ -201,12 +201,7 @@ class Trajectory:
     def rollout_logprobs(self) -> FloatArray:
         """[L] log-probabilities of the sampling policy, nats; 0 at context tokens."""
         return np.concatenate(
-            [
-                np.asarray(span.logprobs, dtype=np.float64)
-                if isinstance(span, SampledSpan)
-                else np.zeros(len(span.token_ids))
-                for span in self.spans
-            ]
+            [span.logprobs if isinstance(span, SampledSpan) else np.zeros(len(span.token_ids)) for span in self.spans]
         )
 
     @property

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_sdsearch.batching.samples import build_samples
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
@@ -49,6 +49,7 @@ from megatron_sdsearch.rollout.engine import GenerationRequest, SamplingParams
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.updates import pack_samples, run_updates
 
+TINY_RECIPE = Path(__file__).parents[1] / "examples/tiny/config.yaml"
 BLOCK_TOKENS = 32
 NUM_WARMUP_STEPS = 2
 SIZES = {
@@ -82,10 +83,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter with trl and datasets, to measure TRL as well")
     arguments = parser.parse_args()
-    for name in SIZES:
-        least = 0 if name == "query-tokens" else 2 if name == "group" else 1
-        if getattr(arguments, name.replace("-", "_")) < least:
-            parser.error(f"--{name} must be at least {least}")
     if arguments.query_tokens > arguments.new_tokens:
         parser.error("--query-tokens must not exceed --new-tokens")
     if "RANK" in os.environ:
@@ -130,32 +127,23 @@ def _make_model(folder: Path, vocab_size: int) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def _config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
-    total = arguments.prompt_tokens + arguments.new_tokens
-    return parse_config(
-        {
-            "run_dir": str(folder),
-            "model": {"hf_dir": str(folder)},
-            "parallel": {
-                "tensor_model_parallel_size": arguments.tensor,
-                "pipeline_model_parallel_size": arguments.pipeline,
-            },
-            "data": {"train": "none", "questions_per_step": arguments.questions},
-            "retrieval": {"corpus": "none"},
-            "rollout": {
-                "group_size": arguments.group,
-                "max_prompt_tokens": arguments.prompt_tokens,
-                "max_response_tokens": arguments.new_tokens,
-                "max_total_tokens": total,
-            },
-            "objective": {"kl_coef": 0.0, "alpha": 0.1, "alpha_warmup_steps": 0},
-            "train": {"trajectories_per_minibatch": None, "max_tokens_per_microbatch": max(16384, total)},
-        }
-    )
-
-
 def _bench(arguments: argparse.Namespace, folder: Path) -> None:
-    config = _config(arguments, folder)
+    total = arguments.prompt_tokens + arguments.new_tokens
+    settings = {
+        "run_dir": folder,
+        "model.hf_dir": folder,
+        "parallel.tensor_model_parallel_size": arguments.tensor,
+        "parallel.pipeline_model_parallel_size": arguments.pipeline,
+        "data.questions_per_step": arguments.questions,
+        "rollout.group_size": arguments.group,
+        "rollout.max_prompt_tokens": arguments.prompt_tokens,
+        "rollout.max_response_tokens": arguments.new_tokens,
+        "rollout.max_total_tokens": total,
+        "objective.kl_coef": 0,
+        "objective.alpha_warmup_steps": 0,
+        "train.max_tokens_per_microbatch": max(16384, total),
+    }
+    config = load_config(TINY_RECIPE, [f"{name}={value}" for name, value in settings.items()])
     parallel = ParallelState.initialize(config.parallel, seed=1)
     policy = Policy(config, parallel)
     model = AutoModelForCausalLM.from_config(load_hf_config(folder)).eval()

@@ -1,27 +1,35 @@
 """The distillation loss of SD-Search: the divergence between the student's and the teacher's next-token distributions.
 
-Owns the divergences over the full vocabulary and over chosen ids, without ever gathering logits; their forms are
-``divergences.py``'s, the choice of ids is ``topk.py``'s. Leaves the choice of positions, the mean over them and alpha
-to ``objective.py``. Source: L_SD of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
+Owns the divergences over the full vocabulary and over chosen ids, without ever gathering logits: the JSD, and the three
+that the paper's ablation puts in its place. The choice of ids is in ``topk.py``; the choice of positions, the mean over
+them and alpha are in ``objective.py``. Source: L_SD of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sdsearch.loss.divergences import Divergence, DivergenceName, check_choice
-from megatron_sdsearch.loss.logprobs import LogNormalizer, check_temperature, log_normalizers, row_blocks
+from megatron_sdsearch.loss.logprobs import (
+    LogNormalizer,
+    check_choice,
+    check_temperature,
+    log_normalizers,
+    row_blocks,
+    times_log,
+)
 from megatron_sdsearch.loss.topk import TopKDistribution, TopKLogits, check_rows, finite, tail_blocks, teacher_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 __all__ = ["Tail", "TopKDistribution", "teacher_topk", "vocab_parallel_jsd", "vocab_parallel_topk_jsd"]
 
 Tail = Literal["bucket", "renormalize", "drop"]
+DivergenceName = Literal["jsd", "forward_kl", "reverse_kl", "mse"]
 
 
 def vocab_parallel_jsd(
@@ -105,6 +113,56 @@ def vocab_parallel_topk_jsd(
         student_logits, topk, shard, Divergence(divergence, beta), tail, temperature
     )
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One divergence as ``f(p, q)`` per entry, together with ``h = q df/dq``.
+
+    Every divergence here is a sum ``J = sum_e f(p_e, q_e)`` over entries ``e``, where ``p`` is the teacher and ``q``
+    the student. An entry is a vocabulary id, or everything outside the top-k taken together. With ``h_e = q_e df/dq_e``
+    and an entry that is one id, ``dJ/dz_i = h_i - q_i sum_e h_e``: once ``sum_e h_e`` is known everywhere, each rank
+    finishes its own columns alone. The code carries ``h`` and not ``df/dq``: for the forward KL ``h = -p``, whereas
+    ``df/dq = -p/q`` overflows.
+
+    Attributes:
+        name: which.
+        beta: the teacher's weight in the JSD's mixture; inside (0, 1).
+    """
+
+    name: DivergenceName
+    beta: float
+
+    def __post_init__(self) -> None:
+        check_choice("divergence", self.name, DivergenceName)
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must lie inside (0, 1), got {self.beta}")
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """``f`` and ``h`` of each entry. At -inf, no mass, it is the limit, not a NaN."""
+        if self.name == "jsd":
+            # log m is taken relative to the larger of p and q. Unlike logaddexp, this is exact at p = q, where the loss
+            # and its gradient have to vanish, and keeps its relative precision near it.
+            gap = log_q - log_p
+            # Not where(.., 1 - beta, beta): of two Python numbers torch makes fp32, whatever the type of the others.
+            weight_of_smaller = torch.full_like(gap, self.beta).masked_fill_(gap <= 0, 1 - self.beta)
+            log_m_over_larger = torch.log1p(weight_of_smaller * torch.expm1(-gap.abs()))
+            log_p_over_m = -gap.clamp(min=0) - log_m_over_larger
+            log_q_over_m = gap.clamp(max=0) - log_m_over_larger
+            gradient = (1 - self.beta) * times_log(log_q.exp(), log_q_over_m)
+            return self.beta * times_log(log_p.exp(), log_p_over_m) + gradient, gradient
+        p, q = log_p.exp(), log_q.exp()
+        if self.name == "forward_kl":
+            return times_log(p, log_p - log_q), -p
+        if self.name == "reverse_kl":
+            value = times_log(q, log_q - log_p)
+            return value, value + q
+        return (p - q).square(), 2 * q * (q - p)
+
+    def summed(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """For entries that are all at hand: ``J`` [Q], and ``h_e - q_e sum h`` [Q, entries], its gradient by log q."""
+        value, gradient = self.terms(log_p, log_q)
+        return value.sum(-1), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
 
 
 class _FullDivergence(torch.autograd.Function):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -107,7 +107,11 @@ def log_normalizers(logits: Sequence[Tensor], shard: VocabShard, temperature: fl
     """
     dtype = compute_dtype(*logits)
     columns = [shard.valid_columns(each) for each in logits]
-    maxima = shard.all_reduce(torch.stack([row_maximum(each, dtype) for each in columns]), "max")
+    maxima = columns[0].new_full((len(columns), len(columns[0])), -math.inf, dtype=dtype)
+    for each, maximum in zip(columns, maxima, strict=True):
+        if each.shape[1]:  # a rank without real vocabulary stays at -inf: amax refuses an empty dim
+            maximum.copy_(each.amax(-1))
+    shard.all_reduce(maxima, "max")
     sums = torch.zeros_like(maxima)
     for each, maximum, total in zip(columns, maxima, sums, strict=True):
         for rows in row_blocks(each):
@@ -123,13 +127,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def row_maximum(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N] largest entry per row, -inf for a rank without real vocabulary (``amax`` refuses an empty dim)."""
-    if columns.shape[1] == 0:
-        return columns.new_full((columns.shape[0],), -math.inf, dtype=dtype)
-    return columns.amax(-1).to(dtype)
 
 
 def row_blocks(columns: Tensor) -> Iterator[slice]:
@@ -150,6 +147,12 @@ def check_temperature(temperature: float) -> None:
     """Raise ValueError unless ``temperature`` is finite and above 0."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
+
+
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raise ValueError unless ``value`` is one of ``literal``'s."""
+    if value not in get_args(literal):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
 
 
 class _Logprobs(torch.autograd.Function):

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Microbatch
+from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.loss.correction import agreement, importance_weights
-from megatron_sdsearch.loss.grpo import grpo_loss
+from megatron_sdsearch.loss.grpo import agreement, grpo_loss, importance_weights
 from megatron_sdsearch.loss.jsd import vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.loss.rows import RowLogits
@@ -145,7 +144,7 @@ def _read_rows(
         bounds = torch.tensor([start, end], device=distilled.device)
         first, last = torch.searchsorted(distilled, bounds).tolist()
         student = part[distilled[first:last] - start]
-        divergence = _divergence(student, target.distribution, slice(first, last), logits, config)
+        divergence = _divergence(student, target.distribution[first:last], logits, config)
         # Last, where a recomputation for the backward pass has already got all that it wants, and stops.
         student_entropy = vocab_parallel_entropy(student.detach(), shard, temperature=temperature)
         return logprobs, entropy, divergence, student_entropy
@@ -154,19 +153,16 @@ def _read_rows(
 
 
 def _divergence(
-    student: Tensor, teacher: Tensor | TopKDistribution, rows: slice, logits: RowLogits, config: ObjectiveConfig
+    student: Tensor, teacher: Tensor | TopKDistribution, logits: RowLogits, config: ObjectiveConfig
 ) -> Tensor:
+    """[Q'] of some rows: the student's logits [Q', V/tp] from the teacher's logits or most probable ids."""
     shard, temperature, beta, divergence = logits.shard, logits.temperature, config.beta, config.divergence
-    if isinstance(teacher, TopKDistribution):
-        topk = TopKDistribution(
-            ids=teacher.ids[rows], logprobs=teacher.logprobs[rows], log_tail_mass=teacher.log_tail_mass[rows]
-        )
-    elif config.topk is None:
-        return vocab_parallel_jsd(
-            student, teacher[rows], shard, beta=beta, temperature=temperature, divergence=divergence
-        )
-    else:
-        topk = chosen_topk(student, teacher[rows], shard, config.topk, of=config.topk_of, temperature=temperature)
+    if isinstance(teacher, Tensor):
+        if config.topk is None:
+            return vocab_parallel_jsd(
+                student, teacher, shard, beta=beta, temperature=temperature, divergence=divergence
+            )
+        teacher = chosen_topk(student, teacher, shard, config.topk, of=config.topk_of, temperature=temperature)
     return vocab_parallel_topk_jsd(
-        student, topk, shard, beta=beta, tail=config.tail, temperature=temperature, divergence=divergence
+        student, teacher, shard, beta=beta, tail=config.tail, temperature=temperature, divergence=divergence
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_sdsearch.batching.microbatches import Microbatch
+from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.loss.logprobs import vocab_parallel_logprobs
 from megatron_sdsearch.parallel.vocab import VocabShard
 

@@ -14,8 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_sdsearch.loss.divergences import check_choice
-from megatron_sdsearch.loss.logprobs import check_temperature, compute_dtype, row_blocks
+from megatron_sdsearch.loss.logprobs import check_choice, check_temperature, compute_dtype, row_blocks
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 TopKOf = Literal["teacher", "student", "union"]
@@ -36,6 +35,12 @@ class TopKDistribution:
     ids: Tensor
     logprobs: Tensor
     log_tail_mass: Tensor
+
+    def __getitem__(self, rows: slice) -> TopKDistribution:
+        """The distribution of some rows."""
+        return TopKDistribution(
+            ids=self.ids[rows], logprobs=self.logprobs[rows], log_tail_mass=self.log_tail_mass[rows]
+        )
 
 
 @torch.no_grad()

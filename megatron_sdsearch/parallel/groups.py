@@ -1,4 +1,4 @@
-"""Process groups of one run, as a frozen record that the rest of the code reads instead of megatron's globals."""
+"""Process groups of one run, as a frozen record that all other code reads instead of megatron's globals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelState:
-    """Where this process stands.
+    """This process's ranks and groups.
 
     Attributes:
         rank, world_size: in the whole run.

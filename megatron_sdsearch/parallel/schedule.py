@@ -16,7 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Microbatch
+from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.parallel.groups import ParallelState
 
 ReadHidden = Callable[[Tensor, Microbatch], Any]

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_sdsearch.batching.microbatches import Microbatch, Minibatch
+from megatron_sdsearch.batching.packing import Microbatch, Minibatch
 from megatron_sdsearch.config import ModelConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.loss.objective import Metrics

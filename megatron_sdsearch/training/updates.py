@@ -7,8 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Minibatch, TrainBatch
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, TrainBatch, pack
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.logging import PhaseTimer

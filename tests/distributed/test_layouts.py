@@ -11,8 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Minibatch
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainingSample

@@ -16,8 +16,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.batching.microbatches import Minibatch, TrainBatch
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, TrainBatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.hf_config import ARCHITECTURES
 from megatron_sdsearch.parallel.groups import ParallelState

@@ -13,8 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.batching.microbatches import Microbatch, TrainBatch
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Microbatch, TrainBatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, TrainingError
 from megatron_sdsearch.logging import PhaseTimer

@@ -14,8 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Microbatch, Minibatch, TrainBatch
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Microbatch, Minibatch, TrainBatch, pack
 from megatron_sdsearch.batching.samples import teacher_sequences
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import AlignmentError

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdsearch.batching.microbatches import Microbatch
+from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.loss.correction import LARGE_GAP, agreement, importance_weights
+from megatron_sdsearch.loss.grpo import LARGE_GAP, agreement, importance_weights
 from megatron_sdsearch.loss.objective import sd_search_loss
 from megatron_sdsearch.loss.rows import RowLogits
 from megatron_sdsearch.parallel.vocab import VocabShard

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sdsearch.loss import logprobs as logprobs_module
-from megatron_sdsearch.loss.divergences import DivergenceName
 from megatron_sdsearch.loss.jsd import (
+    DivergenceName,
     Tail,
     TopKDistribution,
     teacher_topk,
