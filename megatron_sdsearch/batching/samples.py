@@ -18,7 +18,6 @@ from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.errors import AlignmentError, DataError
 from megatron_sdsearch.records import (
     BoolArray,
-    GroupClass,
     HindsightBlock,
     IntArray,
     RolloutGroup,
@@ -52,12 +51,33 @@ def build_samples(
         AlignmentError: a trajectory has an empty prompt, so that nothing predicts its first sampled token.
         ValueError: ``advantages`` or ``blocks`` do not go with the trajectories.
     """
-    class_of_group = group_class(group)
-    return [
-        _sample(trajectory, advantage, block, objective, class_of_group)
-        for trajectory, advantage, block in zip(group.trajectories, advantages, blocks, strict=True)
-        if trajectory.is_trainable
-    ]
+    class_of_group, samples = group_class(group), []
+    for trajectory, advantage, block in zip(group.trajectories, advantages, blocks, strict=True):
+        if not trajectory.is_trainable:
+            continue
+        name, token_ids = str(trajectory.trajectory_id), trajectory.token_ids
+        if not trajectory.prompt_ids:
+            raise AlignmentError(f"sample {name} has an empty prompt: nothing predicts its first token")
+        prompts = _teacher_prompts(trajectory, block)
+        is_covered = np.zeros(len(token_ids), dtype=np.bool_)
+        for prompt in prompts:
+            is_covered[prompt.start : prompt.end] = True
+        is_distilled = trajectory.loss_mask if objective.distill_positions == "all" else trajectory.query_mask
+        samples.append(
+            TrainingSample(
+                sample_id=name,
+                token_ids=token_ids,
+                labels=next_token_aligned(token_ids),
+                loss_mask=next_token_aligned(trajectory.loss_mask),
+                distill_mask=next_token_aligned(is_distilled) & is_covered,
+                rollout_logprobs=next_token_aligned(trajectory.rollout_logprobs),
+                advantage=advantage,
+                prompt_length=len(trajectory.prompt_ids),
+                teacher_prompts=prompts,
+                group_class=class_of_group,
+            )
+        )
+    return samples
 
 
 def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_tokens: int) -> TrainingSample:
@@ -143,35 +163,6 @@ def next_token_aligned(values: NDArray[Scalar]) -> NDArray[Scalar]:
     shifted = np.zeros_like(values)
     shifted[:-1] = values[1:]
     return shifted
-
-
-def _sample(
-    trajectory: Trajectory,
-    advantage: float,
-    block: HindsightBlock,
-    objective: ObjectiveConfig,
-    class_of_group: GroupClass,
-) -> TrainingSample:
-    if not trajectory.prompt_ids:
-        raise AlignmentError(f"sample {trajectory.trajectory_id} has an empty prompt: nothing predicts its first token")
-    token_ids = trajectory.token_ids
-    prompts = _teacher_prompts(trajectory, block)
-    is_covered = np.zeros(len(token_ids), dtype=np.bool_)
-    for prompt in prompts:
-        is_covered[prompt.start : prompt.end] = True
-    is_distilled = trajectory.loss_mask if objective.distill_positions == "all" else trajectory.query_mask
-    return TrainingSample(
-        sample_id=str(trajectory.trajectory_id),
-        token_ids=token_ids,
-        labels=next_token_aligned(token_ids),
-        loss_mask=next_token_aligned(trajectory.loss_mask),
-        distill_mask=next_token_aligned(is_distilled) & is_covered,
-        rollout_logprobs=next_token_aligned(trajectory.rollout_logprobs),
-        advantage=advantage,
-        prompt_length=len(trajectory.prompt_ids),
-        teacher_prompts=prompts,
-        group_class=class_of_group,
-    )
 
 
 def _teacher_prompts(trajectory: Trajectory, block: HindsightBlock) -> tuple[TeacherPrompt, ...]:

@@ -47,7 +47,7 @@ distilled."""
 
 JSD: Final = "loss/jsd"
 """Mean over the distilled tokens, weighed against each other as ``objective.distill_aggregation`` does; absent when
-nothing was distilled."""
+nothing was distilled. Another divergence has its own name in place of ``jsd``."""
 DISTILL: Final = "loss/distill"
 """L_SD, which alpha multiplies: the JSD's mean or, over ``all_trajectories``, that times the share of trajectories that
 are distilled."""

@@ -185,7 +185,8 @@ class _FullDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, gradient_sum, *numbers = ctx.saved_tensors
-        normalizers = [LogNormalizer(*pair, ctx.temperature) for pair in (numbers[:2], numbers[2:])]
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        normalizers = [LogNormalizer(maximum, log_sum, ctx.temperature) for maximum, log_sum in pairs]
         grad, scale = torch.zeros_like(student), grad_output / ctx.temperature
         for rows, log_p, log_q in _full_blocks(student, teacher, normalizers, ctx.shard):
             _, gradient = ctx.divergence.terms(log_p, log_q)

@@ -96,7 +96,7 @@ class _Run:
         """
         loaded = self.saving.load()
         if self.policy.parallel.is_main:
-            begins = f"continues from step {loaded.step}" if loaded.step else "begins at step 0"
+            begins = f"continues from step {loaded.step}" if loaded.step else "begins with step 1"
             changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
             self.display.say(f"{begins} of {self.config.train.num_steps}{changed}")
             if (problem := self.config.saving_problem()) is not None:
