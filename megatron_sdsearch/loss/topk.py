@@ -61,10 +61,7 @@ def teacher_topk(teacher_logits: Tensor, shard: VocabShard, k: int, *, temperatu
     Raises:
         ValueError: logits do not fit the shard, k is below 1, or the temperature is not positive.
     """
-    shard.check_logits(teacher_logits, "teacher_logits")
-    check_temperature(temperature)
-    ids = _global_top_ids(teacher_logits, shard, k)
-    return _distribution_at(ids, teacher_logits, shard, temperature)
+    return chosen_topk(teacher_logits, teacher_logits, shard, k, of="teacher", temperature=temperature)
 
 
 @torch.no_grad()
@@ -108,7 +105,8 @@ def chosen_topk(
     if of == "union":  # an id of the student's that the teacher's hold, too, becomes -1
         is_known = torch.stack([(ids == column[:, None]).any(1) for column in tops[1].unbind(1)], dim=1)
         ids = torch.cat([ids, tops[1].masked_fill(is_known, _NO_ID)], dim=1)
-    return _distribution_at(ids, teacher_logits, shard, temperature)
+    logprobs = TopKLogits.read(teacher_logits, ids, shard, temperature).logprobs()
+    return TopKDistribution(ids=ids, logprobs=logprobs[:, :-1], log_tail_mass=logprobs[:, -1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,11 +168,6 @@ def tail_blocks(logits: Tensor, ids: Tensor, shard: VocabShard, dtype: torch.dty
         num_chosen = torch.zeros_like(block, dtype=torch.uint8)
         num_chosen.scatter_add_(1, columns[rows], is_local[rows].to(torch.uint8))
         yield rows, block.to(dtype).masked_fill(num_chosen.bool(), -math.inf)
-
-
-def _distribution_at(ids: Tensor, logits: Tensor, shard: VocabShard, temperature: float) -> TopKDistribution:
-    logprobs = TopKLogits.read(logits, ids, shard, temperature).logprobs()
-    return TopKDistribution(ids=ids, logprobs=logprobs[:, :-1], log_tail_mass=logprobs[:, -1])
 
 
 def _global_top_ids(logits: Tensor, shard: VocabShard, k: int) -> Tensor:

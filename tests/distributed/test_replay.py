@@ -55,7 +55,7 @@ def worker(rank: int, world_size: int, folder: Path, mode: str) -> Outcome:
     step = rollouts.collect(QuestionSampler(pool, 1, 3), step=STEP)
     evaluated = rollouts.evaluate(pool, step=STEP)
     rollouts.close()
-    return [group for group, _ in step.groups], evaluated, step.engine_counts
+    return step.groups, evaluated, step.engine_counts
 
 
 @pytest.fixture

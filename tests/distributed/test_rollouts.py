@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import megatron_sdsearch.rollout.collector
-from megatron_sdsearch.config import ParallelConfig
+from megatron_sdsearch.config import HindsightConfig, ParallelConfig
+from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import TrainingError
+from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question, Score, Trajectory
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -60,10 +62,12 @@ def _placebo(parallel: ParallelState, folder: Path) -> Placebo:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megatron_sdsearch.rollout.collector, "score_trajectory", score)
-        step = _collect(parallel, folder, PLACEBO, labels="shuffled")
+        groups = _collect(parallel, folder, PLACEBO).groups
+    renderer, config = Renderer.from_folder(folder / "hf"), HindsightConfig(max_block_tokens=100, labels="shuffled")
+    step_blocks = build_hindsight(groups, renderer, get_profile("plain"), config, seed=1)
     return [
-        [(score.f1 > 0, block.text) for score, block in zip(group.scores, blocks, strict=True)]
-        for group, blocks in step.groups
+        [(score.is_correct, block.text) for score, block in zip(group.scores, blocks, strict=True)]
+        for group, blocks in zip(groups, step_blocks, strict=True)
     ]
 
 
@@ -80,29 +84,24 @@ def _refusals(rollouts: DistributedRollouts) -> list[str]:
 
 
 def _outcome(step: StepRollouts) -> Outcome:
-    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group, _ in step.groups]
+    ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group in step.groups]
     return ids, step.counts
 
 
-def _collect(
-    parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
-) -> StepRollouts:
-    rollouts = _rollouts(parallel, folder, rollout, labels)
+def _collect(parallel: ParallelState, folder: Path, rollout: dict[str, object]) -> StepRollouts:
+    rollouts = _rollouts(parallel, folder, rollout)
     step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
     rollouts.close()
     return step
 
 
-def _rollouts(
-    parallel: ParallelState, folder: Path, rollout: dict[str, object], labels: str = "outcome"
-) -> DistributedRollouts:
+def _rollouts(parallel: ParallelState, folder: Path, rollout: dict[str, object]) -> DistributedRollouts:
     config = make_config(
         folder / "hf",
         folder / "run",
         {},
         data={"train": "unused", "prompt_profile": "plain"},
         retrieval={"corpus": str(folder / "corpus.jsonl")},
-        hindsight={"max_block_tokens": 100, "labels": labels},
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))

@@ -115,7 +115,7 @@ def test_one_block_is_shared_by_the_whole_group() -> None:
 
 
 def test_rho_is_a_strict_bound() -> None:
-    half = (["first query"], 0.5), ([], 0.0)
+    half: list[tuple[Sequence[str], float]] = [(["first query"], 0.5), ([], 0.0)]
     assert "CORRECT: first" not in build(group_of(*half, rho=0.5))[0].text.replace("INCORRECT", "WRONG")
     assert "\nCORRECT: first" in build(group_of(*half, rho=0.49))[0].text
 
