@@ -1,4 +1,4 @@
-"""From trajectories and demonstrations to training samples: the only next-token shift of the project.
+"""Training samples from trajectories and demonstrations: the only next-token shift of the project.
 
 Owns the shift, and the teacher's sequences with the proof that they hold the same response tokens. After this module
 every array is label-aligned: entry i is about predicting token i + 1.

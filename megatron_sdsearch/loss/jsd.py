@@ -160,7 +160,7 @@ class Divergence:
         return (p - q).square(), 2 * q * (q - p)
 
     def summed(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """For entries that are all at hand: ``J`` [Q], and ``h_e - q_e sum h`` [Q, entries], its gradient by log q."""
+        """``J`` [Q], and ``h_e - q_e sum h`` [Q, entries], its gradient by log q; all entries are local."""
         value, gradient = self.terms(log_p, log_q)
         return value.sum(-1), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
 

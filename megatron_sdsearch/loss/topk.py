@@ -26,8 +26,8 @@ class TopKDistribution:
     """The teacher at k chosen ids per row, and how much probability lies outside them. Same on every rank.
 
     Attributes:
-        ids: [Q, k] int64 global ids, each at most once in a row; -1 is no id. From ``teacher_topk``: most probable
-            first; of equals, the lower id first.
+        ids: [Q, k] int64 global ids, each at most once in a row; -1 stands for none. From ``teacher_topk``: most
+            probable first; of equals, the lower id first.
         logprobs: [Q, k] nats, of the distribution over the whole vocabulary; -inf at -1.
         log_tail_mass: [Q] log of the probability outside ``ids``; -inf when there is no id outside.
     """

@@ -52,7 +52,7 @@ class Outcome:
 
     Attributes:
         step: finished steps of the run.
-        stopped_by: the signal that asked to stop, whereupon the run was saved; "" for a run that is finished.
+        stopped_by: the signal that asked to stop; the run was saved. "" for a run that is finished.
         summary: of a run that this start has finished, also in ``run_dir/summary.json``; None when it was stopped, or
             when nothing was left to do.
     """

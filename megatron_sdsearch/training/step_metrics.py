@@ -22,7 +22,7 @@ def measure_step(
     advantages: Sequence[Sequence[float]],
     results: Sequence[UpdateResult],
 ) -> Values:
-    """Rollouts, hindsight and updates of one step.
+    """Measure rollouts, hindsight and updates of one step.
 
     Args:
         rollouts: of all ranks.
@@ -64,12 +64,12 @@ def measure_step(
 
 
 def measure_evaluation(groups: Sequence[RolloutGroup]) -> Values:
-    """A greedy evaluation."""
+    """Measure a greedy evaluation."""
     return _rollout_values(groups, names.EVAL_PREFIX)
 
 
 def measure_probe(result: ProbeResult) -> Values:
-    """Hit rates of queries sampled from teacher and student."""
+    """Measure hit rates of queries sampled from teacher and student."""
     shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
     known = {name: getattr(result, name) for name in shares}
     counts = {"num_turns": result.num_turns, "num_turns_mixed": result.num_turns_mixed, "num_failed": result.num_failed}
@@ -77,7 +77,7 @@ def measure_probe(result: ProbeResult) -> Values:
 
 
 def measure_updates(results: Sequence[UpdateResult]) -> Values:
-    """Means over the step's updates; maxima of what is a maximum."""
+    """Average over the step's updates; names that end in ``_max`` take the maximum."""
     reported = [result for result in results if result.metrics]
     if not reported:
         return {}
