@@ -1,4 +1,4 @@
-"""The records that flow through one training step, from question to packed batch.
+"""The records that flow through one training step, from question to training sample.
 
 Plain frozen dataclasses over tuples and numpy arrays: no torch, no validation of files (that is ``data/``).
 Whatever can be derived is derived (``Trajectory.token_ids``, ``loss_mask``), so that two fields can never disagree.
@@ -6,7 +6,6 @@ Whatever can be derived is derived (``Trajectory.token_ids``, ``loss_mask``), so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -205,12 +204,7 @@ class Trajectory:
     def rollout_logprobs(self) -> FloatArray:
         """[L] log-probabilities of the sampling policy, nats; 0 at context tokens."""
         return np.concatenate(
-            [
-                np.asarray(span.logprobs, dtype=np.float64)
-                if isinstance(span, SampledSpan)
-                else np.zeros(len(span.token_ids))
-                for span in self.spans
-            ]
+            [span.logprobs if isinstance(span, SampledSpan) else np.zeros(len(span.token_ids)) for span in self.spans]
         )
 
     @property
@@ -257,11 +251,19 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How one trajectory's answer compares with the gold answers: all in [0, 1]."""
+    """How one trajectory's answer compares with the gold answers; numbers in [0, 1].
+
+    Attributes:
+        f1: token F1.
+        em: exact match.
+        reward: what advantages are made of, in ``objective.reward``'s terms; it may be shaped.
+        is_correct: F1 is above ``hindsight.rho``. Set by ``data/scoring.py`` alone; everything else reads it.
+    """
 
     f1: float
     em: float
     reward: float
+    is_correct: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,7 +330,7 @@ GROUP_CLASSES: tuple[GroupClass, ...] = ("all_wrong", "mixed", "all_correct")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherPrompt:
-    """What the teacher reads before the response, and which tokens it then speaks of.
+    """What the teacher reads in front of the response, and the positions that it is the teacher of.
 
     Attributes:
         token_ids: of the whole prompt; at least one.
@@ -343,104 +345,36 @@ class TeacherPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingSample:
-    """One trajectory as the update sees it. Arrays are label-aligned: entry i speaks of predicting token i + 1.
+    """One sequence to train on. Arrays are label-aligned: entry i is about predicting token i + 1.
 
     Attributes:
         sample_id: for messages.
         token_ids: [L] input ids.
         labels: [L] next token; the last entry is 0 and never in a mask.
         loss_mask: [L] True where the label was sampled by the policy.
-        query_mask: [L] True where the label is a token to distil: of a query, or with ``objective.distill_positions:
-            all`` any sampled one; within the ranges of ``teacher_prompts``.
+        distill_mask: [L] True where the label is a token to distil: of a query, or with
+            ``objective.distill_positions=all`` any sampled one; within the ranges of ``teacher_prompts``.
         rollout_logprobs: [L] of the label under the sampling policy, nats; 0 outside ``loss_mask``.
         advantage: of the whole trajectory.
         prompt_length: number of prompt tokens in ``token_ids``.
         teacher_prompts: in the order of their ranges, which do not overlap; empty when nothing is distilled.
-        group_class: of the group it comes from; metrics are told apart by it.
+        group_class: of the group it comes from; metrics are reported by class.
+        policy_weight: of each policy token in the loss; set by ``batching/packing.py``.
+        distill_weight: of each distilled token; set there, too.
     """
 
     sample_id: str
     token_ids: IntArray
     labels: IntArray
     loss_mask: BoolArray
-    query_mask: BoolArray
+    distill_mask: BoolArray
     rollout_logprobs: FloatArray
-    advantage: float
+    advantage: float = 0.0
     prompt_length: int
     teacher_prompts: tuple[TeacherPrompt, ...] = ()
     group_class: GroupClass = "mixed"
+    policy_weight: float = 0.0
+    distill_weight: float = 0.0
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Microbatch:
-    """Packed sequences of one forward pass: everything [T] is one row, sequences end to end, label-aligned.
-
-    The tail up to a multiple of the sequence-parallel size is a sequence of its own whose masks are False.
-
-    Attributes:
-        token_ids: [T].
-        labels: [T].
-        position_ids: [T], restarting at 0 in each sequence.
-        cu_seqlens: [num_sequences + 1] boundaries, from 0 to T.
-        loss_mask: [T].
-        query_mask: [T].
-        rollout_logprobs: [T].
-        advantages: [T].
-        policy_weights: [T] weight of each policy token in the loss; sums to 1 over the GLOBAL minibatch.
-        distill_weights: [T] weight of each distilled token; sums to 1 over the GLOBAL minibatch (or all 0).
-        group_classes: [T] index into ``GROUP_CLASSES`` of the sequence's group.
-    """
-
-    token_ids: IntArray
-    labels: IntArray
-    position_ids: IntArray
-    cu_seqlens: IntArray
-    loss_mask: BoolArray
-    query_mask: BoolArray
-    rollout_logprobs: FloatArray
-    advantages: FloatArray
-    policy_weights: FloatArray
-    distill_weights: FloatArray
-    group_classes: IntArray
-
-    @property
-    def max_seqlen(self) -> int:
-        """Length of the longest sequence."""
-        return int(np.diff(self.cu_seqlens).max())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Minibatch:
-    """One optimizer update, this data-parallel rank's part of it.
-
-    ``teacher[i]`` holds the teacher's sequences for ``student[i]``: its ``query_mask`` marks the same response tokens
-    in the same order, so row r of one is row r of the other. Both lists have the same length on every rank.
-
-    Attributes:
-        student: policy microbatches.
-        teacher: teacher microbatches; empty when no sample of the GLOBAL minibatch distils anything.
-        num_trajectories: in the global minibatch.
-        num_policy_tokens: in the global minibatch.
-        num_distill_tokens: in the global minibatch.
-    """
-
-    student: Sequence[Microbatch]
-    teacher: Sequence[Microbatch]
-    num_trajectories: int
-    num_policy_tokens: int
-    num_distill_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrainBatch:
-    """One step's minibatches, in the order in which they are learned from."""
-
-    minibatches: Sequence[Minibatch]
-
-    @property
-    def num_policy_tokens(self) -> int:
-        """Policy tokens of the step, over all ranks."""
-        return sum(m.num_policy_tokens for m in self.minibatches)

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_sdsearch.batching.samples import build_samples
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.config import RunConfig, load_config
 from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
@@ -40,7 +40,6 @@ from megatron_sdsearch.records import (
     RolloutGroup,
     SampledSpan,
     Score,
-    TrainBatch,
     Trajectory,
     TrajectoryId,
     TrajectoryStatus,
@@ -48,11 +47,23 @@ from megatron_sdsearch.records import (
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import GenerationRequest, SamplingParams
 from megatron_sdsearch.training.policy import Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner, pack_samples
+from megatron_sdsearch.training.updates import pack_samples, run_updates
 
+TINY_RECIPE = Path(__file__).parents[1] / "examples/tiny/config.yaml"
 BLOCK_TOKENS = 32
 NUM_WARMUP_STEPS = 2
+SIZES = {
+    "questions": (12, "prompts per step"),
+    "group": (8, "continuations per prompt"),
+    "new-tokens": (64, "per continuation"),
+    "prompt-tokens": (32, "per prompt"),
+    "query-tokens": (0, "sampled tokens to distil per continuation; 0 leaves the teacher out"),
+    "vocab": (256, "vocabulary"),
+    "steps": (10, "measured steps"),
+    "tensor": (2, "tensor-parallel size"),
+    "pipeline": (1, "pipeline-parallel size"),
+    "data": (1, "data-parallel size"),
+}
 
 
 class NoText:
@@ -67,71 +78,38 @@ class NoText:
 
 def main() -> None:
     """Start the processes, or be one of them."""
-    arguments = _arguments()
-    if "RANK" in os.environ:
-        _bench(arguments, Path(os.environ["BENCH_STEP_DIR"]))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        _make_model(Path(folder), arguments.vocab)
-        trl = [_trl_step_s(arguments, folder)] if arguments.trl else []
-        report = _own_report(arguments, folder)
-        if arguments.trl:
-            report["trl_s_per_step"] = round(min(*trl, _trl_step_s(arguments, folder)), 4)
-        print(json.dumps(report))
-
-
-def _own_report(arguments: argparse.Namespace, folder: str) -> dict[str, object]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={_num_ranks(arguments)}", *sys.argv]
-    environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    report: dict[str, object] = json.loads(done.stdout)
-    return report
-
-
-def _trl_step_s(arguments: argparse.Namespace, folder: str) -> float:
-    script = Path(__file__).with_name("bench_step_trl.py")
-    names = ("questions", "group", "new_tokens", "prompt_tokens", "steps")
-    sizes = [str(getattr(arguments, name)) for name in names]
-    command = [arguments.trl, str(script), folder, *sizes, str(_num_ranks(arguments))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_ranks(arguments))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"--trl {arguments.trl} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["s_per_step"])
-
-
-def _num_ranks(arguments: argparse.Namespace) -> int:
-    return int(arguments.tensor * arguments.pipeline * arguments.data)
-
-
-def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {
-        "questions": (12, "prompts per step"),
-        "group": (8, "continuations per prompt"),
-        "new-tokens": (64, "per continuation"),
-        "prompt-tokens": (32, "per prompt"),
-        "query-tokens": (0, "sampled tokens to distil per continuation; 0 leaves the teacher out"),
-        "vocab": (256, "vocabulary"),
-        "steps": (10, "measured steps"),
-        "tensor": (2, "tensor-parallel size"),
-        "pipeline": (1, "pipeline-parallel size"),
-        "data": (1, "data-parallel size"),
-    }
-    for name, (default, text) in sizes.items():
+    for name, (default, text) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter with trl and datasets, to measure TRL as well")
     arguments = parser.parse_args()
-    for name in sizes:
-        least = 0 if name == "query-tokens" else 2 if name == "group" else 1
-        if getattr(arguments, name.replace("-", "_")) < least:
-            parser.error(f"--{name} must be at least {least}")
     if arguments.query_tokens > arguments.new_tokens:
         parser.error("--query-tokens must not exceed --new-tokens")
-    return arguments
+    if "RANK" in os.environ:
+        _bench(arguments, Path(os.environ["BENCH_STEP_DIR"]))
+        return
+    num_ranks = arguments.tensor * arguments.pipeline * arguments.data
+    own = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *sys.argv]
+    with tempfile.TemporaryDirectory() as folder:
+        _make_model(Path(folder), arguments.vocab)
+        sizes = (arguments.questions, arguments.group, arguments.new_tokens, arguments.prompt_tokens, arguments.steps)
+        script = str(Path(__file__).with_name("bench_step_trl.py"))
+        trl = [arguments.trl, script, folder, *map(str, sizes), str(num_ranks)]
+        before = [_run(trl, folder, num_ranks)] if arguments.trl else []
+        report = _run(own, folder, 1)
+        if arguments.trl:
+            report["trl_s_per_step"] = min(run["s_per_step"] for run in (*before, _run(trl, folder, num_ranks)))
+        print(json.dumps(report))
+
+
+def _run(command: list[str], folder: str, num_threads: int) -> dict[str, float]:
+    """The JSON object on the last line that a command prints."""
+    environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": str(num_threads)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(command)}")
+    report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def _make_model(folder: Path, vocab_size: int) -> None:
@@ -149,35 +127,25 @@ def _make_model(folder: Path, vocab_size: int) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def _config(arguments: argparse.Namespace, folder: Path) -> RunConfig:
-    total = arguments.prompt_tokens + arguments.new_tokens
-    return parse_config(
-        {
-            "run_dir": str(folder),
-            "model": {"hf_dir": str(folder)},
-            "parallel": {
-                "tensor_model_parallel_size": arguments.tensor,
-                "pipeline_model_parallel_size": arguments.pipeline,
-            },
-            "data": {"train": "none", "questions_per_step": arguments.questions},
-            "retrieval": {"corpus": "none"},
-            "rollout": {
-                "group_size": arguments.group,
-                "max_prompt_tokens": arguments.prompt_tokens,
-                "max_response_tokens": arguments.new_tokens,
-                "max_total_tokens": total,
-            },
-            "objective": {"kl_coef": 0.0, "alpha": 0.1, "alpha_warmup_steps": 0},
-            "train": {"trajectories_per_minibatch": None, "max_tokens_per_microbatch": max(16384, total)},
-        }
-    )
-
-
 def _bench(arguments: argparse.Namespace, folder: Path) -> None:
-    config = _config(arguments, folder)
+    total = arguments.prompt_tokens + arguments.new_tokens
+    settings = {
+        "run_dir": folder,
+        "model.hf_dir": folder,
+        "parallel.tensor_model_parallel_size": arguments.tensor,
+        "parallel.pipeline_model_parallel_size": arguments.pipeline,
+        "data.questions_per_step": arguments.questions,
+        "rollout.group_size": arguments.group,
+        "rollout.max_prompt_tokens": arguments.prompt_tokens,
+        "rollout.max_response_tokens": arguments.new_tokens,
+        "rollout.max_total_tokens": total,
+        "objective.kl_coef": 0,
+        "objective.alpha_warmup_steps": 0,
+        "train.max_tokens_per_microbatch": max(16384, total),
+    }
+    config = load_config(TINY_RECIPE, [f"{name}={value}" for name, value in settings.items()])
     parallel = ParallelState.initialize(config.parallel, seed=1)
-    policy = Policy.build(config, parallel)
-    learner = Learner(policy, None, HindsightTeacher(policy, config.objective), config)
+    policy = Policy(config, parallel)
     model = AutoModelForCausalLM.from_config(load_hf_config(folder)).eval()
     engine = EmbeddedEngine(model, NoText(), (), config.rollout.max_total_tokens)  # type: ignore[arg-type]
     timer = PhaseTimer()
@@ -187,86 +155,65 @@ def _bench(arguments: argparse.Namespace, folder: Path) -> None:
             with timer.phase("publish"):
                 engine.load_weights(policy.hf_weights(), step)
             with timer.phase("rollout"):
-                own = range(parallel.rank, arguments.questions, parallel.world_size)
+                questions = range(parallel.rank, arguments.questions, parallel.world_size)
                 with without_cpu_layer():
-                    groups = runner.run(_roll_out(engine, own, step, config, arguments.query_tokens))
-                groups = [group for share in parallel.all_gather_object(groups) for group in share]
+                    own = runner.run(_roll_out(engine, questions, step, config, arguments.query_tokens))
+                groups = [group for share in parallel.all_gather_object(own) for group in share]
             with timer.phase("pack"):
-                batch = _pack(groups, config, parallel)
-            learner.learn(batch, step, timer)
+                samples = []
+                for group in groups:
+                    prompt = group.trajectories[0].prompt_ids
+                    teacher = prompt[:1] * BLOCK_TOKENS + prompt
+                    block = HindsightBlock(text="", teacher_prompt_ids=teacher, sources=(), dropped=(), leaks=())
+                    advantages = [1.0 if score.is_correct else -1.0 for score in group.scores]
+                    samples += build_samples(group, advantages, [block] * len(advantages), config.objective)
+                batch = pack_samples(samples, config, parallel)
+            run_updates(policy, None, batch, config.objective, config.objective.alpha, timer)
             steps.append(timer.take())
     if parallel.is_main:
-        print(json.dumps(_report(arguments, steps[NUM_WARMUP_STEPS:])))
+        measured = steps[NUM_WARMUP_STEPS:]
+        phases = {name: round(statistics.median(each[name] for each in measured), 4) for name in measured[0]}
+        seconds = round(statistics.median(sum(each.values()) for each in measured), 4)
+        print(json.dumps({**vars(arguments), "s_per_step": seconds, "phases": phases, "torch": torch.__version__}))
     parallel.shutdown()
 
 
 async def _roll_out(
     engine: EmbeddedEngine, questions: range, step: int, config: RunConfig, query_tokens: int
 ) -> list[RolloutGroup]:
-    tasks = [
-        [
-            _trajectory(engine, question, sibling, step, config, query_tokens)
-            for sibling in range(config.rollout.group_size)
-        ]
+    rollout = config.rollout
+    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=rollout.max_response_tokens, stop=())
+
+    async def sample(question: int, sibling: int) -> Trajectory:
+        trajectory_id = TrajectoryId(step=step, question_id=str(question), sibling=sibling)
+        prompt = tuple(np.random.default_rng(question).integers(0, 256, rollout.max_prompt_tokens).tolist())
+        request = GenerationRequest(trajectory_id=trajectory_id, seed=1, prompt_ids=prompt, params=params)
+        generation = await engine.generate(request)
+        await engine.release(trajectory_id)
+        sampled = SampledSpan(
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            text="",
+            action=Action.SEARCH,
+            argument="",
+            query_positions=tuple(range(query_tokens)),
+            policy_version=generation.policy_version,
+            finish_reason=generation.finish_reason,
+        )
+        spans = (ContextSpan(kind="prompt", token_ids=prompt), sampled)
+        return Trajectory(trajectory_id=trajectory_id, spans=spans, status=TrajectoryStatus.NO_ANSWER)
+
+    pairs = [(question, sibling) for question in questions for sibling in range(rollout.group_size)]
+    trajectories = iter(await asyncio.gather(*(sample(*pair) for pair in pairs)))
+    wrong, right = (Score(f1=f1, em=f1, reward=f1, is_correct=f1 > 0) for f1 in (0.0, 1.0))
+    return [
+        RolloutGroup(
+            question=Question(question_id=str(question), text="", gold_answers=("",)),
+            trajectories=tuple(next(trajectories) for _ in range(rollout.group_size)),
+            scores=tuple((wrong, right)[sibling % 2] for sibling in range(rollout.group_size)),
+        )
         for question in questions
     ]
-    flat = iter(await asyncio.gather(*(task for group in tasks for task in group)))
-    groups = []
-    for question in questions:
-        trajectories = tuple(next(flat) for _ in range(config.rollout.group_size))
-        scores = tuple(Score(f1=float(i % 2), em=0.0, reward=float(i % 2)) for i in range(len(trajectories)))
-        record = Question(question_id=str(question), text="", gold_answers=("",))
-        groups.append(RolloutGroup(question=record, trajectories=trajectories, scores=scores))
-    return groups
-
-
-async def _trajectory(
-    engine: EmbeddedEngine, question: int, sibling: int, step: int, config: RunConfig, query_tokens: int
-) -> Trajectory:
-    rollout = config.rollout
-    trajectory_id = TrajectoryId(step=step, question_id=str(question), sibling=sibling)
-    params = SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=rollout.max_response_tokens, stop=())
-    prompt = _prompt(question, rollout.max_prompt_tokens)
-    request = GenerationRequest(trajectory_id=trajectory_id, seed=1, prompt_ids=prompt, params=params)
-    generation = await engine.generate(request)
-    await engine.release(trajectory_id)
-    sampled = SampledSpan(
-        token_ids=generation.token_ids,
-        logprobs=generation.logprobs,
-        text="",
-        action=Action.SEARCH,
-        argument="",
-        query_positions=tuple(range(query_tokens)),
-        policy_version=generation.policy_version,
-        finish_reason=generation.finish_reason,
-    )
-    spans = (ContextSpan(kind="prompt", token_ids=prompt), sampled)
-    return Trajectory(trajectory_id=trajectory_id, spans=spans, status=TrajectoryStatus.NO_ANSWER)
-
-
-def _prompt(question: int, length: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(question).integers(0, 256, length).tolist())
-
-
-def _pack(groups: list[RolloutGroup], config: RunConfig, parallel: ParallelState) -> TrainBatch:
-    samples = []
-    for group in groups:
-        prompt = group.trajectories[0].prompt_ids
-        teacher_prompt = prompt[:1] * BLOCK_TOKENS + prompt
-        block = HindsightBlock(text="", teacher_prompt_ids=teacher_prompt, sources=(), dropped=(), leaks=())
-        advantages = [1.0 if score.reward else -1.0 for score in group.scores]
-        samples += build_samples(group, advantages, [block] * len(group.trajectories), config.objective)
-    return pack_samples(samples, config, parallel)
-
-
-def _report(arguments: argparse.Namespace, steps: list[dict[str, float]]) -> dict[str, object]:
-    phases = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
-    return {
-        **vars(arguments),
-        "s_per_step": round(statistics.median(sum(step.values()) for step in steps), 4),
-        "phases": {name: round(seconds, 4) for name, seconds in phases.items()},
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""From scored groups to packed microbatches."""
+"""Turns scored groups into packed microbatches."""

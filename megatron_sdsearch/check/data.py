@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
+from megatron_sdsearch.batching.samples import demonstration_sample
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.data.demonstrations import Demonstration, check_profile, read_demonstrations

@@ -1,7 +1,7 @@
 """How an answer compares with the gold answers: SQuAD normalisation, exact match, F1, and the shaped rewards.
 
-Owns the numbers in ``records.Score``, and the class of a group by them. Labels in the teacher's context are
-``hindsight/``'s business; advantages are ``batching/``'s.
+Owns ``records.Score``, which says once whether an answer is correct, and the class of a group. Leaves the labels in the
+teacher's context to ``hindsight/``, and advantages to ``batching/``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_sdsearch.records import GroupClass, Question, RolloutGroup, Score, Trajectory
 
-RewardKind = Literal["f1", "em", "autorefine"]
+RewardType = Literal["f1", "em", "autorefine"]
 
 REFINE_REWARD = 0.1
 """AutoRefine's reward for a wrong answer whose refinement held a right one."""
@@ -55,46 +55,38 @@ def contains_answer(text: str, gold_answers: Sequence[str]) -> bool:
     return any(needle and f" {needle} " in haystack for needle in needles)
 
 
-def score_trajectory(trajectory: Trajectory, question: Question, kind: RewardKind) -> Score:
+def score_trajectory(trajectory: Trajectory, question: Question, reward: RewardType, rho: float) -> Score:
     """Score one trajectory's final answer.
 
     Args:
         trajectory: its ``answer`` is scored; without one every number is 0.
         question: brings the gold answers.
-        kind: ``f1`` or ``em`` reward that number. ``autorefine`` rewards F1, or where that is 0, ``REFINE_REWARD`` if
+        reward: ``f1`` or ``em`` reward that number. ``autorefine`` rewards F1, or where that is 0, ``REFINE_REWARD`` if
             a gold answer stands in a ``<refine>`` block that the policy itself wrote.
+        rho: the answer is correct when its F1 is above it; in [0, 1].
     """
     if trajectory.answer is None:
-        return Score(f1=0.0, em=0.0, reward=0.0)
-    f1 = f1_score(trajectory.answer, question.gold_answers)
-    em = exact_match(trajectory.answer, question.gold_answers)
-    return Score(f1=f1, em=em, reward=_reward(kind, f1, em, trajectory, question))
+        return Score(f1=0.0, em=0.0, reward=0.0, is_correct=False)
+    golds = question.gold_answers
+    f1, em = f1_score(trajectory.answer, golds), exact_match(trajectory.answer, golds)
+    value = em if reward == "em" else f1
+    if reward == "autorefine" and f1 == 0:
+        refined = (block for span in trajectory.sampled_spans for block in _REFINE.findall(span.text))
+        value = REFINE_REWARD if any(contains_answer(block, golds) for block in refined) else 0.0
+    return Score(f1=f1, em=em, reward=value, is_correct=f1 > rho)
 
 
-def group_class(group: RolloutGroup, rho: float) -> GroupClass:
-    """Whether a group holds a contrast to learn from: by answer F1 > ``rho`` over its trainable trajectories.
+def group_class(group: RolloutGroup) -> GroupClass:
+    """Whether a group holds a contrast to learn from: by ``Score.is_correct`` over its trainable trajectories.
 
-    F1 and not the reward: a shaped reward above 0 would let groups without any right answer pass for mixed ones. A
-    group with no trainable trajectory is ``all_wrong``.
+    By F1 and not by the reward: a shaped reward above 0 would make groups without any right answer look mixed. A group
+    with no trainable trajectory is ``all_wrong``.
     """
     pairs = zip(group.trajectories, group.scores, strict=True)
-    outcomes = {score.f1 > rho for trajectory, score in pairs if trajectory.is_trainable}
+    outcomes = {score.is_correct for trajectory, score in pairs if trajectory.is_trainable}
     if outcomes == {True}:
         return "all_correct"
     return "mixed" if len(outcomes) == 2 else "all_wrong"
-
-
-def _reward(kind: RewardKind, f1: float, em: float, trajectory: Trajectory, question: Question) -> float:
-    if kind == "em":
-        return em
-    if kind == "f1" or f1 > 0:
-        return f1
-    return REFINE_REWARD if _has_refined_to_answer(trajectory, question) else 0.0
-
-
-def _has_refined_to_answer(trajectory: Trajectory, question: Question) -> bool:
-    blocks = (block for span in trajectory.sampled_spans for block in _REFINE.findall(span.text))
-    return any(contains_answer(block, question.gold_answers) for block in blocks)
 
 
 def _em_of_one(answer: str, gold: str) -> float:

@@ -101,7 +101,7 @@ async def compare_query_hits(
         RetrievalDownError: the search engine is down.
     """
     comparer = _Comparer(engine, retriever, renderer, config)
-    turns = [turn for group, blocks in groups for turn in _search_turns(group, blocks, config.hindsight.rho)]
+    turns = [turn for group, blocks in groups for turn in _search_turns(group, blocks)]
     return await asyncio.gather(*map(comparer.compare, turns))
 
 
@@ -126,9 +126,9 @@ class _Turn:
     is_mixed: bool
 
 
-def _search_turns(group: RolloutGroup, blocks: Sequence[HindsightBlock], rho: float) -> Iterator[_Turn]:
+def _search_turns(group: RolloutGroup, blocks: Sequence[HindsightBlock]) -> Iterator[_Turn]:
     gold = frozenset(group.question.gold_passage_ids)
-    is_mixed = group_class(group, rho) == "mixed"
+    is_mixed = group_class(group) == "mixed"
     number = 0
     for trajectory, block in zip(group.trajectories, blocks, strict=True):
         if not (gold and trajectory.is_trainable):

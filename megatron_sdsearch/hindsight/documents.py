@@ -1,9 +1,9 @@
-"""What a search is about to find, in place of the siblings: the paper's ablation "current-step documents".
+"""The documents that a search is about to find, in place of the siblings: the paper's "current-step documents".
 
-Owns the text, and which search is shown what. The paper says no more than those three words. Read here: at the tokens
-of a query the teacher has seen the documents which that very query brought, none of the other searches'. So every
-search gets a teacher prompt, and with it a teacher sequence, of its own: one block with the documents of all searches
-would show an early query what only a later one found (``docs/adr/0007-current-step-documents.md``)::
+Owns the text, and which documents each search is shown. The paper says no more than those three words. Read here: at
+the tokens of a query the teacher has seen the documents which that very query brought, none of the other searches'. So
+every search gets a teacher prompt, and with it a teacher sequence, of its own: one block with the documents of all
+searches would show an early query what only a later one found (``docs/adr/0007-current-step-documents.md``)::
 
     Documents that the next search finds:
     Doc 1(Title: Lisbon) Lisbon is the capital of Portugal.
@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_sdsearch.data.prompts import PromptProfile
-from megatron_sdsearch.records import Action, ContextSpan, HindsightBlock, Question, SampledSpan, Trajectory
+from megatron_sdsearch.records import Action, ContextSpan, HindsightBlock, SampledSpan, Trajectory
 
 if TYPE_CHECKING:  # the renderer loads a tokenizer library; building blocks does not need it
     from megatron_sdsearch.tokenization.renderer import Renderer
@@ -25,7 +25,7 @@ HEADER = "Documents that the next search finds:"
 
 def document_block(
     trajectory: Trajectory,
-    question: Question,
+    question: str,
     renderer: Renderer,
     profile: PromptProfile,
     max_tokens: int,
@@ -39,7 +39,7 @@ def document_block(
 
     Args:
         trajectory: the supervised one.
-        question: what it answers.
+        question: the text that it answers.
         renderer: decodes observations, encodes prompts.
         profile: puts the text into the user's message; its tags around an observation are not shown.
         max_tokens: of one text.
@@ -48,27 +48,25 @@ def document_block(
     Returns:
         The block: ``search_prompt_ids`` in the order of the searches; ``text`` all texts, for people.
     """
-    found = _found(trajectory)
-    texts = ["" if observation is None else _text(observation, renderer, profile, max_tokens) for observation in found]
-    prompts = [renderer.prompt_ids(profile.user_text(question.text, hindsight=text)) if text else () for text in texts]
+    texts, prompts, is_emptied = [], [], False
+    for span, following in pairwise((*trajectory.spans, None)):
+        if not isinstance(span, SampledSpan) or span.action is not Action.SEARCH:
+            continue
+        text = ""
+        if isinstance(following, ContextSpan):  # else the trajectory ended before the observation
+            text = _text(following, renderer, profile, max_tokens)
+            is_emptied |= not text
+        texts.append(text)
+        prompts.append(tuple(renderer.prompt_ids(profile.user_text(question, hindsight=text)) if text else ()))
     return HindsightBlock(
         text="\n\n".join(filter(None, texts)),
         teacher_prompt_ids=(),
         sources=(),
         dropped=(),
         leaks=leaks,
-        search_prompt_ids=tuple(map(tuple, prompts)),
-        is_emptied=any(observation is not None and not text for observation, text in zip(found, texts, strict=True)),
+        search_prompt_ids=tuple(prompts),
+        is_emptied=is_emptied,
     )
-
-
-def _found(trajectory: Trajectory) -> list[ContextSpan | None]:
-    """The observation of each search; None where the trajectory ended before it."""
-    return [
-        following if isinstance(following, ContextSpan) else None
-        for span, following in pairwise((*trajectory.spans, None))
-        if isinstance(span, SampledSpan) and span.action is Action.SEARCH
-    ]
 
 
 def _text(observation: ContextSpan, renderer: Renderer, profile: PromptProfile, max_tokens: int) -> str:

@@ -45,7 +45,7 @@ distilled."""
 
 JSD: Final = "loss/jsd"
 """Mean over the distilled tokens, weighed against each other as ``objective.distill_aggregation`` does; absent when
-nothing was distilled."""
+nothing was distilled. Another divergence has its own name in place of ``jsd``."""
 DISTILL: Final = "loss/distill"
 """L_SD, which alpha multiplies: the JSD's mean or, over ``all_trajectories``, that times the share of trajectories that
 are distilled."""
@@ -61,7 +61,7 @@ ROLLOUT_GAP: Final = "loss/rollout_gap"
 """Nats between the log-probabilities of engine and trainer, absolute; mean over policy tokens. Like the next three it
 is weighted as the loss is, summed over microbatches and ranks, and averaged over the step's updates."""
 ROLLOUT_GAP_SHARE: Final = "loss/rollout_gap_share"
-"""Share of policy tokens whose gap exceeds ``loss.correction.LARGE_GAP`` = 0.1 nats."""
+"""Share of policy tokens whose gap exceeds ``loss.grpo.LARGE_GAP`` = 0.1 nats."""
 ROLLOUT_K3: Final = "loss/rollout_k3"
 """k3 estimate of KL(engine || trainer)."""
 IMPORTANCE_CUT_SHARE: Final = "loss/importance_cut_share"

@@ -30,14 +30,12 @@ class TrajectoryLog:
     Args:
         run_dir: of the run.
         decode: ids to text, for context spans and for the place of the query in a sampled text.
-        rho: a trajectory is marked correct when its F1 is above it.
         resume_step: files of later steps are removed, for the resumed run writes its own.
     """
 
-    def __init__(self, run_dir: Path, decode: Decode, *, rho: float = 0.0, resume_step: int = 0) -> None:
+    def __init__(self, run_dir: Path, decode: Decode, *, resume_step: int = 0) -> None:
         self._folder = run_dir / TRAJECTORIES_DIR
         self._decode = decode
-        self._rho = rho
         later = [path for path in step_files(run_dir) if step_of(path) > resume_step]
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ class TrajectoryLog:
             "sibling": sibling,
             "status": trajectory.status.value,
             "answer": trajectory.answer,
-            "is_correct": score.f1 > self._rho,
+            "is_correct": score.is_correct,
             "scores": {"f1": score.f1, "em": score.em, "reward": score.reward},
             "advantage": advantage,
             "is_leaking": sibling in block.leaks,

@@ -1,32 +1,35 @@
-"""The distillation loss of SD-Search: how far the student's next-token distribution is from the teacher's.
+"""The distillation loss of SD-Search: the divergence between the student's and the teacher's next-token distributions.
 
-Owns the divergences over the full vocabulary and over chosen ids, without ever gathering logits; their forms are
-``divergences.py``'s, the choice of ids is ``topk.py``'s. Leaves the choice of positions, the mean over them and alpha
-to ``objective.py``. Source: L_SD of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
+Owns the divergences over the full vocabulary and over chosen ids, without ever gathering logits: the JSD, and the three
+that the paper's ablation puts in its place. The choice of ids is in ``topk.py``; the choice of positions, the mean over
+them and alpha are in ``objective.py``. Source: L_SD of SD-Search, arXiv 2605.18299. Derivations: ``docs/math/jsd.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sdsearch.loss.divergences import Divergence, DivergenceName, check_choice
 from megatron_sdsearch.loss.logprobs import (
     LogNormalizer,
+    check_choice,
     check_temperature,
     log_normalizers,
     row_blocks,
+    times_log,
 )
-from megatron_sdsearch.loss.topk import HeadAndTail, TopKDistribution, check_rows, finite, tail_blocks, teacher_topk
+from megatron_sdsearch.loss.topk import TopKDistribution, TopKLogits, check_rows, finite, tail_blocks, teacher_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 __all__ = ["Tail", "TopKDistribution", "teacher_topk", "vocab_parallel_jsd", "vocab_parallel_topk_jsd"]
 
 Tail = Literal["bucket", "renormalize", "drop"]
+DivergenceName = Literal["jsd", "forward_kl", "reverse_kl", "mse"]
 
 
 def vocab_parallel_jsd(
@@ -45,7 +48,7 @@ def vocab_parallel_jsd(
         teacher_logits: [Q, V/tp]; a constant, even if it requires a gradient.
         shard: which columns this rank holds.
         beta: the teacher's weight in the mixture ``m = beta p + (1 - beta) q`` of the JSD; inside (0, 1). The paper's
-            JSD is 0.5. The other divergences have no use for it.
+            JSD is 0.5. The other divergences ignore it.
         temperature: divides the logits of both; above 0.
         divergence: ``jsd``: beta KL(p||m) + (1-beta) KL(q||m); ``forward_kl``: KL(p||q); ``reverse_kl``: KL(q||p);
             ``mse``: sum of (p - q)^2 (the paper's ablation).
@@ -85,7 +88,7 @@ def vocab_parallel_topk_jsd(
         shard: which columns this rank holds.
         beta: as in ``vocab_parallel_jsd``.
         tail: what becomes of the ids outside ``topk`` (the paper does not say). ``bucket``: one more entry that holds
-            the rest of both masses, a lower bound of the full divergence (JSD and KL); ``renormalize``: both are
+            the remaining mass of both, a lower bound of the full divergence (JSD and KL); ``renormalize``: both are
             divided by their mass on ``topk``; ``drop``: the sum runs over ``topk`` alone, nothing is rescaled.
         temperature: divides the student's logits; above 0.
         divergence: as in ``vocab_parallel_jsd``.
@@ -98,13 +101,68 @@ def vocab_parallel_topk_jsd(
         ValueError: logits do not fit the shard or ``topk``, or an option is out of range.
     """
     shard.check_logits(student_logits, "student_logits")
-    _check_topk(topk, student_logits)
+    check_rows("topk.ids", topk.ids, student_logits)
+    if topk.ids.dtype != torch.int64 or topk.ids.dim() != 2 or topk.ids.shape[1] == 0:
+        raise ValueError(f"topk.ids must be int64 [Q, k] with k >= 1, got {topk.ids.dtype} {list(topk.ids.shape)}")
+    if topk.logprobs.shape != topk.ids.shape or topk.log_tail_mass.shape != topk.ids.shape[:1]:
+        shapes = [list(tensor.shape) for tensor in (topk.ids, topk.logprobs, topk.log_tail_mass)]
+        raise ValueError(f"topk.ids, topk.logprobs and topk.log_tail_mass do not fit together: {shapes}")
     check_temperature(temperature)
     check_choice("tail", tail, Tail)
     values: Tensor = _TopKDivergence.apply(  # type: ignore[no-untyped-call]
         student_logits, topk, shard, Divergence(divergence, beta), tail, temperature
     )
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One divergence as ``f(p, q)`` per entry, together with ``h = q df/dq``.
+
+    Every divergence here is a sum ``J = sum_e f(p_e, q_e)`` over entries ``e``, where ``p`` is the teacher and ``q``
+    the student. An entry is a vocabulary id, or everything outside the top-k taken together. With ``h_e = q_e df/dq_e``
+    and an entry that is one id, ``dJ/dz_i = h_i - q_i sum_e h_e``: once ``sum_e h_e`` is known everywhere, each rank
+    finishes its own columns alone. The code carries ``h`` and not ``df/dq``: for the forward KL ``h = -p``, whereas
+    ``df/dq = -p/q`` overflows.
+
+    Attributes:
+        name: which.
+        beta: the teacher's weight in the JSD's mixture; inside (0, 1).
+    """
+
+    name: DivergenceName
+    beta: float
+
+    def __post_init__(self) -> None:
+        check_choice("divergence", self.name, DivergenceName)
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta must lie inside (0, 1), got {self.beta}")
+
+    def terms(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """``f`` and ``h`` of each entry. At -inf, no mass, it is the limit, not a NaN."""
+        if self.name == "jsd":
+            # log m is taken relative to the larger of p and q. Unlike logaddexp, this is exact at p = q, where the loss
+            # and its gradient have to vanish, and keeps its relative precision near it.
+            gap = log_q - log_p
+            # Not where(.., 1 - beta, beta): of two Python numbers torch makes fp32, whatever the type of the others.
+            weight_of_smaller = torch.full_like(gap, self.beta).masked_fill_(gap <= 0, 1 - self.beta)
+            log_m_over_larger = torch.log1p(weight_of_smaller * torch.expm1(-gap.abs()))
+            log_p_over_m = -gap.clamp(min=0) - log_m_over_larger
+            log_q_over_m = gap.clamp(max=0) - log_m_over_larger
+            gradient = (1 - self.beta) * times_log(log_q.exp(), log_q_over_m)
+            return self.beta * times_log(log_p.exp(), log_p_over_m) + gradient, gradient
+        p, q = log_p.exp(), log_q.exp()
+        if self.name == "forward_kl":
+            return times_log(p, log_p - log_q), -p
+        if self.name == "reverse_kl":
+            value = times_log(q, log_q - log_p)
+            return value, value + q
+        return (p - q).square(), 2 * q * (q - p)
+
+    def summed(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """``J`` [Q], and ``h_e - q_e sum h`` [Q, entries], its gradient by log q; all entries are local."""
+        value, gradient = self.terms(log_p, log_q)
+        return value.sum(-1), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
 
 
 class _FullDivergence(torch.autograd.Function):
@@ -115,26 +173,25 @@ class _FullDivergence(torch.autograd.Function):
         normalizers = log_normalizers([student, teacher], shard, temperature)
         sums = torch.zeros_like(torch.stack([each.maximum for each in normalizers]))
         for rows, log_p, log_q in _full_blocks(student, teacher, normalizers, shard):
-            value, slope = divergence.terms(log_p, log_q)
-            sums[0, rows], sums[1, rows] = value.sum(-1), slope.sum(-1)
-        values, slope_sum = shard.all_reduce(sums, "sum").unbind()
-        maxima = (each.maximum for each in normalizers)
-        log_sums = (each.log_sum for each in normalizers)
-        ctx.save_for_backward(student, teacher, slope_sum, *maxima, *log_sums)
+            value, gradient = divergence.terms(log_p, log_q)
+            sums[0, rows], sums[1, rows] = value.sum(-1), gradient.sum(-1)
+        values, gradient_sum = shard.all_reduce(sums, "sum").unbind()
+        numbers = [number for each in normalizers for number in (each.maximum, each.log_sum)]
+        ctx.save_for_backward(student, teacher, gradient_sum, *numbers)
         ctx.shard, ctx.divergence, ctx.temperature = shard, divergence, temperature
         return values.clone()  # not a view of ``sums``, which the backward pass still needs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student, teacher, slope_sum, *numbers = ctx.saved_tensors
-        pairs = zip(numbers[:2], numbers[2:], strict=True)
+        student, teacher, gradient_sum, *numbers = ctx.saved_tensors
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
         normalizers = [LogNormalizer(maximum, log_sum, ctx.temperature) for maximum, log_sum in pairs]
         grad, scale = torch.zeros_like(student), grad_output / ctx.temperature
         for rows, log_p, log_q in _full_blocks(student, teacher, normalizers, ctx.shard):
-            _, slope = ctx.divergence.terms(log_p, log_q)
-            slope -= log_q.exp_() * slope_sum[rows, None]
-            grad[rows, : slope.shape[1]] = slope * scale[rows, None]
+            _, gradient = ctx.divergence.terms(log_p, log_q)
+            gradient -= log_q.exp_() * gradient_sum[rows, None]
+            grad[rows, : gradient.shape[1]] = gradient * scale[rows, None]
         return grad, None, None, None, None
 
 
@@ -149,8 +206,8 @@ class _TopKDivergence(torch.autograd.Function):
         tail: Tail,
         temperature: float,
     ) -> Tensor:
-        parts = HeadAndTail.of(student, topk.ids, shard, temperature)
-        log_p = torch.cat([topk.logprobs, topk.log_tail[:, None]], dim=1).to(parts.head.dtype)
+        parts = TopKLogits.read(student, topk.ids, shard, temperature)
+        log_p = torch.cat([topk.logprobs, topk.log_tail_mass[:, None]], dim=1).to(parts.head.dtype)
         values, entry_gradient = _entry_gradient(log_p, parts, divergence, tail)
         ctx.save_for_backward(student, topk.ids, parts.tail_maximum, parts.tail_log_sum, entry_gradient)
         ctx.shard, ctx.temperature = shard, temperature
@@ -173,7 +230,7 @@ class _TopKDivergence(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _entry_gradient(log_p: Tensor, student: HeadAndTail, divergence: Divergence, tail: Tail) -> tuple[Tensor, Tensor]:
+def _entry_gradient(log_p: Tensor, student: TopKLogits, divergence: Divergence, tail: Tail) -> tuple[Tensor, Tensor]:
     """``J`` [Q] and its gradient [Q, k + 1] by the logit of each entry, the tail being one entry in every form."""
     if tail == "bucket":
         return divergence.summed(log_p, student.logprobs())
@@ -181,10 +238,10 @@ def _entry_gradient(log_p: Tensor, student: HeadAndTail, divergence: Divergence,
         values, gradient = divergence.summed(log_p[:, :-1].log_softmax(-1), student.head_logprobs())
         return values, torch.nn.functional.pad(gradient, (0, 1))
     log_q = student.logprobs()
-    value, slope = divergence.terms(log_p[:, :-1], log_q[:, :-1])
+    value, gradient = divergence.terms(log_p[:, :-1], log_q[:, :-1])
     # The tail has no term of its own, yet its logits move the normaliser of those that have one.
-    slope = torch.nn.functional.pad(slope, (0, 1))
-    return value.sum(-1), slope - log_q.exp() * slope.sum(-1, keepdim=True)
+    gradient = torch.nn.functional.pad(gradient, (0, 1))
+    return value.sum(-1), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
 
 
 def _full_blocks(
@@ -195,12 +252,3 @@ def _full_blocks(
     student, teacher = shard.valid_columns(student), shard.valid_columns(teacher)
     for rows in row_blocks(student):
         yield rows, of_teacher.logprobs(teacher[rows], rows), of_student.logprobs(student[rows], rows)
-
-
-def _check_topk(topk: TopKDistribution, student_logits: Tensor) -> None:
-    check_rows("topk.ids", topk.ids, student_logits)
-    if topk.ids.dtype != torch.int64 or topk.ids.dim() != 2 or topk.ids.shape[1] == 0:
-        raise ValueError(f"topk.ids must be int64 [Q, k] with k >= 1, got {topk.ids.dtype} {list(topk.ids.shape)}")
-    if topk.logprobs.shape != topk.ids.shape or topk.log_tail.shape != topk.ids.shape[:1]:
-        shapes = [list(tensor.shape) for tensor in (topk.ids, topk.logprobs, topk.log_tail)]
-        raise ValueError(f"topk.ids, topk.logprobs and topk.log_tail do not fit together: {shapes}")

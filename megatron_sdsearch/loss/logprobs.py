@@ -3,8 +3,8 @@
 Owns the sharded softmax (``LogNormalizer``) that ``jsd.py`` builds on as well. Leaves the choice of tokens, the weights
 and every sum over tokens to ``objective.py``.
 
-Three habits hold for all functions here. Logits are read, never written: megatron-core's cross entropy overwrites its
-input, and whoever reads the logits afterwards reads rubbish. What the backward pass needs is computed again from the
+Three rules hold for all functions here. Logits are read, never written (megatron-core's cross entropy overwrites its
+input, which makes the logits useless afterwards). What the backward pass needs is computed again from the
 logits, which are alive anyway, so that no fp32 copy of them is kept. And rows are walked in blocks, so that no fp32
 copy of all of them exists even for a moment.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -43,7 +43,14 @@ def vocab_parallel_logprobs(logits: Tensor, labels: Tensor, shard: VocabShard, *
         ValueError: shapes do not fit, a label is not in ``[0, vocab_size)``, or the temperature is not positive.
     """
     shard.check_logits(logits)
-    _check_labels(labels, logits.shape[0], shard.vocab_size)
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{len(logits)}], got {labels.dtype} {list(labels.shape)}")
+    # Every rank holds the same labels, so every rank raises: none is left waiting in a collective.
+    lowest, highest = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+    if lowest < 0 or highest >= shard.vocab_size:
+        raise ValueError(
+            f"labels must lie in [0, {shard.vocab_size}), got {lowest}..{highest}; mask ignored tokens before"
+        )
     check_temperature(temperature)
     logprobs: Tensor = _Logprobs.apply(logits, labels, shard, temperature)  # type: ignore[no-untyped-call]
     return logprobs
@@ -100,7 +107,11 @@ def log_normalizers(logits: Sequence[Tensor], shard: VocabShard, temperature: fl
     """
     dtype = compute_dtype(*logits)
     columns = [shard.valid_columns(each) for each in logits]
-    maxima = shard.all_reduce(torch.stack([row_maximum(each, dtype) for each in columns]), "max")
+    maxima = columns[0].new_full((len(columns), len(columns[0])), -math.inf, dtype=dtype)
+    for each, maximum in zip(columns, maxima, strict=True):
+        if each.shape[1]:  # a rank without real vocabulary stays at -inf: amax refuses an empty dim
+            maximum.copy_(each.amax(-1))
+    shard.all_reduce(maxima, "max")
     sums = torch.zeros_like(maxima)
     for each, maximum, total in zip(columns, maxima, sums, strict=True):
         for rows in row_blocks(each):
@@ -116,13 +127,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def row_maximum(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N] largest entry per row, -inf for a rank without real vocabulary (``amax`` refuses an empty dim)."""
-    if columns.shape[1] == 0:
-        return columns.new_full((columns.shape[0],), -math.inf, dtype=dtype)
-    return columns.amax(-1).to(dtype)
 
 
 def row_blocks(columns: Tensor) -> Iterator[slice]:
@@ -145,15 +149,10 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
 
 
-def _check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> None:
-    if labels.shape != (num_rows,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 [{num_rows}], got {labels.dtype} {list(labels.shape)}")
-    if num_rows == 0:
-        return
-    # Every rank holds the same labels, so every rank raises: nobody is left waiting in a collective.
-    lowest, highest = (int(bound) for bound in torch.stack(labels.aminmax()).tolist())
-    if lowest < 0 or highest >= vocab_size:
-        raise ValueError(f"labels must lie in [0, {vocab_size}), got {lowest}..{highest}; mask ignored tokens before")
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raise ValueError unless ``value`` is one of ``literal``'s."""
+    if value not in get_args(literal):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
 
 
 class _Logprobs(torch.autograd.Function):
@@ -205,6 +204,6 @@ class _Entropy(torch.autograd.Function):
         scale = grad_output / ctx.temperature
         for rows in row_blocks(valid):
             logprobs = normalizer.logprobs(valid[rows], rows)
-            slope = times_log(logprobs.exp(), logprobs + entropy[rows, None])
-            grad[rows, : valid.shape[1]] = slope * -scale[rows, None]
+            gradient = times_log(logprobs.exp(), logprobs + entropy[rows, None])
+            grad[rows, : valid.shape[1]] = gradient * -scale[rows, None]
         return grad, None, None

@@ -1,21 +1,20 @@
-"""Distributions seen through a few ids: whose top-k these are, and what teacher and student say there.
+"""The choice of top-k ids, and the teacher's and the student's distributions at them.
 
 Owns the exact top-k over a vocabulary that is spread over ranks, without gathering logits, and the view of a row as k
-ids and the rest. Leaves every divergence to ``jsd.py``.
+ids and a tail. Leaves every divergence to ``jsd.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_sdsearch.loss.divergences import check_choice
-from megatron_sdsearch.loss.logprobs import check_temperature, compute_dtype, row_blocks
+from megatron_sdsearch.loss.logprobs import check_choice, check_temperature, compute_dtype, row_blocks
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 TopKOf = Literal["teacher", "student", "union"]
@@ -27,20 +26,26 @@ class TopKDistribution:
     """The teacher at k chosen ids per row, and how much probability lies outside them. Same on every rank.
 
     Attributes:
-        ids: [Q, k] int64 global ids, each at most once in a row; -1 is no id. From ``teacher_topk``: most probable
-            first; of equals, the lower id first.
+        ids: [Q, k] int64 global ids, each at most once in a row; -1 stands for none. From ``teacher_topk``: most
+            probable first; of equals, the lower id first.
         logprobs: [Q, k] nats, of the distribution over the whole vocabulary; -inf at -1.
-        log_tail: [Q] log of the probability outside ``ids``; -inf when there is no id outside.
+        log_tail_mass: [Q] log of the probability outside ``ids``; -inf when there is no id outside.
     """
 
     ids: Tensor
     logprobs: Tensor
-    log_tail: Tensor
+    log_tail_mass: Tensor
+
+    def __getitem__(self, rows: slice) -> TopKDistribution:
+        """The distribution of some rows."""
+        return TopKDistribution(
+            ids=self.ids[rows], logprobs=self.logprobs[rows], log_tail_mass=self.log_tail_mass[rows]
+        )
 
 
 @torch.no_grad()
 def teacher_topk(teacher_logits: Tensor, shard: VocabShard, k: int, *, temperature: float = 1.0) -> TopKDistribution:
-    """The exact k most probable ids over the whole vocabulary; each rank shows the others its own k best, no more.
+    """The exact k most probable ids over the whole vocabulary; ranks exchange no more than their own k best.
 
     Args:
         teacher_logits: [Q, V/tp]; no gradient flows.
@@ -56,10 +61,7 @@ def teacher_topk(teacher_logits: Tensor, shard: VocabShard, k: int, *, temperatu
     Raises:
         ValueError: logits do not fit the shard, k is below 1, or the temperature is not positive.
     """
-    shard.check_logits(teacher_logits, "teacher_logits")
-    _check_topk_options(k, temperature)
-    ids = _global_top_ids(teacher_logits, shard, min(k, shard.vocab_size))
-    return _distribution_at(ids, teacher_logits, shard, temperature)
+    return chosen_topk(teacher_logits, teacher_logits, shard, k, of="teacher", temperature=temperature)
 
 
 @torch.no_grad()
@@ -97,14 +99,18 @@ def chosen_topk(
         shard.check_logits(logits, f"{role}_logits")
     check_rows("teacher_logits", teacher_logits, student_logits)
     check_choice("of", of, TopKOf)
-    _check_topk_options(k, temperature)
-    num_ids = min(k, shard.vocab_size)
-    tops = [_global_top_ids(logits, shard, num_ids) for role, logits in roles.items() if of in (role, "union")]
-    return _distribution_at(_union(tops), teacher_logits, shard, temperature)
+    check_temperature(temperature)
+    tops = [_global_top_ids(logits, shard, k) for role, logits in roles.items() if of in (role, "union")]
+    ids = tops[0]
+    if of == "union":  # an id of the student's that the teacher's hold, too, becomes -1
+        is_known = torch.stack([(ids == column[:, None]).any(1) for column in tops[1].unbind(1)], dim=1)
+        ids = torch.cat([ids, tops[1].masked_fill(is_known, _NO_ID)], dim=1)
+    logprobs = TopKLogits.read(teacher_logits, ids, shard, temperature).logprobs()
+    return TopKDistribution(ids=ids, logprobs=logprobs[:, :-1], log_tail_mass=logprobs[:, -1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HeadAndTail:
+class TopKLogits:
     """Logits seen through k chosen ids, the same on every rank.
 
     The tail has a maximum of its own. Seen from the row's maximum its sum underflows (in fp32, from 87 nats on), and
@@ -123,7 +129,7 @@ class HeadAndTail:
     temperature: float
 
     @classmethod
-    def of(cls, logits: Tensor, ids: Tensor, shard: VocabShard, temperature: float) -> HeadAndTail:
+    def read(cls, logits: Tensor, ids: Tensor, shard: VocabShard, temperature: float) -> TopKLogits:
         """Read ``logits`` [Q, V/tp] at ``ids`` [Q, k]; all-reduces of [Q] and of [Q, k + 1]."""
         dtype = compute_dtype(logits)
         maximum = torch.full(ids.shape[:1], -math.inf, dtype=dtype, device=logits.device)
@@ -141,7 +147,7 @@ class HeadAndTail:
         return cls(head, maximum, summed[:, -1].log(), temperature)
 
     def logprobs(self) -> Tensor:
-        """[Q, k + 1]: log-probability of each chosen id over the whole vocabulary, then of all the rest together."""
+        """[Q, k + 1]: log-probability of each chosen id over the whole vocabulary, then of the tail."""
         maximum = torch.maximum(self.head.amax(-1), self.tail_maximum)
         head = (self.head - maximum[:, None]) / self.temperature
         tail = (self.tail_maximum - maximum) / self.temperature + self.tail_log_sum
@@ -164,22 +170,14 @@ def tail_blocks(logits: Tensor, ids: Tensor, shard: VocabShard, dtype: torch.dty
         yield rows, block.to(dtype).masked_fill(num_chosen.bool(), -math.inf)
 
 
-def _distribution_at(ids: Tensor, logits: Tensor, shard: VocabShard, temperature: float) -> TopKDistribution:
-    logprobs = HeadAndTail.of(logits, ids, shard, temperature).logprobs()
-    return TopKDistribution(ids=ids, logprobs=logprobs[:, :-1], log_tail=logprobs[:, -1])
-
-
-def _union(tops: Sequence[Tensor]) -> Tensor:
-    """One or two [Q, k] side by side; an id of the second that the first holds, too, becomes -1."""
-    if len(tops) == 1:
-        return tops[0]
-    first, second = tops
-    is_known = torch.stack([(first == column[:, None]).any(1) for column in second.unbind(1)], dim=1)
-    return torch.cat([first, second.masked_fill(is_known, _NO_ID)], dim=1)
-
-
 def _global_top_ids(logits: Tensor, shard: VocabShard, k: int) -> Tensor:
-    """[Q, k] ids of the largest logits over all ranks, largest first, of equals the lower id first."""
+    """[Q, k] ids of the largest logits over all ranks, largest first, of equals the lower id first.
+
+    k is cut to the size of the vocabulary.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    k = min(k, shard.vocab_size)
     num_candidates = min(k, shard.shard_size)
     values, columns = _local_top(shard.valid_columns(logits), min(num_candidates, shard.num_valid))
     # Only the last ranks can be short of candidates: behind a stable sort, their -inf never precedes a real id.
@@ -197,7 +195,7 @@ def _local_top(columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values = columns.new_empty((columns.shape[0], k))
     indices = torch.empty(values.shape, dtype=torch.int64, device=columns.device)
     for rows in row_blocks(columns):
-        # A NaN counts as the largest: it is chosen, and so makes the row's log-probabilities NaN for all to see.
+        # A NaN counts as the largest: it is chosen, and so makes the row's log-probabilities NaN on all ranks.
         block = columns[rows].nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         threshold = block.topk(k, dim=1).values[:, -1:]
         above, tied = block > threshold, block == threshold
@@ -218,9 +216,3 @@ def check_rows(name: str, tensor: Tensor, student_logits: Tensor) -> None:
     """Raise ValueError unless ``tensor`` has the student's rows."""
     if tensor.shape[0] != student_logits.shape[0]:
         raise ValueError(f"{name} has {tensor.shape[0]} rows, student_logits {student_logits.shape[0]}")
-
-
-def _check_topk_options(k: int, temperature: float) -> None:
-    check_temperature(temperature)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")

@@ -1,4 +1,4 @@
-"""Process groups of one run, as a frozen record that the rest of the code reads instead of megatron's globals."""
+"""Process groups of one run, as a frozen record that all other code reads instead of megatron's globals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelState:
-    """Where this process stands.
+    """This process's ranks and groups.
 
     Attributes:
         rank, world_size: in the whole run.
@@ -54,8 +54,8 @@ class ParallelState:
         """Start torch.distributed (from torchrun's environment, else as a single process) and megatron's groups.
 
         Args:
-            config: tensor and pipeline sizes, data parallel takes the rest; and how long a collective may wait: gloo
-                notices at once that a peer has died, NCCL never does.
+            config: tensor and pipeline sizes, from which data parallel follows; and how long a collective may wait:
+                gloo notices at once that a peer has died, NCCL never does.
             seed: of megatron's RNG tracker, without which no parallel layer can be built (random.py:248).
         """
         minutes = config.collective_timeout_minutes

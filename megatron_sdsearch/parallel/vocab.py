@@ -1,7 +1,7 @@
-"""Which slice of the vocabulary this rank holds, and how the ranks of one tensor-parallel group talk about it.
+"""This rank's slice of the vocabulary, and collectives over the ranks of its tensor-parallel group.
 
 Owns the index arithmetic (padding included) and the collectives that the losses use. Leaves the creation of groups to
-``groups.py`` and every formula to ``loss/``. Torch only: a process group is all it knows of megatron.
+``groups.py`` and every formula to ``loss/``. Torch only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabShard:
-    """The columns ``[vocab_start_index, vocab_end_index)`` of a vocabulary that is padded and cut into equal parts.
+    """``shard_size`` columns from ``vocab_start_index`` on, of a vocabulary that is padded and cut into equal parts.
 
     Build it with ``whole`` or ``split``. The same arithmetic as megatron-core's ``VocabUtility``
     (``core/tensor_parallel/utils.py``), plus the knowledge of which columns are padding.
@@ -27,8 +27,8 @@ class VocabShard:
         vocab_size: number of real vocabulary entries; padding sits behind them.
         padded_vocab_size: number of columns over all ranks.
         size: number of ranks that share the vocabulary.
-        rank: this rank's place among them.
-        group: the tensor-parallel process group; None means that there is nobody to talk to.
+        rank: this rank's index among them.
+        group: the tensor-parallel process group; None for a vocabulary that is whole.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -61,7 +61,7 @@ class VocabShard:
             vocab_size: number of real entries.
             padded_vocab_size: number of columns, when the output layer has more; default ``vocab_size``.
         """
-        return cls(vocab_size=vocab_size, padded_vocab_size=_or_default(padded_vocab_size, vocab_size))
+        return cls(vocab_size=vocab_size, padded_vocab_size=padded_vocab_size or vocab_size)
 
     @classmethod
     def split(cls, vocab_size: int, tp_group: dist.ProcessGroup, padded_vocab_size: int | None = None) -> Self:
@@ -77,7 +77,7 @@ class VocabShard:
         """
         return cls(
             vocab_size=vocab_size,
-            padded_vocab_size=_or_default(padded_vocab_size, vocab_size),
+            padded_vocab_size=padded_vocab_size or vocab_size,
             size=dist.get_world_size(tp_group),
             rank=dist.get_rank(tp_group),
             group=tp_group,
@@ -92,11 +92,6 @@ class VocabShard:
     def vocab_start_index(self) -> int:
         """Global id of the first local column."""
         return self.rank * self.shard_size
-
-    @property
-    def vocab_end_index(self) -> int:
-        """One past the global id of the last local column, padding included."""
-        return self.vocab_start_index + self.shard_size
 
     @property
     def num_valid(self) -> int:
@@ -145,23 +140,19 @@ class VocabShard:
         """
         if tensor.requires_grad:
             raise ValueError("all_reduce must not be back-propagated through; call it inside an autograd.Function")
-        if self._has_peers(tensor):
-            dist.all_reduce(tensor, op=_REDUCE_OPS[op], group=self.group)
+        if self.size > 1 and tensor.numel():
+            dist.all_reduce(tensor, op=_REDUCE_OPS[op], group=self._peers())
         return tensor
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """One tensor per rank, in rank order. Shape and dtype have to agree over the ranks; carries no gradient."""
-        if not self._has_peers(tensor):
+        if self.size == 1 or not tensor.numel():
             return [tensor.detach()] * self.size
         gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor.detach().contiguous(), group=self.group)
+        dist.all_gather(gathered, tensor.detach().contiguous(), group=self._peers())
         return gathered
 
-    def _has_peers(self, tensor: Tensor) -> bool:
-        if self.size > 1 and self.group is None:
+    def _peers(self) -> dist.ProcessGroup:
+        if self.group is None:
             raise ValueError(f"a shard of {self.size} ranks without a process group cannot communicate")
-        return self.size > 1 and tensor.numel() > 0
-
-
-def _or_default(padded_vocab_size: int | None, vocab_size: int) -> int:
-    return vocab_size if padded_vocab_size is None else padded_vocab_size
+        return self.group

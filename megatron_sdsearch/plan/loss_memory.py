@@ -19,7 +19,7 @@ _LOGPROBS_BLOCKS = 3.0  # LogNormalizer.logprobs
 _ENTROPY_BLOCKS = 5.25  # _Entropy.backward: times_log and its mask
 _TOPK_BLOCKS = 4.5  # _TopKDivergence.backward: tail logits, three of logprobs, two masks of bytes
 _FULL_BLOCKS = 9.0  # _FullDivergence.backward: two log-probabilities and the terms of the JSD
-_CHOICE_BLOCKS = 4.75  # topk.HeadAndTail.of: tail logits, three on the way to their sum, masks of bytes
+_CHOICE_BLOCKS = 4.75  # topk.TopKLogits.read: tail logits, three on the way to their sum, masks of bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

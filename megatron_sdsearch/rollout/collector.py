@@ -126,7 +126,7 @@ class RolloutCollector:
         groups: list[RolloutGroup] = []
         for request in slot:
             groups.append(await self._roll_out(request, is_greedy, lost))
-            if group_class(groups[-1], self._config.hindsight.rho) == "mixed":
+            if group_class(groups[-1]) == "mixed":
                 break
         return groups[-1], len(groups) - 1
 
@@ -139,7 +139,10 @@ class RolloutCollector:
                 for trajectory_id in request.trajectory_ids
             ]
         )
-        scores = tuple(score_trajectory(t, question, self._config.objective.reward) for t in trajectories)
+        scores = tuple(
+            score_trajectory(t, question, self._config.objective.reward, self._config.hindsight.rho)
+            for t in trajectories
+        )
         return RolloutGroup(question=question, trajectories=tuple(trajectories), scores=scores)
 
 

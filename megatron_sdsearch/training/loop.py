@@ -1,36 +1,36 @@
-"""The loop: publish, roll out, look back, learn."""
+"""The loop: publish, roll out, build hindsight, pack, learn."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.batching.advantages import group_advantages
-from megatron_sdsearch.batching.samples import build_samples
+from megatron_sdsearch.batching.samples import build_samples, demonstration_sample
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.demonstrations import DemonstrationSampler, check_profile, read_demonstrations
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.files import writing
-from megatron_sdsearch.hindsight.block import build_hindsight
-from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
+from megatron_sdsearch.hindsight.block import build_hindsight, skip_hindsight
+from megatron_sdsearch.logging import names
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
+from megatron_sdsearch.loss.objective import supervised_loss
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.megatron_folder import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
@@ -41,9 +41,7 @@ from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summar
 from megatron_sdsearch.training.run_record import write_run_record
 from megatron_sdsearch.training.saving import CheckpointScheduler
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner, pack_samples
-from megatron_sdsearch.training.warm_start import WarmStart
+from megatron_sdsearch.training.updates import pack_samples, run_updates
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class Outcome:
 
     Attributes:
         step: finished steps of the run.
-        stopped_by: the signal that asked to stop, whereupon the run was saved; "" for a run that is finished.
+        stopped_by: the signal that asked to stop; the run was saved. "" for a run that is finished.
         summary: of a run that this start has finished, also in ``run_dir/summary.json``; None when it was stopped, or
             when nothing was left to do.
     """
@@ -66,10 +64,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Display:
-    """What a person sees of a run while it goes on; neither call may raise.
+    """What a user sees of a run while it goes on; neither call may raise.
 
     Attributes:
-        say: shows one line at the terminal; called on the main rank alone.
+        say: shows one line at the terminal; called on the main rank only.
         refresh_page: called on every rank after each evaluation, and when the run has finished or stopped.
     """
 
@@ -80,12 +78,36 @@ class Display:
 NO_DISPLAY = Display()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the steps of either mode need."""
+
+    config: RunConfig
+    policy: Policy
+    renderer: Renderer
+    saving: CheckpointScheduler
+    stop: StopRequest
+    display: Display
+
+    def load_checkpoint(self) -> int:
+        """Load the newest checkpoint and report it; returns its step.
+
+        Called right before the loop, because the random state continues from there.
+        """
+        loaded = self.saving.load()
+        if self.policy.parallel.is_main:
+            begins = f"continues from step {loaded.step}" if loaded.step else "begins with step 1"
+            changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
+            self.display.say(f"{begins} of {self.config.train.num_steps}{changed}")
+            if (problem := self.config.saving_problem()) is not None:
+                _log.warning("%s", problem)
+        return loaded.step
+
+
 def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
-    Every rank of the run calls it; ranks come from torchrun's environment.
-
-    No other run may be at work in ``run_dir``.
+    Every rank of the run calls it; ranks come from torchrun's environment. No other run may be at work in ``run_dir``.
 
     Args:
         config: of the run.
@@ -103,7 +125,7 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     check_lengths(hf_config, config)
     raise_first(own_server_problems(config, hf_config))
     config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
-    # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
+    # Rank 0 checks for all before the process groups exist: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
     tensors, source = starting_weights(config.model, hf_config)
@@ -115,7 +137,8 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
             for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
                 (config.run_dir / name).unlink(missing_ok=True)
             write_run_record(config)
-            display.say(f"model: {_model_words(config, hf_config)}; device: {_device_words()}")
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            display.say(f"model: {_describe_model(config, hf_config)}; device: {device}")
         return _train(config, start, display, was_finished=was_finished)
 
 
@@ -124,7 +147,8 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     if parallel.all_gather_object(was_finished)[0]:
         parallel.shutdown()
         return Outcome(step=config.train.num_steps)
-    run_date = _agreed_run_date(config, parallel)
+    # The main rank's date: midnight may pass between two ranks, and a folder look different from two nodes.
+    run_date: date = parallel.all_gather_object(run_date_of(config.run_dir) if parallel.is_main else date.min)[0]
     # Before anything slow: a tokenizer or a chat template that cannot be used ends the run here.
     renderer = Renderer.from_folder(
         config.model.hf_dir,
@@ -133,10 +157,10 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
         run_date=run_date,
     )
     with StopRequest(parallel, display.say) as stop:
-        policy = Policy.build(config, parallel)
+        policy = Policy(config, parallel)
         saving = CheckpointScheduler(config, policy, start, run_date)
-        learn = _warm_start if config.train.mode == "warm_start" else _reinforce
-        step = learn(config, policy, saving, stop, renderer, display)
+        run = _Run(config=config, policy=policy, renderer=renderer, saving=saving, stop=stop, display=display)
+        step = _warm_start(run) if config.train.mode == "warm_start" else _reinforce(run)
         saving.finish(step)
         is_stopped = step < config.train.num_steps
         if is_stopped and parallel.is_main:
@@ -155,14 +179,7 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     return Outcome(step=step, stopped_by=stop.name if is_stopped else "", summary=summary)
 
 
-def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
-    """The main rank's: midnight may pass between two ranks, and a folder look different from two nodes."""
-    dates: list[date | None] = parallel.all_gather_object(run_date_of(config.run_dir) if parallel.is_main else None)
-    assert dates[0] is not None
-    return dates[0]
-
-
-def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:
+def _describe_model(config: RunConfig, hf_config: PretrainedConfig) -> str:
     source = config.model.megatron_dir or config.model.hf_dir
     try:
         size = f"{SafetensorsFolder(config.model.hf_dir).num_parameters / 1e6:,.1f} M parameters, "
@@ -171,142 +188,99 @@ def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:
     return f"{hf_config.model_type}, {size}{config.model.dtype}, from {source}"
 
 
-def _device_words() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+def _reinforce(run: _Run) -> int:
+    """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop.
 
+    Inside, ``step`` counts finished steps: the step at work is number ``step + 1`` in every file and message, while
+    random streams and the schedule of alpha are keyed by ``step``, from 0.
+    """
+    config, policy, saving, stop = run.config, run.policy, run.saving, run.stop
+    objective, profile = config.objective, get_profile(config.data.prompt_profile)
+    parallel, num_steps = policy.parallel, config.train.num_steps
+    assert config.data.train is not None  # RunConfig has checked it
+    reference = Network(config, parallel) if objective.kl_coef > 0 else None
+    rollouts = DistributedRollouts(config, parallel, run.renderer)
+    questions = QuestionSampler(read_questions(config.data.train), config.seed, config.data.questions_per_step)
+    heldout = read_questions(config.data.heldout)[: config.evaluation.num_questions] if config.data.heldout else ()
+    has_warned = False
+    step = run.load_checkpoint()
 
-def _begin(config: RunConfig, saving: CheckpointScheduler, parallel: ParallelState, display: Display) -> int:
-    """Load the newest checkpoint and say so; its step. Right before the loop, for random numbers go on from there."""
-    loaded = saving.load()
-    if parallel.is_main:
-        begins = f"continues from step {loaded.step}" if loaded.step else "begins at step 0"
-        changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
-        display.say(f"{begins} of {config.train.num_steps}{changed}")
-        if (problem := config.saving_problem()) is not None:
-            _log.warning("%s", problem)
-    return loaded.step
-
-
-def _reinforce(
-    config: RunConfig,
-    policy: Policy,
-    saving: CheckpointScheduler,
-    stop: StopRequest,
-    renderer: Renderer,
-    display: Display,
-) -> int:
-    """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop."""
-    parallel = policy.parallel
-    reference = Network.load(config, parallel) if config.objective.kl_coef > 0 else None
-    learner = Learner(policy, reference, HindsightTeacher(policy, config.objective), config)
-    rollouts = DistributedRollouts(config, parallel, renderer)
-    questions = QuestionSampler(_questions(config.data.train), config.seed, config.data.questions_per_step)
-    heldout = _questions(config.data.heldout)[: config.evaluation.num_questions]
-    step = _begin(config, saving, parallel, display)
-    has_warned_of_blocks = False
-
-    with RunLog(config, parallel, step, rollouts.renderer) as log:
+    with RunLog(config, parallel, step, run.renderer) as log:
         phase = log.timer.phase
-        while step == config.train.num_steps or not stop.is_agreed():
+        while step == num_steps or not stop.is_agreed():
             with phase("publish"):
                 rollouts.publish(policy, version=step)
-            if _is_evaluation_due(step, config):
+            every = config.evaluation.every
+            if every > 0 and (step % every == 0 or step == num_steps):
                 with phase("evaluate"):
-                    evaluated = step_metrics.of_evaluation(rollouts.evaluate(heldout, step=step))
+                    evaluated = step_metrics.measure_evaluation(rollouts.evaluate(heldout, step=step))
                 log.add(step, evaluated)
                 saving.score(step, evaluated)
-                display.refresh_page()
-            if step == config.train.num_steps or stop.is_agreed():
+                run.display.refresh_page()
+            if step == num_steps or stop.is_agreed():
                 break
+
+            alpha = objective.alpha_at(step)
             with phase("rollout"):
                 collected = rollouts.collect(questions, step=step)
-                blocks = _build_hindsight(collected.groups, renderer, config)
-            groups = list(zip(collected.groups, blocks, strict=True))
-            if (emptied := step_metrics.num_emptied(groups)) and config.is_distilling and not has_warned_of_blocks:
-                has_warned_of_blocks = True
-                _warn_of_emptied(emptied, step, config, parallel)
+                groups = collected.groups
             if stop.is_agreed():
                 break  # nothing was learned from them: the step will begin anew
-            probe = {}
-            if config.telemetry.query_probe and step == config.objective.first_distilling_step:
+
+            with phase("hindsight"):
+                if alpha > 0:
+                    blocks = build_hindsight(groups, run.renderer, profile, config.hindsight, seed=config.seed)
+                else:
+                    blocks = skip_hindsight(groups)
+            probed = {}
+            if config.telemetry.query_probe and step == objective.first_distilling_step:
                 with phase("probe"):
-                    probe = step_metrics.of_probe(rollouts.probe(groups))
+                    probed = step_metrics.measure_probe(rollouts.probe(list(zip(groups, blocks, strict=True))))
             rollouts.release_memory()
-            advantages = [group_advantages(g, config.objective.normalize_advantage_std) for g, _ in groups]
+
             with phase("pack"):
-                batch = _pack(groups, advantages, config.objective.alpha_at(step), config, parallel)
-            results = learner.learn(batch, step, log.timer)
+                advantages = [group_advantages(group, objective.normalize_advantage_std) for group in groups]
+                members = zip(groups, advantages, blocks, strict=True)
+                samples = [sample for member in members for sample in build_samples(*member, objective)]
+                batch = pack_samples(samples, config, parallel)
+            results = run_updates(policy, reference, batch, objective, alpha, log.timer)
+
             step += 1
-            log.trajectories(step, [g for g, _ in groups], advantages, [b for _, b in groups])
-            log.step(step, step_metrics.of_step(collected, blocks, results, config) | probe, batch.num_policy_tokens)
+            log.trajectories(step, groups, advantages, blocks)
+            measured = step_metrics.measure_step(collected, blocks, advantages, results)
+            if (num_emptied := measured[names.NUM_EMPTIED]) and parallel.is_main and not has_warned:
+                has_warned = True
+                _log.warning(
+                    "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they "
+                    "are not distilled; raise it (hindsight/num_emptied counts them in every step)",
+                    step,
+                    config.hindsight.max_block_tokens,
+                    num_emptied,
+                )
+            log.step(step, measured | probed, batch.num_policy_tokens)
             with phase("checkpoint"):
                 saving.after_step(step)
     rollouts.close()
     return step
 
 
-def _warm_start(
-    config: RunConfig,
-    policy: Policy,
-    saving: CheckpointScheduler,
-    stop: StopRequest,
-    renderer: Renderer,
-    display: Display,
-) -> int:
-    """Returns the number of finished steps, as ``_reinforce`` does."""
-    warm_start = WarmStart(config, policy, policy.parallel, renderer)
-    step = _begin(config, saving, policy.parallel, display)
-    with RunLog(config, policy.parallel, step, warm_start.renderer) as log:
-        while step < config.train.num_steps and not stop.is_agreed():
+def _warm_start(run: _Run) -> int:
+    """Supervised fine-tuning on demonstrations, through the same packing and update; returns as ``_reinforce``."""
+    config, policy = run.config, run.policy
+    assert config.train.demonstrations is not None  # RunConfig has checked it
+    demonstrations = read_demonstrations(config.train.demonstrations)
+    check_profile(demonstrations, get_profile(config.data.prompt_profile))
+    sampler = DemonstrationSampler(demonstrations, config.seed, config.train.demonstrations_per_step)
+    budget = config.train.max_tokens_per_microbatch
+    step = run.load_checkpoint()
+    with RunLog(config, policy.parallel, step, run.renderer) as log:
+        while step < config.train.num_steps and not run.stop.is_agreed():
             with log.timer.phase("update"):
-                minibatch = warm_start.minibatch(step)
-                result = warm_start.learn(minibatch)
+                samples = [demonstration_sample(row, run.renderer, budget) for row in sampler.batch(step)]
+                (minibatch,) = pack_samples(samples, config, policy.parallel).minibatches
+                result = policy.update(minibatch, [supervised_loss] * len(minibatch.student))
             step += 1
-            log.step(step, step_metrics.of_updates([result]), minibatch.num_policy_tokens)
+            log.step(step, step_metrics.measure_updates([result]), minibatch.num_policy_tokens)
             with log.timer.phase("checkpoint"):
-                saving.after_step(step)
+                run.saving.after_step(step)
     return step
-
-
-def _build_hindsight(
-    groups: Sequence[RolloutGroup], renderer: Renderer, config: RunConfig
-) -> list[list[HindsightBlock]]:
-    """Blocks of every trajectory, group after group; labels may be drawn from the outcomes of all groups."""
-    labels = shown_labels(outcomes_of(groups, config.hindsight.rho), config.hindsight, seed=config.seed)
-    profile = get_profile(config.data.prompt_profile)
-    return [build_hindsight(group, renderer, profile, config.hindsight, labels) for group in groups]
-
-
-def _warn_of_emptied(number: int, step: int, config: RunConfig, parallel: ParallelState) -> None:
-    if parallel.is_main:
-        _log.warning(
-            "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they are "
-            "not distilled; raise it (hindsight/num_emptied counts them in every step)",
-            step + 1,  # as metrics.jsonl counts
-            config.hindsight.max_block_tokens,
-            number,
-        )
-
-
-def _pack(
-    groups: Sequence[tuple[RolloutGroup, list[HindsightBlock]]],
-    advantages: Sequence[Sequence[float]],
-    alpha: float,
-    config: RunConfig,
-    parallel: ParallelState,
-) -> TrainBatch:
-    samples = [
-        sample if alpha > 0 else replace(sample, teacher_prompts=())  # nothing to distil: no teacher pass
-        for (group, blocks), own in zip(groups, advantages, strict=True)
-        for sample in build_samples(group, own, blocks, config.objective, rho=config.hindsight.rho)
-    ]
-    return pack_samples(samples, config, parallel)
-
-
-def _questions(path: Path | None) -> tuple[Question, ...]:
-    return read_questions(path) if path is not None else ()
-
-
-def _is_evaluation_due(step: int, config: RunConfig) -> bool:
-    every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.train.num_steps)

@@ -45,9 +45,7 @@ class RunLog:
                 config.train.num_steps, first_step=first_step, is_enabled=telemetry.progress
             )
             if telemetry.trajectories and config.train.mode == "rl":
-                self._trajectories = TrajectoryLog(
-                    run_dir, renderer.decode, rho=config.hindsight.rho, resume_step=first_step
-                )
+                self._trajectories = TrajectoryLog(run_dir, renderer.decode, resume_step=first_step)
         self.timer = PhaseTimer(self._display.phase if self._display else None)
 
     def __enter__(self) -> Self:

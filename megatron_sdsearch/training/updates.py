@@ -1,31 +1,20 @@
-"""What one step learns from its batch: reference and old log-probabilities, the live teacher, the updates."""
+"""The updates of one step: reference and old log-probabilities, then per minibatch the live teacher and the update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, TrainBatch, pack
 from megatron_sdsearch.config import ObjectiveConfig, RunConfig
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.logging import PhaseTimer
-from megatron_sdsearch.loss.objective import (
-    DistillRows,
-    Metrics,
-    PolicyRows,
-    RowLogits,
-    TeacherTarget,
-    sd_search_loss,
-)
+from megatron_sdsearch.loss.objective import TeacherTarget, read_teacher, sd_search_loss
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.parallel.schedule import DeviceMicrobatch
-from megatron_sdsearch.records import TrainBatch, TrainingSample
-from megatron_sdsearch.training.policy import Network, Policy, UpdateResult
-from megatron_sdsearch.training.teacher import HindsightTeacher
-
-T = TypeVar("T")
+from megatron_sdsearch.records import TrainingSample
+from megatron_sdsearch.training.policy import Network, Policy, RowLoss, UpdateResult
 
 
 def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel: ParallelState) -> TrainBatch:
@@ -48,84 +37,74 @@ def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel:
     )
 
 
-class Learner:
-    """Turns packed batches into updates of the policy.
-
-    Args:
-        policy: learns.
-        reference: the starting policy for the KL term, or None.
-        teacher: reads the policy at the hindsight context, anew before each update.
-        config: of the run.
-    """
-
-    def __init__(self, policy: Policy, reference: Network | None, teacher: HindsightTeacher, config: RunConfig) -> None:
-        self._policy = policy
-        self._reference = reference
-        self._teacher = teacher
-        self._objective = config.objective
-
-    def learn(self, batch: TrainBatch, step: int, timer: PhaseTimer) -> list[UpdateResult]:
-        """One update per minibatch, in order; an empty one advances the schedule alone.
-
-        With one to learn from the policy's own pass is the old policy: the extra forward pass is left out.
-        """
-        alpha = self._objective.alpha_at(step)
-        minibatches = batch.minibatches
-        with timer.phase("reference"):
-            ref = [self._reference.logprobs(m) for m in minibatches] if self._reference is not None else None
-        with timer.phase("old"):
-            is_only = sum(m.num_policy_tokens > 0 for m in minibatches) <= 1
-            old = None if is_only else [self._policy.logprobs(m) for m in minibatches]
-        results = []
-        for index, minibatch in enumerate(minibatches):
-            with timer.phase("teacher"):
-                targets = self._teacher.distributions(minibatch)
-            with timer.phase("update"):
-                loss = step_loss(self._objective, alpha, _at(old, index), _at(ref, index), targets)
-                results.append(self._policy.update(minibatch, loss))
-        return results
-
-
-def step_loss(
+def run_updates(
+    policy: Policy,
+    reference: Network | None,
+    batch: TrainBatch,
     objective: ObjectiveConfig,
     alpha: float,
-    old: Sequence[Tensor] | None,
-    ref: Sequence[Tensor] | None,
-    targets: Sequence[TeacherTarget],
-) -> Callable[[RowLogits, DeviceMicrobatch], tuple[Tensor, Metrics]]:
-    """The loss of one minibatch: what was read before the update, looked up by microbatch.
+    timer: PhaseTimer,
+) -> list[UpdateResult]:
+    """One update per minibatch, in order; an empty one advances the schedule alone.
+
+    With one to learn from the policy's own pass is the old policy: the extra forward pass is left out.
 
     Args:
+        policy: learns; also the teacher, with its weights of that moment.
+        reference: the starting policy for the KL term, or None.
+        batch: of the step.
+        objective: coefficients and forms.
+        alpha: weight of the distillation loss at this step.
+        timer: of the phases ``reference``, ``old``, ``teacher`` and ``update``.
+    """
+    minibatches = batch.minibatches
+    with timer.phase("reference"):
+        ref = [reference.logprobs(m) if reference is not None else [] for m in minibatches]
+    with timer.phase("old"):
+        is_only = sum(m.num_policy_tokens > 0 for m in minibatches) <= 1
+        old = [[] if is_only else policy.logprobs(m) for m in minibatches]
+    results = []
+    for minibatch, old_logprobs, ref_logprobs in zip(minibatches, old, ref, strict=True):
+        with timer.phase("teacher"):
+            targets = teacher_targets(policy, minibatch, objective)
+        with timer.phase("update"):
+            losses = minibatch_losses(minibatch, objective, alpha, old=old_logprobs, ref=ref_logprobs, targets=targets)
+            results.append(policy.update(minibatch, losses))
+    return results
+
+
+def teacher_targets(policy: Policy, minibatch: Minibatch, objective: ObjectiveConfig) -> list[TeacherTarget]:
+    """The hindsight teacher: the policy's own current weights on the augmented context, no gradient (paper 3.2).
+
+    Returns:
+        One target per microbatch; empty off the last stage or with no teacher.
+    """
+    return policy.collect(minibatch.teacher, partial(read_teacher, config=objective))
+
+
+def minibatch_losses(
+    minibatch: Minibatch,
+    objective: ObjectiveConfig,
+    alpha: float,
+    *,
+    old: Sequence[Tensor] = (),
+    ref: Sequence[Tensor] = (),
+    targets: Sequence[TeacherTarget] = (),
+) -> list[RowLoss]:
+    """The loss of each microbatch, with what was read for it before the update.
+
+    Args:
+        minibatch: to learn from.
         objective: coefficients and forms.
         alpha: of this step.
-        old: [N] per microbatch, or None for the pass itself.
-        ref: [N] per microbatch, or None without a reference.
+        old: [N] per microbatch; empty for the pass itself, as off the last stage, where no loss is called.
+        ref: [N] per microbatch; empty without a reference.
         targets: of the teacher per microbatch; empty when nothing is distilled.
     """
-
-    def loss(logits: RowLogits, batch: DeviceMicrobatch) -> tuple[Tensor, Metrics]:
-        policy = PolicyRows(
-            rows=batch.policy_rows,
-            labels=batch.policy_labels,
-            rollout_logprobs=batch.rollout_logprobs,
-            old_logprobs=_at(old, batch.index),
-            ref_logprobs=_at(ref, batch.index),
-            advantages=batch.advantages,
-            weights=batch.policy_weights,
+    none = [None] * len(minibatch.student)
+    return [
+        partial(
+            sd_search_loss, config=objective, alpha=alpha, old_logprobs=old_one, ref_logprobs=ref_one, target=target
         )
-        distill = None
-        if targets:
-            distill = DistillRows(
-                rows=batch.query_rows,
-                target=targets[batch.index],
-                weights=batch.distill_weights,
-                classes=batch.query_classes,
-                alpha=alpha,
-            )
-        return sd_search_loss(logits, policy, distill, objective)
-
-    return loss
-
-
-def _at(values: Sequence[T] | None, index: int) -> T | None:
-    return None if values is None else values[index]
+        for old_one, ref_one, target in zip(old or none, ref or none, targets or none, strict=True)
+    ]

@@ -92,7 +92,7 @@ def _make_sample(random: np.random.Generator, index: int, num_samples: int) -> T
         token_ids=token_ids,
         labels=np.append(token_ids[1:], 0),
         loss_mask=shifted > 0,
-        query_mask=(shifted == 2) & has_query,
+        distill_mask=(shifted == 2) & has_query,
         # Around the log-probabilities of a random model, log 101 = 4.6: ratios fall on both sides of a cap of 2.
         rollout_logprobs=np.where(shifted > 0, -3.2 - 2.8 * random.random(len(kind)), 0.0),
         advantage=float(random.normal()),
@@ -130,7 +130,7 @@ def oracle(
     """Loss, entropy gap, agreement with the engine, and gradient by Hugging Face name, of an update with ratio 1."""
     model, reference = (AutoModelForCausalLM.from_pretrained(d, dtype=torch.float64) for d in (hf_dir, reference_dir))
     num_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
-    distilled = [s for s in samples if s.query_mask.any() and s.teacher_prompts]
+    distilled = [s for s in samples if s.distill_mask.any() and s.teacher_prompts]
     loss = torch.zeros((), dtype=torch.float64)
     distill = torch.zeros((), dtype=torch.float64)
     gaps, entropy_gaps = [], []
@@ -150,13 +150,13 @@ def oracle(
         token_loss = token_loss + config.kl_coef * k3 - config.entropy_coef * entropy
         loss = loss + token_loss.sum() / num_tokens
         if any(sample is other for other in distilled):
-            p, q = _teacher(model, sample), logits[torch.as_tensor(sample.query_mask)].softmax(-1)
+            p, q = _teacher(model, sample), logits[torch.as_tensor(sample.distill_mask)].softmax(-1)
             # Of one query token: a mean over this trajectory's and over trajectories, or a mean over all query tokens.
-            num_query = int(sample.query_mask.sum())
+            num_query = int(sample.distill_mask.sum())
             weight = {
                 "all_trajectories": 1 / num_query / len(samples),
                 "trajectory": 1 / num_query / len(distilled),
-                "token": 1 / sum(int(other.query_mask.sum()) for other in distilled),
+                "token": 1 / sum(int(other.distill_mask.sum()) for other in distilled),
             }[config.distill_aggregation]
             distill = distill + weight * _jsd(p, q, config.topk, config.topk_of).sum()
             entropy_gaps.append(weight * (_entropy(q.detach()) - _entropy(p)).sum())
@@ -198,7 +198,7 @@ def _teacher(model: PreTrainedModel, sample: TrainingSample) -> Tensor:
     """[Q, V] probabilities: at each query token those of the prompt in whose range it lies, nothing cut off."""
     rows = []
     for prompt in sample.teacher_prompts:
-        positions = [p for p in np.flatnonzero(sample.query_mask).tolist() if prompt.start <= p < prompt.end]
+        positions = [p for p in np.flatnonzero(sample.distill_mask).tolist() if prompt.start <= p < prompt.end]
         ids = np.concatenate([prompt.token_ids, sample.token_ids[sample.prompt_length :]])
         shift = len(prompt.token_ids) - sample.prompt_length
         with torch.no_grad():

@@ -88,7 +88,7 @@ def start_from_checkpoints(rank: int, world_size: int, folder: Path) -> dict[str
             hf_dir = model_dir(folder, family, is_tied)
             config = run_config(hf_dir, converted(hf_dir), folder / "run", layout)
             parallel = ParallelState.initialize(config.parallel, seed=1)
-            network = Network.load(config, parallel)
+            network = Network(config, parallel)
             results[f"{hf_dir.name} {layout}"] = {name: tensor.clone() for name, tensor in network.hf_weights()}
             parallel_state.destroy_model_parallel()
     return results
@@ -110,7 +110,7 @@ def save_a_run(rank: int, world_size: int, folder: Path, names: list[str]) -> di
     for name, layout in zip(names, LAYOUTS[2], strict=True):
         config = make_config(folder / name, folder / f"{name}-run", {}, parallel=layout)
         parallel = ParallelState.initialize(config.parallel, seed=1)
-        policy = Policy.build(config, parallel)
+        policy = Policy(config, parallel)
         for parameter in policy.gpt.parameters():
             parameter.main_grad.fill_(0.01)
         policy.optimizer.step()

@@ -11,13 +11,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import Minibatch, TrainingSample
+from megatron_sdsearch.records import TrainingSample
 from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import step_loss
+from megatron_sdsearch.training.updates import minibatch_losses, teacher_targets
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_config, make_model, make_samples, oracle
 
@@ -108,12 +107,12 @@ def _loss_and_gradient(case: Case, folder: Path) -> Outcome:
     how = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
     config = config.model_copy(update={"model": config.model.model_copy(update=how)})
     parallel = ParallelState.initialize(config.parallel, seed=1)
-    policy = Policy.build(config, parallel)
-    reference = Network.load(_with_model(config, folder / f"{case.model}-reference"), parallel)
+    policy = Policy(config, parallel)
+    reference = Network(_with_model(config, folder / f"{case.model}-reference"), parallel)
     minibatch = _pack(make_samples(9), case, config, parallel)
-    targets = HindsightTeacher(policy, config.objective).distributions(minibatch)
-    loss = step_loss(config.objective, config.objective.alpha, None, reference.logprobs(minibatch), targets)
-    metrics = policy.accumulate(minibatch.student, loss)
+    targets, ref = teacher_targets(policy, minibatch, config.objective), reference.logprobs(minibatch)
+    losses = minibatch_losses(minibatch, config.objective, config.objective.alpha, ref=ref, targets=targets)
+    metrics = policy.accumulate(minibatch.student, losses)
     with torch.no_grad():
         for parameter in policy.gpt.parameters():
             parameter.copy_(parameter.main_grad)  # so that the export names and joins gradients as it does weights

@@ -44,7 +44,7 @@ def compare(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
         hf_dir = folder / f"{family}-{is_tied}"
         config = make_config(hf_dir, folder / "run", {}, parallel={"tensor_model_parallel_size": world_size})
         parallel = ParallelState.initialize(ParallelConfig(tensor_model_parallel_size=world_size), seed=1)
-        gpt, bridge = Network.load(config, parallel).gpt, make_bridge(hf_dir)
+        gpt, bridge = Network(config, parallel).gpt, make_bridge(hf_dir)
         # As its get_model would set them, which builds with transformer-engine.
         bridge.vocab_size, bridge.make_vocab_size_divisible_by = VOCAB_SIZE, world_size
         bridge.padded_vocab_size = padded_vocab_size(VOCAB_SIZE, world_size)

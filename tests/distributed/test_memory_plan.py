@@ -16,17 +16,16 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Minibatch, TrainBatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.hf_config import ARCHITECTURES
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
 from megatron_sdsearch.plan.memory import MemoryPlan, plan_memory, plan_stages
 from megatron_sdsearch.plan.shape import ModelShape
-from megatron_sdsearch.records import Minibatch, TeacherPrompt, TrainBatch, TrainingSample
+from megatron_sdsearch.records import TeacherPrompt, TrainingSample
 from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import step_loss
+from megatron_sdsearch.training.updates import minibatch_losses, teacher_targets
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import CONFIGS, make_config
 
@@ -87,7 +86,7 @@ def _sample(index: int) -> TrainingSample:
         token_ids=token_ids,
         labels=np.append(token_ids[1:], 0),
         loss_mask=shifted > 0,
-        query_mask=shifted == 2,
+        distill_mask=shifted == 2,
         rollout_logprobs=np.where(shifted > 0, -7.6, 0.0),
         advantage=float(random.normal()),
         prompt_length=PROMPT,
@@ -116,7 +115,7 @@ def _pack(config: RunConfig, parallel: ParallelState) -> TrainBatch:
     if config.objective.alpha == 0:
         samples = [TrainingSample(**{**_fields(each), "teacher_prompts": ()}) for each in samples]
     if config.objective.distill_positions == "all":
-        samples = [TrainingSample(**{**_fields(each), "query_mask": each.loss_mask}) for each in samples]
+        samples = [TrainingSample(**{**_fields(each), "distill_mask": each.loss_mask}) for each in samples]
     return pack(
         samples,
         num_ranks=parallel.dp_size,
@@ -137,7 +136,7 @@ def _load(minibatch: Minibatch) -> MicrobatchLoad:
     return MicrobatchLoad(
         num_tokens=max(len(batch.token_ids) for batch in minibatch.student),
         policy_rows=max(int(batch.loss_mask.sum()) for batch in minibatch.student),
-        query_rows=max(int(batch.query_mask.sum()) for batch in minibatch.student),
+        query_rows=max(int(batch.distill_mask.sum()) for batch in minibatch.student),
         teacher_tokens=max((len(batch.token_ids) for batch in minibatch.teacher), default=0),
         num_microbatches=len(minibatch.student),
     )
@@ -188,19 +187,18 @@ def _standing(policy: Policy, reference: Network) -> Sizes:
 
 def _measure(config: RunConfig) -> tuple[Sizes, Sizes, MicrobatchLoad]:
     parallel = ParallelState.initialize(config.parallel, seed=1)
-    policy, reference = Policy.build(config, parallel), Network.load(config, parallel)
-    teacher = HindsightTeacher(policy, config.objective)
+    policy, reference = Policy(config, parallel), Network(config, parallel)
     minibatch = _pack(config, parallel).minibatches[0]
 
     def update() -> None:
-        targets = teacher.distributions(minibatch)
+        targets = teacher_targets(policy, minibatch, config.objective)
         ref = reference.logprobs(minibatch)
-        policy.update(minibatch, step_loss(config.objective, 0.5, None, ref or None, targets))
+        policy.update(minibatch, minibatch_losses(minibatch, config.objective, 0.5, ref=ref, targets=targets))
 
     update()  # makes the optimizer's state
     passes = {
         "update": _peak(update),
-        "teacher": _peak(lambda: teacher.distributions(minibatch)),
+        "teacher": _peak(lambda: teacher_targets(policy, minibatch, config.objective)),
         "reference": _peak(lambda: reference.logprobs(minibatch)),
     }
     standing = _standing(policy, reference)

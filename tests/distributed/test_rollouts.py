@@ -101,7 +101,7 @@ def _rollouts(
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
-    rollouts.publish(Network.load(config, parallel), version=STEP)
+    rollouts.publish(Network(config, parallel), version=STEP)
     return rollouts
 
 

@@ -13,18 +13,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Microbatch, TrainBatch, pack
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import CheckpointError, TrainingError
 from megatron_sdsearch.logging import PhaseTimer
-from megatron_sdsearch.loss.objective import policy_logprobs
+from megatron_sdsearch.loss.rows import RowLogits
 from megatron_sdsearch.model.checkpoint import CheckpointStore, TrainingState
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import TrainBatch, TrainingSample
-from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner
+from megatron_sdsearch.records import TrainingSample
+from megatron_sdsearch.training.policy import Network, Policy, UpdateResult
+from megatron_sdsearch.training.updates import run_updates
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_config, make_model, make_samples
 
@@ -61,14 +60,18 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.parallel = ParallelState.initialize(config.parallel, seed=1)
-        self.policy = Policy.build(config, self.parallel)
-        reference = Network.load(config, self.parallel)
-        self.learner = Learner(self.policy, reference, HindsightTeacher(self.policy, config.objective), config)
+        self.policy = Policy(config, self.parallel)
+        self.reference = Network(config, self.parallel)
         self.config = config
 
     def step(self, step: int) -> list[float]:
         """Gradient norms of the step's updates."""
-        return [result.grad_norm for result in self.learner.learn(self.batch(step), step, PhaseTimer())]
+        return [result.grad_norm for result in self.learn(self.batch(step), step)]
+
+    def learn(self, batch: TrainBatch, step: int) -> list[UpdateResult]:
+        objective = self.config.objective
+        alpha = objective.alpha_at(step)
+        return run_updates(self.policy, self.reference, batch, objective, alpha, PhaseTimer())
 
     def batch(self, step: int) -> TrainBatch:
         return self.pack(make_samples(10, seed=step))
@@ -190,9 +193,7 @@ def interrupt_and_go_on(rank: int, world_size: int, folder: Path) -> dict[str, A
             CheckpointStore(root, second.policy, second.parallel, other).load()
     write_hf_folder(second.policy.hf_weights(), folder / "hf", folder / "export", is_writer=rank == 0)
     microbatch = second.batch(0).minibatches[0].student[0]
-    logprobs = second.policy.collect(
-        [microbatch], lambda logits, batch: policy_logprobs(logits, batch.policy_rows, batch.policy_labels)
-    )[0]
+    logprobs = second.policy.collect([microbatch], RowLogits.logprobs)[0]
     second.end()
     return {
         "step": step,
@@ -213,9 +214,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_export_loads(folder: Pat
     expected = []
     for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
         with torch.no_grad():
-            logp = model(torch.as_tensor(batch.token_ids[start:end])[None]).logits[0].log_softmax(-1)
-        mask = torch.as_tensor(batch.loss_mask[start:end])
-        expected.append(logp[mask].gather(1, torch.as_tensor(batch.labels[start:end])[mask, None])[:, 0])
+            logp = model(batch.token_ids[start:end][None]).logits[0].log_softmax(-1)
+        mask = batch.loss_mask[start:end]
+        expected.append(logp[mask].gather(1, batch.labels[start:end][mask, None])[:, 0])
     torch.testing.assert_close(result["logprobs"], torch.cat(expected), rtol=0, atol=1e-5)
 
 
@@ -224,19 +225,17 @@ def nothing_to_learn(rank: int, world_size: int, folder: Path) -> dict[str, Any]
     run = Run(config.model_copy(update={"objective": config.objective.model_copy(update={"entropy_coef": 0.0})}))
     start = run.weights()
     samples = [
-        replace(sample, query_mask=np.zeros_like(sample.query_mask), teacher_prompts=(), advantage=0.0)
+        replace(sample, distill_mask=np.zeros_like(sample.distill_mask), teacher_prompts=(), advantage=0.0)
         for sample in make_samples(5)
     ]
     results = {
-        "no query, no contrast": run.learner.learn(run.pack(samples), 1, PhaseTimer()),
-        "no token": run.learner.learn(
-            run.pack([replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples]),
-            2,
-            PhaseTimer(),
+        "no query, no contrast": run.learn(run.pack(samples), 1),
+        "no token": run.learn(
+            run.pack([replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples]), 2
         ),
-        "no sample": run.learner.learn(run.pack([]), 3, PhaseTimer()),
+        "no sample": run.learn(run.pack([]), 3),
     }
-    results["fewer samples than updates"] = run.learner.learn(run.pack(samples[:1]), 4, PhaseTimer())
+    results["fewer samples than updates"] = run.learn(run.pack(samples[:1]), 4)
     moved = max(float((run.weights()[name] - weight).abs().max()) for name, weight in start.items())
     num_scheduled = run.policy.scheduler.num_steps
     run.end()
@@ -260,12 +259,12 @@ def refuse_what_is_not_finite(rank: int, world_size: int, folder: Path) -> dict[
     before = run.weights()
     minibatch = run.batch(0).minibatches[0]
 
-    def loss(logits: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value = policy_logprobs(logits, batch.policy_rows, batch.policy_labels).sum() * float("nan")
+    def loss(logits: RowLogits, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value = logits.logprobs(batch).sum() * float("nan")
         return value, {"loss": value.detach()}
 
     with pytest.raises(TrainingError, match="not finite"):
-        run.policy.update(minibatch, loss)
+        run.policy.update(minibatch, [loss] * len(minibatch.student))
     groups = run.policy.optimizer.param_groups
     decays = {bool(group["wd_mult"]): {p.dim() for p in group["params"]} for group in groups if group["params"]}
     return {"moved": max(float((run.weights()[n] - w).abs().max()) for n, w in before.items()), "decays": decays}

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdsearch.loss.divergences import DivergenceName
-from megatron_sdsearch.loss.jsd import Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.jsd import DivergenceName, Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
 from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
@@ -208,7 +207,7 @@ def measure(case: Case, shard: VocabShard) -> Outcome:
     (expected * tensors["upstream"]).sum().backward()
     assert reference.grad is not None
 
-    columns = slice(shard.vocab_start_index, shard.vocab_end_index)
+    columns = slice(shard.vocab_start_index, shard.vocab_start_index + shard.shard_size)
     student, teacher = (tensors[name][:, columns].clone() for name in ("student", "teacher"))
     student.requires_grad_()
     values = sharded(case, shard, student, teacher, tensors["labels"])
@@ -265,7 +264,7 @@ def check_shard(group: dist.ProcessGroup, tp_size: int) -> None:
 def check_that_backward_is_silent(case: Case, shard: VocabShard) -> None:
     """Only one rank goes backward: a collective in there would meet the other ranks' sum, or hang."""
     tensors = global_tensors(case)
-    columns = slice(shard.vocab_start_index, shard.vocab_end_index)
+    columns = slice(shard.vocab_start_index, shard.vocab_start_index + shard.shard_size)
     student = tensors["student"][:, columns].clone().requires_grad_()
     values = sharded(case, shard, student, tensors["teacher"][:, columns], tensors["labels"])
     if shard.rank == 0:

@@ -51,7 +51,7 @@ class Run:
         }
         self.config = make_config(hf_dir, folder / "run", {}, parallel=layout, rollout=rollout)
         self.parallel = ParallelState.initialize(self.config.parallel, seed=1)
-        self.network = Network.load(self.config, self.parallel)
+        self.network = Network(self.config, self.parallel)
 
     def publish(self, urls: list[str], version: int) -> str:
         """What it failed with, if it did."""

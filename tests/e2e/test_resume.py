@@ -87,6 +87,9 @@ def test_the_steps_of_the_comparison_learn_and_distil(uninterrupted: Path, demo:
     assert len({row["optimizer/learning_rate"] for row in rows}) == NUM_STEPS, "a lost schedule would show"
     assert [row["step"] for row in rows if "loss/jsd" in row] == list(range(2, NUM_STEPS + 1))
     assert all(row["loss/grad_norm"] > 0 for row in rows)
+    logs = [(uninterrupted / "trajectories" / f"step_{step:06d}.jsonl").read_text().splitlines() for step in (1, 2)]
+    is_shown = [any(json.loads(line)["hindsight"]["text"] for line in log) for log in logs]
+    assert is_shown == [False, True], "no hindsight is built while alpha is 0"
     start = load_file(demo.out / "warm_start" / "hf" / "model.safetensors")
     end = load_file(uninterrupted / "hf" / "model.safetensors")
     assert [name for name in end if torch.equal(start[name], end[name])] == []

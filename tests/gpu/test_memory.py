@@ -19,8 +19,7 @@ from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainingSample
 from megatron_sdsearch.training.policy import Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner, pack_samples
+from megatron_sdsearch.training.updates import pack_samples, run_updates
 from tests.distributed.launch import run_distributed
 from tests.e2e.conftest import ENVIRONMENT
 
@@ -79,7 +78,7 @@ def samples(num: int) -> list[TrainingSample]:
             token_ids=(ids := random.integers(0, VOCAB, LENGTH)),
             labels=np.append(ids[1:], 0),
             loss_mask=mask,
-            query_mask=np.zeros(LENGTH, dtype=np.bool_),
+            distill_mask=np.zeros(LENGTH, dtype=np.bool_),
             rollout_logprobs=np.where(mask, -10.0, 0.0),
             advantage=1.0 if index % 2 else -1.0,
             prompt_length=PROMPT,
@@ -92,13 +91,12 @@ def samples(num: int) -> list[TrainingSample]:
 def peak_of_updates(_rank: int, _world_size: int, config: RunConfig) -> int:
     """Bytes that tensors took at most, from the second update on: the first one makes Adam's moments."""
     parallel = ParallelState.initialize(config.parallel, seed=1)
-    policy = Policy.build(config, parallel)
-    learner = Learner(policy, None, HindsightTeacher(policy, config.objective), config)
+    policy = Policy(config, parallel)
     batch = pack_samples(samples(NUM_SAMPLES * parallel.dp_size), config, parallel)
     for step in range(3):
         if step == 1:
             torch.cuda.reset_peak_memory_stats()
-        learner.learn(batch, step, PhaseTimer())
+        run_updates(policy, None, batch, config.objective, config.objective.alpha_at(step), PhaseTimer())
     return torch.cuda.max_memory_allocated()
 
 

@@ -45,7 +45,7 @@ def log_trajectories(run_dir: Path, step: int, resume_step: int = 0) -> None:
                 status=TrajectoryStatus.NO_ANSWER,
             ),
         ),
-        scores=(Score(f1=0.0, em=0.0, reward=0.0),),
+        scores=(Score(f1=0.0, em=0.0, reward=0.0, is_correct=False),),
     )
     block = HindsightBlock(text="", teacher_prompt_ids=(1,), sources=(), dropped=(), leaks=())
     log = TrajectoryLog(run_dir, lambda ids: "".join(map(chr, ids)), resume_step=resume_step)

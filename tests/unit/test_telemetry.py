@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def one_group() -> RolloutGroup:
     return RolloutGroup(
         question=Question(question_id="nq:train:1", text="Q?", gold_answers=("x",), gold_passage_ids=("p2",)),
         trajectories=(trajectory,),
-        scores=(Score(f1=0.5, em=0.0, reward=0.5),),
+        scores=(Score(f1=0.5, em=0.0, reward=0.5, is_correct=True),),
     )
 
 
@@ -276,8 +277,10 @@ def test_no_query_mark_where_tokens_do_not_decode_to_the_text(tmp_path: Path) ->
     assert row["spans"][1]["query_chars"] is None
 
 
-def test_correct_goes_by_f1_above_rho(tmp_path: Path) -> None:
-    row = json.loads(TrajectoryLog(tmp_path, decode, rho=0.5).write(1, [one_group()], [[0.0]], [[BLOCK]]).read_text())
+def test_correct_is_what_the_score_says(tmp_path: Path) -> None:
+    group = one_group()
+    wrong = replace(group, scores=tuple(replace(score, is_correct=False) for score in group.scores))
+    row = json.loads(TrajectoryLog(tmp_path, decode).write(1, [wrong], [[0.0]], [[BLOCK]]).read_text())
     assert row["is_correct"] is False
 
 

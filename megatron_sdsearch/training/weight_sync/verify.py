@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_sdsearch.batching.packing import pack
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import EngineError
-from megatron_sdsearch.loss.objective import policy_logprobs
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import TrainingSample
 from megatron_sdsearch.training.policy import Network
@@ -114,7 +113,7 @@ def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelStat
         token_ids=array,
         labels=np.append(array[1:], 0),
         loss_mask=is_label,
-        query_mask=np.zeros(len(ids), dtype=np.bool_),
+        distill_mask=np.zeros(len(ids), dtype=np.bool_),
         rollout_logprobs=np.zeros(len(ids)),
         advantage=1.0,
         prompt_length=1,
@@ -131,7 +130,7 @@ def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelStat
     )
     values = policy.collect(
         batch.minibatches[0].student,
-        lambda logits, part: policy_logprobs(replace(logits, temperature=1.0), part.policy_rows, part.policy_labels),
+        lambda logits, part: replace(logits, temperature=1.0).logprobs(part),
     )
     own = values[0].tolist() if values else None
     return next(found for found in parallel.all_gather_object(own) if found is not None)

@@ -15,8 +15,7 @@ from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.sglang_api import SGLangServer
 from megatron_sdsearch.training.policy import Policy
-from megatron_sdsearch.training.teacher import HindsightTeacher
-from megatron_sdsearch.training.updates import Learner, pack_samples
+from megatron_sdsearch.training.updates import pack_samples, run_updates
 from megatron_sdsearch.training.weight_sync.agreement import together
 from megatron_sdsearch.training.weight_sync.buckets import buckets
 from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
@@ -69,14 +68,14 @@ class Trainer:
     def __init__(self, case: Case) -> None:
         config = case.config
         self.parallel = ParallelState.initialize(config.parallel, seed=1)
-        self.policy = Policy.build(config, self.parallel)
+        self.policy = Policy(config, self.parallel)
         transport = choose_transport(config, self.parallel)
         self.publisher = WeightPublisher(case.urls, transport, self.parallel, config.rollout.sglang)
         self._config = config
 
     def learn(self) -> None:
-        learner = Learner(self.policy, None, HindsightTeacher(self.policy, self._config.objective), self._config)
-        learner.learn(pack_samples(make_samples(10), self._config, self.parallel), 0, PhaseTimer())
+        objective, batch = self._config.objective, pack_samples(make_samples(10), self._config, self.parallel)
+        run_updates(self.policy, None, batch, objective, objective.alpha_at(0), PhaseTimer())
 
 
 def publish_twice(_rank: int, _world_size: int, case: Case) -> int:

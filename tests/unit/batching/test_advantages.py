@@ -42,7 +42,7 @@ def group_of(rewards: Sequence[float], failed: Sequence[int] = ()) -> RolloutGro
             )
             for i in range(len(rewards))
         ),
-        scores=tuple(Score(f1=reward, em=0.0, reward=reward) for reward in rewards),
+        scores=tuple(Score(f1=reward, em=0.0, reward=reward, is_correct=reward > 0) for reward in rewards),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers.normalizers import Replace
 
-from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
+from megatron_sdsearch.batching.samples import demonstration_sample
 from megatron_sdsearch.data.demonstrations import Demonstration, DemonstrationSpan
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.errors import DataError
@@ -45,9 +45,9 @@ def test_the_loss_is_on_exactly_the_tokens_of_sampled_spans(renderer: Renderer, 
     assert sample.prompt_length == len(prompt)
     learned = [token for kind, piece in pieces if kind == "sampled" for token in piece]
     assert sample.labels[sample.loss_mask].tolist() == learned
-    # Entry i speaks of token i + 1: where the mask is True, that token is a sampled one.
+    # Entry i is about token i + 1: where the mask is True, that token is a sampled one.
     owners = ["prompt"] * len(prompt) + [kind for kind, piece in pieces for _ in piece]
-    assert [owners[place + 1] for place in np.flatnonzero(sample.loss_mask)] == ["sampled"] * len(learned)
+    assert [owners[position + 1] for position in np.flatnonzero(sample.loss_mask)] == ["sampled"] * len(learned)
     assert not sample.loss_mask[-1], "nothing follows the last token"
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_distilled_and_no_advantage_is_made_up(renderer: Renderer) ->
     sample = demonstration_sample(LESSON, renderer, 10_000)
     assert sample.sample_id == "d7"
     assert sample.loss_mask.any()
-    assert not sample.query_mask.any()
+    assert not sample.distill_mask.any()
     assert sample.teacher_prompts == ()
     assert (sample.advantage, sample.rollout_logprobs.tolist()) == (0.0, [0.0] * len(sample))
 
@@ -102,7 +102,7 @@ def test_a_demonstration_of_exactly_the_budget_fits_and_one_more_token_does_not(
     assert len(demonstration_sample(LESSON, renderer, length)) == length
     with pytest.raises(DataError) as caught:
         demonstration_sample(LESSON, renderer, length - 1)
-    told = str(caught.value)
-    assert f"demonstration d7 has {length} tokens" in told
-    assert f"train.max_tokens_per_microbatch = {length - 1}" in told
-    assert told.endswith("shorten it or raise the budget")
+    message = str(caught.value)
+    assert f"demonstration d7 has {length} tokens" in message
+    assert f"train.max_tokens_per_microbatch = {length - 1}" in message
+    assert message.endswith("shorten it or raise the budget")

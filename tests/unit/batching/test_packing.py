@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.batching.packing import Microbatch, Minibatch, TrainBatch, pack
 from megatron_sdsearch.batching.samples import teacher_sequences
 from megatron_sdsearch.config import ObjectiveConfig
 from megatron_sdsearch.errors import AlignmentError
-from megatron_sdsearch.records import Microbatch, Minibatch, TeacherPrompt, TrainBatch, TrainingSample
+from megatron_sdsearch.records import TeacherPrompt, TrainingSample
 
 BUDGET = 24
 unhurried = settings(deadline=None, max_examples=60)  # a busy machine is no failure
@@ -36,9 +38,9 @@ def make_sample(
     length = prompt + response
     token_ids = 1000 * (index + 1) + np.arange(length, dtype=np.int64)
     sampled = range(response) if sampled is None else sampled
-    loss_mask, query_mask = np.zeros(length, dtype=np.bool_), np.zeros(length, dtype=np.bool_)
+    loss_mask, distill_mask = np.zeros(length, dtype=np.bool_), np.zeros(length, dtype=np.bool_)
     loss_mask[[prompt + j - 1 for j in sampled]] = True
-    query_mask[[prompt + j - 1 for j in query]] = True
+    distill_mask[[prompt + j - 1 for j in query]] = True
     labels = np.append(token_ids[1:], 0)
     teacher_ids = tuple(500_000 + 1000 * index + i for i in range(teacher_prompt))
     return TrainingSample(
@@ -46,7 +48,7 @@ def make_sample(
         token_ids=token_ids,
         labels=labels,
         loss_mask=loss_mask,
-        query_mask=query_mask,
+        distill_mask=distill_mask,
         rollout_logprobs=np.where(loss_mask, -labels / 1000.0, 0.0),
         advantage=advantage,
         prompt_length=prompt,
@@ -78,11 +80,11 @@ def microbatches(parts: Sequence[Minibatch]) -> list[Microbatch]:
     return [microbatch for part in parts for microbatch in part.student]
 
 
-def sequences(microbatch: Microbatch) -> list[np.ndarray[Any, Any]]:
-    return np.split(microbatch.token_ids, microbatch.cu_seqlens[1:-1])
+def sequences(microbatch: Microbatch) -> list[Tensor]:
+    return list(microbatch.token_ids.tensor_split(microbatch.cu_seqlens[1:-1].tolist()))
 
 
-def is_padding(token_ids: np.ndarray[Any, Any]) -> bool:
+def is_padding(token_ids: Tensor) -> bool:
     return not token_ids.any()  # real ids are never 0
 
 
@@ -158,14 +160,14 @@ def test_arrays_are_carried_over_position_by_position(
             sample = by_first_id.get(int(microbatch.token_ids[start]))
             if sample is None:
                 assert not microbatch.loss_mask[start:end].any()
-                assert not microbatch.query_mask[start:end].any()
+                assert not microbatch.distill_mask[start:end].any()
                 continue
             assert microbatch.labels[start:end].tolist() == sample.labels.tolist()
             assert microbatch.loss_mask[start:end].tolist() == sample.loss_mask.tolist()
             assert microbatch.rollout_logprobs[start:end].tolist() == sample.rollout_logprobs.tolist()
             assert set(microbatch.advantages[start:end].tolist()) == {sample.advantage}
             distils = bool(sample.teacher_prompts)
-            assert microbatch.query_mask[start:end].tolist() == (sample.query_mask & distils).tolist()
+            assert microbatch.distill_mask[start:end].tolist() == (sample.distill_mask & distils).tolist()
 
 
 @unhurried
@@ -197,23 +199,38 @@ def test_shapes_budgets_and_counts(
 
 
 def check_shape(microbatch: Microbatch, alignment: int) -> int:
-    arrays = [getattr(microbatch, field.name) for field in dataclasses.fields(microbatch) if field.name != "cu_seqlens"]
+    names = {field.name for field in dataclasses.fields(microbatch)} - {"cu_seqlens", "max_seqlen"}
     length = len(microbatch.token_ids)
-    assert all(array.shape == (length,) for array in arrays)
+    assert all(getattr(microbatch, name).shape == (length,) for name in names)
     assert length % alignment == 0
     assert length > 0
     assert microbatch.cu_seqlens[0] == 0
     assert microbatch.cu_seqlens[-1] == length
-    assert (np.diff(microbatch.cu_seqlens) > 0).all()
+    lengths = microbatch.cu_seqlens.diff()
+    assert (lengths > 0).all()
+    assert microbatch.max_seqlen == lengths.max()
     real = [len(ids) for ids in sequences(microbatch) if not is_padding(ids)]
     assert sum(real) <= BUDGET or len(real) == 1
-    for name, dtype in [("token_ids", np.int64), ("labels", np.int64), ("position_ids", np.int64)]:
-        assert getattr(microbatch, name).dtype == dtype
+    for name in ("token_ids", "labels", "position_ids", "group_classes"):
+        assert getattr(microbatch, name).dtype == torch.int64
     for name in ("rollout_logprobs", "advantages", "policy_weights", "distill_weights"):
-        assert getattr(microbatch, name).dtype == np.float64
-    assert microbatch.cu_seqlens.dtype == np.int64
-    assert microbatch.loss_mask.dtype == microbatch.query_mask.dtype == np.bool_
+        assert getattr(microbatch, name).dtype == torch.float64
+    assert microbatch.cu_seqlens.dtype == torch.int32
+    assert microbatch.loss_mask.dtype == microbatch.distill_mask.dtype == torch.bool
     return length
+
+
+def test_a_microbatch_moves_whole_and_its_floats_take_the_type_asked_for() -> None:
+    (batch,) = run([make_sample(0, query=[1], teacher_prompt=3)])
+    host = batch.minibatches[0].student[0]
+    moved = host.to(torch.device("cpu"), torch.float32)
+    for field in dataclasses.fields(host):
+        before, after = getattr(host, field.name), getattr(moved, field.name)
+        if isinstance(before, int):
+            assert after == before
+        else:
+            assert after.dtype == (torch.float32 if before.dtype == torch.float64 else before.dtype), field.name
+            torch.testing.assert_close(after, before, check_dtype=False)
 
 
 @unhurried
@@ -246,12 +263,12 @@ def test_weights_sum_to_one_over_all_ranks_or_to_the_share_that_distils(
         students = microbatches(parts)
         assert sum(m.policy_weights.sum() for m in students) == pytest.approx(1.0, abs=1e-12)
         assert sum(int(m.loss_mask.sum()) for m in students) == parts[0].num_policy_tokens
-        assert sum(int(m.query_mask.sum()) for m in students) == parts[0].num_distill_tokens
+        assert sum(int(m.distill_mask.sum()) for m in students) == parts[0].num_distill_tokens
         distills = parts[0].num_distill_tokens > 0
         share = float(distills)
         if aggregation[1] == "all_trajectories":
             num_distilled = sum(
-                bool(m.query_mask[start:end].any())
+                bool(m.distill_mask[start:end].any())
                 for m in students
                 for start, end in zip(m.cu_seqlens, m.cu_seqlens[1:], strict=False)
             )
@@ -260,7 +277,7 @@ def test_weights_sum_to_one_over_all_ranks_or_to_the_share_that_distils(
         assert bool(parts[0].teacher) == distills
         for m in students:
             assert ((m.policy_weights > 0) == m.loss_mask).all()
-            assert ((m.distill_weights > 0) == m.query_mask).all()
+            assert ((m.distill_weights > 0) == m.distill_mask).all()
 
 
 @unhurried
@@ -268,7 +285,7 @@ def test_weights_sum_to_one_over_all_ranks_or_to_the_share_that_distils(
 def test_teacher_rows_are_the_student_s_rows(
     samples: list[TrainingSample], num_ranks: int, num_minibatches: int, alignment: int, equal_lengths: bool
 ) -> None:
-    assume(any(sample.teacher_prompts and sample.query_mask.any() for sample in samples))
+    assume(any(sample.teacher_prompts and sample.distill_mask.any() for sample in samples))
     batches = run(
         samples,
         num_ranks=num_ranks,
@@ -279,12 +296,12 @@ def test_teacher_rows_are_the_student_s_rows(
     teachers = Counter[tuple[int, ...]]()
     for minibatch in (mini for batch in batches for mini in batch.minibatches if mini.teacher):
         for student, teacher in zip(minibatch.student, minibatch.teacher, strict=True):
-            assert student.labels[student.query_mask].tolist() == teacher.labels[teacher.query_mask].tolist()
+            assert student.labels[student.distill_mask].tolist() == teacher.labels[teacher.distill_mask].tolist()
             assert not teacher.loss_mask.any()
             assert not teacher.policy_weights.any()
             teachers.update(tuple(ids.tolist()) for ids in sequences(teacher) if not is_padding(ids))
-    expected = [s for s in samples if s.teacher_prompts and s.query_mask.any()]
-    assert teachers == Counter(tuple(ids.tolist()) for s in expected for ids, _ in teacher_sequences(s))
+    expected = [s for s in samples if s.teacher_prompts and s.distill_mask.any()]
+    assert teachers == Counter(tuple(t.token_ids.tolist()) for s in expected for t in teacher_sequences(s))
 
 
 def test_token_weights_by_hand() -> None:
@@ -319,7 +336,7 @@ def test_distillation_weights_by_hand(aggregation: str, expected: list[float]) -
     objective = ObjectiveConfig.model_validate({"distill_aggregation": aggregation})
     (batch,) = run(samples, objective=objective, max_tokens=100)
     (student,) = batch.minibatches[0].student
-    assert sorted(student.distill_weights[student.query_mask].tolist()) == pytest.approx(expected)
+    assert sorted(student.distill_weights[student.distill_mask].tolist()) == pytest.approx(expected)
     assert batch.minibatches[0].num_distill_tokens == 4
     assert batch.minibatches[0].num_trajectories == 4
 
@@ -390,7 +407,7 @@ def test_a_rank_without_work_gets_padding_so_that_all_ranks_step_together() -> N
     for dummy in (idle.student[0], idle.teacher[0]):
         assert dummy.token_ids.tolist() == [0, 0]
         assert dummy.cu_seqlens.tolist() == [0, 2]
-        assert not dummy.loss_mask.any() | dummy.query_mask.any()
+        assert not dummy.loss_mask.any() | dummy.distill_mask.any()
     assert idle.num_policy_tokens == busy.num_policy_tokens == 4
 
 
@@ -399,7 +416,7 @@ def test_a_microbatch_that_distils_nothing_has_a_dummy_teacher_when_another_dist
     (batch,) = run(samples)
     minibatch = batch.minibatches[0]
     assert len(minibatch.student) == len(minibatch.teacher) == 2
-    assert sorted(int(m.query_mask.sum()) for m in minibatch.teacher) == [0, 1]
+    assert sorted(int(m.distill_mask.sum()) for m in minibatch.teacher) == [0, 1]
 
 
 def test_nothing_to_distil_has_no_teacher_and_zero_weights() -> None:
@@ -408,7 +425,7 @@ def test_nothing_to_distil_has_no_teacher_and_zero_weights() -> None:
     (minibatch,) = batch.minibatches
     assert minibatch.teacher == ()
     assert minibatch.num_distill_tokens == 0
-    assert not any(m.query_mask.any() or m.distill_weights.any() for m in minibatch.student)
+    assert not any(m.distill_mask.any() or m.distill_weights.any() for m in minibatch.student)
 
 
 def test_teachers_have_a_budget_of_their_own() -> None:

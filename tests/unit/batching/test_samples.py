@@ -64,7 +64,7 @@ def group_of(*trajectories: Trajectory) -> RolloutGroup:
     return RolloutGroup(
         question=Question(question_id="q", text="q", gold_answers=("a",)),
         trajectories=trajectories,
-        scores=(Score(f1=0.0, em=0.0, reward=0.0),) * len(trajectories),
+        scores=(Score(f1=0.0, em=0.0, reward=0.0, is_correct=False),) * len(trajectories),
     )
 
 
@@ -78,7 +78,7 @@ def test_every_array_speaks_of_the_next_token() -> None:
     assert built.token_ids.tolist() == [10, 11, 12, 20, 21, 22, 23, 30, 31, 40, 41, 42, 50, 51]
     assert built.labels.tolist() == [11, 12, 20, 21, 22, 23, 30, 31, 40, 41, 42, 50, 51, 0]
     assert built.labels[built.loss_mask].tolist() == [20, 21, 22, 23, 40, 41, 42, 50, 51]
-    assert built.labels[built.query_mask].tolist() == [21, 22, 41]
+    assert built.labels[built.distill_mask].tolist() == [21, 22, 41]
     assert built.rollout_logprobs[built.loss_mask].tolist() == [-2.0, -2.1, -2.2, -2.3, -4.0, -4.1, -4.2, -5.0, -5.1]
     assert not built.rollout_logprobs[~built.loss_mask].any()
     assert not built.loss_mask[-1]
@@ -96,7 +96,7 @@ def test_untrainable_trajectories_are_skipped_with_their_advantage_and_block() -
 
 def test_all_positions_distil_when_asked() -> None:
     built = sample(distill_positions="all")
-    assert built.query_mask.tolist() == built.loss_mask.tolist()
+    assert built.distill_mask.tolist() == built.loss_mask.tolist()
 
 
 def test_an_empty_prompt_is_refused_because_nothing_predicts_the_first_token() -> None:
@@ -111,24 +111,27 @@ def test_advantages_that_do_not_go_with_the_group_are_refused() -> None:
 
 
 def test_the_teacher_reads_its_own_prompt_and_the_same_response_up_to_the_last_query_token() -> None:
-    ((token_ids, query_mask),) = teacher_sequences(sample())
+    (teacher,) = teacher_sequences(sample())
     # 41 is the last query token: 40 predicts it, so 40 is the last input.
-    assert token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40]
-    assert np.flatnonzero(query_mask).tolist() == [5, 6, 11]
-    assert query_mask[-1]
+    assert teacher.token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40]
+    assert np.flatnonzero(teacher.distill_mask).tolist() == [5, 6, 11]
+    assert teacher.distill_mask[-1]
+    assert teacher.labels.tolist() == [*TEACHER_PROMPT[1:], 20, 21, 22, 23, 30, 31, 40, 41]
+    assert not teacher.loss_mask.any()
+    assert not teacher.rollout_logprobs.any()
 
 
 def test_teacher_positions_are_the_student_s_moved_by_the_prompts_difference() -> None:
     built = sample()
-    ((_, query_mask),) = teacher_sequences(built)
-    moved = np.flatnonzero(built.query_mask) + len(TEACHER_PROMPT) - built.prompt_length
-    assert np.flatnonzero(query_mask).tolist() == moved.tolist()
+    (teacher,) = teacher_sequences(built)
+    moved = np.flatnonzero(built.distill_mask) + len(TEACHER_PROMPT) - built.prompt_length
+    assert np.flatnonzero(teacher.distill_mask).tolist() == moved.tolist()
 
 
 def test_with_all_positions_the_first_response_token_is_predicted_by_the_prompt_s_last() -> None:
-    ((token_ids, query_mask),) = teacher_sequences(sample(distill_positions="all"))
-    assert token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40, 41, 42, 50]
-    assert np.flatnonzero(query_mask)[0] == len(TEACHER_PROMPT) - 1
+    (teacher,) = teacher_sequences(sample(distill_positions="all"))
+    assert teacher.token_ids.tolist() == [*TEACHER_PROMPT, 20, 21, 22, 23, 30, 31, 40, 41, 42, 50]
+    assert np.flatnonzero(teacher.distill_mask)[0] == len(TEACHER_PROMPT) - 1
 
 
 def with_label(built: TrainingSample, position: int, label: int) -> TrainingSample:
@@ -138,9 +141,9 @@ def with_label(built: TrainingSample, position: int, label: int) -> TrainingSamp
 
 
 def with_query_at(built: TrainingSample, position: int) -> TrainingSample:
-    query_mask = built.query_mask.copy()
-    query_mask[position] = True
-    return dataclasses.replace(built, query_mask=query_mask)
+    distill_mask = built.distill_mask.copy()
+    distill_mask[position] = True
+    return dataclasses.replace(built, distill_mask=distill_mask)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +176,4 @@ def test_a_sample_without_teacher_prompt_or_query_has_no_teacher_sequences() -> 
     with pytest.raises(AlignmentError, match="nothing to distil"):
         teacher_sequences(dataclasses.replace(built, teacher_prompts=()))
     with pytest.raises(AlignmentError, match="nothing to distil"):
-        teacher_sequences(dataclasses.replace(built, query_mask=np.zeros_like(built.query_mask)))
+        teacher_sequences(dataclasses.replace(built, distill_mask=np.zeros_like(built.distill_mask)))

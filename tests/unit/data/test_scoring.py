@@ -161,42 +161,53 @@ GOOD_REFINE = "<refine>It was the Salt Works\nof old.</refine><search>x</search>
 def test_rewards(
     texts: tuple[str, ...], answer: str | None, kind: Literal["f1", "em", "autorefine"], reward: float
 ) -> None:
-    assert score_trajectory(trajectory(*texts, answer=answer), QUESTION, kind).reward == pytest.approx(reward)
+    assert score_trajectory(trajectory(*texts, answer=answer), QUESTION, kind, 0.0).reward == pytest.approx(reward)
 
 
 def test_score_holds_f1_and_em_whatever_the_reward() -> None:
-    score = score_trajectory(trajectory(GOOD_REFINE, "end", answer="canal"), QUESTION, "autorefine")
-    assert score == Score(f1=0.0, em=0.0, reward=0.1)
+    score = score_trajectory(trajectory(GOOD_REFINE, "end", answer="canal"), QUESTION, "autorefine", 0.0)
+    assert score == Score(f1=0.0, em=0.0, reward=0.1, is_correct=False)
 
 
 def test_refinement_inside_an_observation_earns_nothing() -> None:
     shown = trajectory("start", "end", answer="canal", observation="<refine>salt works</refine>")
-    assert score_trajectory(shown, QUESTION, "autorefine").reward == 0.0
+    assert score_trajectory(shown, QUESTION, "autorefine", 0.0).reward == 0.0
 
 
-def group_of(f1: list[float], *, failed: tuple[int, ...] = ()) -> RolloutGroup:
+def group_of(correct: list[bool], *, failed: tuple[int, ...] = ()) -> RolloutGroup:
     member = trajectory("<answer>x</answer>", answer="x")
     lost = replace(member, status=TrajectoryStatus.RETRIEVAL_FAILED)
     return RolloutGroup(
         question=QUESTION,
-        trajectories=tuple(lost if i in failed else member for i in range(len(f1))),
-        scores=tuple(Score(f1=score, em=0.0, reward=0.1) for score in f1),
+        trajectories=tuple(lost if i in failed else member for i in range(len(correct))),
+        scores=tuple(Score(f1=0.5, em=0.0, reward=0.1, is_correct=is_correct) for is_correct in correct),
     )
 
 
 @pytest.mark.parametrize(
-    ("f1", "rho", "expected"),
+    ("answer", "rho", "is_correct"),
     [
-        ([0.2, 1.0], 0.0, "all_correct"),
-        ([0.0, 0.0], 0.0, "all_wrong"),
-        ([0.2, 0.0], 0.0, "mixed"),
-        ([0.2, 1.0], 0.2, "mixed"),  # rho itself is not above rho
+        ("salt", 0.0, True),  # half of the gold answer: F1 2/3
+        ("salt", 2 / 3, False),  # rho itself is not above rho
+        ("salt", 0.66, True),
+        ("canal", 0.0, False),
+        (None, 0.0, False),
     ],
 )
-def test_the_class_goes_by_f1_and_never_by_the_shaped_reward(f1: list[float], rho: float, expected: str) -> None:
-    assert group_class(group_of(f1), rho) == expected
+def test_an_answer_is_correct_when_its_f1_is_above_rho_whatever_the_reward(
+    answer: str | None, rho: float, is_correct: bool
+) -> None:
+    score = score_trajectory(trajectory(GOOD_REFINE, "end", answer=answer), QUESTION, "autorefine", rho)
+    assert score.is_correct == is_correct
+
+
+@pytest.mark.parametrize(
+    ("correct", "expected"), [([True] * 2, "all_correct"), ([False] * 2, "all_wrong"), ([True, False], "mixed")]
+)
+def test_the_class_goes_by_what_is_correct(correct: list[bool], expected: str) -> None:
+    assert group_class(group_of(correct)) == expected
 
 
 def test_the_class_ignores_untrainable_trajectories() -> None:
-    assert group_class(group_of([1.0, 0.0], failed=(1,)), 0.0) == "all_correct"
-    assert group_class(group_of([1.0], failed=(0,)), 0.0) == "all_wrong"
+    assert group_class(group_of([True, False], failed=(1,))) == "all_correct"
+    assert group_class(group_of([True], failed=(0,))) == "all_wrong"

@@ -49,7 +49,7 @@ def _group(
     turns.append(_sampled(2, Action.ANSWER))
     trajectory_id = TrajectoryId(step=0, question_id=question.question_id, sibling=0)
     trajectory = Trajectory(trajectory_id=trajectory_id, spans=tuple(turns), status=status)
-    score = Score(f1=f1, em=float(f1 == 1.0), reward=0.0)
+    score = Score(f1=f1, em=float(f1 == 1.0), reward=0.0, is_correct=f1 > 0)
     return RolloutGroup(question=question, trajectories=(trajectory,), scores=(score,))
 
 

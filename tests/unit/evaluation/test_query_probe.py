@@ -134,7 +134,7 @@ def group_of(
     return RolloutGroup(
         question=Question(question_id="q", text="q?", gold_answers=("x",), gold_passage_ids=tuple(gold)),
         trajectories=trajectories,
-        scores=tuple(Score(f1=score, em=0.0, reward=0.1) for score in scores),
+        scores=tuple(Score(f1=score, em=0.0, reward=0.1, is_correct=score > 0) for score in scores),
     )
 
 

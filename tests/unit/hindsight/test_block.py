@@ -10,7 +10,6 @@ import pytest
 from megatron_sdsearch.config import HindsightConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.hindsight.block import build_hindsight
-from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -69,7 +68,9 @@ def attempt(
     return Trajectory(trajectory_id=trajectory_id, spans=tuple(spans), status=status)
 
 
-def group_of(*attempts: tuple[Sequence[str], float], failed: Sequence[int] = (), step: int = 3) -> RolloutGroup:
+def group_of(
+    *attempts: tuple[Sequence[str], float], failed: Sequence[int] = (), step: int = 3, rho: float = 0.0
+) -> RolloutGroup:
     statuses = [
         TrajectoryStatus.RETRIEVAL_FAILED if i in failed else TrajectoryStatus.ANSWERED for i in range(len(attempts))
     ]
@@ -77,16 +78,14 @@ def group_of(*attempts: tuple[Sequence[str], float], failed: Sequence[int] = (),
         question=Question(question_id="set:train:1", text="who", gold_answers=("Ada",)),
         trajectories=tuple(attempt(i, queries, statuses[i], step) for i, (queries, _) in enumerate(attempts)),
         # The reward contradicts F1 on purpose: labels must not look at it.
-        scores=tuple(Score(f1=f1, em=0.0, reward=0.1 if f1 == 0 else 0.0) for _, f1 in attempts),
+        scores=tuple(Score(f1=f1, em=0.0, reward=0.1 if f1 == 0 else 0.0, is_correct=f1 > rho) for _, f1 in attempts),
     )
 
 
 def build(group: RolloutGroup, seed: int = 1, **settings: Any) -> list[HindsightBlock]:
     """The group is the whole step."""
     renderer: Any = CharRenderer()
-    config = HindsightConfig(**settings)
-    labels = shown_labels(outcomes_of([group], config.rho), config, seed=seed)
-    return build_hindsight(group, renderer, PLAIN, config, labels)
+    return build_hindsight([group], renderer, PLAIN, HindsightConfig(**settings), seed=seed)[0]
 
 
 MIXED = group_of((["first query", "second query"], 0.5), (["other query"], 0.0), ([], 0.0))
@@ -116,8 +115,9 @@ def test_one_block_is_shared_by_the_whole_group() -> None:
 
 
 def test_rho_is_a_strict_bound() -> None:
-    assert "CORRECT: first" not in build(MIXED, rho=0.5)[0].text.replace("INCORRECT", "WRONG")
-    assert "\nCORRECT: first" in build(MIXED, rho=0.49)[0].text
+    half: list[tuple[Sequence[str], float]] = [(["first query"], 0.5), ([], 0.0)]
+    assert "CORRECT: first" not in build(group_of(*half, rho=0.5))[0].text.replace("INCORRECT", "WRONG")
+    assert "\nCORRECT: first" in build(group_of(*half, rho=0.49))[0].text
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,14 @@ def group_of(*spans: Any) -> RolloutGroup:
     return RolloutGroup(
         question=Question(question_id="q", text="who", gold_answers=("Ada",)),
         trajectories=(trajectory,),
-        scores=(Score(f1=1.0, em=1.0, reward=1.0),),
+        scores=(Score(f1=1.0, em=1.0, reward=1.0, is_correct=True),),
     )
 
 
 def block_of(group: RolloutGroup, **settings: Any) -> HindsightBlock:
     renderer: Any = CharRenderer()
     config = HindsightConfig(content="documents", **settings)
-    return build_hindsight(group, renderer, PLAIN, config, {})[0]
+    return build_hindsight([group], renderer, PLAIN, config, seed=1)[0][0]
 
 
 def prompts_of(block: HindsightBlock) -> list[str]:
@@ -101,14 +101,14 @@ def test_the_budget_drops_the_worst_passages_first(num_kept: int, is_shown: bool
 
 
 def teacher_texts(group: RolloutGroup, **objective: Any) -> list[tuple[str, str]]:
-    """What each teacher sequence reads, and the tokens it speaks of."""
+    """What each teacher sequence reads, and the tokens that it is the teacher of."""
     (sample,) = build_samples(group, [0.5], [block_of(group)], ObjectiveConfig(**objective))
     pairs = teacher_sequences(sample)
-    labels = sample.labels[sample.query_mask].tolist()
-    ends = np.cumsum([int(mask.sum()) for _, mask in pairs]).tolist()
+    labels = sample.labels[sample.distill_mask].tolist()
+    ends = np.cumsum([int(teacher.distill_mask.sum()) for teacher in pairs]).tolist()
     decode = CharRenderer().decode
     parts = [decode(labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-    return [(decode(ids.tolist()), part) for (ids, _), part in zip(pairs, parts, strict=True)]
+    return [(decode(teacher.token_ids.tolist()), part) for teacher, part in zip(pairs, parts, strict=True)]
 
 
 def test_a_teacher_sequence_never_holds_documents_of_a_later_search_before_its_query() -> None:
@@ -124,10 +124,12 @@ def test_teacher_rows_speak_of_the_student_s_tokens_in_the_student_s_order() -> 
     (sample,) = build_samples(TWO, [0.5], [block_of(TWO)], ObjectiveConfig())
     following = [
         sample.token_ids[position + 1]
-        for ids, mask in teacher_sequences(sample)
-        for position in np.flatnonzero(mask) + sample.prompt_length - prompt_length(sample, ids)
+        for teacher in teacher_sequences(sample)
+        for position in np.flatnonzero(teacher.distill_mask)
+        + sample.prompt_length
+        - prompt_length(sample, teacher.token_ids)
     ]
-    assert following == sample.labels[sample.query_mask].tolist()
+    assert following == sample.labels[sample.distill_mask].tolist()
 
 
 def prompt_length(sample: Any, ids: Any) -> int:

@@ -2,66 +2,76 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Literal
+from types import SimpleNamespace
+from typing import Literal, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import HindsightConfig
-from megatron_sdsearch.hindsight.labels import Outcome, shown_labels
-from megatron_sdsearch.records import TrajectoryId
+from megatron_sdsearch.hindsight.labels import shown_labels
+from megatron_sdsearch.records import RolloutGroup, TrajectoryId
 
 Labels = Literal["outcome", "none", "shuffled", "permuted"]
 
 
-def step_of(*groups: Sequence[bool], step: int = 3) -> list[Outcome]:
-    """The outcomes of each question's siblings."""
-    return [
-        Outcome(trajectory_id=TrajectoryId(step=step, question_id=f"q{i}", sibling=j), is_correct=is_correct)
-        for i, group in enumerate(groups)
-        for j, is_correct in enumerate(group)
-    ]
+def step_of(*groups: Sequence[bool], step: int = 3) -> list[RolloutGroup]:
+    """Groups of nothing but ids and outcomes, one for each question's siblings."""
+    return [group_of(f"q{i}", group, step) for i, group in enumerate(groups)]
 
 
-def shown(outcomes: Sequence[Outcome], labels: Labels, seed: int = 1) -> dict[TrajectoryId, bool]:
-    return shown_labels(outcomes, HindsightConfig(labels=labels), seed=seed)
+def group_of(question_id: str, correct: Sequence[bool], step: int = 3) -> RolloutGroup:
+    ids = [TrajectoryId(step=step, question_id=question_id, sibling=j) for j in range(len(correct))]
+    group = SimpleNamespace(
+        trajectories=[SimpleNamespace(trajectory_id=one, is_trainable=True) for one in ids],
+        scores=[SimpleNamespace(is_correct=one) for one in correct],
+    )
+    return cast("RolloutGroup", group)
 
 
-@given(groups=st.lists(st.lists(st.booleans(), min_size=1, max_size=5), max_size=6), seed=st.integers(0, 9))
+def outcomes_of(groups: Sequence[RolloutGroup]) -> dict[TrajectoryId, bool]:
+    return shown(groups, "outcome")
+
+
+def shown(groups: Sequence[RolloutGroup], labels: Labels, seed: int = 1) -> dict[TrajectoryId, bool]:
+    return shown_labels(groups, labels, seed=seed)
+
+
+@given(correct=st.lists(st.lists(st.booleans(), min_size=1, max_size=5), max_size=6), seed=st.integers(0, 9))
 def test_every_kind_labels_every_trajectory_and_keeps_the_number_of_correct_ones(
-    groups: list[list[bool]], seed: int
+    correct: list[list[bool]], seed: int
 ) -> None:
-    outcomes = step_of(*groups)
-    true = {outcome.trajectory_id: outcome.is_correct for outcome in outcomes}
-    assert shown(outcomes, "outcome", seed) == shown(outcomes, "none", seed) == true
+    groups = step_of(*correct)
+    ids = [TrajectoryId(step=3, question_id=f"q{i}", sibling=j) for i, g in enumerate(correct) for j in range(len(g))]
+    true = dict(zip(ids, (is_correct for group in correct for is_correct in group), strict=True))
+    assert shown(groups, "outcome", seed) == shown(groups, "none", seed) == true
     for labels in ("shuffled", "permuted"):
-        found = shown(outcomes, labels, seed)
+        found = shown(groups, labels, seed)
         assert found.keys() == true.keys()
         assert sum(found.values()) == sum(true.values())
-    permuted = shown(outcomes, "permuted", seed)
-    for i, group in enumerate(groups):
+    permuted = shown(groups, "permuted", seed)
+    for i, group in enumerate(correct):
         assert sum(label for name, label in permuted.items() if name.question_id == f"q{i}") == sum(group)
 
 
 def test_in_a_group_without_contrast_a_placebo_lies_where_a_permutation_cannot() -> None:
-    outcomes = step_of(*[[False] * 5] * 20, *[[True] * 5] * 20)
-    placebo, permuted = shown(outcomes, "shuffled"), shown(outcomes, "permuted")
-    assert sum(placebo[o.trajectory_id] != o.is_correct for o in outcomes) == pytest.approx(100, abs=25)
-    assert all(permuted[o.trajectory_id] == o.is_correct for o in outcomes)
+    groups = step_of(*[[False] * 5] * 20, *[[True] * 5] * 20)
+    placebo, permuted = shown(groups, "shuffled"), shown(groups, "permuted")
+    true = outcomes_of(groups)
+    assert sum(placebo[name] != is_correct for name, is_correct in true.items()) == pytest.approx(100, abs=25)
+    assert permuted == true
 
 
 def test_a_placebo_says_nothing_of_the_own_outcome() -> None:
     """Right answers are shown as CORRECT as often as wrong ones are: a fifth of either, over many steps."""
     counts = {True: [0, 0], False: [0, 0]}
     for step in range(60):
-        outcomes = step_of(*[[True, False, False, False, False]] * 20, step=step)
-        labels = shown(outcomes, "shuffled")
-        for outcome in outcomes:
-            counts[outcome.is_correct][labels[outcome.trajectory_id]] += 1
+        groups = step_of(*[[True, False, False, False, False]] * 20, step=step)
+        labels = shown(groups, "shuffled")
+        for name, is_correct in outcomes_of(groups).items():
+            counts[is_correct][labels[name]] += 1
     shares = {is_correct: right / (wrong + right) for is_correct, (wrong, right) in counts.items()}
     assert shares == {True: pytest.approx(0.2, abs=0.04), False: pytest.approx(0.2, abs=0.02)}
 
@@ -74,21 +84,16 @@ def test_a_placebo_is_the_same_whatever_the_others_answered() -> None:
 
 @given(seed=st.integers(0, 99), num_ranks=st.integers(1, 5))
 def test_a_placebo_knows_neither_the_order_of_groups_nor_the_ranks(seed: int, num_ranks: int) -> None:
-    outcomes = step_of(*[[j <= i % 3 for j in range(4)] for i in range(7)])
-    by_rank = [[o for i, o in enumerate(outcomes) if (i // 4) % num_ranks == rank] for rank in range(num_ranks)]
-    gathered = [outcome for part in by_rank for outcome in part]
-    assert shown(gathered, "shuffled", seed) == shown(outcomes, "shuffled", seed)
-    mixed = random.Random(seed).sample(outcomes, len(outcomes))
-    assert shown(mixed, "shuffled", seed) == shown(outcomes, "shuffled", seed)
+    groups = step_of(*[[j <= i % 3 for j in range(4)] for i in range(7)])
+    gathered = [group for rank in range(num_ranks) for group in groups[rank::num_ranks]]
+    assert shown(gathered, "shuffled", seed) == shown(groups, "shuffled", seed)
+    mixed = random.Random(seed).sample(groups, len(groups))
+    assert shown(mixed, "shuffled", seed) == shown(groups, "shuffled", seed)
 
 
 def test_permuted_labels_are_those_of_runs_that_called_them_shuffled() -> None:
-    name = TrajectoryId(step=3, question_id="set:train:1", sibling=0)
-    outcomes = [
-        Outcome(trajectory_id=dataclasses.replace(name, sibling=sibling), is_correct=sibling < 4)
-        for sibling in range(8)
-    ]
-    assert list(shown(outcomes, "permuted").values()) == [False, False, True, True, True, False, True, False]
+    groups = [group_of("set:train:1", [sibling < 4 for sibling in range(8)])]
+    assert list(shown(groups, "permuted").values()) == [False, False, True, True, True, False, True, False]
 
 
 @pytest.mark.parametrize("labels", ["shuffled", "permuted"])

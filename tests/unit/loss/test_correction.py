@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.loss.correction import LARGE_GAP, agreement, importance_weights
-from megatron_sdsearch.loss.objective import PolicyRows, RowLogits, policy_logprobs, sd_search_loss
+from megatron_sdsearch.loss.grpo import LARGE_GAP, agreement, importance_weights
+from megatron_sdsearch.loss.objective import sd_search_loss
+from megatron_sdsearch.loss.rows import RowLogits
 from megatron_sdsearch.parallel.vocab import VocabShard
-from megatron_sdsearch.training.policy import Metrics, merge_metrics, read_metrics
+from megatron_sdsearch.training.policy import merge_metrics, read_metrics
 
 N, VOCAB, CAP = 40, 11, 1.5
 
@@ -41,7 +43,28 @@ class Batch:
         shard = VocabShard.whole(VOCAB)
         return RowLogits(hidden=self.logits, project=lambda h: h, shard=shard, chunk_rows=7, temperature=1.0)
 
-    def run(self, correction: str, *, part: slice = slice(None), **changes: Any) -> tuple[Tensor, Tensor, Metrics]:
+    def microbatch(self, part: slice = slice(None), rollout: Tensor | None = None) -> Microbatch:
+        """All N tokens, of which those in ``part`` are the policy's."""
+        mask, none = torch.zeros(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)
+        mask[part] = True
+        return Microbatch(
+            token_ids=self.labels,
+            labels=self.labels,
+            position_ids=torch.arange(N),
+            cu_seqlens=torch.tensor([0, N]),
+            max_seqlen=N,
+            loss_mask=mask,
+            distill_mask=none,
+            rollout_logprobs=self.rollout if rollout is None else rollout,
+            advantages=self.advantages,
+            policy_weights=self.weights,
+            distill_weights=torch.zeros_like(self.weights),
+            group_classes=torch.zeros_like(self.labels),
+        )
+
+    def run(
+        self, correction: str, *, part: slice = slice(None), **changes: Any
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Loss, gradient and metrics of the tokens in ``part``."""
         config = ObjectiveConfig(
             importance_correction=correction,  # type: ignore[arg-type]
@@ -50,16 +73,13 @@ class Batch:
             entropy_coef=0.2,
         )
         columns = {"rollout": self.rollout, "old": self.old} | changes
-        rows = PolicyRows(
-            rows=torch.arange(N)[part],
-            labels=self.labels[part],
-            rollout_logprobs=columns["rollout"][part],
+        loss, metrics = sd_search_loss(
+            self.on_demand,
+            self.microbatch(part, columns["rollout"]),
+            config,
             old_logprobs=None if columns["old"] is None else columns["old"][part],
             ref_logprobs=self.ref[part],
-            advantages=self.advantages[part],
-            weights=self.weights[part],
         )
-        loss, metrics = sd_search_loss(self.on_demand, rows, None, config)
         (gradient,) = torch.autograd.grad(loss, self.logits)
         return loss.detach(), gradient, read_metrics([metrics])[0]
 
@@ -102,7 +122,7 @@ def test_an_engine_that_agrees_exactly_changes_no_bit(correction: str, old: str)
     batch = Batch()
     exact = batch.logits.detach().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
     if old == "this pass":  # as the loss itself computes it, to the bit
-        exact = policy_logprobs(batch.on_demand, torch.arange(N), batch.labels).detach()
+        exact = batch.on_demand.logprobs(batch.microbatch()).detach()
     changes: dict[str, Any] = {"rollout": exact, "old": exact if old == "given" else None}
     plain, corrected = batch.run("none", **changes), batch.run(correction, **changes)
     assert torch.equal(plain[0], corrected[0])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sdsearch.loss import logprobs as logprobs_module
-from megatron_sdsearch.loss.divergences import DivergenceName
 from megatron_sdsearch.loss.jsd import (
+    DivergenceName,
     Tail,
     TopKDistribution,
     teacher_topk,
@@ -230,7 +230,7 @@ def test_inputs_stay_as_they_were_and_the_teacher_gets_no_gradient(
 ) -> None:
     student, teacher = make_logits(1).requires_grad_(), make_logits(2).requires_grad_()
     topk = teacher_topk(teacher, SHARD, 4)
-    read = (student, teacher, topk.ids, topk.logprobs, topk.log_tail)
+    read = (student, teacher, topk.ids, topk.logprobs, topk.log_tail_mass)
     before = [tensor.detach().clone() for tensor in read]
     value = (
         full(student, teacher, divergence=divergence)
@@ -278,13 +278,15 @@ def test_top_k_holds_the_most_probable_ids_and_the_rest_of_the_mass() -> None:
     logprobs = (teacher / temperature).log_softmax(-1)
     assert torch.equal(topk.ids, logprobs.topk(5).indices)
     torch.testing.assert_close(topk.logprobs, logprobs.gather(1, topk.ids))
-    torch.testing.assert_close(topk.logprobs.exp().sum(-1) + topk.log_tail.exp(), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        topk.logprobs.exp().sum(-1) + topk.log_tail_mass.exp(), torch.ones(4, dtype=torch.float64)
+    )
 
 
 def test_top_k_larger_than_the_vocabulary_is_cut_and_has_no_tail() -> None:
     topk = teacher_topk(make_logits(2), SHARD, 99)
     assert topk.ids.shape == topk.logprobs.shape == (4, VOCAB)
-    assert topk.log_tail.tolist() == [-math.inf] * 4
+    assert topk.log_tail_mass.tolist() == [-math.inf] * 4
 
 
 @settings(deadline=None)
@@ -299,7 +301,7 @@ def test_a_tiny_tail_keeps_its_digits() -> None:
     student = torch.tensor([[200.0, 0.0, 1.0, 2.0]], requires_grad=True)
     topk = teacher_topk(student.detach(), VocabShard.whole(4), 1)
     expected = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).logsumexp(0).item() - 200
-    assert topk.log_tail.item() == pytest.approx(expected, rel=1e-7), "exp(-197) is 0 in fp32"
+    assert topk.log_tail_mass.item() == pytest.approx(expected, rel=1e-7), "exp(-197) is 0 in fp32"
     assert vocab_parallel_topk_jsd(student, topk, VocabShard.whole(4), divergence="forward_kl").item() == 0
 
 
@@ -426,9 +428,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         vocab_parallel_jsd(student, student[:3], SHARD)
     with pytest.raises(ValueError, match=r"topk\.ids has 4 rows, student_logits 2"):
         vocab_parallel_topk_jsd(student[:2], topk, SHARD)
-    short = TopKDistribution(ids=topk.ids, logprobs=topk.logprobs[:, :2], log_tail=topk.log_tail)
+    short = TopKDistribution(ids=topk.ids, logprobs=topk.logprobs[:, :2], log_tail_mass=topk.log_tail_mass)
     with pytest.raises(ValueError, match="do not fit together"):
         vocab_parallel_topk_jsd(student, short, SHARD)
-    int32 = TopKDistribution(ids=topk.ids.int(), logprobs=topk.logprobs, log_tail=topk.log_tail)
+    int32 = TopKDistribution(ids=topk.ids.int(), logprobs=topk.logprobs, log_tail_mass=topk.log_tail_mass)
     with pytest.raises(ValueError, match=r"topk\.ids must be int64"):
         vocab_parallel_topk_jsd(student, int32, SHARD)

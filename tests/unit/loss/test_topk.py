@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdsearch.loss.divergences import DivergenceName
-from megatron_sdsearch.loss.jsd import Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.jsd import DivergenceName, Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 
@@ -52,7 +51,7 @@ def test_a_union_holds_the_ids_of_both_once(case: tuple[Tensor, Tensor, int]) ->
     assert len(ids) == len(set(ids))
     assert set(ids) == tops[0] | tops[1]
     assert topk.logprobs[topk.ids < 0].tolist() == [-math.inf] * (2 * k - len(ids))
-    mass = topk.logprobs.exp().sum() + topk.log_tail.exp().sum()
+    mass = topk.logprobs.exp().sum() + topk.log_tail_mass.exp().sum()
     assert float(mass) == pytest.approx(1)
 
 
@@ -69,7 +68,7 @@ def test_more_entries_see_more_and_never_more_than_there_is(case: tuple[Tensor, 
 def test_the_teacher_s_own_is_teacher_topk_to_the_last_bit() -> None:
     student, teacher = make_logits(1), make_logits(2)
     chosen, plain = chosen_topk(student, teacher, SHARD, 4, of="teacher"), teacher_topk(teacher, SHARD, 4)
-    for name in ("ids", "logprobs", "log_tail"):
+    for name in ("ids", "logprobs", "log_tail_mass"):
         assert torch.equal(getattr(chosen, name), getattr(plain, name))
 
 

@@ -25,7 +25,11 @@ def all_shards(draw: st.DrawFn) -> list[VocabShard]:
 @settings(deadline=None)
 @given(all_shards())
 def test_shards_tile_the_padded_vocabulary(shards: list[VocabShard]) -> None:
-    columns = [column for shard in shards for column in range(shard.vocab_start_index, shard.vocab_end_index)]
+    columns = [
+        column
+        for shard in shards
+        for column in range(shard.vocab_start_index, shard.vocab_start_index + shard.shard_size)
+    ]
     assert columns == list(range(shards[0].padded_vocab_size))
     assert sum(shard.num_valid for shard in shards) == shards[0].vocab_size
 

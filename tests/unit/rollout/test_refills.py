@@ -93,7 +93,8 @@ class ScriptedEpisodes:
 
     def score(self, trajectory: Trajectory, *_: object) -> Score:
         f1 = self._f1(trajectory.trajectory_id)
-        return Score(f1=f1, em=0.0, reward=0.5 + trajectory.trajectory_id.sibling)  # a shaped reward always differs
+        reward = 0.5 + trajectory.trajectory_id.sibling  # a shaped reward always differs
+        return Score(f1=f1, em=0.0, reward=reward, is_correct=f1 > 0)
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.evaluation.query_probe import QueryHitComparison
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.records import (
@@ -27,14 +26,16 @@ from megatron_sdsearch.records import (
 )
 from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
 from megatron_sdsearch.training.rollouts import StepRollouts
-from megatron_sdsearch.training.step_metrics import of_evaluation, of_probe, of_step, of_updates
+from megatron_sdsearch.training.step_metrics import (
+    Values,
+    measure_evaluation,
+    measure_probe,
+    measure_step,
+    measure_updates,
+)
 
+HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 ANSWERED, FAILED = TrajectoryStatus.ANSWERED, TrajectoryStatus.RETRIEVAL_FAILED
-
-
-def config(rho: float = 0.0) -> RunConfig:
-    tree: dict[str, Any] = {"run_dir": "r", "model": {"hf_dir": "m"}, "data": {"train": "t"}}
-    return parse_config(tree | {"retrieval": {"corpus": "c"}, "hindsight": {"rho": rho}})
 
 
 def sampled(num_tokens: int, action: Action) -> SampledSpan:
@@ -64,18 +65,22 @@ def attempt(sibling: int, *, shown: str = "wrong", status: TrajectoryStatus = AN
     )
 
 
-def group(f1: list[float], *, shown: str = "wrong", statuses: list[TrajectoryStatus] | None = None) -> RolloutGroup:
+def group(
+    f1: list[float],
+    *,
+    shown: str = "wrong",
+    statuses: list[TrajectoryStatus] | None = None,
+    rho: float = 0.0,
+) -> RolloutGroup:
     statuses = statuses or [ANSWERED] * len(f1)
     return RolloutGroup(
         question=Question(question_id="q", text="?", gold_answers=("a",), gold_passage_ids=("hop", "gold")),
         trajectories=tuple(attempt(i, shown=shown, status=status) for i, status in enumerate(statuses)),
-        scores=tuple(Score(f1=f, em=float(f == 1), reward=f / 2) for f in f1),
+        scores=tuple(Score(f1=f, em=float(f == 1), reward=f / 2, is_correct=f > rho) for f in f1),
     )
 
 
-def with_blocks(
-    rollout: RolloutGroup, leaks: tuple[int, ...] = (), dropped: tuple[int, ...] = ()
-) -> tuple[RolloutGroup, list[HindsightBlock]]:
+def with_blocks(rollout: RolloutGroup, leaks: tuple[int, ...] = (), dropped: tuple[int, ...] = ()) -> HindsightGroup:
     block = HindsightBlock(text="", teacher_prompt_ids=(1,), sources=(), dropped=dropped, leaks=leaks)
     return rollout, [block] * len(rollout.trajectories)
 
@@ -84,7 +89,6 @@ def update(grad_norm: float = 1.0, learning_rate: float = 0.1, **metrics: float)
     return UpdateResult(metrics=metrics, grad_norm=grad_norm, learning_rate=learning_rate)
 
 
-HindsightGroup = tuple[RolloutGroup, list[HindsightBlock]]
 STEP = [
     with_blocks(group([1.0, 0.0], shown="gold"), leaks=(1,), dropped=(0,)),
     with_blocks(group([0.0, 0.0], statuses=[ANSWERED, FAILED])),
@@ -93,13 +97,15 @@ STEP = [
 ]
 
 
-def step(groups: list[HindsightGroup], **counts: int) -> tuple[StepRollouts, list[list[HindsightBlock]]]:
-    rollouts = StepRollouts(groups=[group for group, _ in groups], counts=CollectionCounts(**counts), engine_counts={})
-    return rollouts, [blocks for _, blocks in groups]
+def measure(groups: list[HindsightGroup], *results: UpdateResult, **counts: int) -> Values:
+    """The numbers of a step of these groups."""
+    rollouts = StepRollouts(groups=[g for g, _ in groups], counts=CollectionCounts(**counts), engine_counts={})
+    advantages = [group_advantages(g, normalize_std=True) for g, _ in groups]
+    return measure_step(rollouts, [blocks for _, blocks in groups], advantages, results)
 
 
-def test_of_step_averages_over_what_was_not_lost_and_counts_what_went_wrong() -> None:
-    assert of_step(*step(STEP, num_refilled=3), [], config()) == {
+def test_measure_step_averages_over_what_was_not_lost_and_counts_what_went_wrong() -> None:
+    assert measure(STEP, num_refilled=3) == {
         names.REWARD: pytest.approx((0.5 + 0.5 + 0.25 + 0.125) / 7),
         names.EM: pytest.approx(2 / 7),
         names.F1: pytest.approx((1 + 1 + 0.5 + 0.25) / 7),
@@ -134,21 +140,21 @@ def test_query_length_and_entropy_are_means_over_queries_and_over_their_tokens()
     rollout = group([1.0, 0.0])
     searched = [replace(t, spans=(t.spans[0], *spans)) for t in rollout.trajectories[:1]]
     mixed = replace(rollout, trajectories=(*searched, rollout.trajectories[1]))
-    values = of_step(*step([with_blocks(mixed)]), [], config())
+    values = measure([with_blocks(mixed)])
     assert values[names.QUERY_TOKENS] == 2
     assert values[names.QUERY_ENTROPY] == 2
-    assert names.QUERY_TOKENS not in of_step(*step(STEP), [], config())
+    assert names.QUERY_TOKENS not in measure(STEP)
 
 
-def test_of_step_takes_the_class_of_a_group_from_rho() -> None:
-    values = of_step(*step(STEP), [], config(rho=0.5))
+def test_the_class_of_a_group_goes_by_what_is_correct() -> None:
+    values = measure([with_blocks(group(f1, rho=0.5)) for f1 in ([1.0, 0.0], [0.0, 0.0], [1.0, 0.5], [0.25, 0.0])])
     shares = [values[f"train/share_{name}"] for name in ("all_correct", "mixed", "all_wrong")]
     assert shares == [0.0, 0.5, 0.5]
 
 
 def test_a_group_has_an_advantage_where_rewards_of_those_that_count_differ() -> None:
     def share(*groups: RolloutGroup) -> float:
-        return of_step(*step([with_blocks(g) for g in groups]), [], config())[names.SHARE_WITHOUT_ADVANTAGE]
+        return measure([with_blocks(g) for g in groups])[names.SHARE_WITHOUT_ADVANTAGE]
 
     right_and_half_right, alike = group([1.0, 0.5]), group([0.5, 0.5])
     lost = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
@@ -156,8 +162,8 @@ def test_a_group_has_an_advantage_where_rewards_of_those_that_count_differ() -> 
     assert share(alike, lost) == 1.0, "one that counts has nothing to be better than"
 
 
-def test_of_step_adds_the_updates() -> None:
-    values = of_step(*step(STEP), [update(policy_loss=2.0, grad_norm=3.0)], config())
+def test_measure_step_adds_the_updates() -> None:
+    values = measure(STEP, update(policy_loss=2.0, grad_norm=3.0))
     assert (values[names.POLICY_LOSS], values[names.GRAD_NORM]) == (2.0, 3.0)
     assert values["train/num_trajectories"] == 8
 
@@ -165,7 +171,7 @@ def test_of_step_adds_the_updates() -> None:
 def test_blocks_that_the_budget_emptied_are_counted_where_something_would_have_been_learned() -> None:
     rollout = group([1.0, 0.0], statuses=[ANSWERED, FAILED])
     block = HindsightBlock(text="", teacher_prompt_ids=(), sources=(), dropped=(0,), leaks=(), is_emptied=True)
-    values = of_step(*step([(rollout, [block] * 2), *STEP]), [], config())
+    values = measure([(rollout, [block] * 2), *STEP])
     assert values[names.NUM_EMPTIED] == 1
 
 
@@ -173,11 +179,11 @@ def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
     rollout = group([1.0])
     question = Question(question_id="q", text="?", gold_answers=("a",))
     unknown = RolloutGroup(question=question, trajectories=rollout.trajectories, scores=rollout.scores)
-    assert names.HIT_RATE not in of_step(*step([with_blocks(unknown)]), [], config())
+    assert names.HIT_RATE not in measure([with_blocks(unknown)])
 
 
-def test_of_evaluation_has_names_of_its_own() -> None:
-    assert of_evaluation([group([1.0], shown="gold"), group([0.0])]) == {
+def test_measure_evaluation_has_names_of_its_own() -> None:
+    assert measure_evaluation([group([1.0], shown="gold"), group([0.0])]) == {
         names.EVAL_NUM_TRAJECTORIES: 2,
         names.EVAL_NUM_LOST: 0,
         names.EVAL_NUM_PROMPT_TOO_LONG: 0,
@@ -194,20 +200,20 @@ def test_of_evaluation_has_names_of_its_own() -> None:
 def test_an_outage_is_no_wrong_answer_of_the_policy() -> None:
     """19 of 100 searches failed, everything else is right."""
     right, lost = [group([1.0], shown="gold")] * 81, [group([0.0], statuses=[FAILED])] * 19
-    values = of_evaluation([*right, *lost])
+    values = measure_evaluation([*right, *lost])
     assert (values[names.EVAL_EM], values[names.EVAL_F1], values[names.EVAL_HIT_RATE]) == (1.0, 1.0, 1.0)
     assert (values[names.EVAL_NUM_TRAJECTORIES], values[names.EVAL_NUM_LOST]) == (100, 19)
     assert values["eval/status/retrieval_failed"] == 0.19
-    assert names.EVAL_EM not in of_evaluation(lost), "nothing is left to average: no number, and no best checkpoint"
+    assert names.EVAL_EM not in measure_evaluation(lost), "nothing to average: no number, and no best checkpoint"
 
 
-def test_of_updates_means_losses_and_takes_maxima_of_maxima() -> None:
+def test_measure_updates_means_losses_and_takes_maxima_of_maxima() -> None:
     updates = [
         update(loss=1.0, policy_loss=2.0, kl=0.5, ratio_max=1.5, grad_norm=1.0, learning_rate=0.1),
         update(loss=3.0, policy_loss=4.0, kl=0.0, ratio_max=9.0, grad_norm=2.0, learning_rate=0.2),
         update(loss=5.0, policy_loss=6.0, kl=1.0, ratio_max=2.0, grad_norm=6.0, learning_rate=0.3),
     ]
-    assert of_updates(updates) == {
+    assert measure_updates(updates) == {
         "loss/total": 3.0,
         names.POLICY_LOSS: 4.0,
         names.KL: 0.5,
@@ -217,34 +223,34 @@ def test_of_updates_means_losses_and_takes_maxima_of_maxima() -> None:
     }
 
 
-def test_of_updates_leaves_out_updates_that_learned_nothing() -> None:
+def test_measure_updates_leaves_out_updates_that_learned_nothing() -> None:
     idle = update(grad_norm=0.0, learning_rate=0.9)
-    assert of_updates([idle, idle]) == {}
-    values = of_updates([update(loss=2.0, grad_norm=4.0, learning_rate=0.1), idle])
+    assert measure_updates([idle, idle]) == {}
+    values = measure_updates([update(loss=2.0, grad_norm=4.0, learning_rate=0.1), idle])
     assert values == {"loss/total": 2.0, names.GRAD_NORM: 4.0, "optimizer/learning_rate": 0.1}
 
 
-def test_of_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
-    values = of_updates([update(loss=1.0), update(loss=1.0, old_kl=0.2), update(loss=1.0, old_kl=0.4)])
+def test_measure_updates_averages_a_metric_over_the_updates_that_have_it() -> None:
+    values = measure_updates([update(loss=1.0), update(loss=1.0, old_kl=0.2), update(loss=1.0, old_kl=0.4)])
     assert values["loss/old_kl"] == pytest.approx(0.3)
 
 
 def test_an_update_without_a_teacher_counts_in_the_distillation_loss_as_0() -> None:
-    values = of_updates([update(loss=1.5, distill_loss=0.5), update(loss=1.0)])
+    values = measure_updates([update(loss=1.5, distill_loss=0.5), update(loss=1.0)])
     assert (values[names.DISTILL], values["loss/total"]) == (0.25, 1.25)
     assert names.JSD not in values
-    assert names.DISTILL not in of_updates([update(loss=1.0)])
+    assert names.DISTILL not in measure_updates([update(loss=1.0)])
 
 
-def by_class(**classes: tuple[float, float, float]) -> UpdateResult:
+def by_class(divergence: str = "jsd", **classes: tuple[float, float, float]) -> UpdateResult:
     """Sums of divergence, entropy gap and weight of each class."""
-    fields = ("jsd", "entropy_gap", "distill_weight")
-    parts = {f"{f}_{kind}": v for kind, values in classes.items() for f, v in zip(fields, values, strict=True)}
+    fields = (divergence, "entropy_gap", "distill_weight")
+    parts = {f"{f}_{name}": v for name, values in classes.items() for f, v in zip(fields, values, strict=True)}
     return update(loss=0.5, **parts)
 
 
 def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
-    values = of_updates(
+    values = measure_updates(
         [
             by_class(mixed=(0.1, -0.5, 0.25), all_wrong=(0.0, 0.0, 0.0)),
             by_class(mixed=(0.3, 0.5, 0.5), all_wrong=(0.2, 0.1, 0.5)),
@@ -261,7 +267,13 @@ def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
     assert values[names.ENTROPY_GAP] == pytest.approx((-0.5 / 0.25 + 0.6 / 1.0) / 2)
 
 
-def test_of_probe_reports_shares_and_counts() -> None:
+def test_another_divergence_is_reported_under_its_own_name() -> None:
+    values = measure_updates([by_class("forward_kl", mixed=(0.1, -0.5, 0.25))])
+    assert (values["loss/forward_kl"], values["loss/forward_kl_mixed"]) == (0.4, 0.4)
+    assert names.JSD not in values
+
+
+def test_measure_probe_reports_shares_and_counts() -> None:
     result = QueryHitComparison(
         num_turns=10,
         student_hit=0.4,
@@ -271,7 +283,7 @@ def test_of_probe_reports_shares_and_counts() -> None:
         teacher_hit_mixed=0.6,
         num_failed=2,
     )
-    assert of_probe(result) == {
+    assert measure_probe(result) == {
         "probe/student_hit": 0.4,
         "probe/teacher_hit": 0.6,
         "probe/student_hit_mixed": 0.2,
@@ -282,8 +294,12 @@ def test_of_probe_reports_shares_and_counts() -> None:
     }
 
 
-def test_of_probe_without_a_turn_has_no_share() -> None:
-    assert of_probe(QueryHitComparison()) == {"probe/num_turns": 0, "probe/num_turns_mixed": 0, "probe/num_failed": 0}
+def test_measure_probe_without_a_turn_has_no_share() -> None:
+    assert measure_probe(QueryHitComparison()) == {
+        "probe/num_turns": 0,
+        "probe/num_turns_mixed": 0,
+        "probe/num_failed": 0,
+    }
 
 
 metrics = st.dictionaries(st.sampled_from(["loss", "kl", "ratio_max"]), st.integers(-9, 9).map(float))

@@ -26,7 +26,7 @@ def sample(index: int) -> TrainingSample:
         token_ids=np.array([index, 1, 2]),
         labels=np.array([1, 2, 0]),
         loss_mask=np.array([True, True, False]),
-        query_mask=np.zeros(3, dtype=np.bool_),
+        distill_mask=np.zeros(3, dtype=np.bool_),
         rollout_logprobs=np.zeros(3),
         advantage=1.0,
         prompt_length=1,
