@@ -1,7 +1,7 @@
 """From a Hugging Face config to a megatron-core GPTModel that returns hidden states.
 
 Owns the choice of layer spec: transformer-engine with CUDA; our packed local spec without, or where it is asked for.
-Which models there are, and what is refused, is ``hf_config.py``'s; weights are ``hf_weights.py``'s.
+Which models there are is ``shape.py``'s, what is refused ``hf_config.py``'s; weights are ``hf_weights.py``'s.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sdsearch.config import ModelConfig
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+from megatron_sdsearch.model.shape import ARCHITECTURES, head_dim, padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.vocab import VocabShard
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.hf_config import check_layout, load_hf_config
+from megatron_sdsearch.errors import DataError, raise_first
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder, written_whole
 from megatron_sdsearch.model.hf_weights import (
     Placement,
@@ -29,6 +29,7 @@ from megatron_sdsearch.model.hf_weights import (
     split_shards,
 )
 from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, MegatronFolder
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.model.torch_dist import TorchDistWriter
 
 Progress = Callable[[int, int], None]
@@ -90,7 +91,8 @@ def to_megatron(
         DataError: a tensor is missing, unknown, of another shape, or tied in name only.
     """
     config = load_hf_config(hf_dir)
-    check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
+    sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    raise_first(layout_problems(ModelShape.from_hf_config(config), sizes))
     tensors, shapes = SafetensorsFolder(hf_dir), expected_tensors(config)
     _check_hf(tensors, shapes, config, hf_dir)
     tally = _Tally(shapes, progress)

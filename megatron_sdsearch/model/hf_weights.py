@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+from megatron_sdsearch.model.shape import ARCHITECTURES, head_dim, padded_vocab_size
 
 if TYPE_CHECKING:  # whoever only looks at a folder's weights does not wait for megatron
     from megatron.core.models.gpt import GPTModel

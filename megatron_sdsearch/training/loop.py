@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from megatron_sdsearch.allocation import Allocation, allocation_problems
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
@@ -23,10 +24,11 @@ from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
-from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
+from megatron_sdsearch.model.hf_config import length_problems, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.rollout.checks import own_server_problems
@@ -97,10 +99,10 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     forbid_pickles()
     config.check_files()
     hf_config = load_hf_config(config.model.hf_dir)
-    check_layout(hf_config, config.parallel)
-    check_lengths(hf_config, config)
+    raise_first(layout_problems(ModelShape.from_hf_config(hf_config), config.parallel))
+    raise_first(length_problems(hf_config, config))
     raise_first(own_server_problems(config, hf_config))
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
+    raise_first(allocation_problems(config, Allocation.from_environment(torch.cuda.device_count())))
     # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)

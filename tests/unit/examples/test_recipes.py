@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sdsearch.allocation import Allocation, allocation_problems
 from megatron_sdsearch.config import RunConfig, flatten, load_config
 
 ROOT = Path(__file__).parents[3]
@@ -145,7 +146,13 @@ def test_the_table_of_ablations_is_the_papers() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_machine_has_gpus_for_ranks_and_servers(recipe: str, model: str, machine: Machine) -> None:
     config = load(recipe, *MODELS[model])
-    config.check_world(machine.num_ranks, has_gpu=True)
+    allocation = Allocation(
+        num_nodes=machine.num_nodes,
+        gpus_per_node=GPUS_PER_NODE,
+        num_sglang_nodes=machine.num_sglang_nodes,
+        ranks_per_node=machine.ranks_per_node,
+    )
+    assert allocation_problems(config, allocation) == []
     sglang = config.rollout.sglang
     if machine.num_sglang_nodes:
         num_sampling = machine.num_sglang_nodes * GPUS_PER_NODE  # as many servers as their GPUs hold
