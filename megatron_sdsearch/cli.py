@@ -201,10 +201,7 @@ def plan(
 
     allocation = Allocation(num_nodes=nodes, gpus_per_node=gpus_per_node, num_sglang_nodes=sglang_nodes)
     planned = _run(run)
-    if as_json:
-        print(json.dumps(planned.to_dict()))
-    else:
-        planned.show(Console())
+    print(json.dumps(planned.to_dict()) if as_json else planned.to_text())
 
 
 @app.command()

@@ -34,7 +34,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         f"{needed / GIB:.1f} GiB planned on the busiest GPU, most of it for {largest}; {whose} has "
         f"{gpu_bytes / GIB:.1f}, of which {HEADROOM:.0%} are left to fragmentation"
     )
-    if plan.fits(gpu_bytes):
+    if plan.why_not(gpu_bytes) is None:
         yield Finding.note("model", told)
     else:
         yield Finding.warning(

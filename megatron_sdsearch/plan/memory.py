@@ -60,9 +60,22 @@ class MemoryPlan:
         """Bytes at the peak, on a rank's GPU."""
         return sum(self.parts.values())
 
-    def fits(self, gpu_bytes: int, headroom: float = HEADROOM) -> bool:
-        """Whether rank and server both leave ``headroom`` of their GPUs."""
-        return max(self.total_bytes, self.server_parts_needed) <= gpu_bytes * (1 - headroom)
+    def why_not(self, gpu_bytes: int) -> str | None:
+        """One sentence with the largest parts if rank or server leave less than ``HEADROOM`` of a GPU; None if both fit."""
+        limit, total = gpu_bytes * (1 - HEADROOM), readable_size(gpu_bytes)
+        usable = f"{readable_size(limit)} of the GPU's {total} are usable"
+        if self.server_parts_needed > limit:
+            return f"a server needs {readable_size(self.server_parts_needed)} for one trajectory, and {usable}"
+        if self.total_bytes <= limit:
+            return None
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {readable_size(size)}" for name, size in largest)
+        return f"{readable_size(self.total_bytes)} at {self.peak_moment!r}, and {usable}; largest: {parts}"
+
+
+def readable_size(num_bytes: float) -> str:
+    """Format bytes for people, in GiB as CUDA counts, or in MiB if few."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

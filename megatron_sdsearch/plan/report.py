@@ -7,17 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import ConfigError, raise_first
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.shape import ModelShape, layout_problems
-from megatron_sdsearch.plan.memory import GIB, HEADROOM, MemoryPlan, busiest_rank, plan_memory
-from megatron_sdsearch.plan.roofline import HARDWARE, Estimator, Gpu
-from megatron_sdsearch.plan.workload import Assumptions, Layout, assume, step_load
+from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, busiest_rank, plan_memory, readable_size
+from megatron_sdsearch.plan.roofline import HARDWARE, Estimator
+from megatron_sdsearch.plan.workload import Layout, assume, step_load
 
 _NUM_BETTER = 3
 _WIDTHS = (1, 2, 4, 8)
@@ -50,29 +47,24 @@ class RunPlan:
     """Result of `plan`.
 
     Attributes:
-        config: of the run.
-        shape: of its model.
-        assumed: lengths and efficiencies.
-        gpu: None on CPU, where memory alone is planned.
+        estimator: the run, its machine and the assumptions.
         given: the configured layout.
-        better: at most three layouts of the same ranks that fit, and are faster than ``given`` if that fits, too.
+        better: at most three layouts of the same ranks that fit, and are faster than ``given`` if that fits, too; none
+            on CPU, where memory alone is planned.
     """
 
-    config: RunConfig
-    shape: ModelShape
-    assumed: Assumptions
-    gpu: Gpu | None
+    estimator: Estimator
     given: Candidate
     better: list[Candidate]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, and the assumptions behind them."""
-        if self.gpu is None:
+        if self.estimator.gpu.is_cpu:
             return {"memory": _memory_dict(self.given.memory)}
         return {
-            "hardware": {**asdict(self.gpu), "headroom": HEADROOM},
-            "assumptions": {**asdict(self.assumed), "calibrated": False},
-            "num_params": self.shape.num_params,
+            "hardware": {**asdict(self.estimator.gpu), "headroom": HEADROOM},
+            "assumptions": {**asdict(self.estimator.assumed), "calibrated": False},
+            "num_params": self.estimator.shape.num_params,
             "given": self._candidate_dict(self.given),
             "better": [self._candidate_dict(candidate) for candidate in self.better],
         }
@@ -84,46 +76,45 @@ class RunPlan:
             "fits": candidate.why_not is None,
             "memory": _memory_dict(candidate.memory),
             "step_s": candidate.step_s,
-            "run_hours": candidate.step_s * self.config.train.num_steps / 3600,
+            "run_hours": self._run_hours(candidate),
         }
 
-    def show(self, console: Console) -> None:
-        """Print the memory by parts, the time by phases, and the settings of better layouts."""
-        given, title = self.given, "Memory of one process"
-        if self.gpu is not None:
-            title = f"Memory of the busiest rank (stage {given.memory.stage}), {self.gpu.name} of "
-            title += readable_size(self.gpu.memory_bytes)
-        table = Table("part", "bytes", title=title, title_justify="left", min_width=len(title))
-        memory, peak = given.memory, given.memory.peak_moment
-        others = {name: sum(parts.values()) for name, parts in memory.moments.items() if name != peak}
-        standing = sum(memory.standing.values())
-        for section in (
-            memory.standing,
-            {f"{peak}: {name}": size for name, size in memory.moments[peak].items()},
-            {"peak": memory.total_bytes} | {f"at {name!r}": standing + size for name, size in others.items()},
-            {f"server's GPU: {name}": size for name, size in memory.server.items()},
-        ):
-            for name, size in section.items():
-                table.add_row(name, readable_size(size))
-            table.add_section()
-        console.print(table)
-        if self.gpu is None:
-            return
-        lines = [f"does not fit: {given.why_not}"] if given.why_not is not None else []
-        hours = given.step_s * self.config.train.num_steps / 3600
+    def _run_hours(self, candidate: Candidate) -> float:
+        return candidate.step_s * self.estimator.config.train.num_steps / 3600
+
+    def to_text(self) -> str:
+        """Lines for people: the memory by parts, the time by phases, and the settings of better layouts."""
+        given, memory, gpu, config = self.given, self.given.memory, self.estimator.gpu, self.estimator.config
+        standing, peak = sum(memory.standing.values()), memory.peak_moment
+        rows = {
+            **memory.standing,
+            **{f"{peak}: {name}": size for name, size in memory.moments[peak].items()},
+            "peak": memory.total_bytes,
+            **{
+                f"at {name!r}": standing + sum(memory.moments[name].values()) for name in memory.moments if name != peak
+            },
+            **{f"server's GPU: {name}": size for name, size in memory.server.items()},
+        }
+        owner = "one process"
+        if not gpu.is_cpu:
+            owner = f"the busiest rank (stage {memory.stage}), {gpu.name} of {readable_size(gpu.memory_bytes)}"
+        lines = [f"Memory of {owner}", *(f"  {name:32}{readable_size(size):>12}" for name, size in rows.items())]
+        if gpu.is_cpu:
+            return "\n".join(lines)
+        if given.why_not is not None:
+            lines.append(f"does not fit: {given.why_not}")
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in given.phases_s.items())
-        lines.append(f"uncalibrated: {given.step_s:.1f} s a step, {hours:.1f} h for the run; {phases}")
+        lines.append(f"uncalibrated: {given.step_s:.1f} s a step, {self._run_hours(given):.1f} h for the run; {phases}")
         for number, candidate in enumerate(self.better, 1):
             changes = [each for each in candidate.layout.overrides() if each not in given.layout.overrides()]
             size = readable_size(candidate.memory.total_bytes)
             lines.append(f"{number}: {' '.join(changes)} ({size}, {candidate.step_s:.1f} s a step)")
         if not self.better:
             lines.append(f"no {'faster ' if given.why_not is None else ''}layout of these ranks fits")
-        lines.append(f"assumed: {', '.join(f'{name} {value:g}' for name, value in asdict(self.assumed).items())}")
-        if self.config.hindsight.content == "documents":
-            lines.append("the teacher reads a block and a sequence for each search")
-        for line in [*lines, "Nothing of this was measured on a GPU."]:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        assumed = ", ".join(f"{name} {value:g}" for name, value in asdict(self.estimator.assumed).items())
+        by_search = "; the teacher reads a block and a sequence for each search"
+        lines.append(f"assumed: {assumed}{by_search if config.hindsight.content == 'documents' else ''}")
+        return "\n".join([*lines, "Nothing of this was measured on a GPU."])
 
 
 def plan_config(
@@ -153,36 +144,42 @@ def plan_run(
     Raises:
         ConfigError: the layout does not fit the model or the allocation, or a name or a value is unknown.
     """
-    if hardware not in (*HARDWARE, "cpu"):
-        raise ConfigError("--hardware", f"{hardware!r} is not known", f"use one of {', '.join(HARDWARE)}, or cpu")
-    gpu, gpus_per_node = HARDWARE.get(hardware), allocation.gpus_per_node
-    if gpu is None:
-        allocation = replace(allocation, gpus_per_node=0, ranks_per_node=gpus_per_node)
-    assumed = assume(config, assumptions)
+    if hardware not in HARDWARE:
+        raise ConfigError("--hardware", f"{hardware!r} is not known", f"use one of {', '.join(HARDWARE)}")
+    gpu, assumed = HARDWARE[hardware], assume(config, assumptions)
+    estimator = Estimator(
+        config=config,
+        shape=shape,
+        assumed=assumed,
+        step=step_load(config, assumed),
+        gpu=gpu,
+        gpus_per_node=allocation.gpus_per_node,
+    )
+    if gpu.is_cpu:
+        allocation = replace(allocation, gpus_per_node=0, ranks_per_node=allocation.gpus_per_node)
     raise_first([*layout_problems(shape, config.parallel), *allocation_problems(config, allocation)])
-    roles, step = assign_roles(config, allocation), step_load(config, assumed)
-
-    def plan(layout: Layout) -> Candidate:
-        gpu_bytes = gpu.memory_bytes if gpu is not None else None
-        memory = busiest_rank(plan_memory(config, shape, layout, step=step, gpu_bytes=gpu_bytes))
-        if gpu is None:
-            return Candidate(layout=layout, memory=memory, phases_s={}, why_not=None)
-        estimator = Estimator(
-            config=config, shape=shape, assumed=assumed, step=step, gpu=gpu, gpus_per_node=gpus_per_node
-        )
-        phases_s = estimator.phases(layout, memory.kv_tokens)
-        return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=_why_not(memory, gpu))
-
-    given, best = plan(Layout.from_config(config, roles)), dict[tuple[int, int], Candidate]()
+    roles = assign_roles(config, allocation)
+    given, best = plan_layout(estimator, Layout.from_config(config, roles)), dict[tuple[int, int], Candidate]()
     limit = given.step_s if given.why_not is None else float("inf")
-    for layout in other_layouts(config, shape, given.layout, roles.ranks_per_node) if gpu is not None else ():
-        candidate = plan(layout)
+    for layout in () if gpu.is_cpu else other_layouts(config, shape, given.layout, roles.ranks_per_node):
+        candidate = plan_layout(estimator, layout)
         # Of layouts that differ in token budget, recomputation or optimizer alone, the fastest stands for all.
         fastest = best.get((layout.tp, layout.pp))
         if candidate.why_not is None and candidate.step_s < (fastest.step_s if fastest is not None else limit):
             best[layout.tp, layout.pp] = candidate
     better = sorted(best.values(), key=lambda candidate: candidate.step_s)[:_NUM_BETTER]
-    return RunPlan(config=config, shape=shape, assumed=assumed, gpu=gpu, given=given, better=better)
+    return RunPlan(estimator=estimator, given=given, better=better)
+
+
+def plan_layout(estimator: Estimator, layout: Layout) -> Candidate:
+    """Plan memory and, on GPUs, time of one layout, and say what does not fit."""
+    gpu, step = estimator.gpu, estimator.step
+    gpu_bytes = None if gpu.is_cpu else gpu.memory_bytes
+    memory = busiest_rank(plan_memory(estimator.config, estimator.shape, layout, step=step, gpu_bytes=gpu_bytes))
+    if gpu_bytes is None:
+        return Candidate(layout=layout, memory=memory, phases_s={}, why_not=None)
+    phases_s = estimator.phases(layout, memory.kv_tokens)
+    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=memory.why_not(gpu_bytes))
 
 
 def other_layouts(config: RunConfig, shape: ModelShape, given: Layout, ranks_per_node: int) -> Iterator[Layout]:
@@ -197,26 +194,6 @@ def other_layouts(config: RunConfig, shape: ModelShape, given: Layout, ranks_per
         for recompute, budget, is_sharded in product((False, True), sorted(budgets), (False, True)):
             if budget >= least and (base.dp > 1 or not is_sharded):
                 yield replace(base, recompute=recompute, max_tokens=budget, distributed_optimizer=is_sharded)
-
-
-def readable_size(num_bytes: float) -> str:
-    """Format bytes for people, in GiB as CUDA counts, or in MiB if few."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _why_not(memory: MemoryPlan, gpu: Gpu) -> str | None:
-    """The largest parts of what does not fit; None when it fits."""
-    if memory.fits(gpu.memory_bytes):
-        return None
-    usable = readable_size(gpu.memory_bytes * (1 - HEADROOM))
-    if memory.server_parts_needed > gpu.memory_bytes * (1 - HEADROOM):
-        return f"a server needs {readable_size(memory.server_parts_needed)} of {usable} for one trajectory"
-    largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
-    return (
-        f"{readable_size(memory.total_bytes)} at {memory.peak_moment!r}, and {usable} of {gpu.name}'s "
-        f"{readable_size(gpu.memory_bytes)} are usable; largest: "
-        f"{', '.join(f'{name} {readable_size(size)}' for name, size in largest)}"
-    )
 
 
 def _memory_dict(memory: MemoryPlan) -> dict[str, Any]:

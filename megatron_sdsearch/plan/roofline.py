@@ -34,12 +34,18 @@ class Gpu:
     nvlink_gbs: float
     network_gbs: float
 
+    @property
+    def is_cpu(self) -> bool:
+        """No GPU: memory of processes is planned, and no time."""
+        return self.name == "cpu"
+
 
 HARDWARE = {
     "h100": Gpu("h100", 989, 79 * 2**30, 3350, 450, 50),
     "h800": Gpu("h800", 989, 79 * 2**30, 3350, 200, 50),
     "h200": Gpu("h200", 989, 139 * 2**30, 4800, 450, 50),
     "a100": Gpu("a100", 312, 79 * 2**30, 2039, 300, 25),
+    "cpu": Gpu("cpu", 0, 0, 0, 0, 0),
 }
 
 
@@ -64,77 +70,60 @@ class Estimator:
     gpus_per_node: int
 
     def phases(self, layout: Layout, kv_tokens: int) -> dict[str, float]:
-        """Seconds by phase of a step that distils, without evaluation and checkpoint.
+        """Seconds by phase of a step that distils, without publishing, evaluation and checkpoint.
 
         Args:
             layout: of the ranks.
             kv_tokens: that the cache of one SGLang server holds.
         """
-        step, phases, students = self.step, dict[str, float](), (self.step.student_tokens, self.step.generated_tokens)
+        step, phases = self.step, dict[str, float]()
         if self.config.train.mode == "rl":
-            phases["publish"] = self._publish(layout)
             phases["rollout"] = self._rollout(layout, kv_tokens)
+        reading = self._pass(layout, step.student_tokens, step.generated_tokens)
         if step.has_reference:
-            phases["reference"] = self._pass(layout, *students)
+            phases["reference"] = reading
         if step.num_minibatches > 1:
-            phases["old"] = self._pass(layout, *students)
+            phases["old"] = reading
         if step.teacher_tokens:
-            phases["teacher"] = self._pass(layout, step.teacher_tokens, step.distilled_tokens, step.teacher_sequences)
-        is_chunked = layout.max_tokens > layout.chunk_rows  # then logits are projected twice
-        update = self._pass(layout, *students, num=3 + layout.recompute, num_head=3 + is_chunked)
+            phases["teacher"] = self._pass(layout, step.teacher_tokens, step.distilled_tokens)
+        num_head = 3 + (layout.max_tokens > layout.chunk_rows)  # logits that come in chunks are projected twice
+        update = self._pass(layout, step.student_tokens, step.generated_tokens, 3 + layout.recompute, num_head)
         gradients = 4 * self.shape.stage_params(0, tp=layout.tp, pp=layout.pp) * 2 * (layout.dp - 1) / layout.dp
         phases["update"] = update + step.num_minibatches * gradients / self._link(layout.num_ranks // layout.pp)
         return phases
 
-    def _pass(
-        self, layout: Layout, tokens: float, rows: float, sequences: float = 1.0, *, num: int = 1, num_head: int = 1
-    ) -> float:
-        """``num`` forward passes over ``tokens`` of each trajectory and ``num_head`` of the head over ``rows``.
+    def _pass(self, layout: Layout, tokens: float, rows: float, num: int = 1, num_head: int = 1) -> float:
+        """``num`` forward passes over ``tokens`` of each trajectory, and ``num_head`` of the head over ``rows``.
 
-        A backward pass counts as two in FLOPs, and as one on links. The last stage has the head besides its layers, and
-        sets the pace of all. Sequence parallel moves as much as the two all-reduces of a layer.
+        Two FLOPs per weight and token; a backward pass counts as two in FLOPs, and as one on links. The last stage has
+        the head besides its layers, and sets the pace of all. Sequence parallel moves as much as the two all-reduces of
+        a layer.
         """
-        shape, all_tokens, tp, pp = self.shape, self.step.num_trajectories * tokens, layout.tp, layout.pp
-        head = 2 * self.step.num_trajectories * rows * shape.vocab * shape.hidden
-        flops = num * self.forward_flops(all_tokens, tokens / sequences / 2) / pp + num_head * head
+        shape, tp, pp, num_trajectories = self.shape, layout.tp, layout.pp, self.step.num_trajectories
+        layers = num * tokens * shape.num_layers * shape.layer_matrix_params / pp
+        flops = 2 * num_trajectories * (layers + num_head * rows * shape.vocab * shape.hidden)
         compute = flops / (tp * layout.dp) / (self.gpu.tflops * 1e12 * self.assumed.training)
         bubble = (pp - 1) / largest_microbatch(self.config, layout, self.step).num_microbatches
         all_reduces = 2 * max(1, num - 1) * (shape.num_layers // pp)
-        sent = all_reduces * all_tokens / layout.dp * shape.hidden * 2 * 2 * (tp - 1) / tp
+        sent = all_reduces * num_trajectories * tokens / layout.dp * shape.hidden * 2 * 2 * (tp - 1) / tp
         return compute * (1 + bubble) + sent / self._link(tp)
-
-    def _publish(self, layout: Layout) -> float:
-        """Weights in bf16: by NCCL, or once into files or requests and once into each server."""
-        whole, servers = 2 * self.shape.num_params, layout.servers
-        if servers is None or self.config.rollout.sglang.weight_sync == "distributed":
-            return whole / self._link(layout.num_ranks + (servers.num * servers.tp_size if servers is not None else 0))
-        return whole * (1 + servers.num) / (self.assumed.publish_gbs * 1e9)
 
     def _rollout(self, layout: Layout, kv_tokens: int) -> float:
         """Waves of as many trajectories as cache and open requests allow; each token reads weights and half the cache.
 
-        The siblings of a group share the prompt's cache. The last wave takes as long as the longest trajectory.
+        The last wave takes as long as the longest trajectory.
         """
-        step, assumed, servers, rollout = self.step, self.assumed, layout.servers, self.config.rollout
+        step, assumed, servers = self.step, self.assumed, layout.servers
         num_engines, tp = (servers.num, servers.tp_size) if servers is not None else (layout.num_ranks, 1)
         per_engine = at_once = step.num_trajectories / num_engines
         if servers is not None:
-            by_cache = max(1.0, kv_tokens / step.student_tokens)
-            at_once = min(per_engine, by_cache, rollout.sglang.max_concurrency * layout.num_ranks)
+            by_requests = self.config.rollout.sglang.max_concurrency * layout.num_ranks
+            at_once = min(per_engine, by_requests, max(1.0, kv_tokens / step.student_tokens))
         waves = per_engine / at_once + assumed.tail - 1
-        flops_s = self.gpu.tflops * 1e12 * assumed.training * tp
         cache = at_once * step.student_tokens / 2 * self.shape.kv_bytes_per_token(2, tp)
         read_s = (2 * self.shape.num_params / tp + cache) / (self.gpu.hbm_gbs * 1e9 * assumed.memory)
-        token_s = max(read_s, 2 * at_once * self.shape.num_params / flops_s) + assumed.decode_step_s
-        fresh = assumed.prompt_tokens / rollout.group_size + assumed.searches * assumed.observation_tokens
-        prefill_s = self.forward_flops(per_engine * fresh, step.student_tokens / 2) / flops_s
         searches_s = math.ceil(waves) * assumed.searches * assumed.search_s
-        return waves * step.generated_tokens * token_s + prefill_s + searches_s
-
-    def forward_flops(self, num_tokens: float, mean_context: float) -> float:
-        """FLOPs of all layers without the head: two per weight and token, and attention over ``mean_context``."""
-        attention = 4 * mean_context * self.shape.query_width
-        return num_tokens * self.shape.num_layers * (2 * self.shape.layer_matrix_params + attention)
+        return waves * step.generated_tokens * (read_s + assumed.decode_step_s) + searches_s
 
     def _link(self, span: int) -> float:
         """Bytes per second and GPU in a group whose members are within ``span`` consecutive ranks."""

@@ -92,7 +92,6 @@ class Assumptions:
         links: share of NVLink and network.
         decode_step_s: seconds of one decoding step beside reading memory: launches, scheduling, sampling.
         tail: the step ends with its longest trajectory, which is so many times as long as the mean.
-        publish_gbs: GB/s of the files or requests that carry weights to servers, all together.
     """
 
     prompt_tokens: float
@@ -107,10 +106,9 @@ class Assumptions:
     links: float = 0.70
     decode_step_s: float = 3e-3
     tail: float = 1.5
-    publish_gbs: float = 2.0
 
 
-_SHARES_AND_RATES = ("training", "memory", "links", "decode_step_s", "tail", "publish_gbs")  # never 0
+_SHARES_AND_RATES = ("training", "memory", "links", "decode_step_s", "tail")  # never 0
 
 
 def assume(config: RunConfig, texts: Sequence[str] = ()) -> Assumptions:
@@ -166,7 +164,6 @@ class StepLoad:
         generated_tokens: sampled ones of these.
         distilled_tokens: query tokens of these.
         teacher_tokens: mean tokens that the teacher reads of a trajectory; 0 when nothing is distilled.
-        teacher_sequences: sequences in which it reads them.
         longest_documents: most tokens that the teacher reads of a trajectory search by search; 0 where it reads one
             sequence.
     """
@@ -178,7 +175,6 @@ class StepLoad:
     generated_tokens: float
     distilled_tokens: float
     teacher_tokens: float = 0.0
-    teacher_sequences: float = 1.0
     longest_documents: int = 0
 
 
@@ -215,7 +211,6 @@ def step_load(config: RunConfig, lengths: Assumptions) -> StepLoad:
     return replace(
         load,
         teacher_tokens=lengths.searches * (first + max(0.0, lengths.searches - 1) / 2 * per_search),
-        teacher_sequences=max(1.0, lengths.searches),
         longest_documents=sum(min(to_first_query + i * turn, most) + block for i in range(rollout.max_turns)),
     )
 

@@ -173,9 +173,9 @@ def test_what_does_not_fit_does_not() -> None:
     plan = _plan(_layout())
     assert plan.peak_moment == "loss"
     assert plan.total_bytes == sum(plan.parts.values())
-    assert not plan.fits(GPU)
-    assert plan.fits(int(plan.total_bytes / (1 - HEADROOM)) + 1)
-    assert not plan.fits(int(plan.total_bytes / (1 - HEADROOM)) - 1)
+    assert plan.why_not(GPU) is not None
+    assert plan.why_not(int(plan.total_bytes / (1 - HEADROOM)) + 1) is None
+    assert plan.why_not(int(plan.total_bytes / (1 - HEADROOM)) - 1) is not None
 
 
 layouts = st.builds(
