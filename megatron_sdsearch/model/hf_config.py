@@ -65,23 +65,18 @@ def read_hf_config(hf_dir: Path) -> PretrainedConfig:
 
 def hf_config_problems(config: PretrainedConfig) -> list[ConfigError]:
     """List what of a model's config is not supported, or contradicts itself."""
-    found = _misfits(config)
-    return [ConfigError("model.hf_dir", problem, fix) for problem, fix in found]
-
-
-def _misfits(config: PretrainedConfig) -> list[tuple[str, str]]:
-    """Problems with their fixes."""
     family = config.model_type
     if family not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        return [(f"model_type {family!r} is not supported", f"use one of {known}")]
+        return [ConfigError("model.hf_dir", f"model_type {family!r} is not supported", f"use one of {known}")]
     architecture, rope = ARCHITECTURES[family], config.rope_parameters
     numbers = {name: getattr(config, name) for name in _SIZES}
     if getattr(config, "head_dim", None) is not None:
         numbers["head_dim"] = config.head_dim
     numbers |= {f"rope_parameters.{name}": rope[name] for name in _ROPE_NUMBERS if name in rope}
     if wrong := [f"{name} = {value!r}" for name, value in numbers.items() if not _is_positive(value)]:
-        return [(f"config.json says {', '.join(wrong)}", "give positive numbers there, or fetch it again")]
+        fix = "give positive numbers there, or fetch it again"
+        return [ConfigError("model.hf_dir", f"config.json says {', '.join(wrong)}", fix)]
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     window = None if architecture.has_window_switch else getattr(config, "sliding_window", None)
     is_full = all(layer == "full_attention" for layer in getattr(config, "layer_types", None) or ())
@@ -105,7 +100,7 @@ def _misfits(config: PretrainedConfig) -> list[tuple[str, str]]:
     if window is not None:
         problem = f"sliding_window is {window}: attention would be computed without it"
         found.append((problem, "use a model where it is null"))
-    return found
+    return [ConfigError("model.hf_dir", problem, fix) for problem, fix in found]
 
 
 def _is_positive(value: Any) -> bool:

@@ -7,7 +7,6 @@ weights to rollout engines. docs/adding-a-model.md says how to add an architectu
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,15 +381,6 @@ class SafetensorsFolder:
         """
         with self._open(self._file_with(name)) as file:
             return str(file.get_slice(name).get_dtype())
-
-    @property
-    def num_parameters(self) -> int:
-        """Of all tensors, by the files' headers.
-
-        Raises:
-            DataError: a file is missing, or is none of weights.
-        """
-        return sum(math.prod(self.shape(name)) for name in self.names())
 
     def place_of(self, name: str) -> Path:
         """The file that holds it.

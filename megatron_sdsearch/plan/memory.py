@@ -61,7 +61,7 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def why_not(self, gpu_bytes: int) -> str | None:
-        """One sentence with the largest parts if rank or server leave less than ``HEADROOM`` of a GPU; None if both fit."""
+        """One sentence with the largest parts if rank or server exceed a GPU less ``HEADROOM``; None if both fit."""
         limit, total = gpu_bytes * (1 - HEADROOM), readable_size(gpu_bytes)
         usable = f"{readable_size(limit)} of the GPU's {total} are usable"
         if self.server_parts_needed > limit:

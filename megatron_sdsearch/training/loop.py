@@ -20,13 +20,13 @@ from megatron_sdsearch.batching.samples import build_samples
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import DataError, raise_first
+from megatron_sdsearch.errors import raise_first
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import length_problems, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
+from megatron_sdsearch.model.hf_weights import check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.parallel.groups import ParallelState
@@ -164,11 +164,8 @@ def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
 
 def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:
     source = config.model.megatron_dir or config.model.hf_dir
-    try:
-        size = f"{SafetensorsFolder(config.model.hf_dir).num_parameters / 1e6:,.1f} M parameters, "
-    except DataError:  # with model.megatron_dir the folder need not hold weights; else loading them says more
-        size = ""
-    return f"{hf_config.model_type}, {size}{config.model.dtype}, from {source}"
+    size = ModelShape.from_hf_config(hf_config).num_params / 1e6
+    return f"{hf_config.model_type}, {size:,.1f} M parameters, {config.model.dtype}, from {source}"
 
 
 def _device_words() -> str:
