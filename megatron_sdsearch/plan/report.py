@@ -48,12 +48,14 @@ class RunPlan:
 
     Attributes:
         estimator: the run, its machine and the assumptions.
+        num_gpus: of the allocation.
         given: the configured layout.
         better: at most three layouts of the same ranks that fit, and are faster than ``given`` if that fits, too; none
             on CPU, where memory alone is planned.
     """
 
     estimator: Estimator
+    num_gpus: int
     given: Candidate
     better: list[Candidate]
 
@@ -62,7 +64,7 @@ class RunPlan:
         if self.estimator.gpu.is_cpu:
             return {"memory": _memory_dict(self.given.memory)}
         return {
-            "hardware": {**asdict(self.estimator.gpu), "headroom": HEADROOM},
+            "hardware": {**asdict(self.estimator.gpu), "num_gpus": self.num_gpus, "headroom": HEADROOM},
             "assumptions": {**asdict(self.estimator.assumed), "calibrated": False},
             "num_params": self.estimator.shape.num_params,
             "given": self._candidate_dict(self.given),
@@ -168,7 +170,8 @@ def plan_run(
         if candidate.why_not is None and candidate.step_s < (fastest.step_s if fastest is not None else limit):
             best[layout.tp, layout.pp] = candidate
     better = sorted(best.values(), key=lambda candidate: candidate.step_s)[:_NUM_BETTER]
-    return RunPlan(estimator=estimator, given=given, better=better)
+    num_gpus = allocation.num_nodes * allocation.gpus_per_node
+    return RunPlan(estimator=estimator, num_gpus=num_gpus, given=given, better=better)
 
 
 def plan_layout(estimator: Estimator, layout: Layout) -> Candidate:

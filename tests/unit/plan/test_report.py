@@ -171,7 +171,7 @@ def test_the_command_prints_one_json_object(config_file: Path) -> None:
     assert done.exit_code == 0, done.output
     content = json.loads(done.stdout)
     assert content["num_params"] == 3_085_938_688
-    assert content["hardware"]["name"] == "h800"
+    assert (content["hardware"]["name"], content["hardware"]["num_gpus"]) == ("h800", 8)
     assert (content["assumptions"]["prompt_tokens"], content["assumptions"]["calibrated"]) == (0.3 * 2048, False)
     given = content["given"]
     assert given["layout"]["recompute"] is True
