@@ -193,19 +193,15 @@ def plan(
     Of the model's folder config.json is enough.
     """
 
-    def run() -> RunPlan | ProcessPlan:
+    def run() -> RunPlan:
         return plan_config(load_config(config, overrides or []), allocation, hardware, assume or [])
 
-    from megatron_sdsearch.plan.allocation import Allocation
-    from megatron_sdsearch.plan.planning import plan_config
-    from megatron_sdsearch.plan.report import ProcessPlan, RunPlan
+    from megatron_sdsearch.allocation import Allocation
+    from megatron_sdsearch.plan.report import RunPlan, plan_config
 
     allocation = Allocation(num_nodes=nodes, gpus_per_node=gpus_per_node, num_sglang_nodes=sglang_nodes)
     planned = _run(run)
-    if as_json:
-        print(json.dumps(planned.to_dict()))
-    else:
-        planned.show(Console())
+    print(json.dumps(planned.to_dict()) if as_json else planned.to_text())
 
 
 @app.command()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_sdsearch.allocation import allocation_problems
 from megatron_sdsearch.check.findings import Finding
 from megatron_sdsearch.check.subject import Subject
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, layout_problems, padded_vocab_size
+from megatron_sdsearch.model.hf_config import hf_config_problems
+from megatron_sdsearch.model.shape import ModelShape, layout_problems, padded_vocab_size
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """What divides what, and what crosses nodes."""
     world, parallel = subject.world, subject.config.parallel
-    for error in subject.config.world_problems(world.size, world.has_gpu):
+    for error in allocation_problems(subject.config, world.allocation):
         yield Finding.of(error, error.field)
     if world.is_assumed:
         told = f"nobody said how many processes there are; {world.size} are assumed, see --nodes and --nproc-per-node"
@@ -23,12 +25,6 @@ def check(subject: Subject) -> Iterator[Finding]:
             f"{subject.config.model.dtype} is for CPUs, and Slurm gives {world.num_idle_gpus} GPUs per node: they "
             "would not be used",
             "set model.dtype=bfloat16; for a run on CPUs say --device cpu",
-        )
-    if world.has_gpu and world.ranks_per_node > world.gpus_per_node:
-        yield Finding.error(
-            "--nproc-per-node",
-            f"{world.ranks_per_node} trainer processes per node and {world.gpus_per_node} GPUs: each takes one",
-            f"start {world.gpus_per_node} per node",
         )
     tensor = parallel.tensor_model_parallel_size
     if tensor > world.ranks_per_node:
@@ -45,9 +41,11 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _model(subject: Subject) -> Iterator[Finding]:
     hf_config, parallel = subject.hf_config.value, subject.config.parallel
-    if hf_config is None or hf_config.model_type not in ARCHITECTURES:
+    if hf_config is None or hf_config_problems(hf_config):
         return
-    problems = [Finding.of(error, error.field) for error in layout_problems(hf_config, parallel)]
+    problems = [
+        Finding.of(error, error.field) for error in layout_problems(ModelShape.from_hf_config(hf_config), parallel)
+    ]
     yield from problems
     if problems:
         return

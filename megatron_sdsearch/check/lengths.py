@@ -8,7 +8,7 @@ from statistics import median
 
 from megatron_sdsearch.check.findings import Attempt, Finding, Severity
 from megatron_sdsearch.check.subject import Subject, some_of
-from megatron_sdsearch.model.hf_config import check_lengths
+from megatron_sdsearch.model.hf_config import length_problems
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import read_corpus
 from megatron_sdsearch.rollout.checks import check_prompts, prompt_lengths
@@ -24,9 +24,8 @@ def check(subject: Subject) -> Iterator[Finding]:
         return
     hf_config, renderer = subject.hf_config.value, subject.renderer.value
     if hf_config is not None and hasattr(hf_config, "max_position_embeddings"):
-        attempt = Attempt.at(lambda: check_lengths(hf_config, subject.config))
-        if attempt.error is not None:
-            yield Finding.of(attempt.error, "rollout.max_total_tokens")
+        for problem in length_problems(hf_config, subject.config):
+            yield Finding.of(problem, problem.field)
     if renderer is not None:
         found = list(_prompts(subject, renderer, "data.train", subject.train_questions.value or ()))
         yield from found

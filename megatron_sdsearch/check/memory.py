@@ -3,60 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
-from megatron_sdsearch.check.findings import Attempt, Finding
+from megatron_sdsearch.allocation import allocation_problems, assign_roles
+from megatron_sdsearch.check.findings import Finding
 from megatron_sdsearch.check.subject import Subject
-from megatron_sdsearch.check.world import World
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, is_layout
-from megatron_sdsearch.plan.allocation import Allocation, servers_in
-from megatron_sdsearch.plan.hardware import HARDWARE
-from megatron_sdsearch.plan.layout import Layout
-from megatron_sdsearch.plan.memory import GIB, HEADROOM, plan_memory
-from megatron_sdsearch.plan.shape import ModelShape
+from megatron_sdsearch.model.hf_config import hf_config_problems
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
+from megatron_sdsearch.plan.memory import GIB, HEADROOM, busiest_rank, plan_memory
+from megatron_sdsearch.plan.roofline import HARDWARE
+from megatron_sdsearch.plan.workload import Layout
 
 _ASSUMED = "h100"
 
 
 def check(subject: Subject) -> Iterator[Finding]:
     """The busiest GPU of trainers and servers; nothing where there is no GPU, or where the layout is wrong already."""
-    config, hf_config = subject.config, subject.hf_config.value
-    is_known = hf_config is not None and hf_config.model_type in ARCHITECTURES
-    if hf_config is None or not is_known or not subject.world.has_gpu:
+    config, hf_config, allocation = subject.config, subject.hf_config.value, subject.world.allocation
+    if hf_config is None or not subject.world.has_gpu or hf_config_problems(hf_config):
         return
-    parallel = config.parallel
-    if not is_layout(hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size):
-        return
-    if any(config.world_problems(subject.world.size, has_gpu=True)):
-        return
-    servers = Attempt.at(lambda: servers_in(config, _allocation(subject.world)))
-    if servers.error is not None:  # the sglang section says it
-        return
+    shape = ModelShape.from_hf_config(hf_config)
+    if layout_problems(shape, config.parallel) or allocation_problems(config, allocation):
+        return  # the layout section lists them
     gpu_bytes, whose = _gpu()
-    shape = ModelShape.of(hf_config, ARCHITECTURES[hf_config.model_type])
-    layout = replace(Layout.of(config, subject.world.size), servers=servers.value)
-    plan = plan_memory(config, shape, layout, gpu_bytes=gpu_bytes)
+    layout = Layout.from_config(config, assign_roles(config, allocation))
+    plan = busiest_rank(plan_memory(config, shape, layout, gpu_bytes=gpu_bytes))
     needed, largest = max(plan.total_bytes, plan.server_parts_needed), max(plan.parts, key=plan.parts.__getitem__)
     told = (
         f"{needed / GIB:.1f} GiB planned on the busiest GPU, most of it for {largest}; {whose} has "
         f"{gpu_bytes / GIB:.1f}, of which {HEADROOM:.0%} are left to fragmentation"
     )
-    if plan.fits(gpu_bytes):
+    if plan.why_not(gpu_bytes) is None:
         yield Finding.note("model", told)
     else:
         yield Finding.warning(
             "model", told, "see faster layouts and what fits: python -m megatron_sdsearch plan CONFIG"
         )
-
-
-def _allocation(world: World) -> Allocation:
-    return Allocation(
-        num_nodes=world.num_nodes + world.num_sglang_nodes,
-        gpus_per_node=world.gpus_per_node,
-        num_sglang_nodes=world.num_sglang_nodes,
-    )
 
 
 def _gpu() -> tuple[int, str]:

@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.errors import DataError
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, refusals
+from megatron_sdsearch.model.hf_config import hf_config_problems
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_head, check_weights, refuse_unknown
+from megatron_sdsearch.model.shape import ARCHITECTURES
 from megatron_sdsearch.model.weight_table import placements
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import parse_action
@@ -29,7 +30,7 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding.of(subject.hf_config.error, _FIELD)
     hf_config = subject.hf_config.value
     if hf_config is not None:
-        refused = [Finding.of(error, _FIELD) for error in refusals(hf_config)]
+        refused = [Finding.of(error, _FIELD) for error in hf_config_problems(hf_config)]
         yield from refused
         megatron_dir = subject.config.model.megatron_dir
         if not refused and megatron_dir is None:

@@ -18,7 +18,7 @@ from megatron_sdsearch.rollout.server_process import (
     read_model_info,
     read_server_info,
 )
-from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports, no_gpus_left, split_gpus
+from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports
 
 _ANSWER_S = 10.0
 # The supervisor gives these itself; a second one would win.
@@ -41,19 +41,10 @@ def check(subject: Subject) -> Iterator[Finding]:
 def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
     """Servers that the first rank starts, or slurm/train.sh."""
     world = subject.world
-    is_elsewhere = world.num_sglang_nodes > 0 or sglang.colocated
-    if world.num_nodes > 1 and not is_elsewhere:
-        yield Finding.error(
-            f"{SECTION}.urls",
-            f"empty, and the run has {world.num_nodes} nodes: own servers listen on 127.0.0.1 of the first one",
-            "let slurm/train.sh start them on nodes of their own (SDSEARCH_SGLANG_NODES), or name yours here",
-        )
     if subject.config.model.hf_dir.is_dir():
         attempt = Attempt.at(lambda: check_has_weights(subject.config.model.hf_dir))
         if attempt.error is not None:
             yield Finding.of(attempt.error, "model.hf_dir")
-    if world.has_gpu:
-        yield from _gpus(subject, sglang)
     if not world.num_sglang_nodes:
         ports = Attempt.at(lambda: free_ports(sglang.num_servers, "127.0.0.1"))
         if ports.error is not None:
@@ -70,24 +61,6 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
             "remove it",
         )
     yield from check_program(sglang)
-
-
-def _gpus(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
-    """As the first rank hands them out: what its node's trainers leave over, or their own where colocated."""
-    world = subject.world
-    if world.num_sglang_nodes:
-        if sglang.tp_size > world.gpus_per_node:
-            told = f"{sglang.tp_size} GPUs of a server, and nodes have {world.gpus_per_node}"
-            yield Finding.error(f"{SECTION}.tp_size", told, "lower it")
-        return
-    names = [str(index) for index in range(world.gpus_per_node)]
-    trainers, rest = names[: world.ranks_per_node], names[world.ranks_per_node :]
-    if not sglang.colocated and not rest and sglang.tp_size == 1:
-        yield Finding.of(no_gpus_left(world.ranks_per_node, world.gpus_per_node), f"{SECTION}.num_servers")
-        return
-    attempt = Attempt.at(lambda: split_gpus(trainers if sglang.colocated else rest, sglang))
-    if attempt.error is not None:
-        yield Finding.of(attempt.error, f"{SECTION}.num_servers")
 
 
 def _attached(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:

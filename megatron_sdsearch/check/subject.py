@@ -14,8 +14,8 @@ from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import PromptProfile, get_profile
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
-from megatron_sdsearch.model.hf_config import read_hf_config
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder
+from megatron_sdsearch.model.hf_config import hf_config_problems, read_hf_config
+from megatron_sdsearch.model.shape import ModelShape
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.tokenization.renderer import Renderer
 
@@ -74,8 +74,11 @@ class Subject:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Of the model by the headers of its weights; 0 where they cannot be read."""
-        return Attempt.at(lambda: SafetensorsFolder(self.config.model.hf_dir).num_parameters).value or 0
+        """Of the model by its shape; 0 where config.json cannot be read or is refused."""
+        hf_config = self.hf_config.value
+        if hf_config is None or hf_config_problems(hf_config):
+            return 0
+        return ModelShape.from_hf_config(hf_config).num_params
 
     def _renderer(self) -> Renderer:
         return Renderer.from_folder(

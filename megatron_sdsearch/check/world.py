@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from megatron_sdsearch.allocation import Allocation, gpus_beside_ranks
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import ConfigError
 
@@ -62,6 +63,16 @@ class World:
         """Trainer processes."""
         return self.num_nodes * self.ranks_per_node
 
+    @property
+    def allocation(self) -> Allocation:
+        """All nodes, those with servers alone included."""
+        return Allocation(
+            num_nodes=self.num_nodes + self.num_sglang_nodes,
+            gpus_per_node=self.gpus_per_node,
+            num_sglang_nodes=self.num_sglang_nodes,
+            ranks_per_node=self.ranks_per_node,
+        )
+
     @classmethod
     def of(cls, config: RunConfig, given: GivenWorld, environment: Mapping[str, str] = os.environ) -> World:
         """The command line first, then torchrun's or Slurm's environment, then this machine, then an assumption.
@@ -73,7 +84,7 @@ class World:
         is_said = given.device is not None or given.gpus_per_node is not None
         sglang_nodes = _num_sglang_nodes(given, environment)
         nodes, nodes_from = _num_nodes(given, environment, sglang_nodes)
-        servers = 0 if sglang_nodes else config.num_own_server_gpus
+        servers = gpus_beside_ranks(config, sglang_nodes)
         smallest = _smallest_ranks(config, nodes)
         gpus, gpus_from = (0, "") if not has_gpu else _gpus_per_node(given, environment)
         ranks, ranks_from = _ranks_per_node(given, environment)

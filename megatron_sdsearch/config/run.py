@@ -19,10 +19,8 @@ from megatron_sdsearch.config.rules import (
     command_problems,
     megatron_problems,
     missing_problems,
-    model_problems,
     no_model,
     optimizer_problems,
-    problems_without_gpu,
     rollout_problems,
 )
 from megatron_sdsearch.config.sections import (
@@ -126,35 +124,6 @@ class RunConfig(Section):
                 folders["retrieval.elasticsearch.encoder"] = elastic.encoder
         return folders
 
-    def check_world(self, world_size: int, has_gpu: bool) -> None:
-        """The layout fits the processes that were started and the hardware.
-
-        Raises:
-            ConfigError: naming the size that does not fit.
-        """
-        raise_first(self.world_problems(world_size, has_gpu))
-
-    def world_problems(self, world_size: int, has_gpu: bool) -> Iterator[ConfigError]:
-        """What ``check_world`` raises the first of."""
-        tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        per_replica = tensor * pipeline
-        if world_size % per_replica:
-            yield ConfigError(
-                "parallel.tensor_model_parallel_size",
-                f"tensor {tensor} x pipeline {pipeline} = {per_replica} "
-                f"does not divide the {world_size} started processes",
-                f"start torchrun with --nproc-per-node a multiple of {per_replica}, or change parallel.*",
-            )
-        yield from model_problems(self.model, has_gpu)
-        if self.parallel.distributed_optimizer and not has_gpu:
-            yield ConfigError(
-                "parallel.distributed_optimizer",
-                "true without a GPU, where its checkpoints would be wrong (megatron-core with torch's AdamW)",
-                "set it to false",
-            )
-        if self.samples_from_sglang and not has_gpu:
-            yield from problems_without_gpu(self.rollout.sglang)
-
     def saving_problem(self) -> ConfigError | None:
         """What `check` and `train` warn of: a run that dies would leave no checkpoint, however far it came."""
         checkpoint, num_steps = self.checkpoint, self.train.num_steps
@@ -171,13 +140,6 @@ class RunConfig(Section):
     def samples_from_sglang(self) -> bool:
         """``rollout.sglang`` is read at all."""
         return self.train.mode == "rl" and self.rollout.engine == "sglang"
-
-    @property
-    def num_own_server_gpus(self) -> int:
-        """GPUs of the first rank's node that its own SGLang servers take from the trainer."""
-        sglang = self.rollout.sglang
-        is_taken = self.samples_from_sglang and not sglang.urls and not sglang.colocated
-        return sglang.num_servers * sglang.tp_size if is_taken else 0
 
     @property
     def updates_per_step(self) -> int:

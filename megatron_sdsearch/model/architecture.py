@@ -1,7 +1,7 @@
 """Build a megatron-core GPTModel that returns hidden states from a Hugging Face config.
 
 The layer spec is transformer-engine's with CUDA, and our packed local spec without, or where it is asked for.
-``hf_config.py`` decides which models are supported; ``hf_weights.py`` fills them.
+``shape.py`` lists the supported models; ``hf_weights.py`` fills them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sdsearch.config import ModelConfig
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+from megatron_sdsearch.model.shape import ARCHITECTURES, head_dim, padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.vocab import VocabShard
 

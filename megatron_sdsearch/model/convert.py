@@ -29,12 +29,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.errors import CheckpointError, DataError
+from megatron_sdsearch.errors import CheckpointError, DataError, raise_first
 from megatron_sdsearch.files import replacing_folder
-from megatron_sdsearch.model.hf_config import check_layout, load_hf_config
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder
 from megatron_sdsearch.model.hf_weights import HFTensors, SafetensorsFolder, check_weights, split_shards
 from megatron_sdsearch.model.megatron_folder import HF_SUBFOLDER, METADATA, MegatronFolder
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.model.weight_table import HEAD, VOCAB, placements
 
 Progress = Callable[[int, int], None]
@@ -82,7 +83,8 @@ def to_megatron(
         DataError: a tensor is missing, unknown, of another shape, or tied in name only.
     """
     config = load_hf_config(hf_dir)
-    check_layout(config, ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline))
+    sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    raise_first(layout_problems(ModelShape.from_hf_config(config), sizes))
     tensors = SafetensorsFolder(hf_dir)
     counts = _check_tensors(tensors, config, hf_dir)
     # q, k and v become one tensor and all layers one stack, whose type is that of the first piece.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -190,11 +189,6 @@ class SafetensorsFolder:
         """Type of one tensor, as the file spells it, e.g. ``BF16``."""
         with self._open(self.locate(name)) as file:
             return str(file.get_slice(name).get_dtype())
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers in all tensors, by the files' headers."""
-        return sum(math.prod(self.shape(name)) for name in self.names())
 
     def locate(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_sdsearch.model.hf_config import ARCHITECTURES, head_dim, padded_vocab_size
+from megatron_sdsearch.model.shape import ARCHITECTURES, head_dim, padded_vocab_size
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"

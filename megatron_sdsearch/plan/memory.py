@@ -1,7 +1,7 @@
-"""Memory of the busiest rank: what always stands there, and what comes on top at each moment of a step.
+"""Memory of the busiest rank: what is there all the time, and what comes on top at each moment of a step.
 
-Exact: weights, gradients, optimizer state. Formulas that tests hold to torch's allocator on CPU: activations and loss.
-Stated, never measured: what CUDA and NCCL take, and transformer-engine's activations (``activations.py``).
+Exact: weights, gradients, optimizer state. Formulas that tests compare with torch's allocator on CPU: activations and
+loss. Assumed, never measured: what CUDA and NCCL take, and transformer-engine's activations (``activations.py``).
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.plan import loss_memory
-from megatron_sdsearch.plan.activations import LayerBytes, LayerSpec
-from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
-from megatron_sdsearch.plan.loss_memory import HeadSize
-from megatron_sdsearch.plan.shape import ModelShape
-from megatron_sdsearch.plan.workload import StepLoad, Workload
+from megatron_sdsearch.model.shape import ModelShape
+from megatron_sdsearch.plan import activations
+from megatron_sdsearch.plan.activations import HeadSize, LayerBytes, LayerSpec, kept_entries
+from megatron_sdsearch.plan.workload import Layout, MicrobatchLoad, StepLoad, assume, largest_microbatch, step_load
 
 GIB = 2**30
+# CUDA context, cuBLAS workspaces and NCCL buffers of one trainer process. An assumption: no GPU was at hand.
 FRAMEWORK_BYTES = 3 * GIB
-"""CUDA context, cuBLAS workspaces and NCCL buffers of one trainer process. An assumption: no GPU was at hand."""
+# The same of an SGLang process, with its CUDA graphs; memory that it releases does not include it. An assumption, too.
 SERVER_FRAMEWORK_BYTES = 3 * GIB
-"""The same of an SGLang process, with its CUDA graphs; released memory does not include it. An assumption, too."""
-HEADROOM = 0.08
-"""Share of a GPU that is left to the allocator's fragmentation."""
+HEADROOM = 0.08  # share of a GPU that is left to the allocator's fragmentation
 _FP32 = 4
 Parts = Mapping[str, int]
 
@@ -33,10 +30,10 @@ class MemoryPlan:
     """Bytes on one GPU.
 
     Attributes:
-        stage: pipeline stage of the busiest rank, which all parts speak of.
+        stage: pipeline stage of the rank that all parts belong to.
         standing: there from the first step to the last.
         moments: what each moment of a step adds.
-        server: GPUs of servers that share with no trainer; empty without such.
+        server: a GPU of servers that share none with ranks; empty without such.
         kv_tokens: tokens that the cache of one SGLang server holds; 0 without one.
         server_parts_needed: least bytes of ``server`` with which one trajectory can be sampled.
     """
@@ -50,7 +47,7 @@ class MemoryPlan:
 
     @property
     def peak_moment(self) -> str:
-        """The one that needs most."""
+        """The moment that needs most."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -60,51 +57,49 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """At the peak, on a trainer's GPU."""
+        """Bytes at the peak, on a rank's GPU."""
         return sum(self.parts.values())
 
-    def fits(self, gpu_bytes: int, headroom: float = HEADROOM) -> bool:
-        """Whether trainer and server both leave ``headroom`` of their GPUs."""
-        return max(self.total_bytes, self.server_parts_needed) <= gpu_bytes * (1 - headroom)
+    def why_not(self, gpu_bytes: int) -> str | None:
+        """One sentence with the largest parts if rank or server exceed a GPU less ``HEADROOM``; None if both fit."""
+        limit, total = gpu_bytes * (1 - HEADROOM), readable_size(gpu_bytes)
+        usable = f"{readable_size(limit)} of the GPU's {total} are usable"
+        if self.server_parts_needed > limit:
+            return f"a server needs {readable_size(self.server_parts_needed)} for one trajectory, and {usable}"
+        if self.total_bytes <= limit:
+            return None
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
+        parts = ", ".join(f"{name} {readable_size(size)}" for name, size in largest)
+        return f"{readable_size(self.total_bytes)} at {self.peak_moment!r}, and {usable}; largest: {parts}"
+
+
+def readable_size(num_bytes: float) -> str:
+    """Format bytes for people, in GiB as CUDA counts, or in MiB if few."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rank:
-    """Everything that a formula below reads."""
+    """What the formulas below read of a rank."""
 
     config: RunConfig
     shape: ModelShape
     layout: Layout
+    step: StepLoad
     load: MicrobatchLoad
     stage: int
     element: int
     spec: LayerSpec
+    head: HeadSize
+    num_params: int
 
     @property
     def is_last(self) -> bool:
         return self.stage == self.layout.pp - 1
 
-    @property
-    def num_layers(self) -> int:
-        return self.shape.num_layers // self.layout.pp
-
-    @property
-    def num_params(self) -> int:
-        return self.shape.stage_params(self.stage, tp=self.layout.tp, pp=self.layout.pp)
-
-    @property
-    def table_bytes(self) -> int:
-        """Embedding or head, the largest tensor, in fp32."""
-        return self.shape.vocab_columns(self.layout.tp) * self.shape.hidden * _FP32
-
-    @property
-    def head(self) -> HeadSize:
-        columns = self.shape.vocab_columns(self.layout.tp)
-        return HeadSize(columns=columns, hidden=self.shape.hidden, element=self.element)
-
     def layer(self, num_tokens: int) -> LayerBytes:
         layout = self.layout
-        return LayerBytes.of(
+        return activations.layer_bytes(
             self.shape, self.spec, num_tokens, tp=layout.tp, sequence=layout.sequence, element=self.element
         )
 
@@ -114,178 +109,152 @@ def plan_memory(
     shape: ModelShape,
     layout: Layout,
     *,
+    step: StepLoad | None = None,
     load: MicrobatchLoad | None = None,
-    workload: Workload | None = None,
     gpu_bytes: int | None = None,
-) -> MemoryPlan:
-    """What the busiest rank holds.
+) -> list[MemoryPlan]:
+    """Plan the memory of a rank of every pipeline stage, first to last; ``busiest_rank`` picks the one that counts.
 
     Args:
         config: of the run.
         shape: of its model.
-        layout: ``Layout.of(config, num_trainers)``, or another to try.
+        layout: ``Layout.from_config``, or another to try.
+        step: counts for caches and the share of query tokens; by default those of the assumed mean lengths.
         load: the largest microbatch; by default a full row, every token of which is the policy's.
-        workload: assumed lengths, for caches and the share of query tokens.
         gpu_bytes: memory of one GPU, which the caches of SGLang are cut to; None on CPU, where nothing is added for
             CUDA and layers are those of the local spec, as they are with ``model.layer_spec=local``.
     """
-    plans = plan_stages(config, shape, layout, load=load, workload=workload, gpu_bytes=gpu_bytes)
+    step = step or step_load(config, assume(config))
+    element = 2 if config.model.dtype == "bfloat16" else _FP32
+    ranks = [
+        _Rank(
+            config=config,
+            shape=shape,
+            layout=layout,
+            step=step,
+            load=load or largest_microbatch(config, layout, step),
+            stage=stage,
+            element=element,
+            spec="te" if gpu_bytes is not None and config.model.layer_spec != "local" else "local",
+            head=HeadSize(columns=shape.vocab_columns(layout.tp), hidden=shape.hidden, element=element),
+            num_params=shape.stage_params(stage, tp=layout.tp, pp=layout.pp),
+        )
+        for stage in range(layout.pp)
+    ]
+    return [_plan_rank(rank, gpu_bytes) for rank in ranks]
+
+
+def busiest_rank(plans: list[MemoryPlan]) -> MemoryPlan:
+    """The stage that needs most."""
     return max(plans, key=lambda plan: plan.total_bytes)
 
 
-def plan_stages(
-    config: RunConfig,
-    shape: ModelShape,
-    layout: Layout,
-    *,
-    load: MicrobatchLoad | None = None,
-    workload: Workload | None = None,
-    gpu_bytes: int | None = None,
-) -> list[MemoryPlan]:
-    """The same for a rank of every pipeline stage, first to last."""
-    workload = workload or Workload.of(config)
-    step = StepLoad.of(config, workload)
-    load = load or step.largest_microbatch(layout, distills_all=config.objective.distill_positions == "all")
-    element = 2 if config.model.dtype == "bfloat16" else _FP32
-    spec: LayerSpec = "te" if gpu_bytes is not None and config.model.layer_spec != "local" else "local"
-    ranks = [
-        _Rank(config=config, shape=shape, layout=layout, load=load, stage=stage, element=element, spec=spec)
-        for stage in range(layout.pp)
-    ]
-    return [_plan_rank(rank, step, gpu_bytes) for rank in ranks]
-
-
-def _plan_rank(rank: _Rank, step: StepLoad, gpu_bytes: int | None) -> MemoryPlan:
-    standing = _standing(rank, step, gpu_bytes is not None)
-    moments = {**_update(rank, step), **_readings(rank, step), "optimizer": {"temporaries": 2 * rank.table_bytes}}
-    weights, wanted, least = _server_bytes(rank, step)
-    servers = rank.layout.servers
-    if servers is None:
-        return _finish(rank, standing, moments, server={}, cache=0, needed=0)
-    if servers.place != "colocated":
-        server = {"framework": SERVER_FRAMEWORK_BYTES if gpu_bytes is not None else 0, "server weights": weights}
-        needed = sum(server.values()) + least
-        room = wanted if gpu_bytes is None else int(gpu_bytes * (1 - HEADROOM)) - sum(server.values())
-        cache = max(least, min(wanted, room))
+def _plan_rank(rank: _Rank, gpu_bytes: int | None) -> MemoryPlan:
+    """Plan the trainer, then what servers take: beside it from GPUs of their own, colocated from what it leaves."""
+    standing = _standing(rank, on_gpu=gpu_bytes is not None)
+    table = rank.head.columns * rank.head.hidden * _FP32  # embedding or head, the largest tensor
+    moments = {**_update(rank), **_passes(rank), "optimizer": {"temporaries": 2 * table}}
+    servers, server, needed, kv_tokens = rank.layout.servers, dict[str, int](), 0, 0
+    if servers is not None:
+        framework = SERVER_FRAMEWORK_BYTES if gpu_bytes is not None else 0
+        weights = rank.shape.num_params * rank.element // servers.tp_size
+        per_token = rank.shape.kv_bytes_per_token(rank.element, servers.tp_size)
+        longest = rank.config.longest_rollout.num_tokens * per_token
+        concurrent = -(-rank.step.num_trajectories // servers.num)
+        wanted = max(longest, int(concurrent * rank.step.student_tokens * per_token))
         moments["publish"] = _publish(rank)
-        return _finish(rank, standing, moments, server={**server, "KV cache": cache}, cache=cache, needed=needed)
-    standing["server framework"] = SERVER_FRAMEWORK_BYTES
-    room = int((gpu_bytes or 0) * (1 - HEADROOM)) - sum(standing.values()) - weights
-    cache = max(least, min(wanted, room))
-    moments["publish"] = {"server weights": weights, **_publish(rank)}
-    moments["rollout"] = {"server weights": weights, "KV cache": cache}
-    return _finish(rank, standing, moments, server={}, cache=cache, needed=0)
-
-
-def _finish(
-    rank: _Rank, standing: Parts, moments: Mapping[str, Parts], *, server: Parts, cache: int, needed: int
-) -> MemoryPlan:
-    servers = rank.layout.servers
+        taken = framework + weights
+        if servers.placement == "colocated":
+            standing["server framework"] = framework
+            taken = sum(standing.values()) + weights
+            moments["publish"] |= {"server weights": weights}
+        room = int(gpu_bytes * (1 - HEADROOM)) - taken if gpu_bytes is not None else wanted
+        cache = max(longest, min(wanted, room))
+        kv_tokens = cache // per_token
+        if servers.placement == "colocated":
+            moments["rollout"] = {"server weights": weights, "KV cache": cache}
+        else:
+            server = {"framework": framework, "server weights": weights, "KV cache": cache}
+            needed = taken + longest
     return MemoryPlan(
         stage=rank.stage,
         standing={name: size for name, size in standing.items() if size},
         moments=moments,
         server=server,
-        kv_tokens=cache // rank.shape.kv_bytes_per_token(rank.element, servers.tensor) if servers is not None else 0,
+        kv_tokens=kv_tokens,
         server_parts_needed=needed,
     )
 
 
-def _standing(rank: _Rank, step: StepLoad, on_gpu: bool) -> dict[str, int]:
-    layout, params, element = rank.layout, rank.num_params, rank.element
+def _standing(rank: _Rank, *, on_gpu: bool) -> dict[str, int]:
+    config, layout, params, element = rank.config, rank.layout, rank.num_params, rank.element
     # Adam's two moments; in bf16 the fp32 weights besides (megatron's Float16OptimizerWithFloat16Params).
     state = params * _FP32 * (3 if element < _FP32 else 2)
-    longest = max(rank.load.num_tokens, rank.load.teacher_tokens)
-    return {
+    standing = {
         "weights": params * element,
         "gradients": params * _FP32,
         "optimizer": -(-state // layout.dp) if layout.distributed_optimizer else state,
-        "reference": params * element * step.has_reference,
-        "sequence gather buffer": longest * rank.shape.hidden * element * layout.sequence,
-        **_embedded(rank, step),
+        "reference": params * element * rank.step.has_reference,
+        "sequence gather buffer": (
+            max(rank.load.num_tokens, rank.load.teacher_tokens) * rank.shape.hidden * element * layout.sequence
+        ),
         "framework": FRAMEWORK_BYTES * on_gpu,
     }
+    if config.train.mode == "rl" and config.rollout.engine == "embedded":
+        # A whole model on every rank, and a slot as long as the longest trajectory for each trajectory.
+        tokens = -(-rank.step.num_trajectories // layout.num_ranks) * config.longest_rollout.num_tokens
+        standing["embedded engine"] = rank.shape.num_params * element
+        standing["embedded KV cache"] = tokens * rank.shape.kv_bytes_per_token(element)
+    return standing
 
 
-def _embedded(rank: _Rank, step: StepLoad) -> dict[str, int]:
-    """The embedded engine: a whole model on every rank, and a slot as long as the longest trajectory per trajectory."""
-    config = rank.config
-    if config.train.mode != "rl" or config.rollout.engine != "embedded":
-        return {}
-    slots = -(-step.num_trajectories // rank.layout.num_trainers)
-    tokens = slots * config.rollout.max_total_tokens
-    return {
-        "embedded engine": rank.shape.num_params * rank.element,
-        "embedded KV cache": tokens * rank.shape.kv_bytes_per_token(rank.element),
-    }
-
-
-def _update(rank: _Rank, step: StepLoad) -> dict[str, dict[str, int]]:
-    """Two moments: all activations and the loss; all activations and a layer on its way back."""
-    load, layer = rank.load, rank.layer(rank.load.num_tokens)
-    # 1F1B: a stage is ahead of its backward pass by the stages behind it.
-    in_flight = min(rank.layout.pp - rank.stage, load.num_microbatches)
-    kept = layer.boundary if rank.layout.recompute else layer.saved
-    activations = in_flight * (rank.num_layers * kept + layer.boundary) + _indices(load)
-    recomputed = layer.saved - layer.boundary if rank.layout.recompute else 0
-    is_whole = rank.shape.is_tied and rank.layout.pp == 1  # the head's gradient waits for the embedding's
+def _update(rank: _Rank) -> dict[str, dict[str, int]]:
+    """Two moments: all activations and the loss; all activations and a layer in its backward pass."""
+    load, layout, layer = rank.load, rank.layout, rank.layer(rank.load.num_tokens)
+    in_flight = min(layout.pp - rank.stage, load.num_microbatches)  # 1F1B: a stage is ahead by those behind it
+    kept = layer.boundary if layout.recompute else layer.saved
+    # Ids and positions (int64), and of each policy row two int64 and three fp32.
+    indices = 16 * load.num_tokens + 28 * load.policy_rows
+    saved = in_flight * (rank.shape.num_layers // layout.pp * kept + layer.boundary) + indices
+    recomputed = layer.saved - layer.boundary if layout.recompute else 0
+    is_whole = rank.shape.is_tied and layout.pp == 1  # the head's gradient waits for the embedding's
     backward = layer.backward + recomputed + rank.head.weight_bytes * is_whole
-    targets = loss_memory.target_bytes(rank.head, load, loss_memory.kept_entries(rank.config.objective)) * rank.is_last
-    common = {"activations": activations, "teacher targets": targets}
+    targets = activations.target_bytes(rank.head, load, kept_entries(rank.config.objective)) * rank.is_last
+    common = {"activations": saved, "teacher targets": targets}
     moments = {"backward": {**common, "one layer's backward": backward}}
     if rank.is_last:
         final_norm = layer.boundary if rank.spec == "local" else 0  # keeps its normalised input besides
-        loss = loss_memory.update_bytes(rank.head, load, rank.layout.chunk_rows, rank.config.objective)
-        moments["loss"] = {**common, "activations": activations + final_norm, "logits": loss}
+        loss = activations.loss_bytes(rank.head, load, layout.chunk_rows, rank.config.objective)
+        moments["loss"] = {**common, "activations": saved + final_norm, "logits": loss}
     return moments
 
 
-def _indices(load: MicrobatchLoad) -> int:
-    """Ids and positions (int64), and what is known of each policy row: two int64, three fp32."""
-    return 16 * load.num_tokens + 28 * load.policy_rows
-
-
-def _readings(rank: _Rank, step: StepLoad) -> dict[str, dict[str, int]]:
-    """Passes without gradient: the teacher's, and that of reference or old policy.
-
-    Each is at its peak in a layer, or behind the last one at the logits: there no layer holds anything any more.
-    """
-    load, chunk = rank.load, rank.layout.chunk_rows
-    topk = loss_memory.kept_entries(rank.config.objective)
+def _passes(rank: _Rank) -> dict[str, dict[str, int]]:
+    """Passes without gradient: the teacher's, and that of the reference or the old policy."""
+    head, load, chunk, topk = rank.head, rank.load, rank.layout.chunk_rows, kept_entries(rank.config.objective)
     moments = {}
     if load.teacher_tokens:
-        targets = loss_memory.target_bytes(rank.head, load, topk) * rank.is_last
+        targets = activations.target_bytes(head, load, topk) * rank.is_last
         earlier = targets * (load.num_microbatches - 1) // load.num_microbatches
-        logits = loss_memory.teacher_bytes(rank.head, load, chunk, topk) * rank.is_last
+        logits = activations.teacher_bytes(head, load, chunk, topk) * rank.is_last
         moments["teacher"] = {**_peak_of_pass(rank, load.teacher_tokens, logits), "teacher targets": earlier}
-    if step.has_reference or step.num_minibatches > 1:
-        logits = loss_memory.reading_bytes(rank.head, load, chunk) * rank.is_last
+    if rank.step.has_reference or rank.step.num_minibatches > 1:
+        logits = activations.logprobs_bytes(head, load, chunk) * rank.is_last
         moments["reference"] = _peak_of_pass(rank, load.num_tokens, logits)
     return moments
 
 
 def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
+    """The peak is in a layer, or after the last one at the logits: by then no layer holds anything."""
     layer = rank.layer(num_tokens)
     sharded = layer.boundary * rank.layout.sequence  # the hidden states before they are gathered
-    before = layer.boundary * (rank.load.num_microbatches > 1)  # the last output is let go when there is a new one
+    before = layer.boundary * (rank.load.num_microbatches > 1)  # the last output stays until there is a new one
     peak = {"activations": layer.forward} if layer.forward > logits else {"logits": logits + sharded}
     return {name: size + before for name, size in peak.items()}
 
 
-def _server_bytes(rank: _Rank, step: StepLoad) -> tuple[int, int, int]:
-    """On one GPU of a server: weights; cache of all its trajectories at once; cache of the longest one."""
-    servers = rank.layout.servers
-    if servers is None:
-        return 0, 0, 0
-    per_token = rank.shape.kv_bytes_per_token(rank.element, servers.tensor)
-    concurrent = -(-step.num_trajectories // servers.num)
-    wanted = int(concurrent * step.workload.student_tokens * per_token)
-    longest = rank.config.longest_rollout.num_tokens * per_token
-    return rank.shape.num_params * rank.element // servers.tensor, max(wanted, longest), longest
-
-
 def _publish(rank: _Rank) -> dict[str, int]:
-    """The largest tensor, gathered; two buckets, being filled and under way (``weight_sync/buckets.py``)."""
+    """The largest tensor, gathered; two buckets, being filled and sent (``weight_sync/buckets.py``)."""
     sglang = rank.config.rollout.sglang
     whole = rank.shape.vocab * rank.shape.hidden * rank.element
     buckets = 0 if sglang.weight_sync == "disk" else 2 * sglang.weight_bucket_mb * 2**20

@@ -1,206 +1,203 @@
-"""A plan as tables on a terminal, and as one JSON object."""
+"""From a configuration and an allocation to a plan: whether it fits, and which layouts of its ranks are faster."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
+from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
+from megatron_sdsearch.config import ParallelConfig, RunConfig
+from megatron_sdsearch.errors import ConfigError, raise_first
+from megatron_sdsearch.model.hf_config import load_hf_config
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
+from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, busiest_rank, plan_memory, readable_size
+from megatron_sdsearch.plan.roofline import HARDWARE, Estimator
+from megatron_sdsearch.plan.workload import Layout, assume, step_load
 
-from megatron_sdsearch.plan.layout import Layout
-from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan
-from megatron_sdsearch.plan.search import Candidate, Planner, readable_size
+_NUM_BETTER = 3
+_WIDTHS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A layout with what it would need.
+
+    Attributes:
+        layout: of the ranks.
+        memory: of the busiest one.
+        phases_s: estimated seconds of a step, uncalibrated; empty on CPU.
+        why_not: what does not fit, in one sentence; None when all does.
+    """
+
+    layout: Layout
+    memory: MemoryPlan
+    phases_s: dict[str, float]
+    why_not: str | None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of all phases, one after the other."""
+        return sum(self.phases_s.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Everything that ``plan`` says.
+    """Result of `plan`.
 
     Attributes:
-        planner: what was asked.
+        estimator: the run, its machine and the assumptions.
+        num_gpus: of the allocation.
         given: the configured layout.
-        better: faster ones that fit.
-        num_steps: of the run.
+        better: at most three layouts of the same ranks that fit, and are faster than ``given`` if that fits, too; none
+            on CPU, where memory alone is planned.
     """
 
-    planner: Planner
+    estimator: Estimator
+    num_gpus: int
     given: Candidate
     better: list[Candidate]
-    num_steps: int
-
-    @classmethod
-    def of(cls, planner: Planner, layout: Layout) -> RunPlan:
-        """Plan ``layout`` and look for better ones."""
-        given = planner.plan(layout)
-        return cls(
-            planner=planner,
-            given=given,
-            better=planner.better_than(given),
-            num_steps=planner.config.train.num_steps,
-        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: bytes, seconds, and the assumptions that they rest on."""
-        gpu = self.planner.machine.gpu
+        """Plain values: bytes, seconds, and the assumptions behind them."""
+        if self.estimator.gpu.is_cpu:
+            return {"memory": _memory_dict(self.given.memory)}
         return {
-            "hardware": {**asdict(gpu), "num_gpus": self.planner.allocation.num_gpus, "headroom": HEADROOM},
-            "assumptions": {
-                "workload": asdict(self.planner.workload),
-                "efficiency": asdict(self.planner.machine.efficiency),
-            },
-            "num_params": self.planner.shape.num_params,
-            "given": self._candidate(self.given),
-            "better": [self._candidate(candidate) for candidate in self.better],
+            "hardware": {**asdict(self.estimator.gpu), "num_gpus": self.num_gpus, "headroom": HEADROOM},
+            "assumptions": {**asdict(self.estimator.assumed), "calibrated": False},
+            "num_params": self.estimator.shape.num_params,
+            "given": self._candidate_dict(self.given),
+            "better": [self._candidate_dict(candidate) for candidate in self.better],
         }
 
-    def _candidate(self, candidate: Candidate) -> dict[str, Any]:
+    def _candidate_dict(self, candidate: Candidate) -> dict[str, Any]:
         return {
-            "layout": asdict(candidate.layout),
+            **asdict(candidate),
             "overrides": candidate.layout.overrides(),
-            "environment": candidate.layout.environment(),
-            "fits": self.planner.fits(candidate),
-            "why_not": self.planner.why_not(candidate),
-            "memory": memory_dict(candidate.memory),
-            "step_s": candidate.time.step_s,
-            "run_hours": candidate.time.step_s * self.num_steps / 3600,
-            "phases_s": {name: dict(parts) for name, parts in candidate.time.phases.items()},
+            "fits": candidate.why_not is None,
+            "memory": _memory_dict(candidate.memory),
+            "step_s": candidate.step_s,
+            "run_hours": self._run_hours(candidate),
         }
 
-    def show(self, console: Console) -> None:
-        """Draw all tables."""
-        console.print(Group(self._memory_table(), self._time_table(), self._layout_table()))
-        why = self.planner.why_not(self.given)
-        if why is not None:
-            console.print(f"[bold red]does not fit[/]: {why}", soft_wrap=True)
-        nothing = "no faster layout of these GPUs fits" if why is None else "no layout of these GPUs fits"
-        console.print(self._commands() or nothing, soft_wrap=True, highlight=False)
-        console.print(_told(self.planner), style="dim")
+    def _run_hours(self, candidate: Candidate) -> float:
+        return candidate.step_s * self.estimator.config.train.num_steps / 3600
 
-    def _memory_table(self) -> Table:
-        memory, gpu = self.given.memory, self.planner.machine.gpu
-        return memory_table(
-            memory, f"busiest rank (stage {memory.stage}), {gpu.name} of {readable_size(gpu.memory_bytes)}"
-        )
-
-    def _time_table(self) -> Table:
-        table = Table(title="Seconds of one step", title_justify="left")
-        table.add_column("phase")
-        table.add_column("s", justify="right")
-        table.add_column("of which")
-        for name, parts in self.given.time.phases.items():
-            told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items() if seconds >= 0.05)
-            table.add_row(name, f"{sum(parts.values()):.1f}", told)
-        table.add_section()
-        hours = self.given.time.step_s * self.num_steps / 3600
-        table.add_row("step", f"{self.given.time.step_s:.1f}", f"{hours:.1f} h for {self.num_steps} steps")
-        return table
-
-    def _layout_table(self) -> Table:
-        title = f"Layouts of {self.planner.allocation.num_gpus} GPUs: the configured one, and faster ones that fit"
-        table = Table(title=title, title_justify="left")
-        for column in ("", "TP x PP x DP", "recompute", "tokens", "servers", "memory", "fits", "s a step"):
-            table.add_column(column)
-        for name, candidate in self._named():
-            layout = candidate.layout
-            table.add_row(
-                name,
-                f"{layout.tp} x {layout.pp} x {layout.dp}" + (" sequence" if layout.sequence else ""),
-                "full" if layout.recompute else "none",
-                str(layout.max_tokens),
-                _servers(layout),
-                readable_size(candidate.memory.total_bytes),
-                "yes" if self.planner.fits(candidate) else "no",
-                f"{candidate.time.step_s:.1f}",
-            )
-        return table
-
-    def _named(self) -> list[tuple[str, Candidate]]:
-        return [("given", self.given), *((str(i + 1), each) for i, each in enumerate(self.better))]
-
-    def _commands(self) -> str:
-        """What to add to the command line, without what is configured already."""
-        changes = [_changes(self.given.layout, candidate.layout) for candidate in self.better]
-        return "\n".join(f"{i + 1}: {' '.join(change)}" for i, change in enumerate(changes))
+    def to_text(self) -> str:
+        """Lines for people: the memory by parts, the time by phases, and the settings of better layouts."""
+        given, memory, gpu, config = self.given, self.given.memory, self.estimator.gpu, self.estimator.config
+        standing, peak = sum(memory.standing.values()), memory.peak_moment
+        rows = {
+            **memory.standing,
+            **{f"{peak}: {name}": size for name, size in memory.moments[peak].items()},
+            "peak": memory.total_bytes,
+            **{
+                f"at {name!r}": standing + sum(memory.moments[name].values()) for name in memory.moments if name != peak
+            },
+            **{f"server's GPU: {name}": size for name, size in memory.server.items()},
+        }
+        owner = "one process"
+        if not gpu.is_cpu:
+            owner = f"the busiest rank (stage {memory.stage}), {gpu.name} of {readable_size(gpu.memory_bytes)}"
+        lines = [f"Memory of {owner}", *(f"  {name:32}{readable_size(size):>12}" for name, size in rows.items())]
+        if gpu.is_cpu:
+            return "\n".join(lines)
+        if given.why_not is not None:
+            lines.append(f"does not fit: {given.why_not}")
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in given.phases_s.items())
+        lines.append(f"uncalibrated: {given.step_s:.1f} s a step, {self._run_hours(given):.1f} h for the run; {phases}")
+        for number, candidate in enumerate(self.better, 1):
+            changes = [each for each in candidate.layout.overrides() if each not in given.layout.overrides()]
+            size = readable_size(candidate.memory.total_bytes)
+            lines.append(f"{number}: {' '.join(changes)} ({size}, {candidate.step_s:.1f} s a step)")
+        if not self.better:
+            lines.append(f"no {'faster ' if given.why_not is None else ''}layout of these ranks fits")
+        assumed = ", ".join(f"{name} {value:g}" for name, value in asdict(self.estimator.assumed).items())
+        by_search = "; the teacher reads a block and a sequence for each search"
+        lines.append(f"assumed: {assumed}{by_search if config.hindsight.content == 'documents' else ''}")
+        return "\n".join([*lines, "Nothing of this was measured on a GPU."])
 
 
-def _changes(given: Layout, layout: Layout) -> list[str]:
-    """Nodes for servers are said wherever there are any: whoever submits the job has to say them again."""
-    has_nodes = layout.servers is not None and layout.servers.own_nodes > 0
-    environment = layout.environment() if has_nodes or layout.environment() != given.environment() else []
-    return [*environment, *(each for each in layout.overrides() if each not in given.overrides())]
+def plan_config(
+    config: RunConfig, allocation: Allocation, hardware: str | None = None, assumptions: Sequence[str] = ()
+) -> RunPlan:
+    """Plan a run of the model in ``model.hf_dir``, of which config.json is read.
 
+    Args:
+        config: of the run.
+        allocation: nodes and GPUs; with ``hardware="cpu"``, processes instead of GPUs.
+        hardware: a name of ``HARDWARE``, or ``cpu``; by default h100, or cpu where ``model.dtype`` is float32.
+        assumptions: ``name=value``, see ``assume``.
 
-def _servers(layout: Layout) -> str:
-    servers = layout.servers
-    if servers is None:
-        return "embedded"
-    place = f"on {servers.own_nodes} of the nodes" if servers.own_nodes else servers.place
-    return f"{servers.num} x {servers.tensor} {place}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessPlan:
-    """Everything that ``plan`` says where there are no GPUs.
-
-    Attributes:
-        memory: of the busiest process.
+    Raises:
+        ConfigError: the model is not supported, or see ``plan_run``.
     """
-
-    memory: MemoryPlan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: bytes."""
-        return {"memory": memory_dict(self.memory)}
-
-    def show(self, console: Console) -> None:
-        """Draw the table."""
-        console.print(memory_table(self.memory, "one process"))
+    shape = ModelShape.from_hf_config(load_hf_config(config.model.hf_dir))
+    default = "cpu" if config.model.dtype == "float32" else "h100"
+    return plan_run(config, shape, allocation, hardware=hardware or default, assumptions=assumptions)
 
 
-def memory_dict(memory: MemoryPlan) -> dict[str, Any]:
-    """A memory plan as plain values."""
-    return {
-        "stage": memory.stage,
-        "total_bytes": memory.total_bytes,
-        "peak_moment": memory.peak_moment,
-        "standing": dict(memory.standing),
-        "moments": {name: dict(parts) for name, parts in memory.moments.items()},
-        "server": dict(memory.server),
-        "kv_tokens": memory.kv_tokens,
-    }
+def plan_run(
+    config: RunConfig, shape: ModelShape, allocation: Allocation, *, hardware: str, assumptions: Sequence[str] = ()
+) -> RunPlan:
+    """Plan the configured layout, and look for better ones.
+
+    Raises:
+        ConfigError: the layout does not fit the model or the allocation, or a name or a value is unknown.
+    """
+    if hardware not in HARDWARE:
+        raise ConfigError("--hardware", f"{hardware!r} is not known", f"use one of {', '.join(HARDWARE)}")
+    gpu, assumed = HARDWARE[hardware], assume(config, assumptions)
+    estimator = Estimator(
+        config=config,
+        shape=shape,
+        assumed=assumed,
+        step=step_load(config, assumed),
+        gpu=gpu,
+        gpus_per_node=allocation.gpus_per_node,
+    )
+    if gpu.is_cpu:
+        allocation = replace(allocation, gpus_per_node=0, ranks_per_node=allocation.gpus_per_node)
+    raise_first([*layout_problems(shape, config.parallel), *allocation_problems(config, allocation)])
+    roles = assign_roles(config, allocation)
+    given, best = plan_layout(estimator, Layout.from_config(config, roles)), dict[tuple[int, int], Candidate]()
+    limit = given.step_s if given.why_not is None else float("inf")
+    for layout in () if gpu.is_cpu else other_layouts(config, shape, given.layout, roles.ranks_per_node):
+        candidate = plan_layout(estimator, layout)
+        # Of layouts that differ in token budget, recomputation or optimizer alone, the fastest stands for all.
+        fastest = best.get((layout.tp, layout.pp))
+        if candidate.why_not is None and candidate.step_s < (fastest.step_s if fastest is not None else limit):
+            best[layout.tp, layout.pp] = candidate
+    better = sorted(best.values(), key=lambda candidate: candidate.step_s)[:_NUM_BETTER]
+    num_gpus = allocation.num_nodes * allocation.gpus_per_node
+    return RunPlan(estimator=estimator, num_gpus=num_gpus, given=given, better=better)
 
 
-def memory_table(memory: MemoryPlan, title: str) -> Table:
-    """What stands there, the peak, and how far the other moments stay below it."""
-    title = f"Memory: {title}"
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column("part")
-    table.add_column("bytes", justify="right")
-    _add_rows(table, memory.standing)
-    table.add_section()
-    _add_rows(table, memory.moments[memory.peak_moment], prefix=f"{memory.peak_moment}: ")
-    table.add_section()
-    table.add_row("peak", readable_size(memory.total_bytes))
-    standing = sum(memory.standing.values())
-    for name, parts in memory.moments.items():
-        if name != memory.peak_moment:
-            table.add_row(f"at {name!r}", readable_size(standing + sum(parts.values())))
-    if memory.server:
-        table.add_section()
-        _add_rows(table, memory.server, prefix="server's GPU: ")
-    return table
+def plan_layout(estimator: Estimator, layout: Layout) -> Candidate:
+    """Plan memory and, on GPUs, time of one layout, and say what does not fit."""
+    gpu, step = estimator.gpu, estimator.step
+    gpu_bytes = None if gpu.is_cpu else gpu.memory_bytes
+    memory = busiest_rank(plan_memory(estimator.config, estimator.shape, layout, step=step, gpu_bytes=gpu_bytes))
+    if gpu_bytes is None:
+        return Candidate(layout=layout, memory=memory, phases_s={}, why_not=None)
+    phases_s = estimator.phases(layout, memory.kv_tokens)
+    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=memory.why_not(gpu_bytes))
 
 
-def _add_rows(table: Table, parts: Mapping[str, int], prefix: str = "") -> None:
-    for name, size in parts.items():
-        table.add_row(prefix + name, readable_size(size))
+def other_layouts(config: RunConfig, shape: ModelShape, given: Layout, ranks_per_node: int) -> Iterator[Layout]:
+    """Every layout of the same ranks that the model can be divided by; tensor-parallel ranks stay on one node."""
+    least = config.longest_sequence.num_tokens  # must fit a row
+    budgets = {least, given.max_tokens // 2, given.max_tokens, 2 * given.max_tokens}
+    for tp, pp in product(_WIDTHS, range(1, shape.num_layers + 1)):
+        sizes = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        if ranks_per_node % tp or given.num_ranks % (tp * pp) or layout_problems(shape, sizes):
+            continue
+        base = replace(given, tp=tp, pp=pp, dp=given.num_ranks // (tp * pp), sequence=tp > 1)
+        for recompute, budget, is_sharded in product((False, True), sorted(budgets), (False, True)):
+            if budget >= least and (base.dp > 1 or not is_sharded):
+                yield replace(base, recompute=recompute, max_tokens=budget, distributed_optimizer=is_sharded)
 
 
-def _told(planner: Planner) -> str:
-    lengths = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.workload).items())
-    shares = ", ".join(f"{name} {value:g}" for name, value in asdict(planner.machine.efficiency).items())
-    if planner.config.hindsight.content == "documents":
-        lengths += "; a block and a teacher sequence for each search"
-    return f"assumed lengths: {lengths}\nassumed efficiency: {shares}\nNothing of this was measured on a GPU."
+def _memory_dict(memory: MemoryPlan) -> dict[str, Any]:
+    return {**asdict(memory), "total_bytes": memory.total_bytes, "peak_moment": memory.peak_moment}

@@ -1,195 +1,258 @@
-"""How long trajectories are: the assumptions that everything per step rests on, and the counts that follow."""
+"""What a step asks of the GPUs: the layout of its ranks, lengths of its trajectories, and its largest microbatch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
+from megatron_sdsearch.allocation import Roles, Servers
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
+from megatron_sdsearch.errors import ConfigError
 
+# Share of each configured budget that a mean trajectory uses. An assumption: no recipe of ours was measured.
 DEFAULT_FILL = 0.5
-"""Share of each configured budget that a mean trajectory uses; nobody has measured it for a recipe of ours."""
-DEFAULT_QUERY_TOKENS = 16.0
-"""Between the search tags: a dozen words."""
+_QUERY_TOKENS = 16.0  # between the search tags: a dozen words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """Means over trajectories; all are assumptions until a run's metrics replace them.
+class Layout:
+    """What may be chosen without changing what is learned.
 
     Attributes:
-        prompt_tokens: of the question with its instructions.
+        tp, pp, dp: tensor, pipeline and data parallel sizes; their product is the number of ranks.
+        sequence: sequence parallel.
+        recompute: keep layer inputs alone (``model.recompute=full``).
+        max_tokens: limit of a microbatch.
+        chunk_rows: rows of logits that exist at one time.
+        distributed_optimizer: optimizer state is sharded over data-parallel ranks.
+        servers: None with the embedded engine, and without rollouts.
+    """
+
+    tp: int
+    pp: int
+    dp: int
+    sequence: bool
+    recompute: bool
+    max_tokens: int
+    chunk_rows: int
+    distributed_optimizer: bool
+    servers: Servers | None
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of torchrun."""
+        return self.tp * self.pp * self.dp
+
+    @classmethod
+    def from_config(cls, config: RunConfig, roles: Roles) -> Layout:
+        """Read the configured layout, whose sizes divide the ranks."""
+        parallel = config.parallel
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        return cls(
+            tp=tp,
+            pp=pp,
+            dp=roles.world_size // (tp * pp),
+            sequence=parallel.sequence_parallel,
+            recompute=config.model.recompute == "full",
+            max_tokens=config.train.max_tokens_per_microbatch,
+            chunk_rows=config.model.logits_chunk_tokens,
+            distributed_optimizer=parallel.distributed_optimizer,
+            servers=roles.servers,
+        )
+
+    def overrides(self) -> list[str]:
+        """Settings of the ranks as ``key=value`` of the command line."""
+        return [
+            f"parallel.tensor_model_parallel_size={self.tp}",
+            f"parallel.pipeline_model_parallel_size={self.pp}",
+            f"parallel.sequence_parallel={str(self.sequence).lower()}",
+            f"parallel.distributed_optimizer={str(self.distributed_optimizer).lower()}",
+            f"model.recompute={'full' if self.recompute else 'none'}",
+            f"train.max_tokens_per_microbatch={self.max_tokens}",
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """Means over trajectories, shares of a GPU's peaks, and times. No run on GPUs was measured: `--assume` changes any.
+
+    Attributes:
+        prompt_tokens: the question with its instructions.
         searches: per trajectory.
         response_tokens: per generation; there is one more generation than searches.
         observation_tokens: per search.
         query_tokens: per search, the distilled ones.
-        block_tokens: of the hindsight block; with ``hindsight.content=documents``, of one search's.
+        block_tokens: the hindsight block; with ``hindsight.content=documents``, that of one search.
         search_s: seconds that a trajectory waits for one search.
+        training: share of peak FLOPS in matrix products. Megatron-LM reports 41 % to 48 % end to end on H100 for 2B to
+            462B parameters; short packed sequences and a model of 3B stay at its lower end.
+        memory: share of peak bandwidth while decoding.
+        links: share of NVLink and network.
+        decode_step_s: seconds of one decoding step beside reading memory: launches, scheduling, sampling.
+        tail: the step ends with its longest trajectory, which is so many times as long as the mean.
     """
 
     prompt_tokens: float
     searches: float
     response_tokens: float
     observation_tokens: float
-    query_tokens: float = DEFAULT_QUERY_TOKENS
-    block_tokens: float = 0.0
+    query_tokens: float
+    block_tokens: float
     search_s: float = 0.5
+    training: float = 0.40
+    memory: float = 0.60
+    links: float = 0.70
+    decode_step_s: float = 3e-3
+    tail: float = 1.5
 
-    @classmethod
-    def of(cls, config: RunConfig, *, fill: float = DEFAULT_FILL) -> Workload:
-        """Every budget of ``rollout`` and ``hindsight`` filled to the same share."""
-        rollout, is_distilled = config.rollout, config.is_distilling
-        block = fill * config.hindsight.max_block_tokens
-        if config.hindsight.content == "documents":  # one observation, unless it is cut
-            block = min(fill * rollout.max_observation_tokens, config.hindsight.max_block_tokens)
-        return cls(
-            prompt_tokens=fill * rollout.max_prompt_tokens,
-            searches=fill * rollout.max_turns,
-            response_tokens=fill * rollout.max_response_tokens,
-            observation_tokens=fill * rollout.max_observation_tokens,
-            query_tokens=min(DEFAULT_QUERY_TOKENS, fill * rollout.max_response_tokens),
-            block_tokens=block * is_distilled,
-        ).within(rollout.max_total_tokens)
 
-    def within(self, max_total_tokens: int) -> Workload:
-        """The same with fewer searches where a trajectory would outgrow its limit."""
-        per_search = self.response_tokens + self.observation_tokens
-        room = max_total_tokens - self.prompt_tokens - self.response_tokens
-        if self.searches * per_search <= room or per_search == 0:
-            return self
-        return replace(self, searches=max(0.0, room / per_search))
+_SHARES_AND_RATES = ("training", "memory", "links", "decode_step_s", "tail")  # never 0
 
-    @property
-    def generated_tokens(self) -> float:
-        """Sampled in one trajectory."""
-        return (self.searches + 1) * self.response_tokens
 
-    @property
-    def observed_tokens(self) -> float:
-        """Put into one trajectory by the search engine."""
-        return self.searches * self.observation_tokens
+def assume(config: RunConfig, texts: Sequence[str] = ()) -> Assumptions:
+    """Fill every budget of ``rollout`` and ``hindsight`` to the same share, but for what ``name=value`` texts say.
 
-    @property
-    def student_tokens(self) -> float:
-        """One trajectory."""
-        return self.prompt_tokens + self.generated_tokens + self.observed_tokens
+    ``fill=value`` is another share than ``DEFAULT_FILL``. There are fewer searches where a trajectory would outgrow
+    ``rollout.max_total_tokens``.
 
-    @property
-    def distilled_tokens(self) -> float:
-        """Query tokens of one trajectory."""
-        return self.searches * self.query_tokens
-
-    @property
-    def teacher_tokens(self) -> float:
-        """One trajectory as the teacher reads it: longer by the block, cut after the last query."""
-        if self.block_tokens == 0 or self.searches == 0:
-            return 0.0
-        after = self.observation_tokens + self.response_tokens
-        return self.student_tokens - after + self.block_tokens
-
-    @property
-    def document_teacher_tokens(self) -> float:
-        """One trajectory as the teacher reads it search by search, each time up to the search's query, all together.
-
-        ``hindsight.content=documents``: docs/adr/0007-current-step-documents.md.
-        """
-        if self.block_tokens == 0:
-            return 0.0
-        first = self.prompt_tokens + self.block_tokens + self.response_tokens
-        per_search = self.response_tokens + self.observation_tokens
-        return self.searches * (first + max(0.0, self.searches - 1) / 2 * per_search)
+    Raises:
+        ConfigError: a name is unknown, or a value is no number, or out of range.
+    """
+    field, names, given = "--assume", {each.name for each in fields(Assumptions)} | {"fill"}, dict[str, float]()
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names:
+            raise ConfigError(field, f"{name!r} is not known", f"use one of {', '.join(sorted(names))}")
+        try:
+            given[name] = float(value)
+        except ValueError as error:
+            raise ConfigError(field, f"{text!r} is not name=number", "write e.g. response_tokens=200") from error
+        limit = 1.0 if name == "fill" else sys.float_info.max
+        if not 0 <= given[name] <= limit or (given[name] == 0 and name in _SHARES_AND_RATES):
+            raise ConfigError(field, f"{text!r} is out of range", "give a positive number, of fill at most 1")
+    fill, rollout, max_block = given.pop("fill", DEFAULT_FILL), config.rollout, config.hindsight.max_block_tokens
+    block = fill * max_block
+    if config.hindsight.content == "documents":  # one observation, unless it is cut
+        block = min(fill * rollout.max_observation_tokens, max_block)
+    default = Assumptions(
+        prompt_tokens=fill * rollout.max_prompt_tokens,
+        searches=fill * rollout.max_turns,
+        response_tokens=fill * rollout.max_response_tokens,
+        observation_tokens=fill * rollout.max_observation_tokens,
+        query_tokens=min(_QUERY_TOKENS, fill * rollout.max_response_tokens),
+        block_tokens=block * config.is_distilling,
+    )
+    assumed = replace(default, **given)
+    per_search = assumed.response_tokens + assumed.observation_tokens
+    room = rollout.max_total_tokens - assumed.prompt_tokens - assumed.response_tokens
+    if assumed.searches * per_search > room:
+        return replace(assumed, searches=max(0.0, room / per_search))
+    return assumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLoad:
-    """What one step does, over all ranks.
+    """What one step does, over all ranks: an RL step that distils, or an update of a warm start.
 
     Attributes:
-        workload: the trajectories' lengths.
-        num_trajectories: of the step.
-        num_minibatches: optimizer updates of it.
-        is_distilled: a teacher reads them.
-        has_reference: a reference model reads them.
-        longest_documents: most tokens that the teacher reads of one trajectory, a sequence for each search; 0 where it
-            reads one sequence.
+        num_trajectories: trajectories of the step, or its demonstrations.
+        num_minibatches: optimizer updates.
+        has_reference: a reference model reads the trajectories.
+        student_tokens: mean length of a trajectory.
+        generated_tokens: sampled ones of these.
+        distilled_tokens: query tokens of these.
+        teacher_tokens: mean tokens that the teacher reads of a trajectory; 0 when nothing is distilled.
+        longest_documents: most tokens that the teacher reads of a trajectory search by search; 0 where it reads one
+            sequence.
     """
 
-    workload: Workload
     num_trajectories: int
     num_minibatches: int
-    is_distilled: bool
     has_reference: bool
+    student_tokens: float
+    generated_tokens: float
+    distilled_tokens: float
+    teacher_tokens: float = 0.0
     longest_documents: int = 0
 
-    @classmethod
-    def of(cls, config: RunConfig, workload: Workload) -> StepLoad:
-        """Of an RL step once the distillation has begun, or of one update of a warm start."""
-        if config.train.mode == "warm_start":
-            return cls(
-                workload=workload,
-                num_trajectories=config.train.demonstrations_per_step,
-                num_minibatches=1,
-                is_distilled=False,
-                has_reference=False,
-            )
-        num = config.data.questions_per_step * config.rollout.group_size
-        return cls(
-            workload=workload,
-            num_trajectories=num,
-            num_minibatches=config.updates_per_step,
-            is_distilled=config.is_distilling and workload.teacher_tokens > 0,
-            has_reference=config.objective.kl_coef > 0,
-            longest_documents=_longest_documents(config) if config.hindsight.content == "documents" else 0,
-        )
 
-    @property
-    def teacher_tokens(self) -> float:
-        """Of one trajectory, in all sequences that the teacher reads of it."""
-        if not self.is_distilled:
-            return 0.0
-        return self.workload.document_teacher_tokens if self.longest_documents else self.workload.teacher_tokens
+def step_load(config: RunConfig, lengths: Assumptions) -> StepLoad:
+    """Count trajectories and tokens of a step.
 
-    @property
-    def teacher_sequences(self) -> float:
-        """That the teacher reads of one trajectory."""
-        return max(1.0, self.workload.searches) if self.longest_documents else 1.0
-
-    def num_microbatches(self, layout: Layout) -> int:
-        """Of one rank's minibatch: rows are filled by the longer of the two readings."""
-        per_trajectory = max(self.workload.student_tokens, self.teacher_tokens)
-        per_rank = math.ceil(self.num_trajectories / self.num_minibatches / layout.dp)
-        return max(1, math.ceil(per_rank / max(1, layout.max_tokens // max(1.0, per_trajectory))))
-
-    def largest_microbatch(self, layout: Layout, *, distills_all: bool) -> MicrobatchLoad:
-        """A full row of which every token is the policy's: no batch can ask for more logits.
-
-        The teacher's row is longer where the sequences of one trajectory are: they stay together (``packing.py``).
-        """
-        workload = self.workload
-        share = 1.0 if distills_all else workload.distilled_tokens / max(1.0, workload.generated_tokens)
-        alignment = layout.tp if layout.sequence else 1
-        num_tokens = layout.max_tokens // alignment * alignment
-        return MicrobatchLoad(
-            num_tokens=num_tokens,
-            policy_rows=num_tokens,
-            query_rows=math.ceil(share * num_tokens) if self.is_distilled else 0,
-            teacher_tokens=max(num_tokens, _aligned(self.longest_documents, alignment)) if self.is_distilled else 0,
-            num_microbatches=self.num_microbatches(layout),
-        )
+    The teacher's sequence is a trajectory up to its last query, behind the block. With ``hindsight.content=documents``
+    it reads one for each search, up to that search's query (docs/adr/0007-current-step-documents.md).
+    """
+    rollout, is_rl = config.rollout, config.train.mode == "rl"
+    per_search = lengths.response_tokens + lengths.observation_tokens
+    generated = (lengths.searches + 1) * lengths.response_tokens
+    student = lengths.prompt_tokens + generated + lengths.searches * lengths.observation_tokens
+    load = StepLoad(
+        num_trajectories=(
+            config.data.questions_per_step * rollout.group_size if is_rl else config.train.demonstrations_per_step
+        ),
+        num_minibatches=config.updates_per_step,
+        has_reference=is_rl and config.objective.kl_coef > 0,
+        student_tokens=student,
+        generated_tokens=generated,
+        distilled_tokens=lengths.searches * lengths.query_tokens,
+    )
+    if not config.is_distilling or not lengths.block_tokens or not lengths.searches:
+        return load
+    if config.hindsight.content != "documents":
+        return replace(load, teacher_tokens=student - per_search + lengths.block_tokens)
+    first = lengths.prompt_tokens + lengths.block_tokens + lengths.response_tokens
+    # All budgets full: up to its i-th query a trajectory has i responses and i - 1 observations. A block's header is as
+    # long as an observation's tags.
+    most, turn = rollout.max_total_tokens, rollout.max_response_tokens + rollout.max_observation_tokens
+    block = min(rollout.max_observation_tokens, config.hindsight.max_block_tokens)
+    to_first_query = rollout.max_prompt_tokens + rollout.max_response_tokens
+    return replace(
+        load,
+        teacher_tokens=lengths.searches * (first + max(0.0, lengths.searches - 1) / 2 * per_search),
+        longest_documents=sum(min(to_first_query + i * turn, most) + block for i in range(rollout.max_turns)),
+    )
 
 
-def _aligned(num_tokens: int, alignment: int) -> int:
-    return -(-num_tokens // alignment) * alignment
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicrobatchLoad:
+    """The largest microbatch of a rank.
+
+    Attributes:
+        num_tokens: T of the student's row, padding included.
+        policy_rows: N, tokens of the policy's loss.
+        query_rows: Q of them, distilled ones.
+        teacher_tokens: T of the teacher's row; 0 when nothing is distilled.
+        num_microbatches: of a rank's minibatch; all of their teacher targets live at one time.
+    """
+
+    num_tokens: int
+    policy_rows: int
+    query_rows: int
+    teacher_tokens: int
+    num_microbatches: int
 
 
-def _longest_documents(config: RunConfig) -> int:
-    """All budgets full: up to its i-th query a trajectory has i responses and i - 1 observations."""
-    rollout = config.rollout
-    per_search = rollout.max_response_tokens + rollout.max_observation_tokens
-    first = rollout.max_prompt_tokens + rollout.max_response_tokens
-    students = (min(first + i * per_search, rollout.max_total_tokens) for i in range(rollout.max_turns))
-    block = min(
-        rollout.max_observation_tokens, config.hindsight.max_block_tokens
-    )  # its header is an observation's tags
-    return sum(student + block for student in students)
+def largest_microbatch(config: RunConfig, layout: Layout, step: StepLoad) -> MicrobatchLoad:
+    """Fill a row to its limit with the policy's tokens: no batch can ask for more logits.
+
+    Rows are filled by the longer of a trajectory's two readings. The teacher's row is longer where the sequences of one
+    trajectory are: they stay in one row (``packing.py``).
+    """
+    is_distilled = step.teacher_tokens > 0
+    share = step.distilled_tokens / max(1.0, step.generated_tokens)
+    if config.objective.distill_positions == "all":
+        share = 1.0
+    alignment = layout.tp if layout.sequence else 1
+    num_tokens = layout.max_tokens // alignment * alignment
+    teacher_tokens = max(num_tokens, math.ceil(step.longest_documents / alignment) * alignment)
+    per_row = max(1, layout.max_tokens // max(1.0, step.student_tokens, step.teacher_tokens))
+    per_rank = math.ceil(step.num_trajectories / step.num_minibatches / layout.dp)
+    return MicrobatchLoad(
+        num_tokens=num_tokens,
+        policy_rows=num_tokens,
+        query_rows=math.ceil(share * num_tokens) if is_distilled else 0,
+        teacher_tokens=teacher_tokens if is_distilled else 0,
+        num_microbatches=max(1, math.ceil(per_rank / per_row)),
+    )

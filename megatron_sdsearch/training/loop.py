@@ -13,23 +13,25 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from megatron_sdsearch.allocation import Allocation, allocation_problems
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples, demonstration_sample
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.demonstrations import DemonstrationSampler, check_profile, read_demonstrations
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import DataError, raise_first
+from megatron_sdsearch.errors import raise_first
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.hindsight.block import build_hindsight, skip_hindsight
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.loss.objective import supervised_loss
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
-from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
+from megatron_sdsearch.model.hf_config import length_problems, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
+from megatron_sdsearch.model.hf_weights import check_weights
 from megatron_sdsearch.model.megatron_folder import forbid_pickles
+from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -121,10 +123,10 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     forbid_pickles()
     config.check_files()
     hf_config = load_hf_config(config.model.hf_dir)
-    check_layout(hf_config, config.parallel)
-    check_lengths(hf_config, config)
+    raise_first(layout_problems(ModelShape.from_hf_config(hf_config), config.parallel))
+    raise_first(length_problems(hf_config, config))
     raise_first(own_server_problems(config, hf_config))
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
+    raise_first(allocation_problems(config, Allocation.from_environment(torch.cuda.device_count())))
     # Rank 0 checks for all before the process groups exist: it fails as each of them does for a wrong setting.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
@@ -181,11 +183,8 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
 
 def _describe_model(config: RunConfig, hf_config: PretrainedConfig) -> str:
     source = config.model.megatron_dir or config.model.hf_dir
-    try:
-        size = f"{SafetensorsFolder(config.model.hf_dir).num_parameters / 1e6:,.1f} M parameters, "
-    except DataError:  # with model.megatron_dir the folder need not hold weights; else loading them says more
-        size = ""
-    return f"{hf_config.model_type}, {size}{config.model.dtype}, from {source}"
+    size = ModelShape.from_hf_config(hf_config).num_params / 1e6
+    return f"{hf_config.model_type}, {size:,.1f} M parameters, {config.model.dtype}, from {source}"
 
 
 def _reinforce(run: _Run) -> int:

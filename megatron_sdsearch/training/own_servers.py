@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 
 import torch
 
+from megatron_sdsearch.allocation import servers_on_node
 from megatron_sdsearch.config import RunConfig, SGLangConfig
 from megatron_sdsearch.errors import ConfigError, EngineError, raise_first
 from megatron_sdsearch.files import write_file
@@ -146,8 +147,7 @@ def _on_this_node(config: RunConfig) -> RunConfig:
     if num_gpus and num_gpus < sglang.tp_size:
         problem = f"{sglang.tp_size} GPUs of a server, and this node has {num_gpus}"
         raise ConfigError("rollout.sglang.tp_size", problem, "lower it")
-    num_servers = num_gpus // sglang.tp_size if num_gpus else sglang.num_servers
-    here = sglang.model_copy(update={"urls": (), "num_servers": num_servers})
+    here = sglang.model_copy(update={"urls": (), "num_servers": servers_on_node(sglang, num_gpus)})
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": here})})
 
 

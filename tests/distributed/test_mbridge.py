@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.model.hf_config import load_hf_config, padded_vocab_size
+from megatron_sdsearch.model.hf_config import load_hf_config
+from megatron_sdsearch.model.shape import padded_vocab_size
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.training.policy import Network
 from tests.distributed.launch import run_distributed

@@ -16,13 +16,13 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from megatron_sdsearch.allocation import Allocation, assign_roles
 from megatron_sdsearch.batching.packing import Minibatch, TrainBatch, pack
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.model.hf_config import ARCHITECTURES
+from megatron_sdsearch.model.shape import ModelShape
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
-from megatron_sdsearch.plan.memory import MemoryPlan, plan_memory, plan_stages
-from megatron_sdsearch.plan.shape import ModelShape
+from megatron_sdsearch.plan.memory import MemoryPlan, plan_memory
+from megatron_sdsearch.plan.workload import Layout, MicrobatchLoad
 from megatron_sdsearch.records import TeacherPrompt, TrainingSample
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.updates import minibatch_losses, teacher_targets
@@ -78,9 +78,9 @@ def _make_model(folder: Path, family: str) -> None:
 def _sample(index: int) -> TrainingSample:
     """A prompt, a query, and other sampled tokens: almost every row is the policy's."""
     random = np.random.default_rng(index)
-    kind = np.ones(LENGTH, dtype=np.int64)
-    kind[:PROMPT], kind[PROMPT : PROMPT + QUERY] = 0, 2
-    token_ids, shifted = random.integers(0, VOCAB, LENGTH), np.append(kind[1:], 0)
+    token_class = np.ones(LENGTH, dtype=np.int64)
+    token_class[:PROMPT], token_class[PROMPT : PROMPT + QUERY] = 0, 2
+    token_ids, shifted = random.integers(0, VOCAB, LENGTH), np.append(token_class[1:], 0)
     return TrainingSample(
         sample_id=str(index),
         token_ids=token_ids,
@@ -215,11 +215,9 @@ def _plans(folder: Path, case: Case, world_size: int, load: MicrobatchLoad) -> l
     """Of every rank: a stage has the next half of the ranks, or all ranks are alike."""
     config = _config(folder, case)
     hf_config = CONFIGS[case["family"]].from_pretrained(folder / case["family"])  # type: ignore[attr-defined]
-    shape = ModelShape.of(hf_config, ARCHITECTURES[case["family"]])
-    layout = Layout.of(config, world_size)
-    stages = plan_stages(config, shape, layout, load=load)
-    busiest = plan_memory(config, shape, layout, load=load)
-    assert busiest.total_bytes == max(plan.total_bytes for plan in stages)
+    shape = ModelShape.from_hf_config(hf_config)
+    layout = Layout.from_config(config, assign_roles(config, Allocation(gpus_per_node=0, ranks_per_node=world_size)))
+    stages = plan_memory(config, shape, layout, load=load)
     return [stages[rank * layout.pp // world_size] for rank in range(world_size)]
 
 

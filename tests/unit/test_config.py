@@ -463,20 +463,6 @@ def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> 
         sglang_config(tmp_path, command=[]).check_files()
 
 
-@pytest.mark.parametrize("sglang", [{"colocated": True}, {"tp_size": 2}])
-def test_what_needs_gpus_is_refused_without(tmp_path: Path, sglang: dict[str, Any]) -> None:
-    config = sglang_config(tmp_path, **sglang)
-    with pytest.raises(ConfigError) as caught:
-        config.check_world(1, has_gpu=False)
-    assert caught.value.field == f"rollout.sglang.{next(iter(sglang))}"
-    parse_config(merged(config.model_dump(), {"rollout.engine": "embedded"})).check_world(1, has_gpu=False)
-    parse_config(merged(config.model_dump(), {"model.dtype": "bfloat16"})).check_world(1, has_gpu=True)
-
-
-def test_attached_servers_may_have_gpus_where_the_trainer_has_none(tmp_path: Path) -> None:
-    sglang_config(tmp_path, tp_size=2, urls=["http://a:1"]).check_world(1, has_gpu=False)
-
-
 def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
     write(tmp_path / "model/config.json")
     paths = {"model.hf_dir": str(tmp_path / "model"), "train.demonstrations": str(tmp_path / "d.jsonl")}
@@ -486,49 +472,6 @@ def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
     assert caught.value.field == "train.demonstrations"
     write(tmp_path / "d.jsonl")
     config.check_files()
-
-
-@given(tensor=st.integers(1, 4), pipeline=st.integers(1, 4), world_size=st.integers(1, 16))
-def test_the_layout_has_to_divide_the_processes(tensor: int, pipeline: int, world_size: int) -> None:
-    config = parse_config(
-        merged(RL, {"parallel.tensor_model_parallel_size": tensor, "parallel.pipeline_model_parallel_size": pipeline})
-    )
-    if world_size % (tensor * pipeline) == 0:
-        config.check_world(world_size, has_gpu=False)
-        return
-    with pytest.raises(ConfigError) as caught:
-        config.check_world(world_size, has_gpu=False)
-    assert caught.value.field == "parallel.tensor_model_parallel_size"
-    assert f"= {tensor * pipeline} does not divide the {world_size} started processes" in str(caught.value)
-    assert f"--nproc-per-node a multiple of {tensor * pipeline}" in caught.value.fix
-
-
-def test_the_distributed_optimizer_is_for_gpus() -> None:
-    config = parse_config(merged(RL, {"parallel.distributed_optimizer": True, "model.dtype": "float32"}))
-    with pytest.raises(ConfigError, match="checkpoints would be wrong") as caught:
-        config.check_world(2, has_gpu=False)
-    assert caught.value.field == "parallel.distributed_optimizer"
-    parse_config(merged(config.model_dump(), {"model.dtype": "bfloat16"})).check_world(2, has_gpu=True)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layers_of_torch_take_either_dtype_on_a_gpu(dtype: str) -> None:
-    config = parse_config(merged(RL, {"model.dtype": dtype, "model.layer_spec": "local"}))
-    config.check_world(1, has_gpu=True)
-    without = parse_config(merged(config.model_dump(), {"model.layer_spec": "transformer_engine"}))
-    with pytest.raises(ConfigError) as caught:
-        without.check_world(1, has_gpu=False)
-    assert caught.value.field == "model.layer_spec"
-
-
-@pytest.mark.parametrize(("value", "has_gpu", "fix"), [("bfloat16", False, "float32"), ("float32", True, "bfloat16")])
-def test_the_dtype_has_to_suit_the_hardware(value: str, has_gpu: bool, fix: str) -> None:
-    config = parse_config(merged(RL, {"model.dtype": value}))
-    config.check_world(1, has_gpu=not has_gpu)
-    with pytest.raises(ConfigError) as caught:
-        config.check_world(1, has_gpu=has_gpu)
-    assert caught.value.field == "model.dtype"
-    assert f"model.dtype={fix}" in caught.value.fix
 
 
 @pytest.mark.parametrize(

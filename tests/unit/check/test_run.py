@@ -228,13 +228,13 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "nodes have 2",
         "lower it",
     ),
-    ((*SGLANG,), {"num_nodes": 2}, "error", "rollout.sglang.urls", "127.0.0.1", "name yours here"),
+    ((*SGLANG,), {"num_nodes": 2}, "error", "SDSEARCH_SGLANG_NODES", "127.0.0.1", "rollout.sglang.urls"),
     (
         (*SGLANG, BF16),
         {"gpus_per_node": 4, "ranks_per_node": 4},
         "error",
         "rollout.sglang.num_servers",
-        "servers get none",
+        "more than the 0 of 4",
         "fewer",
     ),
     (

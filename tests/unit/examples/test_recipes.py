@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
+from megatron_sdsearch.allocation import Allocation, allocation_problems
 from megatron_sdsearch.config import RunConfig, flatten, load_config
+from megatron_sdsearch.model.shape import ModelShape
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ("sd_search", "autorefine", "grpo_search_r1")
@@ -145,7 +148,13 @@ def test_the_table_of_ablations_is_the_papers() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_machine_has_gpus_for_ranks_and_servers(recipe: str, model: str, machine: Machine) -> None:
     config = load(recipe, *MODELS[model])
-    config.check_world(machine.num_ranks, has_gpu=True)
+    allocation = Allocation(
+        num_nodes=machine.num_nodes,
+        gpus_per_node=GPUS_PER_NODE,
+        num_sglang_nodes=machine.num_sglang_nodes,
+        ranks_per_node=machine.ranks_per_node,
+    )
+    assert allocation_problems(config, allocation) == []
     sglang = config.rollout.sglang
     if machine.num_sglang_nodes:
         num_sampling = machine.num_sglang_nodes * GPUS_PER_NODE  # as many servers as their GPUs hold
@@ -162,12 +171,7 @@ def test_every_machine_has_gpus_for_ranks_and_servers(recipe: str, model: str, m
 
 
 def num_parameters(shape: dict[str, Any]) -> int:
-    """Of a Qwen2: embeddings, attention with biases on q, k and v, a gated MLP, norms."""
-    h, f = shape["hidden_size"], shape["intermediate_size"]
-    kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = 2 * h * h + h + 2 * (h * kv + kv) + 3 * h * f + 2 * h
-    num_embeddings = 1 if shape["tie_word_embeddings"] else 2
-    return int(shape["num_hidden_layers"] * layer + h + num_embeddings * shape["vocab_size"] * h)
+    return ModelShape.from_hf_config(Qwen2Config(**shape)).num_params
 
 
 @pytest.mark.parametrize(("shape", "billions"), [(SHAPE_3B, 3.09), (SHAPE_7B, 7.62)])

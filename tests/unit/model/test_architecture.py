@@ -16,10 +16,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from megatron_sdsearch.config import ModelConfig, ParallelConfig
+from megatron_sdsearch.config import ModelConfig
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.model.architecture import PackedAttention, RMSNorm, transformer_config
-from megatron_sdsearch.model.hf_config import check_layout, head_dim, load_hf_config, padded_vocab_size
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
 
 # megatron warns of an option that it sets itself.
@@ -153,72 +153,6 @@ def test_key_value_heads_that_no_group_shares_are_refused(tmp_path: Path) -> Non
 def test_biases_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="attention_bias"):
         load_hf_config(write_config(tmp_path, qwen3(attention_bias=True)))
-
-
-# Layouts
-
-
-@given(tensor=st.integers(1, 8), pipeline=st.integers(1, 8))
-def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline: int) -> None:
-    hf_config = Qwen2Config(**SIZES | {"num_key_value_heads": 6})
-    divides = 6 % tensor == 0 and 96 % tensor == 0 and 4 % pipeline == 0
-    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    if divides:
-        check_layout(hf_config, layout)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check_layout(hf_config, layout)
-    assert caught.value.field == (
-        "parallel.pipeline_model_parallel_size"
-        if 6 % tensor == 0 and 96 % tensor == 0
-        else "parallel.tensor_model_parallel_size"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "layout", "message"),
-    [
-        (
-            {"num_attention_heads": 6, "num_key_value_heads": 6},
-            {"tensor_model_parallel_size": 4},
-            "4 does not divide .* num_attention_heads = 6",
-        ),
-        (
-            {"num_attention_heads": 12, "num_key_value_heads": 6},
-            {"tensor_model_parallel_size": 4},
-            "4 is neither divisor nor multiple of .* num_key_value_heads = 6",
-        ),
-        ({"intermediate_size": 95}, {"tensor_model_parallel_size": 2}, "2 .* intermediate_size = 95"),
-        ({"num_hidden_layers": 4}, {"pipeline_model_parallel_size": 3}, "3 .* num_hidden_layers = 4"),
-    ],
-)
-def test_a_layout_that_does_not_divide_names_both_figures(
-    changes: dict[str, Any], layout: dict[str, int], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        check_layout(Qwen2Config(**SIZES | changes), ParallelConfig.model_validate(layout))
-    assert caught.value.field == f"parallel.{next(iter(layout))}"
-    assert caught.value.fix.startswith("choose ")
-
-
-@pytest.mark.parametrize(("heads", "tensor"), [(1, 4), (2, 4), (4, 4), (8, 4)])
-def test_key_value_heads_may_be_fewer_than_ranks(heads: int, tensor: int) -> None:
-    check_layout(
-        Qwen2Config(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": heads}),
-        ParallelConfig(tensor_model_parallel_size=tensor),
-    )
-
-
-@given(vocab_size=st.integers(1, 300_000), tp_size=st.integers(1, 16))
-def test_the_padded_vocabulary_is_the_smallest_that_divides(vocab_size: int, tp_size: int) -> None:
-    padded = padded_vocab_size(vocab_size, tp_size)
-    assert padded % tp_size == 0
-    assert vocab_size <= padded < vocab_size + tp_size
-
-
-def test_head_dim_is_the_configured_one_or_follows_from_the_width() -> None:
-    assert head_dim(Qwen3Config(**SIZES, head_dim=16)) == 16
-    assert head_dim(Qwen2Config(**SIZES)) == 8
 
 
 # megatron's config

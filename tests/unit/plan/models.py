@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from megatron_sdsearch.allocation import Allocation, assign_roles
 from megatron_sdsearch.config import RunConfig, parse_config
-from megatron_sdsearch.model.hf_config import ARCHITECTURES
-from megatron_sdsearch.plan.shape import ModelShape
+from megatron_sdsearch.model.shape import ModelShape
+from megatron_sdsearch.plan.workload import Layout
 
 QWEN_3B = Qwen2Config(
     vocab_size=151936,
@@ -57,7 +58,12 @@ MODELS: dict[str, PretrainedConfig] = {
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    return ModelShape.of(config, ARCHITECTURES[config.model_type])
+    return ModelShape.from_hf_config(config)
+
+
+def layout_of(config: RunConfig, num_ranks: int = 8) -> Layout:
+    """The configured layout on one node."""
+    return Layout.from_config(config, assign_roles(config, Allocation(gpus_per_node=8, ranks_per_node=num_ranks)))
 
 
 def run(**sections: dict[str, Any]) -> RunConfig:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import ObjectiveConfig
-from megatron_sdsearch.plan.activations import LayerBytes
-from megatron_sdsearch.plan.layout import Layout, MicrobatchLoad
-from megatron_sdsearch.plan.loss_memory import HeadSize, target_bytes, update_bytes
-from megatron_sdsearch.plan.memory import FRAMEWORK_BYTES, HEADROOM, MemoryPlan, plan_memory, plan_stages
-from megatron_sdsearch.plan.workload import StepLoad, Workload
-from tests.unit.plan.models import QWEN_3B, QWEN_7B, run, shape_of
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig
+from megatron_sdsearch.model.shape import ModelShape
+from megatron_sdsearch.plan.activations import HeadSize, layer_bytes, loss_bytes, target_bytes
+from megatron_sdsearch.plan.memory import FRAMEWORK_BYTES, HEADROOM, MemoryPlan, busiest_rank
+from megatron_sdsearch.plan.memory import plan_memory as plan_stages
+from megatron_sdsearch.plan.workload import Layout, MicrobatchLoad, assume, largest_microbatch, step_load
+from tests.unit.plan.models import QWEN_3B, QWEN_7B, layout_of, run, shape_of
 
 GPU = 79 * 2**30
 LOAD = MicrobatchLoad(num_tokens=100, policy_rows=8, query_rows=4, teacher_tokens=120, num_microbatches=3)
@@ -23,11 +23,19 @@ HEAD = HeadSize(columns=10, hidden=4, element=4)
 
 
 def _layout(**changes: Any) -> Layout:
-    return replace(Layout.of(run(), 8), **changes)
+    return replace(layout_of(run()), **changes)
+
+
+def plan_memory(config: RunConfig, shape: ModelShape, layout: Layout, gpu_bytes: int | None = None) -> MemoryPlan:
+    return busiest_rank(plan_stages(config, shape, layout, gpu_bytes=gpu_bytes))
 
 
 def _plan(layout: Layout, gpu_bytes: int = GPU, **sections: dict[str, Any]) -> MemoryPlan:
     return plan_memory(run(**sections), shape_of(QWEN_3B), layout, gpu_bytes=gpu_bytes)
+
+
+def _load(config: RunConfig, layout: Layout) -> MicrobatchLoad:
+    return largest_microbatch(config, layout, step_load(config, assume(config)))
 
 
 def test_a_bf16_rank_holds_eighteen_bytes_a_weight_and_two_more_for_the_reference() -> None:
@@ -57,7 +65,7 @@ def test_the_distributed_optimizer_cuts_its_state_by_the_replicas() -> None:
 
 def test_a_transformer_engine_layer_by_hand() -> None:
     shape = shape_of(QWEN_3B)
-    layer = LayerBytes.of(shape, "te", 1000, tp=2, sequence=True, element=2)
+    layer = layer_bytes(shape, "te", 1000, tp=2, sequence=True, element=2)
     hidden, gated, query, key = 2048, 11008 // 2, 2048 // 2, 256 // 2
     attention = (query + 2 * key) + query + key + query + 4 * 128  # qkv, rotated q and k, output, rotary
     per_token = 4 * hidden // 2 * 2 + attention * 2 + 4 * 8 + 5 * gated * 2
@@ -68,7 +76,7 @@ def test_a_transformer_engine_layer_by_hand() -> None:
 def test_ranks_that_share_a_key_head_hold_one_each_and_the_whole_projection() -> None:
     shape = shape_of(QWEN_3B)  # two key heads
     two, four = (
-        LayerBytes.of(shape, "te", 1, tp=tp, sequence=False, element=2).saved
+        layer_bytes(shape, "te", 1, tp=tp, sequence=False, element=2).saved
         - 2 * (4 * 2048 + 4 * 128 + 5 * 11008 // tp)
         - 4 * 16 // tp
         for tp in (2, 4)
@@ -80,12 +88,12 @@ def test_ranks_that_share_a_key_head_hold_one_each_and_the_whole_projection() ->
 def test_the_loss_by_hand() -> None:
     objective = ObjectiveConfig(topk=2)
     # One chunk: 8 rows of hidden states; logits, the picked rows' gradient, the new one; three fp32 blocks.
-    assert update_bytes(HEAD, LOAD, 8, objective) == 8 * 16 + 3 * 8 * 40 + 3 * 8 * 40
+    assert loss_bytes(HEAD, LOAD, 8, objective) == 8 * 16 + 3 * 8 * 40 + 3 * 8 * 40
     # Chunks of 4: hidden states and their gradient, the head's gradient, and the same of 4 rows.
-    assert update_bytes(HEAD, LOAD, 4, objective) == 2 * 100 * 16 + 10 * 16 + 6 * 4 * 40
+    assert loss_bytes(HEAD, LOAD, 4, objective) == 2 * 100 * 16 + 10 * 16 + 6 * 4 * 40
     # Nothing is distilled: no picked rows.
     without = replace(LOAD, query_rows=0)
-    assert update_bytes(HEAD, without, 8, objective) == 8 * 16 + 5 * 8 * 40
+    assert loss_bytes(HEAD, without, 8, objective) == 8 * 16 + 5 * 8 * 40
 
 
 def test_targets_are_ids_and_logprobs_or_whole_logits_of_all_microbatches() -> None:
@@ -104,7 +112,7 @@ def test_stages_ahead_of_the_others_hold_more_microbatches() -> None:
 
 def test_the_embedded_engine_is_a_whole_model_on_every_rank_whatever_tp() -> None:
     config = run(rollout={"engine": "embedded"}, parallel={"tensor_model_parallel_size": 2})
-    plan = plan_memory(config, shape_of(QWEN_3B), Layout.of(config, 8), gpu_bytes=GPU)
+    plan = plan_memory(config, shape_of(QWEN_3B), layout_of(config), gpu_bytes=GPU)
     assert plan.standing["embedded engine"] == 2 * 3_085_938_688
     assert plan.standing["embedded KV cache"] == 160 * 6656 * 36_864
 
@@ -115,7 +123,7 @@ def test_colocated_servers_are_cut_to_what_the_trainer_leaves_and_others_are_not
     assert colocated.moments["rollout"]["server weights"] == 2 * 3_085_938_688
     assert sum(colocated.standing.values()) + sum(colocated.moments["rollout"].values()) <= GPU * (1 - HEADROOM)
     assert layout.servers is not None
-    beside = _plan(replace(layout, servers=replace(layout.servers, place="beside")))
+    beside = _plan(replace(layout, servers=replace(layout.servers, placement="beside")))
     assert beside.kv_tokens > colocated.kv_tokens
     assert "rollout" not in beside.moments
     assert beside.server["server weights"] == 2 * 3_085_938_688
@@ -123,7 +131,7 @@ def test_colocated_servers_are_cut_to_what_the_trainer_leaves_and_others_are_not
 
 def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
     config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tp_size": 4, "urls": ["http://a:1"]}})
-    plan = plan_memory(config, shape_of(QWEN_7B), Layout.of(config, 8), gpu_bytes=GPU)
+    plan = plan_memory(config, shape_of(QWEN_7B), layout_of(config), gpu_bytes=GPU)
     assert plan.server["server weights"] == 2 * 7_615_616_512 // 4
     assert plan.kv_tokens == pytest.approx(plan.server["KV cache"] * 4 / shape_of(QWEN_7B).kv_bytes_per_token(2), abs=1)
 
@@ -132,7 +140,7 @@ def test_a_server_of_several_gpus_holds_a_share_of_weights_and_heads() -> None:
 def test_ranks_that_share_a_key_head_cache_it_each(tensor: int, share: int) -> None:
     config = run(rollout={"engine": "sglang", "sglang": {"num_servers": 1, "tp_size": tensor, "urls": ["http://a:1"]}})
     shape = shape_of(QWEN_3B)  # two key heads
-    plan = plan_memory(config, shape, Layout.of(config, 8), gpu_bytes=GPU)
+    plan = plan_memory(config, shape, layout_of(config), gpu_bytes=GPU)
     assert plan.kv_tokens == plan.server["KV cache"] // (shape.kv_bytes_per_token(2) // share)
 
 
@@ -143,20 +151,20 @@ def test_the_layers_are_those_of_the_configured_spec() -> None:
     )
     assert auto == engine
     tokens = _layout().max_tokens
-    layer = LayerBytes.of(shape_of(QWEN_3B), "local", tokens, tp=1, sequence=False, element=2)
+    layer = layer_bytes(shape_of(QWEN_3B), "local", tokens, tp=1, sequence=False, element=2)
     assert local == 36 * layer.saved + layer.boundary + (16 + 28) * tokens
     assert local > auto
 
 
 def test_with_documents_the_teachers_row_holds_all_sequences_of_the_longest_trajectory() -> None:
     config = run(hindsight={"content": "documents"})
-    step, layout = StepLoad.of(config, Workload.of(config)), _layout(max_tokens=8704)
+    layout = _layout(max_tokens=8704)
     students = (2560, 3584, 4608, 5632, 6656)  # up to each of five queries, all budgets full
-    load = step.largest_microbatch(layout, distills_all=False)
+    load = _load(config, layout)
     assert load.teacher_tokens == sum(students) + 5 * 512
     assert load.num_tokens == 8704
     # A mean one has 4,800 tokens, and fills a row; with one block of siblings it has 3,072, and a row holds two.
-    assert load.num_microbatches == 2 * StepLoad.of(run(), Workload.of(run())).num_microbatches(layout)
+    assert load.num_microbatches == 2 * _load(run(), layout).num_microbatches
     several = _plan(layout, hindsight={"content": "documents"}).moments["teacher"]
     assert several["activations"] > _plan(layout).moments["teacher"]["activations"]
 
@@ -165,9 +173,9 @@ def test_what_does_not_fit_does_not() -> None:
     plan = _plan(_layout())
     assert plan.peak_moment == "loss"
     assert plan.total_bytes == sum(plan.parts.values())
-    assert not plan.fits(GPU)
-    assert plan.fits(int(plan.total_bytes / (1 - HEADROOM)) + 1)
-    assert not plan.fits(int(plan.total_bytes / (1 - HEADROOM)) - 1)
+    assert plan.why_not(GPU) is not None
+    assert plan.why_not(int(plan.total_bytes / (1 - HEADROOM)) + 1) is None
+    assert plan.why_not(int(plan.total_bytes / (1 - HEADROOM)) - 1) is not None
 
 
 layouts = st.builds(
@@ -190,7 +198,7 @@ def _update(layout: Layout) -> int:
 
 
 @given(layout=layouts)
-def test_nobody_needs_less_for_more(layout: Layout) -> None:
+def test_more_work_never_needs_less_memory(layout: Layout) -> None:
     total = _update(layout)
     assert _update(replace(layout, max_tokens=2 * layout.max_tokens)) > total
     assert _update(replace(layout, distributed_optimizer=True)) < total
