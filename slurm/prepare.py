@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sdsearch.check.cluster import ClusterOptions
+
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.check.run import run_checks
-from megatron_sdsearch.check.world import GivenWorld
-from megatron_sdsearch.config import RunConfig, load_config
-from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError
+from megatron_sdsearch.config import RunConfig, load_config, world_problems
+from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError, raise_problems
 from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
 
@@ -109,7 +110,7 @@ def assign_roles(config: RunConfig, given: Allocation) -> Roles:
     is_colocated = config.samples_from_sglang and config.rollout.sglang.colocated
     train = given.num_nodes if is_colocated else given.num_nodes - serve
     ranks = _ranks_per_node(given, config.num_own_server_gpus if serve == 0 else 0)
-    config.check_world(train * ranks, has_gpu=given.num_gpus > 0)
+    raise_problems(world_problems(config, train * ranks, has_gpu=given.num_gpus > 0))
     return Roles(train=train, serve=serve, ranks=ranks)
 
 
@@ -190,14 +191,14 @@ def has_errors(config: Path, overrides: Sequence[str], given: Allocation, roles:
 
     The search engine is asked with the run's own client and patience. Servers that are not there yet are not asked.
     """
-    world = GivenWorld(
+    options = ClusterOptions(
         device="gpu" if given.num_gpus else "cpu",
         num_nodes=given.num_nodes,
         gpus_per_node=given.num_gpus,
         ranks_per_node=roles.ranks,
         num_sglang_nodes=given.num_sglang_nodes,
     )
-    report = run_checks(config, overrides, given=world, is_online=True)
+    report = run_checks(config, overrides, options=options, is_online=True)
     for finding in report.findings:
         if finding.severity is not Severity.NOTE:
             told = f"check: {finding.severity}: {finding.field}: {finding.problem}; {finding.fix}"

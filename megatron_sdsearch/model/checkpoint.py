@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import CheckpointError, raise_first
+from megatron_sdsearch.errors import CheckpointError, raise_problems
 from megatron_sdsearch.files import free_words
 from megatron_sdsearch.model.background_write import BackgroundWrite, describe, plan_write
 from megatron_sdsearch.model.checkpoint_folder import (
@@ -194,7 +194,7 @@ class CheckpointStore:
         if folder is None:
             return TrainingState(step=0)
         manifest = read_manifest(folder)
-        raise_first(continuation_problems(folder, manifest, self._config))
+        raise_problems(continuation_problems(folder, manifest, self._config))
         self._check_inputs(folder, manifest)
         has_moments = bool(manifest.get("has_moments", True))
         content = _content(self._policy, self._parallel, is_loading=True, has_moments=has_moments)

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_sdsearch.config import ParallelConfig, RunConfig, no_model
-from megatron_sdsearch.errors import ConfigError, raise_first
+from megatron_sdsearch.errors import ConfigError, raise_problems
 from megatron_sdsearch.file_kinds import refuse_other_kind
 
 
@@ -58,7 +58,7 @@ def load_hf_config(hf_dir: Path) -> PretrainedConfig:
         ConfigError: the family is not supported, or uses a feature that would be computed wrongly.
     """
     config = read_hf_config(hf_dir)
-    raise_first(refusals(config))
+    raise_problems(refusals(config))
     return config
 
 
@@ -153,7 +153,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
     Raises:
         ConfigError: naming the parallel size and the model's figure that it does not divide.
     """
-    raise_first(layout_problems(hf_config, parallel))
+    raise_problems(layout_problems(hf_config, parallel))
 
 
 def is_layout(hf_config: PretrainedConfig, tensor: int, pipeline: int) -> bool:
@@ -192,18 +192,14 @@ def _shares(num_key_value_heads: int, tensor: int) -> bool:
     return num_key_value_heads % tensor == 0 or tensor % num_key_value_heads == 0
 
 
-def check_lengths(hf_config: PretrainedConfig, config: RunConfig) -> None:
-    """The longest sequence of the run has positions in the model.
-
-    Raises:
-        ConfigError: ``RunConfig.longest_sequence`` is longer.
-    """
-    longest, max_positions = config.longest_sequence, hf_config.max_position_embeddings
-    if config.train.mode == "rl" and longest.num_tokens > max_positions:
-        raise ConfigError(
+def length_problems(hf_config: PretrainedConfig, config: RunConfig) -> Iterator[ConfigError]:
+    """List the one problem that the run's longest sequence has more tokens than the model has positions."""
+    (longest, settings), num_positions = config.longest_sequence, hf_config.max_position_embeddings
+    if config.train.mode == "rl" and longest > num_positions:
+        yield ConfigError(
             "rollout.max_total_tokens",
-            f"{longest.settings} makes {longest.num_tokens} tokens, the model has {max_positions} positions",
-            f"lower {longest.settings.replace(' + ', ' or ')}",
+            f"{settings} makes {longest} tokens, the model has {num_positions} positions",
+            f"lower {settings.replace(' + ', ' or ')}",
         )
 
 

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.config import RunConfig, world_problems
+from megatron_sdsearch.errors import ConfigError, raise_problems
 from megatron_sdsearch.model.hf_config import ARCHITECTURES, check_layout, is_layout, load_hf_config
 from megatron_sdsearch.plan.allocation import Allocation, check_sglang_nodes, servers_in
 from megatron_sdsearch.plan.hardware import Efficiency, hardware_of
@@ -74,7 +74,7 @@ def plan_run(
     machine = Machine(gpu=hardware_of(hardware), gpus_per_node=allocation.gpus_per_node, efficiency=efficiency)
     servers = servers_in(config, allocation)
     trainers = allocation.num_trainers(servers)
-    config.check_world(trainers, has_gpu=True)
+    raise_problems(world_problems(config, trainers, has_gpu=True))
     planner = Planner(
         config=config,
         shape=shape,
@@ -96,7 +96,7 @@ def plan_on_cpu(
     """
     check_sglang_nodes(servers_of(config), allocation)
     processes = (allocation.num_nodes - allocation.num_sglang_nodes) * allocation.gpus_per_node
-    config.check_world(processes, has_gpu=False)
+    raise_problems(world_problems(config, processes, has_gpu=False))
     workload, _ = assume(config, assumptions)
     return plan_memory(config, shape, Layout.of(config, processes), workload=workload)
 

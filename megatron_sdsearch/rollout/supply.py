@@ -7,7 +7,6 @@ which groups complete nor the number of processes changes what a place asks. Run
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,15 +76,14 @@ def supply_of(
 
     Args:
         sampler: of the run.
-        rollout: ``group_size``, ``oversample`` and ``max_refills`` are read.
+        rollout: ``group_size`` and ``max_refills`` are read.
         step: 0-based.
         rank: of this process among those that roll out.
         world_size: how many do; they share places out in turn.
     """
     batch = sampler.batch(step)
     num_groups = len(range(rank, len(batch), world_size))
-    # 1.1 * 10 is a little more than 11 in floating point.
-    num_begun = math.ceil(rollout.oversample * num_groups - 1e-9)
+    num_begun = num_groups
 
     def draw(place: int, attempt: int) -> Draw:
         question, num_before = _question_at(sampler, batch, step, rollout.max_refills, place, attempt)

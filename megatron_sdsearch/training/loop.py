@@ -12,28 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import RunConfig, setting_warnings
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import DataError, raise_first
+from megatron_sdsearch.errors import DataError, raise_problems
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
-from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
-from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
+from megatron_sdsearch.model.hf_weights import SafetensorsFolder
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
-from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
-from megatron_sdsearch.training.policy import Network, Policy, starting_weights
-from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
+from megatron_sdsearch.training.policy import Network, Policy
+from megatron_sdsearch.training.preflight import read_files, start_problems
+from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
@@ -95,25 +94,18 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     """
     start = time.monotonic()
     forbid_pickles()
-    config.check_files()
-    hf_config = load_hf_config(config.model.hf_dir)
-    check_layout(hf_config, config.parallel)
-    check_lengths(hf_config, config)
-    raise_first(own_server_problems(config, hf_config))
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available())
-    # Rank 0 speaks for all, before they meet: it fails as each of them does for a wrong setting.
+    raise_problems(start_problems(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()))
+    # Rank 0 alone reads files whole, before the ranks meet.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
-    tensors, source = starting_weights(config.model, hf_config)
-    check_weights(tensors, hf_config, source)
-    check_questions(config)
+    raise_problems(read_files(config).problems)
     with RunLock(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
             for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
                 (config.run_dir / name).unlink(missing_ok=True)
             write_run_record(config)
-            display.say(f"model: {_model_words(config, hf_config)}; device: {_device_words()}")
+            display.say(f"model: {_model_words(config)}; device: {_device_words()}")
         return _train(config, start, display, was_finished=was_finished)
 
 
@@ -160,13 +152,13 @@ def _agreed_run_date(config: RunConfig, parallel: ParallelState) -> date:
     return dates[0]
 
 
-def _model_words(config: RunConfig, hf_config: PretrainedConfig) -> str:
+def _model_words(config: RunConfig) -> str:
     source = config.model.megatron_dir or config.model.hf_dir
     try:
         size = f"{SafetensorsFolder(config.model.hf_dir).num_parameters / 1e6:,.1f} M parameters, "
     except DataError:  # with model.megatron_dir the folder need not hold weights; else loading them says more
         size = ""
-    return f"{hf_config.model_type}, {size}{config.model.dtype}, from {source}"
+    return f"{load_hf_config(config.model.hf_dir).model_type}, {size}{config.model.dtype}, from {source}"
 
 
 def _device_words() -> str:
@@ -180,7 +172,7 @@ def _begin(config: RunConfig, saving: Saving, parallel: ParallelState, display: 
         begins = f"continues from step {loaded.step}" if loaded.step else "begins at step 0"
         changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
         display.say(f"{begins} of {config.train.num_steps}{changed}")
-        if (problem := config.saving_problem()) is not None:
+        for problem in setting_warnings(config):
             _log.warning("%s", problem)
     return loaded.step
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.evaluation import require_sampled
 from megatron_sdsearch.hindsight.block import build_hindsight
@@ -20,7 +20,6 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.query_probe import ProbeParams, ProbeResult, merge, probe_queries
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
-from megatron_sdsearch.rollout.checks import check_prompts
 from megatron_sdsearch.rollout.collector import Collected, RolloutCollector, RolloutLosses
 from megatron_sdsearch.rollout.supply import supply_of
 from megatron_sdsearch.tokenization.renderer import Renderer
@@ -55,24 +54,6 @@ class StepRollouts:
             for group, blocks in self.groups
             for trajectory, block in zip(group.trajectories, blocks, strict=True)
         )
-
-
-def check_questions(config: RunConfig) -> None:
-    """Of the questions that a run trains on and is judged by, at least one each fits ``rollout.max_prompt_tokens``.
-
-    Raises:
-        ConfigError: of one of the two files none does.
-        DataError: a file or the tokenizer is malformed.
-    """
-    if config.train.mode != "rl":
-        return
-    profile = get_profile(config.data.prompt_profile)
-    renderer = Renderer.from_folder(config.model.hf_dir, profile=profile, arguments=config.data.chat_template_arguments)
-    files = {"data.train": config.data.train, "data.heldout": config.data.heldout if config.evaluation.every else None}
-    for field, path in files.items():
-        if path is not None:
-            number = config.evaluation.num_questions if field == "data.heldout" else None
-            check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
 
 
 class DistributedRollouts:

@@ -116,6 +116,14 @@ def test_a_wrong_command_line_exits_2_with_its_usage(config: Path, arguments: tu
     assert done.stderr.startswith("Usage: ")
 
 
+def raised(error: BaseException) -> BaseException:
+    """With a traceback."""
+    try:
+        raise error
+    except BaseException as caught:  # noqa: BLE001
+        return caught
+
+
 class Left(Exception):
     """Stands for the end of the process."""
 
@@ -128,15 +136,12 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proce
         raise Left(code)
 
     def failure(rank: int, error: BaseException, *, is_first: bool = True) -> ProcessFailure:
-        def work() -> None:
-            raise error
-
         path = tmp_path / f"error_{rank}.json"
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
         monkeypatch.setattr(cli, "_exit", leave)
         monkeypatch.setattr(cli, "_is_first_to_fail", lambda: is_first)
         with pytest.raises(Left) as left:
-            cli._run(work)
+            cli._fail(raised(error), failure=1)
         return ProcessFailure(local_rank=rank, pid=1, exitcode=left.value.args[0], error_file=str(path))
 
     return failure

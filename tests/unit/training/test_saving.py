@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.config import RunConfig, parse_config, setting_warnings
 from megatron_sdsearch.training.saving import SaveSchedule
 
 
@@ -80,6 +80,6 @@ def test_the_first_ranks_clock_decides_for_all(first: bool, steps: list[int]) ->
     ],
 )
 def test_a_run_that_would_lose_everything_is_a_problem(checkpoint: dict[str, Any], is_saved: bool) -> None:
-    problem = config(**checkpoint).saving_problem()
-    assert (problem is None) == is_saved
-    assert problem is None or "before the end of 100 steps" in problem.problem
+    problems = [p for p in setting_warnings(config(**checkpoint)) if p.field == "checkpoint.every_minutes"]
+    assert bool(problems) != is_saved
+    assert all("before the end of 100 steps" in problem.problem for problem in problems)
