@@ -40,21 +40,11 @@ _TSV = FileKind("TSV", "tab-separated text (TSV)", "write each row as a JSON obj
 _UTF16 = FileKind("UTF-16", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8")
 _UTF32 = FileKind("UTF-32", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8")
 _HTML = FileKind(
-    "HTML",
-    "an HTML or XML page, most likely what a failed download left",
-    "download the file itself (on the hub the link with /resolve/, not /blob/)",
+    "HTML", "an HTML or XML page, as failed downloads leave", "fetch the file itself (on the hub /resolve/, not /blob/)"
 )
 _TAR = FileKind("tar", "a tar archive", "unpack it: tar xf")
-_LFS = FileKind(
-    "LFS pointer",
-    "a git LFS pointer, not the file itself",
-    "fetch the file with git lfs pull, or download it again",
-)
-_PARQUET = FileKind(
-    "parquet",
-    "a parquet file",
-    "name it .parquet (questions, passages) or write its rows as JSON Lines (demonstrations)",
-)
+_LFS = FileKind("LFS pointer", "a git LFS pointer, not the file itself", "fetch the file with git lfs pull")
+_PARQUET = FileKind("parquet", "a parquet file", "name it .parquet, or write demonstrations as JSON Lines")
 
 _BY_MAGIC = {
     b"version https://git-lfs.github.com/spec/": _LFS,

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sdsearch.check.cluster import ClusterOptions
-
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.check.run import run_checks
+from megatron_sdsearch.check.run_under_test import ClusterOptions
 from megatron_sdsearch.config import RunConfig, load_config, world_problems
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError, raise_problems
 from megatron_sdsearch.files import write_file

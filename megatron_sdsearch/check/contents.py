@@ -27,13 +27,14 @@ _NUM_PASSAGES = 200
 def check_contents(run: RunUnderTest) -> Iterator[Finding]:
     """Questions, demonstrations, the corpus's first rows, model and tokenizer; that one cannot be read is known."""
     config, files = run.config, run.files
+    per_step = config.data.questions_per_step if run.is_rl else config.train.demonstrations_per_step
+    for field, rows in {"data.train": files.train, "train.demonstrations": files.demonstrations}.items():
+        if rows:
+            passes = config.train.num_steps * per_step / len(rows)
+            yield note(field, f"{len(rows):,} rows; the run reads each {passes:.3g} times")
     for field, questions in {"data.train": files.train, "data.heldout": files.heldout}.items():
-        yield from _questions(field, questions)
+        yield from _answers(field, questions)
     yield from _overlap(files.train, files.heldout)
-    if files.demonstrations:
-        passes = config.train.num_steps * config.train.demonstrations_per_step / len(files.demonstrations)
-        problem = f"{len(files.demonstrations):,} demonstrations; the run reads each {passes:.3g} times"
-        yield note("train.demonstrations", problem)
     yield from _model(run)
     if files.renderer is not None and run.is_rl:
         yield from _prompts(config, files.renderer, "data.train", files.train)
@@ -43,11 +44,7 @@ def check_contents(run: RunUnderTest) -> Iterator[Finding]:
     yield from _corpus(run)
 
 
-def _questions(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
-    if not questions:
-        return
-    datasets = sorted({question.dataset for question in questions if question.dataset})
-    yield note(field, f"{len(questions):,} questions" + (f" of {', '.join(datasets[:8])}" if datasets else ""))
+def _answers(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
     # SQuAD's normalisation leaves nothing of an answer such as "The", which is then compared as it is written.
     bare = [q for q in questions if not any(normalize_answer(gold) for gold in q.gold_answers)]
     if bare:
@@ -76,20 +73,14 @@ def _model(run: RunUnderTest) -> Iterator[Finding]:
     hf_config, renderer, field = run.files.hf_config, run.files.renderer, "model.hf_dir"
     if hf_config is None or renderer is None:
         return
-    num_in_front = 0 if renderer.has_template else len(renderer.prompt_ids(""))
-    own_tokens = f" behind {num_in_front} token(s) of the tokenizer's own" if num_in_front else ""
-    raw = f"raw text{own_tokens}: it has no chat template"
-    how = "one user message of its chat template" if renderer.has_template else raw
+    how = "one user message of its chat template" if renderer.has_template else "raw text: it has no chat template"
     yield note(field, f"{hf_config.model_type}; prompts ({run.config.data.prompt_profile}) are {how}")
     action = parse_action(renderer.token_bytes.of(renderer.encode_own("<search> capital of France 1998 </search>")))
-    if action.argument and not action.query_positions:
-        yield warning(
-            field,
-            "every token of a search's query shares characters with a tag: there is nothing to distil at",
-            "add the tags to the tokenizer as ordinary (not special) tokens",
-        )
+    if not action.query_positions:
+        problem = "every token of a search's query shares characters with a tag: there is nothing to distil at"
+        yield warning(field, problem, "add the tags to the tokenizer as ordinary (not special) tokens")
     configured = getattr(hf_config, "eos_token_id", None)
-    eos_ids = set(configured) if isinstance(configured, list) else {configured} - {None}
+    eos_ids: set[int] = set(configured if isinstance(configured, list) else () if configured is None else (configured,))
     if not renderer.eos_ids:
         problem = "no end-of-sequence token is known: only tags and budgets end a generation"
         yield warning(field, problem, "set eos_token")

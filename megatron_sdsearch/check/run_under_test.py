@@ -13,6 +13,11 @@ import torch
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.training.preflight import RunFiles
 
+_VARIABLES = (
+    *("SDSEARCH_SGLANG_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"),
+    *("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
@@ -38,22 +43,25 @@ class Cluster:
     """What the run is taken to be meant for.
 
     Attributes:
-        has_gpu: the trainer computes on GPUs.
         num_nodes: of the allocation, those with servers alone too.
         num_sglang_nodes: of them, on which slurm/train.sh starts servers.
-        gpus_per_node: 0 without GPUs.
+        gpus_per_node: 0 where the trainer computes on CPUs.
         ranks_per_node: trainer processes on each node that trains.
         num_idle_gpus: per node, allocated by Slurm although the run was inferred to be for the CPU.
         description: all of that with where it comes from.
     """
 
-    has_gpu: bool
     num_nodes: int
     num_sglang_nodes: int
     gpus_per_node: int
     ranks_per_node: int
     num_idle_gpus: int
     description: str
+
+    @property
+    def has_gpu(self) -> bool:
+        """The trainer computes on GPUs."""
+        return self.gpus_per_node > 0
 
     @property
     def world_size(self) -> int:
@@ -85,48 +93,51 @@ class RunUnderTest:
 
 def find_cluster(config: RunConfig, options: ClusterOptions, environment: Mapping[str, str] = os.environ) -> Cluster:
     """Ask the command line first, then torchrun's or Slurm's environment, then this machine; assume what is left."""
-    has_gpu, device_source = _find_device(config, options)
-    slurm_gpus = _first({name: _number(environment, name) for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE")})
-    sglang_nodes, _ = _first(
-        {"--sglang-nodes": options.num_sglang_nodes, "_": _number(environment, "SDSEARCH_SGLANG_NODES")}
-    ) or (0, "")
-    torchrun_nodes = _number(environment, "GROUP_WORLD_SIZE")
-    nodes, nodes_source = _first(
-        {
-            "--nodes": options.num_nodes,
-            "SLURM_JOB_NUM_NODES": _number(environment, "SLURM_JOB_NUM_NODES"),
-            "SLURM_NNODES": _number(environment, "SLURM_NNODES"),
-            "GROUP_WORLD_SIZE": None if torchrun_nodes is None else torchrun_nodes + sglang_nodes,
-        }
-    ) or (1 + sglang_nodes, "assumed")
+    said = {
+        "--nodes": options.num_nodes,
+        "--gpus-per-node": options.gpus_per_node,
+        "--nproc-per-node": options.ranks_per_node,
+        "--sglang-nodes": options.num_sglang_nodes,
+    }
+    # SLURM_GPUS_PER_NODE may name a type before the number: h100:8.
+    numbers = {name: re.search(r"(\d+)$", environment.get(name, "")) for name in _VARIABLES}
+    known = {name: number for name, number in said.items() if number is not None}
+    known |= {name: int(match[1]) for name, match in numbers.items() if match}
+    slurm_gpus = known.get("SLURM_GPUS_ON_NODE") or known.get("SLURM_GPUS_PER_NODE") or 0
+
+    def first(*names: str) -> tuple[int, str] | None:
+        return next(((known[name], name) for name in names if name in known), None)
+
+    sglang_nodes, _ = first("--sglang-nodes", "SDSEARCH_SGLANG_NODES") or (0, "")
+    known |= {name: known[name] + sglang_nodes for name in ("GROUP_WORLD_SIZE",) if name in known}  # those that train
+    nodes, nodes_source = first("--nodes", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "GROUP_WORLD_SIZE") or (
+        1 + sglang_nodes,
+        "assumed",
+    )
     training_nodes = max(1, nodes - sglang_nodes)
+    has_gpu, device_source = _find_device(config, options)
     gpus, gpus_source = 0, ""
     if has_gpu:
-        numbers = {"--gpus-per-node": options.gpus_per_node, "Slurm": slurm_gpus and slurm_gpus[0]}
-        gpus, gpus_source = _first(numbers) or (torch.cuda.device_count(), "this machine")
+        gpus, gpus_source = first("--gpus-per-node", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE") or (
+            torch.cuda.device_count(),
+            "this machine",
+        )
     server_gpus = 0 if sglang_nodes else config.num_own_server_gpus
-    parallel = config.parallel
-    per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    ranks, ranks_source = _first(
-        {
-            "--nproc-per-node": options.ranks_per_node,
-            "LOCAL_WORLD_SIZE": _number(environment, "LOCAL_WORLD_SIZE"),
-            "all GPUs that servers leave over" if server_gpus else "all GPUs": max(1, gpus - server_gpus)
-            if gpus
-            else None,
-        }
-    ) or (-(-per_replica // training_nodes), "assumed: the fewest that parallel.* allows")
+    per_replica = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    assumed = -(-per_replica // training_nodes), "assumed: the fewest that parallel.* allows"
+    if gpus:
+        assumed = max(1, gpus - server_gpus), "all GPUs that servers leave over" if server_gpus else "all GPUs"
+    ranks, ranks_source = first("--nproc-per-node", "LOCAL_WORLD_SIZE") or assumed
     if has_gpu and not gpus:
         gpus, gpus_source = ranks + server_gpus, "assumed: as many as are used"
     devices = f"{gpus} GPUs each ({gpus_source})" if has_gpu else "no GPU"
-    is_said = options.device is not None or options.gpus_per_node is not None
+    is_cpu_assumed = not has_gpu and options.device is None and options.gpus_per_node is None
     return Cluster(
-        has_gpu=has_gpu,
         num_nodes=nodes,
         num_sglang_nodes=sglang_nodes,
         gpus_per_node=gpus,
         ranks_per_node=ranks,
-        num_idle_gpus=slurm_gpus[0] if slurm_gpus and not has_gpu and not is_said else 0,
+        num_idle_gpus=slurm_gpus if is_cpu_assumed else 0,
         description=f"{training_nodes} node{'s' * (training_nodes > 1)} ({nodes_source}), {devices}{device_source}, "
         f"{ranks} trainer processes per node ({ranks_source})"
         + (f", and {sglang_nodes} with SGLang" if sglang_nodes else ""),
@@ -140,16 +151,5 @@ def _find_device(config: RunConfig, options: ClusterOptions) -> tuple[bool, str]
         return options.gpus_per_node > 0, "" if options.gpus_per_node else " (--gpus-per-node 0)"
     if torch.cuda.is_available():
         return True, ""
-    # A login node sees no GPU, whatever was allocated. Each kind of device trains in one dtype alone.
+    # A login node sees no GPU, whatever was allocated. Each type of device trains in one dtype alone.
     return config.model.dtype == "bfloat16", f" (assumed from model.dtype={config.model.dtype})"
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    """The number in a variable; SLURM_GPUS_PER_NODE may name a type before it: ``h100:8``."""
-    match = re.search(r"(\d+)$", environment.get(name, ""))
-    return int(match[1]) if match else None
-
-
-def _first(numbers: Mapping[str, int | None]) -> tuple[int, str] | None:
-    """The first number that is known, and its source."""
-    return next(((number, source) for source, number in numbers.items() if number is not None), None)

@@ -27,13 +27,7 @@ def check_sizes(run: RunUnderTest) -> Iterator[Finding]:
     yield from errors(_gpu_problems(run))
     yield from _layout(run)
     yield from _memory(run)
-    if run.is_rl:
-        yield from _step(run)
-        return
-    per_step, num_ranks = run.config.train.demonstrations_per_step, _num_replicas(run)
-    if per_step < num_ranks:
-        problem = f"{per_step} for {num_ranks} data-parallel ranks: {num_ranks - per_step} have nothing to learn from"
-        yield warning("train.demonstrations_per_step", problem, f"set it to a multiple of {num_ranks}")
+    yield from _shares(run)
 
 
 def _gpu_problems(run: RunUnderTest) -> list[ConfigError]:
@@ -98,46 +92,32 @@ def _memory(run: RunUnderTest) -> Iterator[Finding]:
         yield warning("model", problem, "see faster layouts and what fits: python -m megatron_sdsearch plan CONFIG")
 
 
-def _num_replicas(run: RunUnderTest) -> int:
-    parallel = run.config.parallel
-    per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return max(1, run.cluster.world_size // per_replica)
-
-
-def _step(run: RunUnderTest) -> Iterator[Finding]:
-    """The arithmetic of a step: questions, trajectories, minibatches, and who has work."""
-    config, num_questions, num_ranks = run.config, len(run.files.train), _num_replicas(run)
-    per_step, refills, num_processes = (
-        config.data.questions_per_step,
-        config.rollout.max_refills,
-        run.cluster.world_size,
-    )
-    if num_questions >= per_step:
-        passes = config.train.num_steps * per_step / num_questions
-        problem = f"{per_step} of {num_questions:,} questions a step: {passes:.3g} passes over them in "
-        yield note("data.questions_per_step", f"{problem}{config.num_updates:,} updates")
-        if per_step * (1 + refills) > num_questions:
+def _shares(run: RunUnderTest) -> Iterator[Finding]:
+    """Whether every rank has work in a step."""
+    config, num_processes, num_questions = run.config, run.cluster.world_size, len(run.files.train)
+    per_replica = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    num_replicas = max(1, num_processes // per_replica)
+    smallest, field = config.train.demonstrations_per_step, "train.demonstrations_per_step"
+    if run.is_rl:
+        per_step, refills = config.data.questions_per_step, config.rollout.max_refills
+        smallest = per_step * config.rollout.group_size // config.updates_per_step
+        field = "train.trajectories_per_minibatch"
+        if per_step <= num_questions < per_step * (1 + refills):
             yield warning(
                 "rollout.max_refills",
                 f"{refills} for each of {per_step} questions may ask for {per_step * (1 + refills)} in one step, and "
                 f"there are {num_questions}: some would be asked twice in it",
                 f"lower it to {num_questions // per_step - 1}, or give more questions",
             )
-    # Every trainer process, tensor-parallel ones too, rolls out its own share of the step's questions.
-    if per_step < num_processes:
-        problem = f"{per_step} for {num_processes} processes that roll out: {num_processes - per_step} of them wait"
-        yield warning("data.questions_per_step", problem, f"set it to at least {num_processes}")
-    field, num_trajectories = "train.trajectories_per_minibatch", per_step * config.rollout.group_size
-    size = config.train.trajectories_per_minibatch or num_trajectories
-    if size > num_trajectories:
+        # Every trainer process, tensor-parallel ones too, rolls out its own share of the step's questions.
+        if per_step < num_processes:
+            problem = f"{per_step} for {num_processes} processes that roll out: {num_processes - per_step} of them wait"
+            yield warning("data.questions_per_step", problem, f"set it to at least {num_processes}")
+    if smallest < num_replicas:
         problem = (
-            f"{size} is more than a step's {num_trajectories} trajectories: it makes one update, never one of {size}"
+            f"an update of {smallest} samples for {num_replicas} data-parallel ranks: some have nothing to learn from"
         )
-        yield warning(field, problem, "give null for one update a step, or ask more questions")
-    smallest = num_trajectories // config.updates_per_step
-    if smallest < num_ranks:
-        problem = f"{smallest} trajectories for {num_ranks} data-parallel ranks: some have nothing to learn from"
-        yield warning(field, problem, f"give at least {num_ranks}, and better many times that")
+        yield warning(field, problem, f"set it to at least {num_replicas}, and better many times that")
 
 
 def _allocation(cluster: Cluster) -> Allocation:

@@ -83,19 +83,11 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "lower it to 1",
     ),
     (
-        ("train.trajectories_per_minibatch=9",),
-        {},
-        "warning",
-        "train.trajectories_per_minibatch",
-        "never one of 9",
-        "null",
-    ),
-    (
         ("train.trajectories_per_minibatch=2",),
         {"ranks_per_node": 4},
         "warning",
         "train.trajectories_per_minibatch",
-        "2 trajectories for 4",
+        "2 samples for 4",
         "at least 4",
     ),
     (

@@ -91,7 +91,7 @@ def check(home: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, machine: Mac
     path = str(ROOT / "examples" / recipe / "config.yaml")
     result = CliRunner().invoke(app, ["check", path, *overrides, "--json", *world])
     findings = json.loads(result.stdout)["findings"]
-    assert {finding["section"] for finding in findings} >= {"model", "layout", "data", "batch"}
+    assert {finding["section"] for finding in findings} >= {"model", "data", "storage"}
     return [
         finding
         for finding in findings
