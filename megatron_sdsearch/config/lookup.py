@@ -72,13 +72,13 @@ def is_secret(name: str, value: object = None) -> bool:
     for what pydantic has masked.
 
     Args:
-        name: dotted; of an unknown name its section decides.
+        name: dotted; of an unknown name its section decides. A whole ``key=value`` is searched for secrets as well.
         value: where it is known. Arguments of servers are secret only by their values, or while these are unknown.
     """
     if name.startswith(_MAY_HOLD_API_KEY) and value is None:
         return True
     annotation: Any = RunConfig
-    for part in name.split("."):
+    for part in name.partition("=")[0].split("."):
         sections = _sections_in(annotation)
         if not sections or part not in sections[0].model_fields:
             break

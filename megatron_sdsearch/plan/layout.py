@@ -75,7 +75,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig, num_trainers: int) -> Layout:
-        """As configured; ``config.check_world`` has seen to it that the sizes divide.
+        """As configured; ``world_problems`` lists sizes that do not divide.
 
         What several nodes make of the configured servers is ``allocation.servers_in``'s.
         """

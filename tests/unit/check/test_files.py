@@ -133,20 +133,20 @@ def test_config_and_weights_of_different_models_are_found(tiny: TinyRun) -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "texts"),
     [
         ({"model_type": "gpt2"}, ["model_type 'gpt2'"]),
         ({"hidden_act": "gelu", "use_sliding_window": True}, ["hidden_act 'gelu'", "sliding windows"]),
     ],
 )
 def test_all_that_is_refused_of_an_architecture_is_listed(
-    tiny: TinyRun, changes: dict[str, object], words: list[str]
+    tiny: TinyRun, changes: dict[str, object], texts: list[str]
 ) -> None:
     tiny.change_model(**changes)
     found = tiny.found()
-    assert len(found) == len(words)
-    for word in words:
-        assert any(word in finding.problem for finding in found)
+    assert len(found) == len(texts)
+    for text in texts:
+        assert any(text in finding.problem for finding in found)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_found(tiny: TinyRun) -> None:
