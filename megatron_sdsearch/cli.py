@@ -43,8 +43,6 @@ _INTERRUPTED = 130
 _LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
 # Of gloo and of torch's store; of NCCL.
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
-
-
 P = ParamSpec("P")
 
 
@@ -79,7 +77,9 @@ OverridesArgument = Annotated[
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
     loaded = load_config(config, overrides or [])
-    raise_problems(file_problems(loaded))  # again in the loop; here before the seconds that importing megatron takes
+    from megatron_sdsearch.training.preflight import refuse_start
+
+    refuse_start(loaded)  # again in the loop; here before the seconds that importing megatron takes
     check_run_dir(loaded.run_dir)
     is_main = _rank() == 0
     if is_main:

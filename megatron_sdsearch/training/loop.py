@@ -31,7 +31,7 @@ from megatron_sdsearch.records import Question, TrainBatch
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
-from megatron_sdsearch.training.preflight import read_files, start_problems
+from megatron_sdsearch.training.preflight import read_files, refuse_start
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
@@ -94,7 +94,7 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     """
     start = time.monotonic()
     forbid_pickles()
-    raise_problems(start_problems(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()))
+    refuse_start(config)
     # Rank 0 alone reads files whole, before the ranks meet.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers import PretrainedConfig
 
 from megatron_sdsearch.batching.demonstration_samples import demonstration_sample
@@ -15,7 +17,7 @@ from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig, RunCo
 from megatron_sdsearch.data.demonstrations import Demonstration, check_profile, read_demonstrations
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import ConfigError, SDSearchError, as_config_error
+from megatron_sdsearch.errors import ConfigError, SDSearchError, as_config_error, raise_problems
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import layout_problems, length_problems, read_hf_config, refusals
 from megatron_sdsearch.model.hf_weights import EMBEDDING, SafetensorsFolder, check_weights
@@ -62,6 +64,15 @@ def attempt(work: Callable[[], T], field: str, problems: list[ConfigError]) -> T
     except SDSearchError as error:
         problems.append(as_config_error(error, field))
         return None
+
+
+def refuse_start(config: RunConfig) -> None:
+    """Refuse to start this rank.
+
+    Raises:
+        ConfigError: there are ``start_problems`` on this machine, with the ranks that torchrun has started.
+    """
+    raise_problems(start_problems(config, int(os.environ.get("WORLD_SIZE", "1")), torch.cuda.is_available()))
 
 
 def start_problems(config: RunConfig, world_size: int, has_gpu: bool) -> list[ConfigError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,10 @@ def test_a_server_that_does_not_fit_is_found(
     finding = only(tiny.found(*sglang(server.url), is_online=True))
     assert (finding.severity, finding.field) == ("error", field)
     assert text in finding.problem
+    if about == "server_info":
+        config = load_config(tiny.config, sglang(server.url))
+        with pytest.raises(ConfigError, match=re.escape(finding.problem)):
+            start_servers(supervise(config, gpus=()), config)
 
 
 def test_a_server_that_does_not_tell_what_it_takes_is_a_warning(tiny: TinyRun, server: FakeSGLang) -> None:
