@@ -31,7 +31,7 @@ def check_contents(run: RunUnderTest) -> Iterator[Finding]:
     for field, rows in {"data.train": files.train, "train.demonstrations": files.demonstrations}.items():
         if rows:
             passes = config.train.num_steps * per_step / len(rows)
-            yield note(field, f"{len(rows):,} rows; the run reads each {passes:.3g} times")
+            yield note(field, f"{len(rows):,} rows; the run reads each {passes:.4g} times")
     for field, questions in {"data.train": files.train, "data.heldout": files.heldout}.items():
         yield from _answers(field, questions)
     yield from _overlap(files.train, files.heldout)

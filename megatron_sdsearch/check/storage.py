@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sdsearch.check.findings import Finding, errors, note, warning
 from megatron_sdsearch.check.run_under_test import RunUnderTest
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import CheckpointError, ConfigError, as_config_error
+from megatron_sdsearch.errors import CheckpointError, ConfigError
 from megatron_sdsearch.files import nearest_existing, size_words
 from megatron_sdsearch.logging.metrics import METRICS_FILE
 from megatron_sdsearch.logging.trajectories import step_files
@@ -58,7 +58,8 @@ def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding
                 return
             yield warning("run_dir", str(error), "restore it, or let checkpoint.fallback pass it over")
             continue
-        problems = [as_config_error(error, "run_dir") for error in continuation_problems(folder, manifest, config)]
+        parts = (str(error).rpartition(": ") for error in continuation_problems(folder, manifest, config))
+        problems = [ConfigError("run_dir", problem, fix) for problem, _, fix in parts]
         yield from errors(problems)
         step, last = manifest["step"], config.train.num_steps
         if not problems and step == last:

@@ -278,7 +278,8 @@ def test_another_runs_folder_is_found_setting_by_setting(tiny: TinyRun) -> None:
     write_checkpoint(tiny, 2, "objective.kl_coef=0.5", "seed=7")
     found = tiny.found()
     assert [finding.severity for finding in found] == ["error", "error"]
-    assert "objective.kl_coef = 0.5, this run has 0.001" in found[0].problem
+    assert found[0].problem.endswith("objective.kl_coef = 0.5, this run has 0.001")
+    assert found[0].fix.startswith("set it back, or take another run_dir")
     assert "seed = 7, this run has 1" in found[1].problem
 
 
