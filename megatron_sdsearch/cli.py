@@ -19,14 +19,15 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 
-from megatron_sdsearch.config import RunConfig, expand_home, load_config
-from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
+from megatron_sdsearch.config import RunConfig, expand_home, file_problems, load_config
+from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, raise_problems
 from megatron_sdsearch.logging import final_table, warnings_of
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
@@ -42,7 +43,20 @@ _INTERRUPTED = 130
 _LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
 # Of gloo and of torch's store; of NCCL.
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
-T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command that ends with one message and an exit code when it fails, said by one rank."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # every rank leaves
+            _fail(error, failure=2 if function.__name__ in ("check", "report") else 1)
+
+    return app.command()(run)
 
 
 def home_path(path: Path | None) -> Path | None:
@@ -59,50 +73,43 @@ OverridesArgument = Annotated[
 ]
 
 
-@app.command()
+@command
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
+    loaded = load_config(config, overrides or [])
+    from megatron_sdsearch.training.preflight import refuse_start
 
-    def run() -> None:
-        loaded = load_config(config, overrides or [])
-        loaded.check_files()  # again in the loop; here before the seconds that importing megatron takes
-        check_run_dir(loaded.run_dir)
-        if _rank() == 0:
-            _say(_first_line(config, loaded))
-        from megatron_sdsearch.report.live import LivePage
-        from megatron_sdsearch.training.loop import Display
-        from megatron_sdsearch.training.loop import train as run_loop
+    refuse_start(loaded)  # again in the loop; here before the seconds that importing megatron takes
+    check_run_dir(loaded.run_dir)
+    is_main = _rank() == 0
+    if is_main:
+        _say(_first_line(config, loaded))
+    from megatron_sdsearch.report.live import LivePage
+    from megatron_sdsearch.training.loop import Display
+    from megatron_sdsearch.training.loop import train as run_loop
 
-        with LivePage(loaded.run_dir, is_writer=_rank() == 0) as page:
-            outcome = run_loop(loaded, Display(say=_say, refresh_page=page.write))
-        if _rank() != 0:
-            return
-        if outcome.summary is not None:
-            Console().print(final_table(outcome.summary))
-        for line in _last_lines(loaded, outcome):
-            _say(line)
-
-    _run(run)
+    with LivePage(loaded.run_dir, is_writer=is_main) as page:
+        outcome = run_loop(loaded, Display(say=_say, refresh_page=page.write))
+    if is_main and outcome.summary is not None:
+        Console().print(final_table(outcome.summary))
+    for line in _last_lines(loaded, outcome) if is_main else ():
+        _say(line)
 
 
-@app.command()
+@command
 def evaluate(
     config: ConfigArgument,
     model: Annotated[Path, typer.Option(callback=home_path, help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
     overrides: OverridesArgument = None,
 ) -> None:
     """Evaluate an exported model on ``data.heldout``, greedily, by stock transformers; one JSON object."""
+    loaded = load_config(config, overrides or [])
+    from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 
-    def run() -> dict[str, Any]:
-        loaded = load_config(config, overrides or [])
-        from megatron_sdsearch.evaluation.evaluate import evaluate_folder
-
-        return evaluate_folder(loaded, model)
-
-    print(json.dumps(_run(run)))
+    print(json.dumps(evaluate_folder(loaded, model)))
 
 
-@app.command()
+@command
 def report(
     run_dir: Annotated[
         Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, e.g. runs/demo", callback=home_path)
@@ -112,19 +119,15 @@ def report(
     ] = None,
 ) -> None:
     """Write the page of a run, whether it is going, was stopped or killed, failed, or has finished; prints its path."""
+    from megatron_sdsearch.report.page import write_page
 
-    def run() -> Path:
-        from megatron_sdsearch.report.page import write_page
-
-        try:
-            return write_page(run_dir, out)
-        except OSError as error:
-            raise DataError(f"{error.filename}: {error.strerror}; give the folder of a run that may be read") from error
-
-    print(_run(run, failure=2))
+    try:
+        print(write_page(run_dir, out))
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; give the folder of a run that may be read") from error
 
 
-@app.command()
+@command
 def check(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -138,38 +141,33 @@ def check(
         typer.Option(min=0, help="Of --nodes, that serve and do not train; else SDSEARCH_SGLANG_NODES, else 0."),
     ] = None,
     device: Annotated[
-        Literal["gpu", "cpu"] | None, typer.Option(help="That trains; else told by GPUs in sight, or model.dtype.")
+        Literal["gpu", "cpu"] | None,
+        typer.Option(help="That trains; else gpu where GPUs are visible, else by model.dtype."),
     ] = None,
 ) -> None:
     """Find what would fail or be wasted, all of it, before a GPU is taken; needs none, and writes nothing.
 
     Exit codes: 0 nothing but notes; 1 warnings: the run would start; 2 errors: it would fail.
     """
-
-    def run() -> Report:
-        return run_checks(config, overrides or [], given=given, is_online=online)
-
-    from megatron_sdsearch.check.findings import Report
-    from megatron_sdsearch.check.page import page
     from megatron_sdsearch.check.run import run_checks
-    from megatron_sdsearch.check.world import GivenWorld
+    from megatron_sdsearch.check.run_under_test import ClusterOptions
 
-    given = GivenWorld(
+    options = ClusterOptions(
         device=device,
         num_nodes=nodes,
         gpus_per_node=gpus_per_node,
         ranks_per_node=nproc_per_node,
         num_sglang_nodes=sglang_nodes,
     )
-    report = _run(run, failure=2)
+    found = run_checks(config, overrides or [], options=options, is_online=online)
     if as_json:
-        print(json.dumps({"config": str(config), **report.to_dict()}))
+        print(json.dumps({"config": str(config), **found.to_dict()}))
     else:
-        Console().print(page(report))
-    raise typer.Exit(report.exit_code)
+        Console().print(found.page())
+    sys.exit(found.exit_code)
 
 
-@app.command()
+@command
 def plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -192,19 +190,15 @@ def plan(
 
     Of the model's folder config.json is enough.
     """
-
-    def run() -> RunPlan:
-        return plan_config(load_config(config, overrides or []), allocation, hardware, assume or [])
-
     from megatron_sdsearch.allocation import Allocation
-    from megatron_sdsearch.plan.report import RunPlan, plan_config
+    from megatron_sdsearch.plan.report import plan_config
 
     allocation = Allocation(num_nodes=nodes, gpus_per_node=gpus_per_node, num_sglang_nodes=sglang_nodes)
-    planned = _run(run)
+    planned = plan_config(load_config(config, overrides or []), allocation, hardware, assume or [])
     print(json.dumps(planned.to_dict()) if as_json else planned.to_text())
 
 
-@app.command()
+@command
 def serve(
     config: ConfigArgument,
     host: Annotated[str, typer.Option(help="address of this node that every rank of the trainer reaches")],
@@ -218,15 +212,11 @@ def serve(
     index: Annotated[int, typer.Option(min=0, help="of this node among those with servers, from 0")] = 0,
 ) -> None:
     """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
+    loaded = load_config(config, overrides or [])
+    raise_problems(file_problems(loaded))
+    from megatron_sdsearch.training.own_servers import serve as run_servers
 
-    def run() -> NoReturn:
-        loaded = load_config(config, overrides or [])
-        loaded.check_files()
-        from megatron_sdsearch.training.own_servers import serve as run_servers
-
-        run_servers(loaded, host=host, urls_file=urls_file, log_dir=log_dir, index=index)
-
-    _run(run)
+    run_servers(loaded, host=host, urls_file=urls_file, log_dir=log_dir, index=index)
 
 
 def main() -> None:
@@ -241,42 +231,34 @@ def main() -> None:
     app()
 
 
-def _run(work: Callable[[], T], *, failure: int = 1) -> T:
-    """Do the work; an error of ours becomes one message, said by one rank, and an exit code.
+def _fail(error: BaseException, *, failure: int) -> NoReturn:
+    """Print what went wrong if no other rank has failed before, leave it to torchrun, and exit.
 
     Args:
-        work: of the command.
-        failure: the exit code of whatever is neither ConfigError nor DataError.
+        error: that ended the command.
+        failure: the exit code for whatever is neither ConfigError nor DataError.
     """
-    try:
-        return work()
-    except SDSearchError as error:
-        _fail(f"{type(error).__name__}: {error}", 2 if isinstance(error, (ConfigError, DataError)) else failure)
-    except KeyboardInterrupt:
+    message, code = f"{type(error).__name__}: {error}", failure
+    if isinstance(error, KeyboardInterrupt):
         if _rank() == 0:
             print("interrupted, with nothing to save at this point", file=sys.stderr)
         _exit(_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  # said in full by one rank, and every rank leaves
-        _fail(_LOST_PEER if _is_lost_peer(error) else traceback.format_exc().rstrip(), failure)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """Say it, if no other rank has failed before; leave word for torchrun, and leave."""
+    if isinstance(error, (ConfigError, DataError)):
+        code = 2
+    elif isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)):
+        message = _LOST_PEER  # a collective broke: that rank, or what ended it, is the cause
+    elif not isinstance(error, SDSearchError):
+        message = "".join(traceback.format_exception(error)).rstrip()
     is_first = _is_first_to_fail()
     if is_first:
         print(message, file=sys.stderr)
     # A lost peer's launcher knows what became of it, and sees it in the next seconds.
-    _tell_torchrun(message if is_first else _LOST_PEER, is_cause=is_first and message != _LOST_PEER)
+    _leave_to_torchrun(message if is_first else _LOST_PEER, is_cause=is_first and message != _LOST_PEER)
     _exit(code)
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    """A collective broke because another rank has gone: that rank, or what ended it, is the cause."""
-    return isinstance(error, RuntimeError) and bool(_PEER_IS_GONE.search(str(error)))
-
-
-def _tell_torchrun(message: str, *, is_cause: bool) -> None:
-    """Leave the error where torchrun looks for it, as torch's ``record`` does, which ``os._exit`` would pass by.
+def _leave_to_torchrun(message: str, *, is_cause: bool) -> None:
+    """Write the error where torchrun looks for it, as torch's ``record`` does, which ``os._exit`` would pass by.
 
     torchrun reports the failure with the earliest time, in whole seconds: that of a rank that only followed is later.
     """
@@ -292,8 +274,8 @@ def _tell_torchrun(message: str, *, is_cause: bool) -> None:
 def _is_first_to_fail() -> bool:
     """True on one rank only, the first to ask.
 
-    Before the ranks have met there is nobody to ask. A node's first rank speaks at once; the others wait, for torchrun
-    ends all ranks when one exits, and speak only if nobody has ended them: then the failure is theirs alone.
+    Before ``init_process_group`` a node's first rank prints at once; the others wait, for torchrun ends all ranks when
+    one exits, and print only if they are still running then: the failure is theirs alone.
     """
     dist = sys.modules.get("torch.distributed")  # not loaded: a command without torch, or too early to have met
     if dist is None or not dist.is_initialized():
@@ -332,38 +314,27 @@ def _first_line(config: Path, loaded: RunConfig) -> str:
 
 
 def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
-    """How the run ended, what it left where, and what to do next."""
+    """How the run ended, what it left and where, and what to do next."""
     from megatron_sdsearch.model.checkpoint_folder import folder_name
     from megatron_sdsearch.report.page import PAGE_FILE
+    from megatron_sdsearch.training.run_record import config_path
 
     run_dir, step = config.run_dir, outcome.step
     if outcome.stopped_by:
         saved = f"saved and stopped at step {step}" if step else "stopped before the first step, with nothing to save"
         return [f"{saved} ({outcome.stopped_by}); the same command continues from here"]
-    if outcome.summary is None:
-        told = [f"finished at step {step}: raise train.num_steps to go on"]
-    else:
-        told = [f"WARNING: {line}" for line in warnings_of(read_metrics(run_dir))]
+    lines = [f"finished at step {step}: raise train.num_steps to go on"]
+    if outcome.summary is not None:
+        lines = [f"WARNING: {line}" for line in warnings_of(read_metrics(run_dir))]
+    hf_dir, resolved = run_dir / "hf", config_path(run_dir)
     checkpoint = run_dir / "checkpoints" / folder_name(step)
-    left = {"page": run_dir / PAGE_FILE, "model": run_dir / "hf", "checkpoint": checkpoint}
-    return [*told, *(_line(name, path) for name, path in left.items() if path.exists()), *_next_command(config)]
-
-
-def _next_command(config: RunConfig) -> list[str]:
-    from megatron_sdsearch.training.run_record import config_path
-
-    hf_dir, resolved = config.run_dir / "hf", config_path(config.run_dir)
-    if not hf_dir.exists():
-        return []
-    if config.train.mode == "warm_start":
-        return [_line("next", f"train with model.hf_dir={hf_dir}")]
-    if config.data.heldout is None or not resolved.exists():
-        return []
-    return [_line("next", shlex.join(["sdsearch", "evaluate", str(resolved), "--model", str(hf_dir)]))]
-
-
-def _line(name: str, value: object) -> str:
-    return f"{name + ':':<12}{value}"
+    outputs = {"page": run_dir / PAGE_FILE, "model": hf_dir, "checkpoint": checkpoint}
+    named = {name: str(path) for name, path in outputs.items() if path.exists()}
+    if hf_dir.exists() and config.train.mode == "warm_start":
+        named["next"] = f"train with model.hf_dir={hf_dir}"
+    elif hf_dir.exists() and config.data.heldout is not None and resolved.exists():
+        named["next"] = shlex.join(["sdsearch", "evaluate", str(resolved), "--model", str(hf_dir)])
+    return [*lines, *(f"{name + ':':<12}{value}" for name, value in named.items())]
 
 
 class _StandardError(logging.Handler):

@@ -4,7 +4,7 @@ SDSearchError
 |-- ConfigError             a setting is wrong: names the field, the value and the fix; exit code 2
 |-- DataError               a file with questions, passages or weights is wrong: names file and line; exit code 2
 |-- RetrievalError          the search engine failed (never: it found nothing)
-|   `-- RetrievalDownError      it has answered nobody for long: the run stops
+|   `-- RetrievalDownError      no search has succeeded for long: the run stops
 |-- EngineError             the rollout engine failed or refused a request
 |   |-- ServerRefusedError      a server answered no: the same request would be refused again
 |   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
@@ -59,7 +59,7 @@ class RetrievalError(SDSearchError):
 
 
 class RetrievalDownError(RetrievalError):
-    """The search engine has answered nobody for the configured time: not one trajectory's end, but the run's."""
+    """No search has succeeded for ``down_timeout_s``: ends the run, not one trajectory."""
 
 
 class EngineError(SDSearchError):
@@ -115,18 +115,32 @@ class VerificationError(SDSearchError):
 
 
 def cause_of(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its kind where it says nothing, as many of sockets do."""
+    """What an exception of a library says, in one line; its class where it says nothing, as many of sockets do."""
     text = " ".join(str(error).split())
     if text:
         return text
     return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
 
 
-def raise_first(errors: Iterable[SDSearchError]) -> None:
-    """For who stops at the first error; whoever lists them all goes through the same iterator instead.
+def as_config_error(error: SDSearchError, field: str) -> ConfigError:
+    """An error about a file or a server as one about the setting that names it."""
+    if isinstance(error, ConfigError):
+        return error
+    # Messages of this project end with their fix, after a semicolon.
+    problem, _, fix = str(error).rpartition("; ")
+    return ConfigError(field, problem or fix, fix if problem else "see the message")
+
+
+def raise_problems(problems: Iterable[SDSearchError]) -> None:
+    """Raise one error of the first problem's class that lists all problems, a line each.
 
     Raises:
-        SDSearchError: the first, if there is one; nothing after it is looked at.
+        SDSearchError: there is a problem.
     """
-    for error in errors:
-        raise error
+    found = list(problems)
+    if not found:
+        return
+    first, others = found[0], "".join(f"\n{problem}" for problem in found[1:])
+    if isinstance(first, ConfigError):
+        raise ConfigError(first.field, first.problem, first.fix + others)
+    raise type(first)(f"{first}{others}") if others else first

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_sdsearch.errors import DataError
 
@@ -19,8 +18,7 @@ Wanted = Literal["JSON Lines", "JSON", "parquet", "gzip", "safetensors"]
 _NUM_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileKind:
+class FileKind(NamedTuple):
     """What a file turned out to be.
 
     Attributes:
@@ -34,42 +32,30 @@ class FileKind:
     fix: str
 
 
-_JSON_LINES = FileKind(name="JSON Lines", what="JSON Lines", fix="name it .jsonl")
-_JSON_ARRAY = FileKind(
-    name="JSON array", what="a JSON array", fix="write one object per line, for example with jq -c '.[]'"
-)
-_JSON_DOCUMENT = FileKind(
-    name="JSON document", what="JSON spread over several lines", fix="write one object per line: jq -c ."
-)
-_CSV = FileKind(name="CSV", what="comma-separated text (CSV)", fix="write each row as a JSON object, one per line")
-_TSV = FileKind(name="TSV", what="tab-separated text (TSV)", fix="write each row as a JSON object, one per line")
-_UTF16 = FileKind(name="UTF-16", what="text in UTF-16", fix="convert it: iconv -f UTF-16 -t UTF-8")
-_UTF32 = FileKind(name="UTF-32", what="text in UTF-32", fix="convert it: iconv -f UTF-32 -t UTF-8")
+_JSON_LINES = FileKind("JSON Lines", "JSON Lines", "name it .jsonl")
+_JSON_ARRAY = FileKind("JSON array", "a JSON array", "write one object per line, for example with jq -c '.[]'")
+_JSON_DOCUMENT = FileKind("JSON document", "JSON spread over several lines", "write one object per line: jq -c .")
+_CSV = FileKind("CSV", "comma-separated text (CSV)", "write each row as a JSON object, one per line")
+_TSV = FileKind("TSV", "tab-separated text (TSV)", "write each row as a JSON object, one per line")
+_UTF16 = FileKind("UTF-16", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8")
+_UTF32 = FileKind("UTF-32", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8")
 _HTML = FileKind(
-    name="HTML",
-    what="an HTML or XML page, most likely what a failed download left",
-    fix="download the file itself (on the hub the link with /resolve/, not /blob/)",
+    "HTML", "an HTML or XML page, as failed downloads leave", "fetch the file itself (on the hub /resolve/, not /blob/)"
 )
-_TAR = FileKind(name="tar", what="a tar archive", fix="unpack it: tar xf")
+_TAR = FileKind("tar", "a tar archive", "unpack it: tar xf")
+_LFS = FileKind("LFS pointer", "a git LFS pointer, not the file itself", "fetch the file with git lfs pull")
+_PARQUET = FileKind("parquet", "a parquet file", "name it .parquet, or write demonstrations as JSON Lines")
 
 _BY_MAGIC = {
-    b"version https://git-lfs.github.com/spec/": FileKind(
-        name="LFS pointer",
-        what="a git LFS pointer, not the file itself",
-        fix="fetch the file with git lfs pull, or download it again",
-    ),
-    b"PAR1": FileKind(
-        name="parquet",
-        what="a parquet file",
-        fix="name it .parquet (questions, passages) or write its rows as JSON Lines (demonstrations)",
-    ),
-    b"\x1f\x8b": FileKind(name="gzip", what="compressed with gzip", fix="unpack it: gunzip"),
-    b"PK\x03\x04": FileKind(name="zip", what="a zip archive", fix="unpack it: unzip"),
-    b"BZh": FileKind(name="bzip2", what="compressed with bzip2", fix="unpack it: bunzip2"),
-    b"\xfd7zXZ\x00": FileKind(name="xz", what="compressed with xz", fix="unpack it: unxz"),
-    b"\x28\xb5\x2f\xfd": FileKind(name="zstd", what="compressed with zstd", fix="unpack it: unzstd"),
-    b"7z\xbc\xaf\x27\x1c": FileKind(name="7z", what="a 7z archive", fix="unpack it: 7z x"),
-    b"ARROW1": FileKind(name="Arrow", what="an Arrow file", fix="write it as parquet (datasets: to_parquet)"),
+    b"version https://git-lfs.github.com/spec/": _LFS,
+    b"PAR1": _PARQUET,
+    b"\x1f\x8b": FileKind("gzip", "compressed with gzip", "unpack it: gunzip"),
+    b"PK\x03\x04": FileKind("zip", "a zip archive", "unpack it: unzip"),
+    b"BZh": FileKind("bzip2", "compressed with bzip2", "unpack it: bunzip2"),
+    b"\xfd7zXZ\x00": FileKind("xz", "compressed with xz", "unpack it: unxz"),
+    b"\x28\xb5\x2f\xfd": FileKind("zstd", "compressed with zstd", "unpack it: unzstd"),
+    b"7z\xbc\xaf\x27\x1c": FileKind("7z", "a 7z archive", "unpack it: 7z x"),
+    b"ARROW1": FileKind("Arrow", "an Arrow file", "write it as parquet (datasets: to_parquet)"),
     codecs.BOM_UTF32_LE: _UTF32,  # before UTF-16's, which it begins with
     codecs.BOM_UTF32_BE: _UTF32,
     codecs.BOM_UTF16_LE: _UTF16,
@@ -92,15 +78,20 @@ def refuse_other_kind(path: Path, wanted: Wanted, head: bytes | None = None) -> 
         DataError: it is another kind; names the file, the kind and the fix.
     """
     try:
-        kind = kind_of(_head(path) if head is None else head)
+        if head is None:
+            if not path.is_file():  # what is read of a pipe is gone
+                return
+            with path.open("rb") as file:
+                head = file.read(_NUM_BYTES)
     except OSError:
         return  # its reader says why it cannot be read
+    kind = kind_of(head)
     if kind is not None and kind.name not in _TAKEN_FOR.get(wanted, (wanted,)):
         raise DataError(f"{path}: is {kind.what}, where {wanted} is wanted; {kind.fix}")
 
 
 def kind_of(head: bytes) -> FileKind | None:
-    """The kind of a file that begins with these bytes (a few hundred will do), or None where they do not tell."""
+    """The kind of a file that begins with these bytes (a few hundred will do), or None where these do not show it."""
     for magic, kind in _BY_MAGIC.items():
         if head.startswith(magic):
             return kind
@@ -125,10 +116,3 @@ def _kind_of_text(head: bytes) -> FileKind | None:
     if any(line.startswith(b"{") for line in lines):
         return None  # JSON Lines whose first row is bad
     return _TSV if b"\t" in lines[0] else _CSV if b"," in lines[0] else None
-
-
-def _head(path: Path) -> bytes:
-    if not path.is_file():  # what is read of a pipe is gone
-        return b""
-    with path.open("rb") as file:
-        return file.read(_NUM_BYTES)

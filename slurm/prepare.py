@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.check.run import run_checks
-from megatron_sdsearch.check.world import GivenWorld
+from megatron_sdsearch.check.run_under_test import ClusterOptions
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError, raise_first
+from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError, raise_problems
 from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
 
@@ -48,7 +48,7 @@ def main() -> int:
     )
     try:
         config = load_config(arguments.config, arguments.overrides)
-        raise_first(allocation_problems(config, allocation))
+        raise_problems(allocation_problems(config, allocation))
         roles = assign_roles(config, allocation)
         if has_errors(arguments.config, arguments.overrides, allocation, roles.ranks_per_node):
             return 2
@@ -70,14 +70,14 @@ def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, r
 
     The search engine is asked with the run's own client and patience. Servers that do not run yet are not asked.
     """
-    world = GivenWorld(
+    options = ClusterOptions(
         device="gpu" if allocation.gpus_per_node else "cpu",
         num_nodes=allocation.num_nodes,
         gpus_per_node=allocation.gpus_per_node,
         ranks_per_node=ranks_per_node,
         num_sglang_nodes=allocation.num_sglang_nodes,
     )
-    report = run_checks(config, overrides, given=world, is_online=True)
+    report = run_checks(config, overrides, options=options, is_online=True)
     for finding in report.findings:
         if finding.severity is not Severity.NOTE:
             message = f"check: {finding.severity}: {finding.field}: {finding.problem}; {finding.fix}"

@@ -1,5 +1,5 @@
 """Everything about a run that can be known before a GPU is taken: ``python -m megatron_sdsearch check``.
 
-Rules live with what they are about (``config``, ``model/hf_config``, ``retrieval``...), where training stops at the
-first one that is broken; here all of them are listed. What is checked here alone is what training would not notice.
+Collects and shows: rules are beside what they are about (``config/rules.py``, ``training/preflight.py``, ...), and
+``train`` raises the same list. Found here alone is what training would not notice: waste, and what servers answer.
 """

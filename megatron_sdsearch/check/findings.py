@@ -1,15 +1,18 @@
-"""What a check has to say, and how bad it is."""
+"""What a check has found, how bad it is, and how it is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from itertools import groupby
+from typing import Any, Final
 
-from megatron_sdsearch.errors import ConfigError, SDSearchError
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
-T = TypeVar("T")
+from megatron_sdsearch.errors import ConfigError
 
 
 class Severity(StrEnum):
@@ -23,7 +26,10 @@ class Severity(StrEnum):
     """Good to know."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that was found.
 
@@ -41,29 +47,20 @@ class Finding:
     fix: str = ""
     section: str = ""
 
-    @classmethod
-    def error(cls, field: str, problem: str, fix: str) -> Finding:
-        """The run would fail."""
-        return cls(severity=Severity.ERROR, field=field, problem=problem, fix=fix)
 
-    @classmethod
-    def warning(cls, field: str, problem: str, fix: str) -> Finding:
-        """The run would be wasted, wholly or in part."""
-        return cls(severity=Severity.WARNING, field=field, problem=problem, fix=fix)
+def errors(problems: Iterable[ConfigError]) -> Iterator[Finding]:
+    """What training would refuse."""
+    return (Finding(Severity.ERROR, problem.field, problem.problem, problem.fix) for problem in problems)
 
-    @classmethod
-    def note(cls, field: str, told: str) -> Finding:
-        """Nothing to do."""
-        return cls(severity=Severity.NOTE, field=field, problem=told)
 
-    @classmethod
-    def of(cls, error: SDSearchError, field: str) -> Finding:
-        """What training would raise; ``field`` for errors that name none."""
-        if isinstance(error, ConfigError):
-            return cls.error(error.field, error.problem, error.fix)
-        # Messages of this project end with their fix, after a semicolon.
-        problem, _, fix = str(error).rpartition("; ")
-        return cls.error(field, problem or fix, fix if problem else "see the message")
+def warning(field: str, problem: str, fix: str) -> Finding:
+    """What would waste the run, wholly or in part."""
+    return Finding(Severity.WARNING, field, problem, fix)
+
+
+def note(field: str, problem: str) -> Finding:
+    """What needs nothing done."""
+    return Finding(Severity.NOTE, field, problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +69,11 @@ class Report:
 
     Attributes:
         findings: section after section; in each, errors first.
-        world: what the run was taken to be meant for, in words.
+        cluster: what the run was taken to be meant for, as text.
     """
 
     findings: Sequence[Finding]
-    world: str = ""
+    cluster: str = ""
 
     def count(self, severity: Severity) -> int:
         """Findings of that severity."""
@@ -89,29 +86,33 @@ class Report:
             return 2
         return 1 if self.count(Severity.WARNING) else 0
 
+    @property
+    def summary(self) -> str:
+        """One line that sums it up."""
+        counts = {str(severity): self.count(severity) for severity in (Severity.ERROR, Severity.WARNING)}
+        verdict = ("ready to run", "the run would start", "the run would fail")[self.exit_code]
+        return ", ".join(f"{n or 'no'} {name}{'s' * (n != 1)}" for name, n in counts.items()) + f": {verdict}"
+
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         return {
             "exit_code": self.exit_code,
-            "num_errors": self.count(Severity.ERROR),
-            "num_warnings": self.count(Severity.WARNING),
-            "num_notes": self.count(Severity.NOTE),
-            "world": self.world,
+            **{f"num_{severity}s": self.count(severity) for severity in Severity},
+            "world": self.cluster,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
-
-@dataclass(frozen=True, slots=True)
-class Attempt(Generic[T]):
-    """Something that several checks need and one of them reports: its value, or why there is none."""
-
-    value: T | None = None
-    error: SDSearchError | None = None
-
-    @classmethod
-    def at(cls, work: Callable[[], T]) -> Attempt[T]:
-        """Do it."""
-        try:
-            return cls(value=work())
-        except SDSearchError as error:
-            return cls(error=error)
+    def page(self) -> Group:
+        """A table, section after section, and the summary."""
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for section, findings in groupby(self.findings, key=lambda finding: finding.section):
+            table.add_row(Text(section, style="bold underline"), "")
+            for finding in findings:
+                # Text, not str: a value with square brackets must not be read as markup.
+                text = Text(f"{finding.field}: ", style="bold") + Text(finding.problem, style="not bold")
+                if finding.fix:
+                    text += Text(f"\n-> {finding.fix}", style="cyan")
+                table.add_row(Text(f"  {finding.severity}", style=_STYLES[finding.severity]), text)
+        return Group(table, *([Text(f"\nMeant for {self.cluster}")] if self.cluster else []), Text(self.summary))

@@ -1,4 +1,4 @@
-"""All sections of a check in turn, none of which depends on another's outcome."""
+"""All parts of a check in turn, none of which depends on another's outcome."""
 
 from __future__ import annotations
 
@@ -6,74 +6,75 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sdsearch.check import (
-    batch,
-    data,
-    layout,
-    lengths,
-    memory,
-    model_folder,
-    objective,
-    packages,
-    retrieval,
-    sglang,
-    storage,
+from megatron_sdsearch.check.contents import check_contents
+from megatron_sdsearch.check.findings import Finding, Report, Severity, errors, warning
+from megatron_sdsearch.check.run_under_test import ClusterOptions, RunUnderTest, find_cluster
+from megatron_sdsearch.check.servers import check_servers
+from megatron_sdsearch.check.sizes import check_sizes
+from megatron_sdsearch.check.storage import check_storage
+from megatron_sdsearch.config import examine_tree, read_tree, setting_warnings
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.training.preflight import attempt, read_files, start_problems
+
+# A further part is one more name; what it finds needs nothing but a RunUnderTest.
+PARTS: tuple[Callable[[RunUnderTest], Iterable[Finding]], ...] = (
+    check_contents,
+    check_sizes,
+    check_storage,
+    check_servers,
 )
-from megatron_sdsearch.check.configuration import read_all
-from megatron_sdsearch.check.findings import Finding, Report, Severity
-from megatron_sdsearch.check.subject import Subject
-from megatron_sdsearch.check.world import GivenWorld, World
-
-Section = Callable[[Subject], Iterable[Finding]]
-
-# In the order of the page. A further check is one more line; what it finds needs nothing but a Subject.
-SECTIONS: dict[str, Section] = {
-    "data": data.check,
-    "model": model_folder.check,
-    "layout": layout.check,
-    "memory": memory.check,
-    "batch": batch.check,
-    "lengths": lengths.check,
-    "objective": objective.check,
-    "storage": storage.check,
-    "retrieval": retrieval.check,
-    "sglang": sglang.check,
-    "packages": packages.check,
-}
+_SECTIONS = {"parallel": "layout", "--nproc-per-node": "layout", "run_dir": "storage", "checkpoint": "storage"}
 
 
 def run_checks(
-    path: Path, overrides: Sequence[str] = (), *, given: GivenWorld | None = None, is_online: bool = False
+    path: Path, overrides: Sequence[str] = (), *, options: ClusterOptions | None = None, is_online: bool = False
 ) -> Report:
     """Look at a configuration, the files that it names, and the machine.
 
     Args:
         path: the YAML file.
         overrides: as of ``train``.
-        given: what is known of the world that it is meant for.
+        options: what is known of the cluster that it is meant for.
         is_online: ask servers, too.
 
     Returns:
         Everything that was found; a mistake never ends the check, but for YAML that cannot be read.
     """
-    config, problems = read_all(path, overrides)
-    found = [Finding.of(problem, problem.field) for problem in problems]
+    problems: list[ConfigError] = []
+    tree = attempt(lambda: read_tree(path, overrides), "CONFIG", problems)
+    config = None
+    if not problems:
+        config, problems = examine_tree(tree)
+    findings = [replace(finding, section="configuration") for finding in errors(problems)]
     if config is None:
-        return Report(findings=_of_section("configuration", found))
-    found += [Finding.of(error, error.field) for error in config.file_problems()]
-    findings = _of_section("configuration", found)
-    subject = Subject(config, World.of(config, given or GivenWorld()), is_online=is_online)
-    refused = {problem.field for problem in problems}
-    for name, section in SECTIONS.items():
-        # A default stands in a refused value's place: what is found out about that one means nothing.
-        findings += _of_section(name, (finding for finding in section(subject) if finding.field not in refused))
-    return Report(findings=findings, world=subject.world.words)
+        return Report(findings=findings)
+    cluster = find_cluster(config, options or ClusterOptions())
+    files = read_files(config)
+    run = RunUnderTest(config=config, cluster=cluster, files=files, is_online=is_online)
+    # Both lists are train's, and both read config.json.
+    refused = [*start_problems(config, cluster.allocation), *files.problems]
+    found = [*errors({str(problem): problem for problem in refused}.values())]
+    fields = {problem.field for problem in refused}
+    found += [
+        finding for finding in _waste(run) if finding.severity is not Severity.WARNING or finding.field not in fields
+    ]
+    # A default stands in a refused value's stead: what is found out about that one means nothing.
+    defaults = {problem.field for problem in problems}
+    findings += [replace(f, section=_section_of(f.field)) for f in found if f.field not in defaults]
+    sections = list(dict.fromkeys(finding.section for finding in findings))
+    findings.sort(key=lambda finding: (sections.index(finding.section), list(Severity).index(finding.severity)))
+    return Report(findings=findings, cluster=cluster.description)
 
 
-def _of_section(name: str, findings: Iterable[Finding]) -> list[Finding]:
-    return sorted(_named(name, findings), key=lambda finding: list(Severity).index(finding.severity))
+def _waste(run: RunUnderTest) -> Iterator[Finding]:
+    """What training would not notice."""
+    yield from (warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(run.config))
+    for part in PARTS:
+        yield from part(run)
 
 
-def _named(name: str, findings: Iterable[Finding]) -> Iterator[Finding]:
-    for finding in findings:
-        yield replace(finding, section=name)
+def _section_of(field: str) -> str:
+    if field.startswith(("rollout.sglang", "SDSEARCH_SGLANG")):
+        return "sglang"
+    top = field.partition(".")[0]
+    return _SECTIONS.get(top, top)

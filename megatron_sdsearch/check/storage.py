@@ -1,75 +1,81 @@
-"""The run's folder: writable, nobody else's, with room for what the run will write."""
+"""The run's folder: what is in it already, and room for what the run will write."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.check.findings import Attempt, Finding
-from megatron_sdsearch.check.subject import Subject
-from megatron_sdsearch.config import CheckpointConfig, RunConfig
-from megatron_sdsearch.errors import CheckpointError
+from transformers import PretrainedConfig
+
+from megatron_sdsearch.check.findings import Finding, errors, note, warning
+from megatron_sdsearch.check.run_under_test import RunUnderTest
+from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import CheckpointError, ConfigError
 from megatron_sdsearch.files import format_bytes, nearest_existing
 from megatron_sdsearch.logging.metrics import METRICS_FILE
 from megatron_sdsearch.logging.trajectories import step_files
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, damages, read_manifest
+from megatron_sdsearch.model.hf_config import hf_config_problems
+from megatron_sdsearch.model.shape import ModelShape
+from megatron_sdsearch.training.preflight import attempt
 from megatron_sdsearch.training.run_lock import check_run_dir, live_run
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_ADAM_BYTES = 8
-"""Two moments in fp32; bf16 keeps the weights in fp32 as well."""
 _TRAJECTORY_TOKEN_BYTES = 17
 """Measured on the tiny world: ids, log-probabilities and text of 192 trajectories."""
 
 
-def check(subject: Subject) -> Iterator[Finding]:
+def check_storage(run: RunUnderTest) -> Iterator[Finding]:
     """What is there, and what there is room for."""
-    run_dir = subject.config.run_dir
-    attempt = Attempt.at(partial(check_run_dir, run_dir))
-    if attempt.error is not None:
-        yield Finding.of(attempt.error, "run_dir")
+    config, problems = run.config, list[ConfigError]()
+    attempt(lambda: check_run_dir(config.run_dir), "run_dir", problems)
+    if problems:
+        yield from errors(problems)
         return
-    in_use = live_run(run_dir)
+    in_use = live_run(config.run_dir)
     if in_use is not None:
-        yield Finding.of(in_use, "run_dir")
-    yield from _contents(subject.config)
-    yield from _schedule(subject)
-    yield from _space(subject, nearest_existing(run_dir))
-
-
-def _contents(config: RunConfig) -> Iterator[Finding]:
-    folder = CheckpointFolder(config.run_dir / "checkpoints")
-    attempt = Attempt.at(folder.candidates)
-    if attempt.error is not None:
-        yield Finding.of(attempt.error, "run_dir")
-    if attempt.value:
-        yield from _newest_whole(attempt.value, config)
-    elif (config.run_dir / METRICS_FILE).exists() or step_files(config.run_dir):
-        yield Finding.warning(
+        yield from errors([in_use])
+    candidates = attempt(CheckpointFolder(config.run_dir / "checkpoints").candidates, "run_dir", problems)
+    yield from errors(problems)
+    if candidates:
+        yield from _newest_whole(candidates, config)
+    elif candidates is not None and ((config.run_dir / METRICS_FILE).exists() or step_files(config.run_dir)):
+        yield warning(
             "run_dir",
             f"{config.run_dir} holds metrics or trajectories of a run without a checkpoint: they would be deleted",
             "take another run_dir, or move them away if you want to keep them",
         )
+    yield from _room(config, run.files.hf_config)
 
 
-def _newest_whole(candidates: Sequence[Path], config: RunConfig) -> Iterator[Finding]:
+def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding]:
     """As training looks for it: the newest, or, with ``checkpoint.fallback``, the newest that is whole."""
     for folder in candidates:
-        attempt = Attempt.at(partial(_whole_manifest, folder))
-        if attempt.value is not None:
-            yield from _continuation(folder, attempt.value, config)
-            return
-        if not config.checkpoint.fallback:
-            yield Finding.error("run_dir", str(attempt.error), "restore it, or set checkpoint.fallback=true")
-            return
-        yield Finding.warning("run_dir", str(attempt.error), "restore it, or let checkpoint.fallback pass it over")
-    yield Finding.error("run_dir", "no checkpoint of this run is whole", "restore one, or take another run_dir")
+        try:
+            manifest = _read_whole_manifest(folder)
+        except CheckpointError as error:
+            if not config.checkpoint.fallback:
+                fix = "restore it, or set checkpoint.fallback=true"
+                yield from errors([ConfigError("run_dir", str(error), fix)])
+                return
+            yield warning("run_dir", str(error), "restore it, or let checkpoint.fallback pass it over")
+            continue
+        parts = (str(error).rpartition(": ") for error in continuation_problems(folder, manifest, config))
+        problems = [ConfigError("run_dir", problem, fix) for problem, _, fix in parts]
+        yield from errors(problems)
+        step, last = manifest["step"], config.train.num_steps
+        if not problems and step == last:
+            problem = f"{folder} is the end of a run of {last} steps: nothing is left to train"
+            yield warning("run_dir", problem, "raise train.num_steps, or take another run_dir")
+        elif not problems:
+            yield note("run_dir", f"the run goes on from step {step} of {last} ({folder})")
+        return
+    problem = "no checkpoint of this run is whole"
+    yield from errors([ConfigError("run_dir", problem, "restore one, or take another run_dir")])
 
 
-def _whole_manifest(folder: Path) -> dict[str, Any]:
+def _read_whole_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     files = manifest["files"]
     if broken := damages(folder, files, list(files), verify=False):
@@ -77,98 +83,47 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _continuation(newest: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[Finding]:
-    problems = list(continuation_problems(newest, manifest, config))
-    for problem in problems:
-        told, _, fix = str(problem).rpartition(": ")
-        yield Finding.error("run_dir", told, fix)
-    step, wanted = manifest["step"], config.train.num_steps
-    if not problems and step == wanted:
-        yield Finding.warning(
-            "run_dir",
-            f"{newest} is the end of a run of {wanted} steps: nothing is left to train",
-            "raise train.num_steps, or take another run_dir",
-        )
-    elif not problems:
-        yield Finding.note("run_dir", f"the run goes on from step {step} of {wanted} ({newest})")
-
-
-def _schedule(subject: Subject) -> Iterator[Finding]:
-    config = subject.config
-    checkpoint, every = config.checkpoint, config.checkpoint.every
-    if (problem := config.saving_problem()) is not None:
-        yield Finding.warning(problem.field, problem.problem, problem.fix)
+def _room(config: RunConfig, hf_config: PretrainedConfig | None) -> Iterator[Finding]:
+    """Checkpoints, folders of weights and trajectories against the disk, less what is there already."""
+    if hf_config is None or hf_config_problems(hf_config):
         return
-    if every == 0 or every > config.train.num_steps:
-        minutes = f"{checkpoint.every_minutes:g}: which steps are saved depends on how long they take"
-        yield Finding.note("checkpoint.every_minutes", minutes)
-        if checkpoint.keep_every:
-            yield Finding.warning(
-                "checkpoint.keep_every",
-                f"{checkpoint.keep_every}, and checkpoint.every is {every}: only by chance is one of these saved",
-                f"set checkpoint.every={checkpoint.keep_every}",
-            )
-        return
-    if checkpoint.keep_every % every:
-        yield Finding.warning(
-            "checkpoint.keep_every",
-            f"{checkpoint.keep_every} is no multiple of checkpoint.every = {every}: most of these are never saved",
-            f"set it to a multiple of {every}",
-        )
-    evaluated = config.evaluation.every
-    if checkpoint.keep_best and evaluated and every % evaluated and evaluated % every:
-        yield Finding.note(
-            "checkpoint.keep_best",
-            f"saved every {every}, scored every {evaluated} steps: few can be best",
-        )
-
-
-def _space(subject: Subject, home: Path) -> Iterator[Finding]:
-    config, num_parameters = subject.config, subject.num_parameters
-    if not num_parameters:
-        return
-    free = shutil.disk_usage(home).free
-    weights = num_parameters * _DTYPE_BYTES[config.model.dtype]
-    master = 0 if config.model.dtype == "float32" else 4 * num_parameters
-    checkpoint = weights + master + _ADAM_BYTES * num_parameters
-    num_kept = _num_kept(config.checkpoint, config.train.num_steps)
-    num_folders = int(config.checkpoint.export_hf)
+    num_parameters = ModelShape.from_hf_config(hf_config).num_params
+    writable_parent = nearest_existing(config.run_dir)
+    free = shutil.disk_usage(writable_parent).free
+    # With Adam's two moments in fp32; bf16 keeps the weights in fp32 as well.
+    weight_bytes, checkpoint_bytes = (4, 12) if config.model.dtype == "float32" else (2, 14)
+    weights, checkpoint = num_parameters * weight_bytes, num_parameters * checkpoint_bytes
+    num_kept, num_folders = _num_kept(config), int(config.checkpoint.export_hf)
     if config.samples_from_sglang and config.rollout.sglang.weight_sync == "disk":
         num_folders += 2  # the published one, and the next
     needed = num_kept * checkpoint + num_folders * weights
-    written = sum(_num_bytes(config.run_dir / name) for name in ("checkpoints", "weights", "hf"))
-    trajectories = _trajectory_bytes(config)
-    told = (
+    folders = (config.run_dir / name for name in ("checkpoints", "weights", "hf"))
+    written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    trajectories = 0
+    if config.train.mode == "rl" and config.telemetry.trajectories:
+        num_trajectories = config.train.num_steps * config.data.questions_per_step * config.rollout.group_size
+        trajectories = num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
+    problem = (
         f"{num_kept} checkpoints of {format_bytes(checkpoint)} and {num_folders} folders of weights of "
         f"{format_bytes(weights)} make {format_bytes(needed)}, "
         f"of which {format_bytes(min(written, needed))} are there; "
-        f"trajectories at most {format_bytes(trajectories)} more; {format_bytes(free)} are free on {home}"
+        f"trajectories at most {format_bytes(trajectories)} more; {format_bytes(free)} are free on {writable_parent}"
     )
-    needed -= min(written, needed)
-    if needed > free:
+    missing = max(0, needed - written)
+    if missing > free:
         fix = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
-        yield Finding.error("run_dir", told, fix)
-    elif needed + trajectories > free:
-        yield Finding.warning("run_dir", told, "free some, or set telemetry.trajectories=false")
+        yield from errors([ConfigError("run_dir", problem, fix)])
+    elif missing + trajectories > free:
+        yield warning("run_dir", problem, "free some, or set telemetry.trajectories=false")
     else:
-        yield Finding.note("run_dir", told)
+        yield note("run_dir", problem)
 
 
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _num_kept(config: CheckpointConfig, num_steps: int) -> int:
-    """At one time: those that stay, the best one, and the one that is being written."""
-    num_saved = -(-num_steps // config.every) if config.every else 1
-    if config.every_minutes:
+def _num_kept(config: RunConfig) -> int:
+    """Checkpoints at one time: those that stay, the best one, and the one that is being written."""
+    checkpoint, num_steps = config.checkpoint, config.train.num_steps
+    num_saved = -(-num_steps // checkpoint.every) if checkpoint.every else 1
+    if checkpoint.every_minutes:
         num_saved = num_steps  # each step may take longer
-    num_for_good = num_steps // config.keep_every if config.keep_every else 0
-    return min(num_saved, config.keep_last + num_for_good + int(config.keep_best)) + 1
-
-
-def _trajectory_bytes(config: RunConfig) -> int:
-    if config.train.mode != "rl" or not config.telemetry.trajectories:
-        return 0
-    num_trajectories = config.train.num_steps * config.data.questions_per_step * config.rollout.group_size
-    return num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
+    num_for_good = num_steps // checkpoint.keep_every if checkpoint.keep_every else 0
+    return min(num_saved, checkpoint.keep_last + num_for_good + int(checkpoint.keep_best)) + 1

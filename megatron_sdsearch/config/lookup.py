@@ -1,13 +1,12 @@
-"""Settings by their dotted names: sections, limits and defaults."""
+"""Settings by their dotted names: earlier names, defaults, and which may hold a secret."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel, SecretStr
 
 from megatron_sdsearch.config.run import RunConfig
 
@@ -18,8 +17,15 @@ RENAMED = {
     "rollout.sglang.tensor": "rollout.sglang.tp_size",
 }
 """Settings of earlier versions, and what they are called now; a setting that has gone has its reason in ``DROPPED``."""
-DROPPED: dict[str, str] = {}
+DROPPED: dict[str, str] = {
+    "rollout.oversample": "leave it out: groups are no fair sample of the questions with it",
+}
 """Settings of earlier versions without a successor, and what to do instead."""
+
+_SECRET_NAME = re.compile(r"password|passwd|secret|credential|api[-_]?key|_key\b|_token\b", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"--[a-z-]*(api-key|token|password)\b|://[^/\s]*@", re.IGNORECASE)
+_MASKED = str(SecretStr("x"))
+_MAY_HOLD_API_KEY = "rollout.sglang.arguments"
 
 
 def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_of(name: str) -> Any:
-    """Of a setting, by its dotted name, as JSON has it; None of a name within a mapping, which is empty by default."""
+    """A setting's default as JSON has it; None for a name within a mapping, which is empty by default."""
     *outer, last = name.split(".")
     section = section_at(outer)
     if section is None:
@@ -48,29 +54,58 @@ def default_of(name: str) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def limits_of(path: Sequence[str]) -> tuple[float, float] | None:
-    """The least and the largest value of a setting; None where one of them is not declared."""
-    section = section_at(path[:-1])
-    if section is None:
-        return None
-    info = section.model_fields[path[-1]]
-    optional = (f for option in get_args(info.annotation) for f in getattr(option, "__metadata__", ()))
-    metadata = [*info.metadata, *(rule for field in optional for rule in getattr(field, "metadata", ()))]
-    lows, highs = ([v for rule in metadata if (v := getattr(rule, name, None)) is not None] for name in ("ge", "le"))
-    return (lows[0], highs[0]) if lows and highs else None
-
-
 def section_at(path: Sequence[str]) -> type[BaseModel] | None:
-    """None where the path leads to a setting that is no section, such as a mapping."""
+    """The section at a path; None where the path leads to a setting that is no section, such as a mapping."""
     section: type[BaseModel] = RunConfig
     for part in path:
-        sections = sections_of(section.model_fields[part].annotation)
+        sections = _sections_in(section.model_fields[part].annotation)
         if not sections:
             return None
         section = sections[0]
     return section
 
 
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
+def is_secret(name: str, value: object = None) -> bool:
+    """Whether a setting, or for a section anything in it, may hold a secret, and is not to be shown.
+
+    True for ``rollout.sglang.environment.HF_TOKEN``, for arguments with ``--api-key``, for a URL with a user in it, and
+    for what pydantic has masked.
+
+    Args:
+        name: dotted; of an unknown name its section decides. A whole ``key=value`` is searched for secrets as well.
+        value: where it is known. Arguments of servers are secret only by their values, or while these are unknown.
+    """
+    if name.startswith(_MAY_HOLD_API_KEY) and value is None:
+        return True
+    annotation: Any = RunConfig
+    for part in name.partition("=")[0].split("."):
+        sections = _sections_in(annotation)
+        if not sections or part not in sections[0].model_fields:
+            break
+        annotation = sections[0].model_fields[part].annotation
+    is_masked = str(value) == _MASKED or _holds_secret(annotation)
+    return is_masked or bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)))
+
+
+def shown_command(command: Sequence[str]) -> str:
+    """A command line without the values of flags that hold secrets."""
+    shown: list[str] = []
+    for argument in command:
+        flag, equals, _ = argument.partition("=")
+        if shown and _SECRET_VALUE.fullmatch(shown[-1]):
+            shown.append("***")
+        else:
+            shown.append(f"{flag}=***" if equals and _SECRET_VALUE.fullmatch(flag) else argument)
+    return " ".join(shown)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     """The sections that an annotation names: one, or none."""
     return [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def _holds_secret(annotation: Any) -> bool:
+    if annotation is SecretStr:
+        return True
+    inner = [field.annotation for section in _sections_in(annotation) for field in section.model_fields.values()]
+    return any(_holds_secret(each) for each in (inner or get_args(annotation)))

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import (
-    SecretStr,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import SecretStr
 
-from megatron_sdsearch.config.types import (
-    HomePath,
-    NonNegativeFloat,
-    PositiveInt,
-    Seconds,
-    Section,
-    report_problems,
-    without_credentials,
-)
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.config.types import HomePath, NonNegativeFloat, PositiveInt, Seconds, Section, Url
 
 
-class ElasticsearchConfig(Section):
+class RemoteSearchConfig(Section):
+    """How a search engine of other processes is asked."""
+
+    username: str | None = None
+    """For HTTP's basic authentication. Elasticsearch: else ELASTICSEARCH_USERNAME."""
+    password: SecretStr | None = None
+    """``${oc.env:NAME}`` takes it from the environment. Elasticsearch: else ELASTICSEARCH_PASSWORD."""
+    timeout_s: Seconds = 30.0
+    """One request."""
+    max_attempts: PositiveInt = 5
+    down_timeout_s: Seconds = 120.0
+    """Nothing was answered for so long: the run stops."""
+    max_requests: PositiveInt = 16
+    """Open at one time by one rank; fewer while the engine is overloaded."""
+    batch_queries: PositiveInt = 64
+    """Per request."""
+    batch_window_ms: NonNegativeFloat = 5.0
+    """How long a query waits for company."""
+
+
+class ElasticsearchConfig(RemoteSearchConfig):
     """A cluster, and how it is asked."""
 
-    urls: tuple[str, ...] = ("http://127.0.0.1:9200",)
+    urls: tuple[Url, ...] = ("http://127.0.0.1:9200",)
     index: str = "wiki-18"
     """Index or alias."""
     mode: Literal["bm25", "dense", "hybrid"] = "bm25"
@@ -40,63 +45,16 @@ class ElasticsearchConfig(Section):
     encoder: HomePath | None = None
     """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
     prompts and normalisation hold, or without any an E5 model."""
-    username: str | None = None
-    """Else ELASTICSEARCH_USERNAME."""
-    password: SecretStr | None = None
-    """Else ELASTICSEARCH_PASSWORD."""
     api_key: SecretStr | None = None
     """Else ELASTICSEARCH_API_KEY."""
     ca_file: HomePath | None = None
     """Certificate of the authority that signed the cluster's; the system's authorities by default."""
-    timeout_s: Seconds = 30.0
-    """One request."""
-    max_attempts: PositiveInt = 5
-    down_timeout_s: Seconds = 120.0
-    """Nothing was answered for so long: the run stops."""
-    max_requests: PositiveInt = 16
-    """Open at one time by one rank; fewer while the cluster is overloaded."""
-    batch_queries: PositiveInt = 64
-    """Per request."""
-    batch_window_ms: NonNegativeFloat = 5.0
-    """How long a query waits for company."""
-
-    @field_validator("urls")
-    @classmethod
-    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        field, fix = "retrieval.elasticsearch.urls", "use username and password, or api_key"
-        return tuple(without_credentials(field, url, fix, info) for url in urls)
 
 
-class RetrieveServerConfig(Section):
-    """A server that speaks Search-R1's /retrieve."""
+class RetrieveServerConfig(RemoteSearchConfig):
+    """A server that speaks Search-R1's /retrieve, perhaps behind a proxy that asks for a password."""
 
-    url: str = "http://127.0.0.1:8000/retrieve"
-    username: str | None = None
-    """Of HTTP's basic authentication, for a server behind a proxy that asks for it."""
-    password: SecretStr | None = None
-    """``${oc.env:NAME}`` takes it from the environment."""
-    timeout_s: Seconds = 30.0
-    max_attempts: PositiveInt = 5
-    down_timeout_s: Seconds = 120.0
-    max_requests: PositiveInt = 16
-    batch_queries: PositiveInt = 64
-    batch_window_ms: NonNegativeFloat = 5.0
-
-    @field_validator("url")
-    @classmethod
-    def _check_url(cls, url: str, info: ValidationInfo) -> str:
-        fix = "use retrieval.http.username and password"
-        return without_credentials("retrieval.http.url", url, fix, info)
-
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        report_problems(self._problems(), info)
-        return self
-
-    def _problems(self) -> Iterator[ConfigError]:
-        if (self.username is None) != (self.password is None):
-            lacking, other = ("password", "username") if self.password is None else ("username", "password")
-            yield ConfigError(f"retrieval.http.{lacking}", f"missing, and {other} is set", "set both, or neither")
+    url: Url = "http://127.0.0.1:8000/retrieve"
 
 
 class ReplayConfig(Section):
@@ -110,7 +68,7 @@ class ReplayConfig(Section):
     max_mb: PositiveInt = 4096
     """The oldest entries go when the store is larger."""
     fingerprint: str | None = None
-    """``only``: whose answers; needed when the store holds those of several engines."""
+    """``only``: which engine's answers; needed when the store holds those of several engines."""
 
 
 class RetrievalConfig(Section):
@@ -123,31 +81,11 @@ class RetrievalConfig(Section):
     """tantivy: folder for its indices, or of the one that ``tools/index_corpus.py --out`` made; null is the folder
     ``index`` beside the corpus, where all runs find it. Set it where the corpus's folder may not be written."""
     analyzer: Literal["standard", "english"] = "standard"
-    """Of tantivy; an Elasticsearch index has its own."""
+    """tantivy: how text becomes terms; an Elasticsearch index has its own."""
     top_k: PositiveInt = 3
     elasticsearch: ElasticsearchConfig = ElasticsearchConfig()
     http: RetrieveServerConfig = RetrieveServerConfig()
     replay: ReplayConfig = ReplayConfig()
-
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        report_problems(self._problems(), info)
-        return self
-
-    def _problems(self) -> Iterator[ConfigError]:
-        if self.engine == "tantivy" and self.corpus is None and self.replay.mode != "only":
-            yield ConfigError(
-                "retrieval.corpus", "missing, and retrieval.engine=tantivy reads it", "set retrieval.corpus"
-            )
-        if self.replay.mode != "off" and self.replay.store is None:
-            yield ConfigError(
-                "retrieval.replay.store", f"missing, and mode is {self.replay.mode}", "set retrieval.replay.store"
-            )
-        dense = self.elasticsearch.mode != "bm25"
-        if self.engine == "elasticsearch" and dense and self.elasticsearch.encoder is None:
-            yield ConfigError(
-                "retrieval.elasticsearch.encoder", f"missing, and mode is {self.elasticsearch.mode}", "set it"
-            )
 
     def files(self) -> dict[str, Path]:
         """Every path that has to exist before a search, by its field."""

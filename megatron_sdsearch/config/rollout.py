@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    SecretStr,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, SecretStr
 
 from megatron_sdsearch.config.types import (
     NonNegativeInt,
@@ -19,24 +14,26 @@ from megatron_sdsearch.config.types import (
     Section,
     ShellWord,
     UnitFloat,
-    report_problems,
-    shown_url,
-    without_credentials,
+    Url,
 )
-from megatron_sdsearch.errors import ConfigError
+
+
+def _without_slash(url: str) -> str:
+    """One server has one name."""
+    return url.rstrip("/")
 
 
 class SGLangConfig(Section):
     """SGLang servers: how they are started or reached, and how they get the policy's weights."""
 
-    urls: tuple[str, ...] = ()
-    """Servers that somebody else runs, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` of our own."""
+    urls: tuple[Annotated[Url, AfterValidator(_without_slash)], ...] = ()
+    """Running servers to attach to, e.g. ``["http://10.0.0.7:30000"]``; empty starts ``num_servers`` own ones."""
     num_servers: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Started by the first rank, on its node. `serve` starts as many as its node's GPUs hold, without GPUs so many."""
+    """Started by rank 0 on its node. ``serve`` starts one for each ``tp_size`` GPUs of its node, on CPUs this many."""
     tp_size: PositiveInt = 1
-    """Tensor-parallel GPUs of each server; of attached ones it must be said, too."""
+    """Tensor-parallel GPUs of each server; also required for attached servers."""
     command: tuple[ShellWord, ...] = ("python3", "-m", "sglang.launch_server")
-    """Starts a server; model, host, port and seed are appended. Another environment's interpreter is welcome."""
+    """Starts a server; model, host, port and seed are appended. May be another environment's interpreter."""
     arguments: tuple[ShellWord, ...] = ()
     """Further flags of a started server, e.g. ``["--mem-fraction-static", "0.8"]``."""
     environment: dict[str, SecretStr] = Field(default={})
@@ -61,22 +58,6 @@ class SGLangConfig(Section):
     always proven. 0 never."""
     colocated: bool = False
     """Servers share the trainer's GPUs and give their memory up while it trains; GPU only."""
-
-    @field_validator("urls", mode="before")
-    @classmethod
-    def _check_is_list(cls, urls: object, info: ValidationInfo) -> object:
-        if isinstance(urls, str):
-            shown = shown_url(urls)
-            report_problems([ConfigError("rollout.sglang.urls", f"{shown!r} is no list", f"write [{shown}]")], info)
-            return (urls,)
-        return urls
-
-    @field_validator("urls")
-    @classmethod
-    def _check_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        fix = "SGLang's servers ask for none: leave them out"
-        bare = (without_credentials("rollout.sglang.urls", url, fix, info) for url in urls)
-        return tuple(url.rstrip("/") for url in bare)  # one server has one name
 
     @property
     def plain_environment(self) -> dict[str, str]:

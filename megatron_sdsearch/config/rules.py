@@ -1,157 +1,103 @@
-"""Rules that span sections of a run's settings."""
+"""Rules over a run's settings: each function lists what is broken, one error per problem, and raises nothing.
+
+``train`` raises all of them at once and ``check`` shows them. Rules that need the contents of files are in
+``training/preflight.py``.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from megatron_sdsearch.config.retrieval import RetrievalConfig
 from megatron_sdsearch.config.rollout import SGLangConfig
-from megatron_sdsearch.config.sections import ModelConfig
+from megatron_sdsearch.config.run import RunConfig
+from megatron_sdsearch.config.sections import CheckpointConfig, HindsightConfig, ModelConfig
 from megatron_sdsearch.config.types import shown_url
 from megatron_sdsearch.errors import ConfigError
 
-if TYPE_CHECKING:
-    from megatron_sdsearch.config.run import RunConfig
-
-
-def missing_problems(field: str, value: object, reason: str) -> Iterator[ConfigError]:
-    """Report a setting that is needed and not set."""
-    if value is None:
-        yield ConfigError(field, f"missing, and {reason}", f"set {field}")
-
-
+_SERVER_FLAGS = ("--model-path", "--model", "--host", "--port", "--tp-size", "--tensor-parallel-size", "--tp")
+_PROMISED_PASSAGES = 3
+"""How many the autorefine profile's instructions announce."""
 _LOCAL_FOLDERS = ("models/", "model/", "checkpoints/", "runs/", "data/")
 _HUB_ID = re.compile(r"(?:https:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.-]*))")
 
 
-def no_model(field: str, folder: Path) -> ConfigError:
-    """What to say of a folder without config.json; of what may be the name of a model on the hub: how to fetch it."""
-    fix = "give a Hugging Face model folder"
-    hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
-    if hub_id is not None:
-        name, target = hub_id[1], f"models/{hub_id[2]}"
-        if name.startswith(_LOCAL_FOLDERS):  # where it is to lie; who published it, nothing says
-            name, target = f"ORGANISATION/{hub_id[2]}", name
-        fix += (
-            f"; a model of the hub is fetched by `hf download {name} --local-dir {target}`, then set {field}={target}"
-        )
-    return ConfigError(field, f"{folder} holds no config.json", fix)
-
-
-def megatron_problems(folder: Path) -> Iterator[ConfigError]:
-    """Report a ``model.megatron_dir`` that is no checkpoint."""
-    if (folder / ".metadata").exists():
-        return
-    pointers = (path for path in (folder / "latest", folder / "checkpoints" / "latest") if path.is_file())
-    if (pointer := next(pointers, None)) is not None:
-        step = pointer.parent / pointer.read_text().strip()
+def setting_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """List the settings that contradict or lack each other; needs no other file."""
+    parallel, hindsight, objective, optimizer = config.parallel, config.hindsight, config.objective, config.optimizer
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield ConfigError(
-            "model.megatron_dir", f"{folder} holds several checkpoints", f"give one of them, such as {step}"
+            "parallel.sequence_parallel",
+            "true with parallel.tensor_model_parallel_size=1",
+            "set parallel.tensor_model_parallel_size >= 2 or sequence_parallel=false",
         )
+    for name in ("siblings", "labels", "drop_leaks") if hindsight.content == "documents" else ():
+        value, default = getattr(hindsight, name), getattr(HindsightConfig(), name)
+        if value != default:
+            problem = f"{value}, and content=documents shows no siblings"
+            yield ConfigError(f"hindsight.{name}", problem, f"leave it at {default}")
+    if objective.topk is None and objective.topk_of != "teacher":
+        problem = f"{objective.topk_of}, and objective.topk is null"
+        yield ConfigError("objective.topk_of", problem, "set objective.topk, or drop topk_of")
+    if config.retrieval is not None:
+        yield from _retrieval_problems(config.retrieval)
+    if config.train.mode == "rl":
+        yield from _missing("data.train", config.data.train, "train.mode=rl samples from it")
+        yield from _missing("retrieval", config.retrieval, "train.mode=rl searches")
+        yield from _length_problems(config)
+        yield from _server_problems(config)
+        if config.evaluation.every:
+            yield from _missing("data.heldout", config.data.heldout, "evaluation.every is set")
     else:
-        yield ConfigError(
-            "model.megatron_dir",
-            f"{folder} holds no checkpoint of megatron",
-            "give a folder that does; checkpoint.keep_last of the run that wrote it may have removed it: copy a step "
-            "out of its checkpoints before another run begins from it",
-        )
+        yield from _missing("train.demonstrations", config.train.demonstrations, "warm_start learns from them")
+        if config.evaluation.every:
+            yield ConfigError("evaluation.every", "set, and a warm start does not evaluate", "set it to 0")
+    if optimizer.min_lr > optimizer.lr:
+        yield ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
+    if optimizer.warmup_steps >= config.num_updates:
+        problem = f"{optimizer.warmup_steps} of the run's {config.num_updates} updates leaves none at optimizer.lr"
+        yield ConfigError("optimizer.warmup_steps", problem, "lower it")
 
 
-def is_server_url(url: str) -> bool:
-    """Whether it is ``http://host:port``, or https, or without a port."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
+def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
+    if value is None:
+        yield ConfigError(field, f"missing, and {reason}", f"set {field}")
 
 
-def _url_problems(urls: Sequence[str]) -> Iterator[ConfigError]:
-    field = "rollout.sglang.urls"
-    for url in dict.fromkeys(urls):
-        if not is_server_url(url):
-            yield ConfigError(field, f"{shown_url(url)!r} is not the url of a server", "write it as http://host:port")
-        if urls.count(url) > 1:
-            yield ConfigError(field, f"{url} stands there {urls.count(url)} times", "name each server once")
+def _retrieval_problems(retrieval: RetrievalConfig) -> Iterator[ConfigError]:
+    elastic, http, replay = retrieval.elasticsearch, retrieval.http, retrieval.replay
+    if retrieval.engine == "tantivy" and replay.mode != "only":
+        yield from _missing("retrieval.corpus", retrieval.corpus, "retrieval.engine=tantivy reads it")
+    if retrieval.engine == "elasticsearch" and elastic.mode != "bm25":
+        yield from _missing("retrieval.elasticsearch.encoder", elastic.encoder, f"mode is {elastic.mode}")
+    if replay.mode != "off":
+        yield from _missing("retrieval.replay.store", replay.store, f"mode is {replay.mode}")
+    if (http.username is None) != (http.password is None):
+        lacking, other = ("password", "username") if http.password is None else ("username", "password")
+        yield ConfigError(f"retrieval.http.{lacking}", f"missing, and {other} is set", "set both, or neither")
 
 
-def command_problems(sglang: SGLangConfig) -> Iterator[ConfigError]:
-    """Report a command that starts no server."""
-    field = "rollout.sglang.command"
-    if not sglang.command:
-        yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
-        return
-    # The server is started with this environment, and found by its PATH.
-    program, path = sglang.command[0], sglang.plain_environment.get("PATH")
-    if shutil.which(program, path=path) is None:
-        yield ConfigError(
-            f"{field}[0]",
-            f"{program} is no program" + (f" in {path}" if path else " here"),
-            "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls",
-        )
-
-
-def model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
-    """Report a model setting that the hardware does not run."""
-    if model.layer_spec == "transformer_engine" and not has_gpu:
-        yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
-    if has_gpu and model.layer_spec == "local":
-        return
-    wanted = "bfloat16" if has_gpu else "float32"
-    if model.dtype != wanted:
-        reason = "with transformer-engine, whose packed attention takes no float32" if has_gpu else "without a GPU"
-        yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={wanted}")
-
-
-def problems_without_gpu(sglang: SGLangConfig) -> Iterator[ConfigError]:
-    """Report server settings that need a GPU where there is none."""
-    if sglang.colocated:
-        yield ConfigError(
-            "rollout.sglang.colocated", "true without a GPU, where there is no memory to share", "set it to false"
-        )
-    if sglang.tp_size > 1 and not sglang.urls:
-        yield ConfigError(
-            "rollout.sglang.tp_size", f"{sglang.tp_size} GPUs of a server, and there is none", "set it to 1"
-        )
-
-
-def rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """Report lengths and sizes of rollouts that do not fit one another."""
-    rollout = config.rollout
-    if config.samples_from_sglang:
-        yield from _url_problems(rollout.sglang.urls)
+def _length_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """Lengths and sizes of rollouts that do not fit one another."""
+    rollout, hindsight, budget = config.rollout, config.hindsight, config.train.max_tokens_per_microbatch
     if rollout.group_size < 2:
         yield ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
     least = rollout.max_prompt_tokens + rollout.max_response_tokens
     if rollout.max_total_tokens < least:
-        yield ConfigError(
-            "rollout.max_total_tokens",
-            f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}",
-            f"set it to at least {least}",
-        )
-    longest = config.longest_sequence
-    if config.train.max_tokens_per_microbatch < longest.num_tokens:
-        yield ConfigError(
-            "train.max_tokens_per_microbatch",
-            f"{config.train.max_tokens_per_microbatch} cannot hold the longest sequence of {longest.settings} = "
-            f"{longest.num_tokens}",
-            f"set it to at least {longest.num_tokens}",
-        )
-
-
-def block_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """A block of whole responses holds every sibling that it is meant to show.
-
-    A response counts with what the budgets leave it behind a prompt of full length. One behind a shorter prompt may be
-    longer; then the block loses a sibling, which is counted.
-    """
-    rollout, hindsight = config.rollout, config.hindsight
+        problem = f"{rollout.max_total_tokens} is less than max_prompt_tokens + max_response_tokens = {least}"
+        yield ConfigError("rollout.max_total_tokens", problem, f"set it to at least {least}")
+    longest, settings = config.longest_sequence
+    if budget < longest:
+        problem = f"{budget} cannot hold the longest sequence of {settings} = {longest}"
+        yield ConfigError("train.max_tokens_per_microbatch", problem, f"set it to at least {longest}")
     if hindsight.content != "everything" or not config.is_distilling:
         return
+    # A block of whole responses holds every sibling that it is meant to show. A response counts with what the budgets
+    # leave it behind a prompt of full length; one behind a shorter prompt may cost the block a sibling, counted.
     num_shown = {"own": 1, "others": rollout.group_size - 1}.get(hindsight.siblings, rollout.group_size)
     per_turn = rollout.max_response_tokens + rollout.max_observation_tokens
     response = min(
@@ -168,14 +114,157 @@ def block_problems(config: RunConfig) -> Iterator[ConfigError]:
         )
 
 
-def optimizer_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """Report a schedule that does not fit the run."""
-    optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        yield ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
-    if optimizer.warmup_steps >= config.num_updates:
+def _server_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """Addresses and flags of SGLang servers, where they are read."""
+    sglang = config.rollout.sglang
+    if not config.samples_from_sglang:
+        return
+    for url in dict.fromkeys(sglang.urls):
+        if not is_server_url(url):
+            problem = f"{shown_url(url)!r} is not the url of a server"
+            yield ConfigError("rollout.sglang.urls", problem, "write it as http://host:port")
+        if (count := sglang.urls.count(url)) > 1:
+            yield ConfigError("rollout.sglang.urls", f"{url} stands there {count} times", "name each server once")
+    flags = {argument.partition("=")[0] for argument in sglang.arguments}
+    for flag in sorted(flags & {*_SERVER_FLAGS}) if not sglang.urls else ():
+        problem = f"{flag} is given by the trainer, and yours would win"
+        yield ConfigError("rollout.sglang.arguments", problem, "remove it")
+
+
+def is_server_url(url: str) -> bool:
+    """Whether it is ``http://host:port``, or https, or without a port."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
+def setting_warnings(config: RunConfig) -> Iterator[ConfigError]:
+    """List settings with which a run starts, and most likely does not do what is wanted."""
+    yield from _saving_warnings(config.checkpoint, config.train.num_steps)
+    if config.retrieval is not None and config.retrieval.engine != "tantivy":
+        for name in ("index", "analyzer"):
+            value, default = getattr(config.retrieval, name), RetrievalConfig.model_fields[name].default
+            if value != default:
+                problem = f"{value}, and only tantivy reads this setting, not {config.retrieval.engine}"
+                yield ConfigError(f"retrieval.{name}", problem, "drop it, or index as you want it there")
+    if config.train.mode != "rl":
+        return
+    objective, rollout, num_steps = config.objective, config.rollout, config.train.num_steps
+    if objective.alpha > 0 and not config.is_distilling:
         yield ConfigError(
-            "optimizer.warmup_steps",
-            f"{optimizer.warmup_steps} of the run's {config.num_updates} updates leaves none at optimizer.lr",
-            "lower it",
+            "objective.alpha_warmup_steps",
+            f"{objective.alpha_warmup_steps} of train.num_steps = {num_steps}: the run ends before it distils",
+            f"lower it below {num_steps}, or train longer; objective.alpha=0 says that GRPO alone is meant",
         )
+    if config.telemetry.query_probe and not config.is_distilling:
+        problem = "true, and it looks at the first step that distils, which this run has not"
+        yield ConfigError("telemetry.query_probe", problem, "set it to false")
+    if rollout.top_p < 1.0 and objective.importance_correction != "none":
+        yield ConfigError(
+            "objective.importance_correction",
+            f"{objective.importance_correction} with rollout.top_p={rollout.top_p}: its ratios know nothing of the cut "
+            "tail, so that they correct towards another distribution",
+            "set rollout.top_p=1 or importance_correction=none",
+        )
+    top_k = _PROMISED_PASSAGES if config.retrieval is None else config.retrieval.top_k
+    if config.data.prompt_profile == "autorefine" and top_k != _PROMISED_PASSAGES:
+        fix = f"set it to {_PROMISED_PASSAGES}, or take another data.prompt_profile"
+        yield ConfigError("retrieval.top_k", f"{top_k}, and the autorefine prompt promises three documents", fix)
+
+
+def _saving_warnings(checkpoint: CheckpointConfig, num_steps: int) -> Iterator[ConfigError]:
+    every, keep_every = checkpoint.every, checkpoint.keep_every
+    if checkpoint.every_minutes == 0 and not 0 < every < num_steps:
+        yield ConfigError(
+            "checkpoint.every_minutes",
+            f"0, and checkpoint.every is {every}: nothing is saved before the end of {num_steps} steps, unless a "
+            "signal asks",
+            f"set checkpoint.every_minutes={CheckpointConfig().every_minutes:g}: a run that dies begins anew",
+        )
+    elif keep_every and (every == 0 or every > num_steps):
+        problem = f"{keep_every}, and checkpoint.every is {every}: only by chance is one of these saved"
+        yield ConfigError("checkpoint.keep_every", problem, f"set checkpoint.every={keep_every}")
+    elif keep_every and keep_every % every:
+        problem = f"{keep_every} is no multiple of checkpoint.every = {every}: most of these are never saved"
+        yield ConfigError("checkpoint.keep_every", problem, f"set it to a multiple of {every}")
+
+
+def file_problems(config: RunConfig) -> Iterator[ConfigError]:
+    """List the paths that will be read, and the program that will be started, which are not there."""
+    folders: dict[str, Path | None] = {"model.hf_dir": config.model.hf_dir}
+    files = {"data.train": config.data.train, "data.heldout": config.data.heldout}
+    if config.train.mode == "warm_start":
+        files = {"train.demonstrations": config.train.demonstrations, "data.heldout": config.data.heldout}
+    if config.retrieval is not None:
+        files |= config.retrieval.files()
+        elastic = config.retrieval.elasticsearch
+        if config.retrieval.engine == "elasticsearch" and elastic.mode != "bm25":
+            folders["retrieval.elasticsearch.encoder"] = elastic.encoder
+    for field, folder in folders.items():
+        if folder is not None and not (folder / "config.json").is_file():
+            yield no_model(field, folder)
+    if config.model.megatron_dir is not None and not (config.model.megatron_dir / ".metadata").exists():
+        yield _no_checkpoint(config.model.megatron_dir)
+    for field, path in files.items():
+        if path is not None and not path.exists():
+            yield ConfigError(field, f"{path} does not exist", "give a path that exists")
+    if config.samples_from_sglang and not config.rollout.sglang.urls:
+        yield from _command_problems(config.rollout.sglang.command, config.rollout.sglang.plain_environment)
+
+
+def no_model(field: str, folder: Path) -> ConfigError:
+    """What to say of a folder without config.json; of what may be the name of a model on the hub: how to fetch it."""
+    fix = "give a Hugging Face model folder"
+    hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
+    if hub_id is not None:
+        name, target = hub_id[1], f"models/{hub_id[2]}"
+        if name.startswith(_LOCAL_FOLDERS):  # the folder it is to lie in: its publisher is not known
+            name, target = f"ORGANISATION/{hub_id[2]}", name
+        command = f"`hf download {name} --local-dir {target}`"
+        fix += f"; a model of the hub is fetched by {command}, then set {field}={target}"
+    return ConfigError(field, f"{folder} holds no config.json", fix)
+
+
+def _no_checkpoint(folder: Path) -> ConfigError:
+    pointers = (path for path in (folder / "latest", folder / "checkpoints" / "latest") if path.is_file())
+    if (pointer := next(pointers, None)) is not None:
+        fix = f"give one of them, such as {pointer.parent / pointer.read_text().strip()}"
+        return ConfigError("model.megatron_dir", f"{folder} holds several checkpoints", fix)
+    return ConfigError(
+        "model.megatron_dir",
+        f"{folder} holds no checkpoint of megatron",
+        "give a folder that does; checkpoint.keep_last of the run that wrote it may have removed it: copy a step "
+        "out of its checkpoints before another run begins from it",
+    )
+
+
+def _command_problems(command: tuple[str, ...], environment: dict[str, str]) -> Iterator[ConfigError]:
+    field, path = "rollout.sglang.command", environment.get("PATH")
+    if not command:
+        yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
+    elif shutil.which(command[0], path=path) is None:  # started with this environment, and found by its PATH
+        problem = f"{command[0]} is no program" + (f" in {path}" if path else " here")
+        fix = "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls"
+        yield ConfigError(f"{field}[0]", problem, fix)
+
+
+def model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
+    """List settings of the model that the hardware does not run."""
+    if model.layer_spec == "transformer_engine" and not has_gpu:
+        yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
+    dtype = "bfloat16" if has_gpu else "float32"
+    if model.dtype != dtype and not (has_gpu and model.layer_spec == "local"):
+        reason = "with transformer-engine, whose packed attention takes no float32" if has_gpu else "without a GPU"
+        yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={dtype}")
+
+
+def problems_without_gpu(sglang: SGLangConfig) -> Iterator[ConfigError]:
+    """List settings of servers that need a GPU where there is none."""
+    if sglang.colocated:
+        problem = "true without a GPU, where there is no memory to share"
+        yield ConfigError("rollout.sglang.colocated", problem, "set it to false")
+    if sglang.tp_size > 1 and not sglang.urls:
+        problem = f"{sglang.tp_size} GPUs of a server, and there is none"
+        yield ConfigError("rollout.sglang.tp_size", problem, "set it to 1")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PlainValidator
 
 from megatron_sdsearch.config.types import (
     HomePath,
@@ -20,9 +14,16 @@ from megatron_sdsearch.config.types import (
     PositiveInt,
     Section,
     UnitFloat,
-    report_problems,
 )
-from megatron_sdsearch.errors import ConfigError
+
+
+def _check_scalar(value: object) -> object:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("give true, false, a number or a text, or leave it out")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, PlainValidator(_check_scalar)]
 
 
 class ModelConfig(Section):
@@ -57,19 +58,6 @@ class ParallelConfig(Section):
     """A rank that waits longer for its peers ends the run. With servers most ranks wait through an evaluation, and
     through a step's rollouts: set it above what these take."""
 
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        report_problems(self._problems(), info)
-        return self
-
-    def _problems(self) -> Iterator[ConfigError]:
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            yield ConfigError(
-                "parallel.sequence_parallel",
-                "true with parallel.tensor_model_parallel_size=1",
-                "set parallel.tensor_model_parallel_size >= 2 or sequence_parallel=false",
-            )
-
 
 class DataConfig(Section):
     """Questions and how they are asked."""
@@ -80,31 +68,14 @@ class DataConfig(Section):
     """Questions for evaluation; needed when ``evaluation.every`` is set."""
     prompt_profile: Literal["search_r1", "autorefine", "plain"] = "autorefine"
     """Instructions and tags; ``plain`` asks the bare question (for models that were taught the tags)."""
-    chat_template_arguments: dict[str, bool | int | float | str] = Field(default={})
+    chat_template_arguments: dict[str, Scalar] = Field(default={})
     """For variables that the model's chat template reads, e.g. ``{enable_thinking: false}`` for Qwen3, whose template
     lets it think at length otherwise. Empty, because names and defaults are the template's own."""
     questions_per_step: PositiveInt = 256
 
-    @field_validator("chat_template_arguments", mode="before")
-    @classmethod
-    def _check_are_scalars(cls, arguments: object, info: ValidationInfo) -> object:
-        field = "data.chat_template_arguments"
-        if not isinstance(arguments, dict):
-            fix = "write {name: value}, or leave it out"
-            report_problems([ConfigError(field, f"{arguments!r} is no mapping of names to values", fix)], info)
-            return {}
-        named = {str(name): value for name, value in arguments.items()}
-        scalars = {name: value for name, value in named.items() if isinstance(value, (bool, int, float, str))}
-        fix = "give true, false, a number or a text, or leave it out"
-        report_problems(
-            (ConfigError(f"{field}.{name}", f"{named[name]!r} is no scalar", fix) for name in named.keys() - scalars),
-            info,
-        )
-        return scalars
-
 
 class HindsightConfig(Section):
-    """What the teacher sees; defaults are the paper's, the rest are its ablations."""
+    """What the teacher sees; defaults are the paper's, the other values its ablations."""
 
     siblings: Literal["all", "correct", "own", "others"] = "all"
     labels: Literal["outcome", "none", "shuffled", "permuted"] = "outcome"
@@ -120,21 +91,6 @@ class HindsightConfig(Section):
     every sibling's whole response, and is refused with less."""
     drop_leaks: bool = False
     """Leave out siblings whose query holds a gold answer."""
-
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        report_problems(self._problems(), info)
-        return self
-
-    def _problems(self) -> Iterator[ConfigError]:
-        of_siblings = {"siblings": "all", "labels": "outcome", "drop_leaks": False}
-        for name, default in of_siblings.items():
-            if self.content == "documents" and getattr(self, name) != default:
-                yield ConfigError(
-                    f"hindsight.{name}",
-                    f"{getattr(self, name)}, and content=documents shows no siblings",
-                    f"leave it at {default}",
-                )
 
 
 class ObjectiveConfig(Section):
@@ -174,19 +130,6 @@ class ObjectiveConfig(Section):
     normalize_advantage_std: bool = True
     """Divide by the group's unbiased standard deviation + 1e-6, as well as subtract its mean."""
     reward: Literal["f1", "em", "autorefine"] = "autorefine"
-
-    @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        report_problems(self._problems(), info)
-        return self
-
-    def _problems(self) -> Iterator[ConfigError]:
-        if self.topk is None and self.topk_of != "teacher":
-            yield ConfigError(
-                "objective.topk_of",
-                f"{self.topk_of}, and objective.topk is null",
-                "set objective.topk, or drop topk_of",
-            )
 
     def alpha_at(self, step: int) -> float:
         """Weight of the distillation loss at a step (0-based): 0 through the warm-up, or rising linearly over it."""

@@ -1,28 +1,19 @@
-"""Types of settings: paths, counts, durations, and the base of all sections."""
+"""Types of settings: paths, counts, durations, addresses, and the base of all sections."""
 
 from __future__ import annotations
 
 import os
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-)
-
-from megatron_sdsearch.errors import ConfigError, raise_first
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 def expand_home(text: str) -> str:
-    """A path or a word of a command with ``~`` or ``~user`` at its start expanded, as a shell does; ``$NAME`` stays.
+    """Expand ``~`` or ``~user`` at the start of a path or of an argument, as a shell does; ``$NAME`` stays.
 
     Raises:
         ValueError: no such user is known.
@@ -42,14 +33,33 @@ def path_argument(text: str) -> Path:
         raise ArgumentTypeError(str(error)) from error
 
 
+def shown_url(url: str) -> str:
+    """A URL, or a text with one, for messages: what stands before its last ``@`` may be a password."""
+    before, at, remainder = url.rpartition("@")
+    scheme = re.match(r"\W*\w+://", before)
+    return f"{scheme.group() if scheme else ''}***@{remainder}" if at else url
+
+
 def _expand_path(value: object) -> object:
     return expand_home(value) if isinstance(value, str) else value
+
+
+def _refuse_credentials(url: str) -> str:
+    if re.match(r"(\w+://)?[^/?#]*@", url):
+        fix = "leave them out; search engines have settings for them: username and password, or api_key"
+        # In a type of its own, which never shows the value: addresses stand in logs, checkpoints and metrics.
+        raise PydanticCustomError(
+            "credentials", "{fix}", {"problem": f"{shown_url(url)} holds credentials", "fix": fix}
+        )
+    return url
 
 
 HomePath = Annotated[Path, BeforeValidator(_expand_path)]
 """Every path of the settings; see ``expand_home``."""
 ShellWord = Annotated[str, AfterValidator(expand_home)]
-"""Of a command that is started without a shell."""
+"""An argument of a command that is started without a shell."""
+Url = Annotated[str, AfterValidator(_refuse_credentials)]
+"""An address without ``user:password@``."""
 
 _MAX_INT = 2**31 - 1
 """What is counted goes through C's ``int`` in one library or another; nothing here comes near it."""
@@ -64,36 +74,18 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-PROBLEMS = "problems"
-"""In the context of a validation: a list that takes every ConfigError, where otherwise the first one is raised."""
-
-
-def report_problems(errors: Iterable[ConfigError], info: ValidationInfo) -> None:
-    """Collect errors where the caller lists them all, else raise the first."""
-    collected = (info.context or {}).get(PROBLEMS)
-    if collected is None:
-        raise_first(errors)
-    else:
-        collected.extend(errors)
-
-
 class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error."""
+    """Base of all sections: immutable, and an unknown key is an error. Rules over settings are in ``rules.py``."""
 
     # What pydantic says of a refused value would bring passwords into tracebacks.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
-
-def shown_url(url: str) -> str:
-    """A URL, or a text with one, for messages: what stands before its last ``@`` may be a password."""
-    before, at, rest = url.rpartition("@")
-    scheme = re.match(r"\W*\w+://", before)
-    return f"{scheme.group() if scheme else ''}***@{rest}" if at else url
-
-
-def without_credentials(field: str, url: str, fix: str, info: ValidationInfo) -> str:
-    """Refuse ``user:password@``: addresses stand in logs, errors, checkpoints and metrics."""
-    bare = re.sub(r"^(\w+://)?[^/?#]*@", r"\1", url)
-    if bare != url:
-        report_problems([ConfigError(field, f"{shown_url(url)} holds credentials", fix)], info)
-    return bare
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        """``true`` is no 1, which pydantic would make of it; text such as ``"3"`` stays welcome (``${oc.env:...}``)."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        options = {getattr(option, "__origin__", option) for option in (annotation, *get_args(annotation))}
+        if isinstance(value, bool) and options & {int, float} and bool not in options:
+            raise ValueError("give a number")
+        return value

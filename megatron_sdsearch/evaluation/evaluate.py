@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from megatron_sdsearch.config import RunConfig, no_model
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
-from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.errors import ConfigError, DataError, raise_problems
 from megatron_sdsearch.evaluation.metrics import require_sampled, summarize
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
-from megatron_sdsearch.rollout.checks import check_prompts
+from megatron_sdsearch.rollout.checks import prompt_problems
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
 from megatron_sdsearch.rollout.requests import one_group_each
@@ -58,7 +58,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
         run_date=run_date_of(config.run_dir),
         field="--model",
     )
-    check_prompts(questions, "data.heldout", renderer, profile, rollout.max_prompt_tokens)
+    raise_problems(prompt_problems(questions, "data.heldout", renderer, profile, rollout.max_prompt_tokens))
     weights = SafetensorsFolder(model_dir)
     for name in weights.names():
         weights.shape(name)  # names a file that is missing or cut short

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import CheckpointError, StorageError, raise_first
+from megatron_sdsearch.errors import CheckpointError, StorageError, raise_problems
 from megatron_sdsearch.files import describe_free_space
 from megatron_sdsearch.model.background_write import BackgroundWrite, describe_error
 from megatron_sdsearch.model.checkpoint_folder import (
@@ -212,7 +212,7 @@ class CheckpointStore:
         if folder is None:
             return TrainingState(step=0)
         manifest = read_manifest(folder)
-        raise_first(continuation_problems(folder, manifest, self._config))
+        raise_problems(continuation_problems(folder, manifest, self._config))
         if self._config.checkpoint.verify:
             self._run_on_main(lambda: self._check_inputs(folder, manifest), "start")
         has_moments = bool(manifest.get("has_moments", True))

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_sdsearch import __version__
 from megatron_sdsearch.config import ParallelConfig
-from megatron_sdsearch.errors import CheckpointError, DataError, raise_first
+from megatron_sdsearch.errors import CheckpointError, DataError, raise_problems
 from megatron_sdsearch.files import replacing_folder
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_folder import DEFAULT_SHARD_BYTES, carry_over, write_hf_folder
@@ -84,7 +84,7 @@ def to_megatron(
     """
     config = load_hf_config(hf_dir)
     sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    raise_first(layout_problems(ModelShape.from_hf_config(config), sizes))
+    raise_problems(layout_problems(ModelShape.from_hf_config(config), sizes))
     tensors = SafetensorsFolder(hf_dir)
     counts = _check_tensors(tensors, config, hf_dir)
     # q, k and v become one tensor and all layers one stack, whose type is that of the first piece.

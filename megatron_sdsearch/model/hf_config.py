@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_sdsearch.config import RunConfig, no_model
-from megatron_sdsearch.errors import ConfigError, raise_first
+from megatron_sdsearch.errors import ConfigError, raise_problems
 from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.model.shape import ARCHITECTURES
 
@@ -34,7 +34,7 @@ def load_hf_config(hf_dir: Path) -> PretrainedConfig:
         ConfigError: the family is not supported, or uses a feature that would be computed wrongly.
     """
     config = read_hf_config(hf_dir)
-    raise_first(hf_config_problems(config))
+    raise_problems(hf_config_problems(config))
     return config
 
 

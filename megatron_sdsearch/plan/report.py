@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
 from megatron_sdsearch.config import ParallelConfig, RunConfig
-from megatron_sdsearch.errors import ConfigError, raise_first
+from megatron_sdsearch.errors import ConfigError, raise_problems
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, busiest_rank, plan_memory, readable_size
@@ -159,7 +159,7 @@ def plan_run(
     )
     if gpu.is_cpu:
         allocation = replace(allocation, gpus_per_node=0, ranks_per_node=allocation.gpus_per_node)
-    raise_first([*layout_problems(shape, config.parallel), *allocation_problems(config, allocation)])
+    raise_problems([*layout_problems(shape, config.parallel), *allocation_problems(config, allocation)])
     roles = assign_roles(config, allocation)
     given, best = plan_layout(estimator, Layout.from_config(config, roles)), dict[tuple[int, int], Candidate]()
     limit = given.step_s if given.why_not is None else float("inf")

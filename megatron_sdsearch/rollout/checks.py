@@ -4,14 +4,16 @@ server, and models that an engine would run wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import PromptProfile
 from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.rollout.engine import GenerationRequest
+from megatron_sdsearch.rollout.sglang_api import OLDEST_VERSION, TESTED_VERSION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,10 +32,10 @@ def prompt_lengths(questions: Sequence[Question], renderer: Renderer, profile: P
     return {q.question_id: len(renderer.prompt_ids(profile.user_text(q.text))) for q in questions}
 
 
-def check_prompts(
+def prompt_problems(
     questions: Sequence[Question], field: str, renderer: Renderer, profile: PromptProfile, limit: int
-) -> None:
-    """Check that at least one question can be asked, beginning with the shortest text.
+) -> Iterator[ConfigError]:
+    """List the one problem that no question can be asked; texts are looked at from the shortest on.
 
     Args:
         questions: of a data set; none at all are fine.
@@ -41,22 +43,17 @@ def check_prompts(
         renderer: of the run's tokenizer.
         profile: instructions and tags.
         limit: ``rollout.max_prompt_tokens``.
-
-    Raises:
-        ConfigError: no prompt is within the limit.
     """
     by_length = sorted(questions, key=lambda question: len(question.text))
-    for question in by_length[:_SAMPLE_SIZE]:
-        if prompt_lengths([question], renderer, profile)[question.question_id] <= limit:
-            return
-    if not by_length:
+    shortest, longest = by_length[:_SAMPLE_SIZE], by_length[-_SAMPLE_SIZE:]
+    if not questions or any(prompt_lengths([q], renderer, profile)[q.question_id] <= limit for q in shortest):
         return
-    ends = prompt_lengths([*by_length[:_SAMPLE_SIZE], *by_length[-_SAMPLE_SIZE:]], renderer, profile).values()
-    raise ConfigError(
+    lengths = prompt_lengths([*shortest, *longest], renderer, profile).values()
+    yield ConfigError(
         "rollout.max_prompt_tokens",
         f"{limit}, and the prompts of all {len(questions)} questions of {field} are longer, the shortest has "
-        f"{min(ends)} tokens: none of their trajectories would begin",
-        f"set it to at least {max(ends)}",
+        f"{min(lengths)} tokens: none of their trajectories would begin",
+        f"set it to at least {max(lengths)}",
     )
 
 
@@ -80,6 +77,26 @@ def context_problems(config: RunConfig, where: str, max_req_input_len: int) -> I
             f"lower it to {config.rollout.max_total_tokens - longest + max_req_input_len}, or start the server with "
             "more (--context-length, --mem-fraction-static)",
         )
+
+
+def server_problems(config: RunConfig, url: str, info: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """List the settings that an SGLang server's /server_info contradicts."""
+    sglang, field = config.rollout.sglang, "rollout.sglang.urls"
+    tp_size, limit, version = info.get("tp_size"), info.get("max_req_input_len"), str(info.get("version"))
+    if isinstance(tp_size, int) and tp_size != sglang.tp_size:
+        problem = f"{sglang.tp_size}, and {url} runs with --tp-size {tp_size}"
+        yield ConfigError("rollout.sglang.tp_size", problem, f"set it to {tp_size}")
+    if isinstance(limit, int):
+        yield from context_problems(config, url, limit)
+    if sglang.colocated and info.get("enable_memory_saver") is False:
+        problem = f"true, and {url} would keep its memory"
+        yield ConfigError("rollout.sglang.colocated", problem, "start it with --enable-memory-saver")
+    if info.get("skip_tokenizer_init"):
+        yield ConfigError(field, f"{url} has no tokenizer, and stops are strings", "leave --skip-tokenizer-init out")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    if numbers and numbers < tuple(int(number) for number in OLDEST_VERSION.split(".")):
+        problem = f"{url} is SGLang {version}, older than {OLDEST_VERSION}"
+        yield ConfigError(field, problem, f"use {TESTED_VERSION}")
 
 
 def own_server_problems(config: RunConfig, hf_config: PretrainedConfig) -> Iterator[ConfigError]:

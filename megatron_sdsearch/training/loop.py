@@ -11,33 +11,30 @@ from datetime import date
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
-from megatron_sdsearch.allocation import Allocation, allocation_problems
 from megatron_sdsearch.batching.advantages import group_advantages
 from megatron_sdsearch.batching.samples import build_samples, demonstration_sample
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.config import RunConfig, setting_warnings
 from megatron_sdsearch.data.demonstrations import DemonstrationSampler, check_profile, read_demonstrations
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import raise_first
+from megatron_sdsearch.errors import raise_problems
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.hindsight.block import build_hindsight, skip_hindsight
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.loss.objective import supervised_loss
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
-from megatron_sdsearch.model.hf_config import length_problems, load_hf_config
+from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
-from megatron_sdsearch.model.hf_weights import check_weights
 from megatron_sdsearch.model.megatron_folder import forbid_pickles
-from megatron_sdsearch.model.shape import ModelShape, layout_problems
+from megatron_sdsearch.model.shape import ModelShape
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.rollout.checks import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
-from megatron_sdsearch.training.policy import Network, Policy, starting_weights
-from megatron_sdsearch.training.rollouts import DistributedRollouts, check_questions
+from megatron_sdsearch.training.policy import Network, Policy
+from megatron_sdsearch.training.preflight import read_files, refuse_start
+from megatron_sdsearch.training.rollouts import DistributedRollouts
 from megatron_sdsearch.training.run_lock import RunLock
 from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
 from megatron_sdsearch.training.run_record import write_run_record
@@ -101,7 +98,7 @@ class _Run:
             begins = f"continues from step {loaded.step}" if loaded.step else "begins with step 1"
             changed = f"; changed: {', '.join(loaded.changes)}" if loaded.changes else ""
             self.display.say(f"{begins} of {self.config.train.num_steps}{changed}")
-            if (problem := self.config.saving_problem()) is not None:
+            for problem in setting_warnings(self.config):
                 _log.warning("%s", problem)
         return loaded.step
 
@@ -121,18 +118,11 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     """
     start = time.monotonic()
     forbid_pickles()
-    config.check_files()
-    hf_config = load_hf_config(config.model.hf_dir)
-    raise_first(layout_problems(ModelShape.from_hf_config(hf_config), config.parallel))
-    raise_first(length_problems(hf_config, config))
-    raise_first(own_server_problems(config, hf_config))
-    raise_first(allocation_problems(config, Allocation.from_environment(torch.cuda.device_count())))
-    # Rank 0 checks for all before the process groups exist: it fails as each of them does for a wrong setting.
+    refuse_start(config)
+    # Rank 0 alone reads files whole, before the process groups exist.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
-    tensors, source = starting_weights(config.model, hf_config)
-    check_weights(tensors, hf_config, source)
-    check_questions(config)
+    raise_problems(read_files(config).problems)
     with RunLock(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
@@ -140,7 +130,7 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
                 (config.run_dir / name).unlink(missing_ok=True)
             write_run_record(config)
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            display.say(f"model: {_describe_model(config, hf_config)}; device: {device}")
+            display.say(f"model: {_describe_model(config)}; device: {device}")
         return _train(config, start, display, was_finished=was_finished)
 
 
@@ -181,7 +171,8 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     return Outcome(step=step, stopped_by=stop.name if is_stopped else "", summary=summary)
 
 
-def _describe_model(config: RunConfig, hf_config: PretrainedConfig) -> str:
+def _describe_model(config: RunConfig) -> str:
+    hf_config = load_hf_config(config.model.hf_dir)
     source = config.model.megatron_dir or config.model.hf_dir
     size = ModelShape.from_hf_config(hf_config).num_params / 1e6
     return f"{hf_config.model_type}, {size:,.1f} M parameters, {config.model.dtype}, from {source}"

@@ -18,9 +18,9 @@ import torch
 
 from megatron_sdsearch.allocation import servers_on_node
 from megatron_sdsearch.config import RunConfig, SGLangConfig
-from megatron_sdsearch.errors import ConfigError, EngineError, raise_first
+from megatron_sdsearch.errors import ConfigError, EngineError, raise_problems
 from megatron_sdsearch.files import write_file
-from megatron_sdsearch.rollout.checks import context_problems
+from megatron_sdsearch.rollout.checks import server_problems
 from megatron_sdsearch.rollout.server_process import read_server_info
 from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor, check_has_weights, no_gpus_left
 
@@ -64,21 +64,20 @@ def supervise(
 
 
 def start_servers(supervisor: ServerSupervisor, config: RunConfig) -> None:
-    """Start servers, or wait for attached ones, and ask each whether it takes the run's longest request.
+    """Start servers, or wait for attached ones, and hold what each says of itself against the configuration.
 
     Raises:
         EngineError, ConfigError: as ``ServerSupervisor.start``.
-        ConfigError: a request could be too long for a server, which would refuse it in the middle of a step.
+        ConfigError: a server is of another size or version, or could be sent a request that is too long for it.
     """
     supervisor.start()
     for url in supervisor.urls:
         try:
-            limit = read_server_info(url, _ANSWER_S).get("max_req_input_len")
+            info = read_server_info(url, _ANSWER_S)
         except EngineError as error:
             _log.warning("%s; whether it takes the run's longest request is not known", error)
             continue
-        if isinstance(limit, int):
-            raise_first(context_problems(config, url, limit))
+        raise_problems(server_problems(config, url, info))
 
 
 def gpus_beside_trainer(sglang: SGLangConfig) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.data.questions import QuestionSampler, read_questions
+from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.evaluation.metrics import require_sampled
 from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHits, compare_query_hits, summarize_hits
@@ -19,7 +18,6 @@ from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.rollout.checks import check_prompts
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.rollout.requests import Slot, one_group_each, plan_step, rollout_ranks
@@ -45,24 +43,6 @@ class StepRollouts:
     groups: list[RolloutGroup]
     counts: CollectionCounts
     engine_counts: dict[str, int]
-
-
-def check_questions(config: RunConfig) -> None:
-    """Check that training and evaluation each have a question that fits ``rollout.max_prompt_tokens``.
-
-    Raises:
-        ConfigError: one of the two files has none.
-        DataError: a file or the tokenizer is malformed.
-    """
-    if config.train.mode != "rl":
-        return
-    profile = get_profile(config.data.prompt_profile)
-    renderer = Renderer.from_folder(config.model.hf_dir, profile=profile, arguments=config.data.chat_template_arguments)
-    files = {"data.train": config.data.train, "data.heldout": config.data.heldout if config.evaluation.every else None}
-    for field, path in files.items():
-        if path is not None:
-            number = config.evaluation.num_questions if field == "data.heldout" else None
-            check_prompts(read_questions(path)[:number], field, renderer, profile, config.rollout.max_prompt_tokens)
 
 
 class DistributedRollouts:

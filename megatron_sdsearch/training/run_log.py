@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.errors import CheckpointError, ConfigError, raise_first
+from megatron_sdsearch.errors import CheckpointError, ConfigError, raise_problems
 from megatron_sdsearch.files import write_file
 from megatron_sdsearch.logging import MetricsLog, PhaseTimer, ProgressDisplay, TrajectoryLog, names
 from megatron_sdsearch.logging.metrics import read_metrics
@@ -117,7 +117,7 @@ def is_finished(config: RunConfig) -> bool:
         manifest = read_manifest(newest)
     except CheckpointError:
         return False  # loading it says more, or goes back to an older one
-    raise_first(continuation_problems(newest, manifest, config))
+    raise_problems(continuation_problems(newest, manifest, config))
     if step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
         return False
     evaluated = {row["step"] for row in read_metrics(run_dir) if names.EVAL_EM in row}

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 import megatron_sdsearch
-from megatron_sdsearch.config import RunConfig, flatten, is_secret, may_hold_secret
+from megatron_sdsearch.config import RunConfig, flatten, is_secret
 from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint import package_versions
 
@@ -137,5 +137,5 @@ def _escaped(value: Any) -> Any:
 
 def _shown(argument: str) -> str:
     name, equals, value = argument.partition("=")
-    is_hidden = is_secret(argument, value) or may_hold_secret(name.split("."))
+    is_hidden = is_secret(name) or is_secret(argument, value)
     return f"{name}=..." if equals and is_hidden else argument

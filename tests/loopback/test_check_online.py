@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +37,8 @@ def tiny(tmp_path: Path, model_folder: Path) -> TinyRun:
 
 
 @pytest.fixture
-def nobody() -> Iterator[str]:
-    """An address at which nobody listens."""
+def unused_url() -> Iterator[str]:
+    """An address that no server listens at."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -68,9 +69,9 @@ def elastic(url: str, index: str = ALIAS) -> tuple[str, ...]:
 
 def test_a_cluster_in_order_is_asked_and_has_hits(tiny: TinyRun, cluster: FakeElastic) -> None:
     assert tiny.found(*elastic(cluster.url), is_online=True) == []
-    told = online_notes(tiny, *elastic(cluster.url))
-    assert "10 passages behind elasticsearch" in told
-    assert "10 of 10 questions, asked as they are, have hits" in told
+    notes = online_notes(tiny, *elastic(cluster.url))
+    assert "10 passages behind elasticsearch" in notes
+    assert "10 of 10 questions, asked as they are, have hits" in notes
 
 
 def test_offline_no_cluster_is_asked(tiny: TinyRun, cluster: FakeElastic) -> None:
@@ -78,8 +79,8 @@ def test_offline_no_cluster_is_asked(tiny: TinyRun, cluster: FakeElastic) -> Non
     assert cluster.bodies == []
 
 
-def test_a_cluster_that_is_not_there_is_found(tiny: TinyRun, nobody: str) -> None:
-    finding = only(tiny.found(*elastic(nobody), is_online=True))
+def test_a_cluster_that_is_not_there_is_found(tiny: TinyRun, unused_url: str) -> None:
+    finding = only(tiny.found(*elastic(unused_url), is_online=True))
     assert (finding.severity, finding.field) == ("error", "retrieval.elasticsearch")
     assert "no answer after 1 attempts" in finding.problem
     assert finding.fix == "start the cluster, or give its address"
@@ -109,13 +110,13 @@ def test_documents_that_do_not_fit_the_prompt_are_found(tiny: TinyRun, cluster: 
 # Search-R1's /retrieve
 
 
-def test_a_retrieve_server_is_asked(tiny: TinyRun, nobody: str) -> None:
+def test_a_retrieve_server_is_asked(tiny: TinyRun, unused_url: str) -> None:
     index = TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
     with serving(InThreads(index), num_passages=10) as url:
         right = ("retrieval.engine=http", f"retrieval.http.url={url}")
         assert tiny.found(*right, is_online=True) == []
         assert "in 10 a gold answer stands in the first 2" in online_notes(tiny, *right)
-    finding = only(tiny.found("retrieval.engine=http", f"retrieval.http.url={nobody}/retrieve", is_online=True))
+    finding = only(tiny.found("retrieval.engine=http", f"retrieval.http.url={unused_url}/retrieve", is_online=True))
     assert "no server answers" in finding.problem
     assert "tools/serve_retriever.py" in finding.fix
 
@@ -142,14 +143,14 @@ def test_a_server_in_order_is_asked(tiny: TinyRun, server: FakeSGLang) -> None:
     assert server.calls == []
 
 
-def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, nobody: str) -> None:
-    finding = only(tiny.found(*sglang(server.url, nobody), is_online=True))
+def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, unused_url: str) -> None:
+    finding = only(tiny.found(*sglang(server.url, unused_url), is_online=True))
     assert finding.field == "rollout.sglang.urls"
-    assert f"{nobody}/model_info does not answer" in finding.problem
+    assert f"{unused_url}/model_info does not answer" in finding.problem
 
 
 @pytest.mark.parametrize(
-    ("about", "told", "field", "words"),
+    ("about", "answer", "field", "text"),
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
         ("server_info", {"tp_size": 2}, "rollout.sglang.tp_size", "runs with --tp-size 2"),
@@ -160,12 +161,16 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, nobody
     ],
 )
 def test_a_server_that_does_not_fit_is_found(
-    tiny: TinyRun, server: FakeSGLang, about: str, told: dict[str, Any], field: str, words: str
+    tiny: TinyRun, server: FakeSGLang, about: str, answer: dict[str, Any], field: str, text: str
 ) -> None:
-    getattr(server, about).update(told)
+    getattr(server, about).update(answer)
     finding = only(tiny.found(*sglang(server.url), is_online=True))
     assert (finding.severity, finding.field) == ("error", field)
-    assert words in finding.problem
+    assert text in finding.problem
+    if about == "server_info":
+        config = load_config(tiny.config, sglang(server.url))
+        with pytest.raises(ConfigError, match=re.escape(finding.problem)):
+            start_servers(supervise(config, gpus=()), config)
 
 
 def test_a_server_that_does_not_tell_what_it_takes_is_a_warning(tiny: TinyRun, server: FakeSGLang) -> None:

@@ -70,7 +70,7 @@ def test_a_wrong_setting_exits_2_with_the_message_first_and_soon(config: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
         (("train", "config.yaml"), "model holds no config.json"),
@@ -78,11 +78,11 @@ def test_a_wrong_setting_exits_2_with_the_message_first_and_soon(config: Path) -
         (("plan", "config.yaml"), "model holds no config.json"),
     ],
 )
-def test_other_mistakes_exit_2_as_well(config: Path, arguments: tuple[str, ...], told: str) -> None:
-    assert_refused(sdsearch(config.parent, *arguments), told)
+def test_other_mistakes_exit_2_as_well(config: Path, arguments: tuple[str, ...], expected: str) -> None:
+    assert_refused(sdsearch(config.parent, *arguments), expected)
 
 
-def test_a_rank_that_is_not_the_first_speaks_when_nobody_else_did(config: Path) -> None:
+def test_a_rank_that_is_not_the_first_speaks_when_no_other_did(config: Path) -> None:
     start = time.monotonic()
     assert_refused(sdsearch(config.parent, "train", str(config), "seed=x", rank=1), "seed")
     assert time.monotonic() - start > 5, "the first rank has the time to speak"
@@ -94,7 +94,7 @@ def test_evaluate_without_a_model_folder_exits_2(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         ((), ("train", "evaluate", "plan")),
         (("train",), ("CONFIG", "KEY=VALUE")),
@@ -102,10 +102,12 @@ def test_evaluate_without_a_model_folder_exits_2(config: Path) -> None:
         (("plan",), ("CONFIG", "--hardware", "--json")),
     ],
 )
-def test_help_names_commands_and_arguments(tmp_path: Path, arguments: tuple[str, ...], told: tuple[str, ...]) -> None:
+def test_help_names_commands_and_arguments(
+    tmp_path: Path, arguments: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
     done = sdsearch(tmp_path, *arguments, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for part in told:
+    for part in expected:
         assert part in done.stdout
 
 
@@ -114,6 +116,14 @@ def test_a_wrong_command_line_exits_2_with_its_usage(config: Path, arguments: tu
     done = sdsearch(config.parent, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("Usage: ")
+
+
+def raised(error: BaseException) -> BaseException:
+    """With a traceback."""
+    try:
+        raise error
+    except BaseException as caught:  # noqa: BLE001
+        return caught
 
 
 class Left(Exception):
@@ -128,15 +138,12 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Proce
         raise Left(code)
 
     def failure(rank: int, error: BaseException, *, is_first: bool = True) -> ProcessFailure:
-        def work() -> None:
-            raise error
-
         path = tmp_path / f"error_{rank}.json"
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
         monkeypatch.setattr(cli, "_exit", leave)
         monkeypatch.setattr(cli, "_is_first_to_fail", lambda: is_first)
         with pytest.raises(Left) as left:
-            cli._run(work)
+            cli._fail(raised(error), failure=1)
         return ProcessFailure(local_rank=rank, pid=1, exitcode=left.value.args[0], error_file=str(path))
 
     return failure
@@ -212,11 +219,11 @@ def test_the_last_lines_name_what_is_there_and_the_next_command(tmp_path: Path) 
 
 
 def test_a_stopped_run_says_what_is_saved(tmp_path: Path) -> None:
-    def told(step: int) -> list[str]:
+    def lines(step: int) -> list[str]:
         return cli._last_lines(of_run(tmp_path), Outcome(step=step, stopped_by="SIGINT"))
 
-    assert told(7) == ["saved and stopped at step 7 (SIGINT); the same command continues from here"]
-    assert told(0)[0].startswith("stopped before the first step, with nothing to save (SIGINT)")
+    assert lines(7) == ["saved and stopped at step 7 (SIGINT); the same command continues from here"]
+    assert lines(0)[0].startswith("stopped before the first step, with nothing to save (SIGINT)")
 
 
 class Terminal(io.StringIO):
@@ -269,7 +276,7 @@ def test_report_writes_to_another_file_on_request(killed_run: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("~/nowhere",), "nowhere/metrics.jsonl does not exist; give the folder of a run (its run_dir)"),
         (("~/run/metrics.jsonl",), "metrics.jsonl/metrics.jsonl does not exist"),
@@ -278,10 +285,10 @@ def test_report_writes_to_another_file_on_request(killed_run: Path, monkeypatch:
     ],
 )
 def test_report_refuses_what_is_no_run_and_no_place_for_a_page(
-    arguments: tuple[str, ...], told: str, killed_run: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], expected: str, killed_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = report(monkeypatch, *arguments)
     assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(("DataError: ", "StorageError: "))
-    assert told in line
+    assert expected in line

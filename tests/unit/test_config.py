@@ -13,8 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from megatron_sdsearch.config import ObjectiveConfig, RunConfig, flatten, load_config, parse_config
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.config import (
+    ObjectiveConfig,
+    RunConfig,
+    file_problems,
+    flatten,
+    load_config,
+    parse_config,
+)
+from megatron_sdsearch.errors import ConfigError, raise_problems
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/*.yaml"))
@@ -56,6 +63,10 @@ def error_of_file(path: Path, *overrides: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return caught.value
+
+
+def check_files(config: RunConfig) -> None:
+    raise_problems(file_problems(config))
 
 
 @pytest.fixture
@@ -101,12 +112,15 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"rollout.engine": "vllm"}, "rollout.engine", "'vllm'", "'embedded' or 'sglang'"),
-        ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "from 0 to 2147483647"),
+        ({"rollout.oversample": 1.5}, "rollout.oversample", "is no setting any more", "no fair sample"),
+        ({"objective.alpha": True}, "objective.alpha", "True", "give a number"),
+        ({"objective.topk": False}, "objective.topk", "False", "give a number"),
+        ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "greater than or equal to 0"),
         ({"rollout.sglang.weight_sync": "nccl"}, "rollout.sglang.weight_sync", "'nccl'", "'disk', 'tensor' or"),
         ({"rollout.sglang.num_server": 2}, "rollout.sglang.num_server", "unknown key", "did you mean num_servers?"),
-        ({"rollout.sglang.num_servers": 0}, "rollout.sglang.num_servers", "0", "from 1 to 1024"),
+        ({"rollout.sglang.num_servers": 0}, "rollout.sglang.num_servers", "0", "greater than or equal to 1"),
         ({"rollout.sglang.start_timeout_s": 0}, "rollout.sglang.start_timeout_s", "0", "greater than 0"),
-        ({"rollout.sglang.verify_every": -1}, "rollout.sglang.verify_every", "-1", "from 0 to 2147483647"),
+        ({"rollout.sglang.verify_every": -1}, "rollout.sglang.verify_every", "-1", "greater than or equal to 0"),
         ({"objective.importance_cap": 1.0}, "objective.importance_cap", "1.0", "greater than 1"),
         ({"objective.importance_correction": "clip"}, "objective.importance_correction", "'clip'", "'truncate' or"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
@@ -121,7 +135,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
             {"parallel.tensor_model_parallel_size": 0},
             "parallel.tensor_model_parallel_size",
             "0",
-            "from 1 to 2147483647",
+            "greater than or equal to 1",
         ),
         ({"model.dtype": "float16"}, "model.dtype", "'float16'", "'float32' or 'bfloat16'"),
         ({"run_dir": None}, "run_dir", "missing", "set run_dir"),
@@ -131,17 +145,22 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"retrieval": None}, "retrieval", "missing", "set retrieval"),
         ({"retrieval.corpus": None}, "retrieval.corpus", "missing", "set retrieval.corpus"),
         ({"evaluation.every": 5}, "data.heldout", "evaluation.every is set", "set data.heldout"),
-        ({"data.chat_template_arguments": "no"}, "data.chat_template_arguments", "'no' is no mapping", "{name: value}"),
+        (
+            {"data.chat_template_arguments": "no"},
+            "data.chat_template_arguments",
+            "'no' is not valid",
+            "valid dictionary",
+        ),
         (
             {"data.chat_template_arguments": {"thinking": [1]}},
             "data.chat_template_arguments.thinking",
-            "[1] is no scalar",
+            "[1] is not valid",
             "a number or a text",
         ),
         (
             {"data.chat_template_arguments": {"thinking": None}},
             "data.chat_template_arguments.thinking",
-            "None is no scalar",
+            "None is not valid",
             "leave it out",
         ),
         ({"rollout.max_total_tokens": 2559}, "rollout.max_total_tokens", "2559", "at least 2560"),
@@ -160,7 +179,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_a_mistake_names_field_value_and_mend(changes: dict[str, Any], field: str, value: str, fix: str) -> None:
+def test_a_mistake_names_field_value_and_fix(changes: dict[str, Any], field: str, value: str, fix: str) -> None:
     error = error_of(merged(RL, changes))
     assert error.field == field
     assert str(error).startswith(f"{field}: ")
@@ -174,7 +193,7 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
 
 
 @pytest.mark.parametrize(
-    ("urls", "told", "fix"),
+    ("urls", "problem", "fix"),
     [
         (["10.0.0.7:30000"], "'10.0.0.7:30000' is not the url", "http://host:port"),
         (["http://a:1", "http:///x"], "'http:///x' is not the url", "http://host:port"),
@@ -182,11 +201,11 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
         (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 stands there 2 times", "once"),
     ],
 )
-def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], told: str, fix: str) -> None:
+def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], problem: str, fix: str) -> None:
     changes = {"rollout.sglang.urls": urls}
     error = error_of(merged(SGLANG, changes))
     assert error.field == "rollout.sglang.urls"
-    assert told in str(error)
+    assert problem in str(error)
     assert fix in error.fix
     parse_config(merged(RL, changes))  # the embedded engine reads none of it
     parse_config(merged(WARM_START, {"rollout.engine": "sglang", **changes}))
@@ -298,10 +317,16 @@ def test_settings_are_frozen() -> None:
 
 
 def test_overrides_apply_in_order_and_over_the_file(file: Path) -> None:
-    overrides = ["seed=3", "objective.alpha=0.5", "seed=4", "rollout.group_size=7"]
+    overrides = ["seed=3", "objective={alpha: 0.2}", "objective.alpha=0.5", "rollout.group_size=7"]
     config = load_config(file, overrides)
-    assert (config.seed, config.objective.alpha, config.rollout.group_size) == (4, 0.5, 7)
+    assert (config.seed, config.objective.alpha, config.rollout.group_size) == (3, 0.5, 7)
     assert config.data.train == Path("train.jsonl"), "what is not overridden stays"
+
+
+@pytest.mark.parametrize("key", ["seed", "retrieval.elasticsearch.password"])
+def test_an_override_given_twice_is_refused(file: Path, key: str) -> None:
+    error = error_of_file(file, f"{key}=3", "objective.alpha=0", f"{key}=4")
+    assert str(error) == f"{key}: given 2 times on the command line; give it once"
 
 
 def test_override_values_are_yaml(file: Path) -> None:
@@ -313,15 +338,15 @@ def test_override_values_are_yaml(file: Path) -> None:
 def test_arguments_of_the_chat_template_keep_their_types(file: Path) -> None:
     values = ["enable_thinking=false", "level=2", "share=0.5", "date_string=05 Feb 2025", "flag='true'"]
     config = load_config(file, [f"data.chat_template_arguments.{value}" for value in values])
-    told = config.data.chat_template_arguments
-    assert told == {
+    arguments = config.data.chat_template_arguments
+    assert arguments == {
         "enable_thinking": False,
         "level": 2,
         "share": 0.5,
         "date_string": "05 Feb 2025",
         "flag": "true",
     }
-    assert [type(value) for value in told.values()] == [bool, int, float, str, str]
+    assert [type(value) for value in arguments.values()] == [bool, int, float, str, str]
     assert parse_config(config.model_dump(mode="json")) == config
 
 
@@ -369,7 +394,7 @@ def test_a_path_that_is_no_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "problem"),
     [
         (b"run_dir: [1\n", "line 1"),
         (b"\trun_dir: x\n", "line 1"),
@@ -382,11 +407,11 @@ def test_a_path_that_is_no_file_is_named(tmp_path: Path, name: str) -> None:
     ],
     ids=["brackets", "tab", "key twice", "unknown interpolation", "open interpolation", "a list", "a number", "bytes"],
 )
-def test_a_broken_file_is_one_line_that_names_it(file: Path, content: bytes, told: str) -> None:
+def test_a_broken_file_is_one_line_that_names_it(file: Path, content: bytes, problem: str) -> None:
     file.write_bytes(content)
     error = error_of_file(file)
     assert error.field == str(file)
-    assert told in str(error)
+    assert problem in str(error)
     assert "fix the YAML" in error.fix
     assert "\n" not in str(error)
 
@@ -430,10 +455,10 @@ def test_a_missing_file_is_named_with_its_field(tmp_path: Path, field: str, name
     for other in names:
         write(tmp_path / other)
     config = rl_config(tmp_path)
-    config.check_files()
+    check_files(config)
     (tmp_path / name).unlink()
     with pytest.raises(ConfigError) as caught:
-        config.check_files()
+        check_files(config)
     assert caught.value.field == field
     assert str(tmp_path / name).removesuffix("/config.json") in str(caught.value)
 
@@ -448,19 +473,17 @@ def sglang_config(folder: Path, **sglang: Any) -> RunConfig:
 def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> None:
     program = write(tmp_path / "bin/serve")
     program.chmod(0o755)
-    sglang_config(tmp_path, command=[str(program), "--flag"]).check_files()
-    sglang_config(tmp_path, command=["serve"], environment={"PATH": str(program.parent)}).check_files()
+    check_files(sglang_config(tmp_path, command=[str(program), "--flag"]))
+    check_files(sglang_config(tmp_path, command=["serve"], environment={"PATH": str(program.parent)}))
     for wrong in ({"command": [str(tmp_path / "nowhere")]}, {"command": ["serve"]}, {"command": [str(tmp_path)]}):
         with pytest.raises(ConfigError, match="is no program") as caught:
-            sglang_config(tmp_path, **wrong).check_files()
+            check_files(sglang_config(tmp_path, **wrong))
         assert caught.value.field == "rollout.sglang.command[0]"
         assert str(wrong["command"][0]) in str(caught.value)
-        sglang_config(tmp_path, urls=["http://a:1"], **wrong).check_files()  # nothing is started
-        parse_config(
-            merged(sglang_config(tmp_path, **wrong).model_dump(), {"rollout.engine": "embedded"})
-        ).check_files()
+        check_files(sglang_config(tmp_path, urls=["http://a:1"], **wrong))  # nothing is started
+        check_files(parse_config(merged(sglang_config(tmp_path, **wrong).model_dump(), {"rollout.engine": "embedded"})))
     with pytest.raises(ConfigError, match="is empty"):
-        sglang_config(tmp_path, command=[]).check_files()
+        check_files(sglang_config(tmp_path, command=[]))
 
 
 def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
@@ -468,10 +491,10 @@ def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
     paths = {"model.hf_dir": str(tmp_path / "model"), "train.demonstrations": str(tmp_path / "d.jsonl")}
     config = parse_config(merged(WARM_START, paths))
     with pytest.raises(ConfigError, match=r"d\.jsonl does not exist") as caught:
-        config.check_files()
+        check_files(config)
     assert caught.value.field == "train.demonstrations"
     write(tmp_path / "d.jsonl")
-    config.check_files()
+    check_files(config)
 
 
 @pytest.mark.parametrize(
@@ -581,13 +604,13 @@ CREDENTIALS = f"elastic:{SECRET}@"
         (
             {"retrieval.elasticsearch.urls": f"http://{CREDENTIALS}h:1"},
             "retrieval.elasticsearch.urls",
-            "'http://***@h:1'",
+            "write [http://***@h:1]",
         ),
-        ({"retrieval.elasticsearch.urls": [f"http://{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "api_key"),
-        ({"retrieval.elasticsearch.urls": [f"{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls", "***@h:1 holds"),
-        ({"retrieval.http.url": f"http://{CREDENTIALS}h/retrieve"}, "retrieval.http.url", "http.username and password"),
+        ({"retrieval.elasticsearch.urls": [f"http://{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls.0", "api_key"),
+        ({"retrieval.elasticsearch.urls": [f"{CREDENTIALS}h:1"]}, "retrieval.elasticsearch.urls.0", "***@h:1 holds"),
+        ({"retrieval.http.url": f"http://{CREDENTIALS}h/retrieve"}, "retrieval.http.url", "username and password"),
         ({"retrieval.http.url": [f"http://{CREDENTIALS}h/retrieve"]}, "retrieval.http.url", "is not valid"),
-        ({"rollout.sglang.urls": [f"http://{CREDENTIALS}h:1"]}, "rollout.sglang.urls", "http://***@h:1 holds"),
+        ({"rollout.sglang.urls": [f"http://{CREDENTIALS}h:1"]}, "rollout.sglang.urls.0", "http://***@h:1 holds"),
         ({"rollout.sglang.urls": f"http://{CREDENTIALS}h:1"}, "rollout.sglang.urls", "write [http://***@h:1]"),
     ],
 )

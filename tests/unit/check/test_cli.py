@@ -42,19 +42,19 @@ def test_json_is_one_object_with_everything(tiny: TinyRun) -> None:
     command += ["--nproc-per-node", "2", WARNING, ERROR]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr
-    told = json.loads(done.stdout)
-    assert set(told) == set("config exit_code num_errors num_warnings num_notes world findings".split())
-    assert (done.returncode, told["exit_code"]) == (2, 2)
-    assert (told["num_errors"], told["num_warnings"]) == (1, 1)
-    assert len(told["findings"]) == 2 + told["num_notes"]
-    assert told["findings"][0] == {
+    printed = json.loads(done.stdout)
+    assert set(printed) == set("config exit_code num_errors num_warnings num_notes world findings".split())
+    assert (done.returncode, printed["exit_code"]) == (2, 2)
+    assert (printed["num_errors"], printed["num_warnings"]) == (1, 1)
+    assert len(printed["findings"]) == 2 + printed["num_notes"]
+    assert printed["findings"][0] == {
         "severity": "error",
         "section": "configuration",
         "field": "objective.alpa",
         "problem": "unknown key",
         "fix": "did you mean alpha?",
     }
-    assert "2 trainer processes per node (--nproc-per-node)" in told["world"]
+    assert "2 trainer processes per node (--nproc-per-node)" in printed["world"]
 
 
 def test_megatron_is_not_waited_for() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 
+from megatron_sdsearch.allocation import Allocation
 from megatron_sdsearch.check.run import run_checks
+from megatron_sdsearch.config import load_config
+from megatron_sdsearch.errors import ConfigError, raise_problems
+from megatron_sdsearch.training.preflight import read_files, start_problems
 from tests.unit.check.tiny_run import TinyRun, only
 
 GPU: dict[str, Any] = {"gpus_per_node": 8, "ranks_per_node": 4}
@@ -55,7 +58,14 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
     ),
     ((), GPU, "error", "model.dtype", "float32 with transformer-engine", "model.dtype=bfloat16"),
     ((BF16,), {"device": "cpu"}, "error", "model.dtype", "bfloat16 without a GPU", "model.dtype=float32"),
-    ((BF16,), {"gpus_per_node": 2, "ranks_per_node": 4}, "error", "--nproc-per-node", "4 trainer processes", "start 2"),
+    (
+        (BF16,),
+        {"gpus_per_node": 2, "ranks_per_node": 4},
+        "error",
+        "--nproc-per-node",
+        "4 trainer processes",
+        "start 2 per node",
+    ),
     (
         ("parallel.tensor_model_parallel_size=2",),
         {"num_nodes": 2, "ranks_per_node": 1},
@@ -74,19 +84,11 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "lower it to 1",
     ),
     (
-        ("train.trajectories_per_minibatch=9",),
-        {},
-        "warning",
-        "train.trajectories_per_minibatch",
-        "never one of 9",
-        "null",
-    ),
-    (
         ("train.trajectories_per_minibatch=2",),
         {"ranks_per_node": 4},
         "warning",
         "train.trajectories_per_minibatch",
-        "2 trajectories for 4",
+        "2 samples for 4",
         "at least 4",
     ),
     (
@@ -97,7 +99,14 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "2 of them wait",
         "4",
     ),
-    (("rollout.max_prompt_tokens=5",), {}, "error", "rollout.max_prompt_tokens", "none of their", "at least"),
+    (
+        ("rollout.max_prompt_tokens=5", "evaluation.every=0"),
+        {},
+        "error",
+        "rollout.max_prompt_tokens",
+        "none of their",
+        "at least",
+    ),
     (
         ("rollout.max_total_tokens=400",),
         {},
@@ -149,7 +158,6 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "mask with rollout.top_p=0.9",
         "top_p=1",
     ),
-    (("evaluation.num_questions=9",), {}, "warning", "evaluation.num_questions", "9 of 4", "null"),
     *(
         (
             (f"checkpoint.every={every}", "checkpoint.every_minutes=0"),
@@ -213,14 +221,6 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "path that exists",
     ),
     (
-        ("rollout.engine=sglang", f"rollout.sglang.command=[{sys.executable}]"),
-        {},
-        "error",
-        "rollout.sglang.command",
-        "has no SGLang",
-        "interpreter",
-    ),
-    (
         (BF16, *SGLANG, "rollout.sglang.tp_size=4"),
         {"num_nodes": 2, "gpus_per_node": 2, "ranks_per_node": 1, "num_sglang_nodes": 1},
         "error",
@@ -259,7 +259,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "warning",
         "retrieval.analyzer",
         "only tantivy reads",
-        "index with",
+        "index as you want",
     ),
     ((*SGLANG, "rollout.sglang.colocated=true"), {}, "error", "rollout.sglang.colocated", "without a GPU", "false"),
 ]
@@ -268,20 +268,13 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
 @pytest.mark.parametrize(
     ("overrides", "given", "severity", "field", "what", "fix"), CASES, ids=[f"{c[3]}-{i}" for i, c in enumerate(CASES)]
 )
-def test_a_mistake_is_one_finding_with_its_mend(
+def test_a_mistake_is_one_finding_with_its_fix(
     tiny: TinyRun, overrides: tuple[str, ...], given: dict[str, Any], severity: str, field: str, what: str, fix: str
 ) -> None:
     finding = only(tiny.found(*overrides, **given))
     assert (finding.severity, finding.field) == (severity, field)
     assert what in finding.problem
     assert fix in finding.fix
-
-
-def test_a_minibatch_size_that_does_not_divide_the_step_is_a_note(tiny: TinyRun) -> None:
-    assert tiny.found("train.trajectories_per_minibatch=3") == []
-    assert "8 trajectories: it makes 3 updates of 2 or 3 of them" in tiny.notes("train.trajectories_per_minibatch=3")
-    assert "does not divide" not in tiny.notes("train.trajectories_per_minibatch=4")
-    assert "2 updates of 4 of them" in tiny.notes("train.trajectories_per_minibatch=5")
 
 
 def test_a_run_without_distillation_may_fill_the_model_s_positions(tiny: TinyRun) -> None:
@@ -320,6 +313,19 @@ def test_a_refused_value_is_not_judged_by_the_default_in_its_place(tiny: TinyRun
         "rollout.max_total_tokens",
         "train.max_tokens_per_microbatch",
     ]
+
+
+def test_train_refuses_what_the_check_finds(tiny: TinyRun) -> None:
+    """All of it at once, from settings to the contents of files."""
+    overrides = ("data.heldout=nowhere", "parallel.tensor_model_parallel_size=3", "rollout.max_observation_tokens=4")
+    config = load_config(tiny.config, overrides)
+    with pytest.raises(ConfigError) as caught:
+        allocation = Allocation(gpus_per_node=0, ranks_per_node=3)
+        raise_problems([*start_problems(config, allocation), *read_files(config).problems])
+    found = [finding for finding in tiny.found(*overrides, ranks_per_node=3) if finding.severity == "error"]
+    refused = [line.split(": ")[0] for line in str(caught.value).split("\n")]
+    assert sorted(refused) == sorted(finding.field for finding in found)
+    assert len(refused) == 3
 
 
 def test_what_is_no_configuration_is_one_error(tiny: TinyRun) -> None:

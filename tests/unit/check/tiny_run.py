@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sdsearch.check.findings import Finding, Report, Severity
 from megatron_sdsearch.check.run import run_checks
-from megatron_sdsearch.check.world import GivenWorld
+from megatron_sdsearch.check.run_under_test import ClusterOptions
 from tests.unit.conftest import train_tokenizer
 
 CITIES = ("Lisbon", "Oslo", "Rome", "Paris", "Bern", "Riga", "Kiev", "Minsk", "Doha", "Lima")
@@ -82,19 +82,19 @@ class TinyRun:
             "checkpoint": {"every": 2},
         }
 
-    def check(self, *overrides: str, is_online: bool = False, **given: Any) -> Report:
+    def check(self, *overrides: str, is_online: bool = False, **options: Any) -> Report:
         """On CPUs, whatever the machine has, unless GPUs are given."""
-        given.setdefault("device", "gpu" if given.get("gpus_per_node") else "cpu")
-        return run_checks(self.config, overrides, given=GivenWorld(**given), is_online=is_online)
+        options.setdefault("device", "gpu" if options.get("gpus_per_node") else "cpu")
+        return run_checks(self.config, overrides, options=ClusterOptions(**options), is_online=is_online)
 
-    def found(self, *overrides: str, is_online: bool = False, **given: Any) -> list[Finding]:
+    def found(self, *overrides: str, is_online: bool = False, **options: Any) -> list[Finding]:
         """What is worse than a note."""
-        report = self.check(*overrides, is_online=is_online, **given)
+        report = self.check(*overrides, is_online=is_online, **options)
         return [finding for finding in report.findings if finding.severity is not Severity.NOTE]
 
-    def notes(self, *overrides: str, **given: Any) -> str:
+    def notes(self, *overrides: str, **options: Any) -> str:
         """All of them as one text."""
-        report = self.check(*overrides, **given)
+        report = self.check(*overrides, **options)
         return "\n".join(f"{f.field}: {f.problem}" for f in report.findings if f.severity is Severity.NOTE)
 
     def change_model(self, **settings: Any) -> None:

@@ -91,7 +91,7 @@ def check(home: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, machine: Mac
     path = str(ROOT / "examples" / recipe / "config.yaml")
     result = CliRunner().invoke(app, ["check", path, *overrides, "--json", *world])
     findings = json.loads(result.stdout)["findings"]
-    assert {finding["section"] for finding in findings} >= {"model", "layout", "data", "batch"}
+    assert {finding["section"] for finding in findings} >= {"model", "data", "storage"}
     return [
         finding
         for finding in findings
@@ -116,5 +116,5 @@ def test_a_wrong_layout_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("error", "parallel.tensor_model_parallel_size")
     }
     problems = " ".join(finding["problem"] for finding in found)
-    assert "does not divide the 4 started processes" in problems
+    assert "does not divide the 4 ranks" in problems
     assert "num_attention_heads = 16" in problems

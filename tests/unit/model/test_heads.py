@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import ModelConfig, load_config
-from megatron_sdsearch.errors import DataError
+from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.model.convert import to_hf, to_megatron
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights, load_weights
@@ -149,9 +149,9 @@ def test_train_and_check_say_the_same_before_anything_is_written(tiny: TinyRun) 
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "model.hf_dir")
     assert finding.fix == "set tie_word_embeddings to false in config.json"
-    with pytest.raises(DataError, match=DIFFER) as caught:
+    with pytest.raises(ConfigError, match=DIFFER) as caught:
         train(load_config(tiny.config))
-    assert str(caught.value) == f"{finding.problem}; {finding.fix}"
+    assert str(caught.value) == f"{finding.field}: {finding.problem}; {finding.fix}"
     assert not (tiny.folder / "run").exists()
 
 

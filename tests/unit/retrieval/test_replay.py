@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sdsearch.config import ReplayConfig, RetrievalConfig, load_config
-from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.config import ReplayConfig, RetrievalConfig, file_problems, load_config
+from megatron_sdsearch.errors import ConfigError, RetrievalError, raise_problems
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.replay import (
@@ -393,6 +393,6 @@ def test_only_checks_for_the_store_instead_of_the_corpus(tmp_path: Path) -> None
         ],
     )
     with pytest.raises(ConfigError, match=r"retrieval\.replay\.store: .*replay\.db does not exist"):
-        config.check_files()
+        raise_problems(file_problems(config))
     (tmp_path / "replay.db").touch()
-    config.check_files()
+    assert list(file_problems(config)) == []

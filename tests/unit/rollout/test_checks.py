@@ -9,13 +9,12 @@ import pytest
 
 from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.rollout.checks import (
-    check_prompts,
     context_problems,
     own_server_problems,
     prompt_lengths,
+    prompt_problems,
 )
 from megatron_sdsearch.tokenization.renderer import Renderer
 
@@ -42,21 +41,20 @@ def config(*, probe: bool = False, alpha: float = 0.1, **sglang: Any) -> RunConf
 
 def test_one_question_that_can_be_asked_is_enough(renderer: Renderer) -> None:
     lengths = prompt_lengths(QUESTIONS, renderer, PROFILE)
-    check_prompts(QUESTIONS, "data.train", renderer, PROFILE, lengths["q2"])
-    check_prompts([], "data.train", renderer, PROFILE, 1)
+    assert list(prompt_problems(QUESTIONS, "data.train", renderer, PROFILE, lengths["q2"])) == []
+    assert list(prompt_problems([], "data.train", renderer, PROFILE, 1)) == []
 
 
 def test_none_that_can_be_asked_is_a_wrong_setting_with_the_length_that_is_needed(renderer: Renderer) -> None:
     lengths = prompt_lengths(QUESTIONS, renderer, PROFILE)
     limit = lengths["q2"] - 1
-    with pytest.raises(ConfigError) as caught:
-        check_prompts(QUESTIONS, "data.heldout", renderer, PROFILE, limit)
-    assert caught.value.field == "rollout.max_prompt_tokens"
-    assert caught.value.problem == (
+    (found,) = prompt_problems(QUESTIONS, "data.heldout", renderer, PROFILE, limit)
+    assert found.field == "rollout.max_prompt_tokens"
+    assert found.problem == (
         f"{limit}, and the prompts of all 4 questions of data.heldout are longer, the shortest has {lengths['q2']} "
         "tokens: none of their trajectories would begin"
     )
-    assert caught.value.fix == f"set it to at least {lengths['q500']}"
+    assert found.fix == f"set it to at least {lengths['q500']}"
 
 
 def test_the_longest_request_must_be_one_that_a_server_takes() -> None:

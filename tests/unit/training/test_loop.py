@@ -33,7 +33,7 @@ def assert_refused_alike(tiny: TinyRun, words: str, *overrides: str) -> None:
 
 
 def test_prompts_none_of_which_can_be_asked(tiny: TinyRun) -> None:
-    assert_refused_alike(tiny, "all 10 questions of data.train", "rollout.max_prompt_tokens=5")
+    assert_refused_alike(tiny, "all 10 questions of data.train", "rollout.max_prompt_tokens=5", "evaluation.every=0")
 
 
 def test_held_out_prompts_none_of_which_can_be_asked(tiny: TinyRun) -> None:

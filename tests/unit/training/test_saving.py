@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sdsearch.config import RunConfig, parse_config
+from megatron_sdsearch.config import RunConfig, parse_config, setting_warnings
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.model.checkpoint import TrainingState
 from megatron_sdsearch.training import saving
@@ -141,6 +141,6 @@ def test_nothing_is_saved_of_a_run_that_stops_before_its_first_step(store: Store
     ],
 )
 def test_a_run_that_would_lose_everything_is_a_problem(checkpoint: dict[str, Any], is_saved: bool) -> None:
-    problem = config(**checkpoint).saving_problem()
-    assert (problem is None) == is_saved
-    assert problem is None or "before the end of 100 steps" in problem.problem
+    problems = [p for p in setting_warnings(config(**checkpoint)) if p.field == "checkpoint.every_minutes"]
+    assert bool(problems) != is_saved
+    assert all("before the end of 100 steps" in problem.problem for problem in problems)
