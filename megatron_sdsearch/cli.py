@@ -27,7 +27,7 @@ from rich.console import Console
 
 from megatron_sdsearch.config import RunConfig, expand_home, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-from megatron_sdsearch.logging import final_table, warnings_of
+from megatron_sdsearch.logging import final_table, idle_step_warnings
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
 
@@ -69,12 +69,12 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         check_run_dir(loaded.run_dir)
         if _rank() == 0:
             _say(_first_line(config, loaded))
-        from megatron_sdsearch.report.live import LivePage
+        from megatron_sdsearch.report.page import live_page
         from megatron_sdsearch.training.loop import Display
         from megatron_sdsearch.training.loop import train as run_loop
 
-        with LivePage(loaded.run_dir, is_writer=_rank() == 0) as page:
-            outcome = run_loop(loaded, Display(say=_say, refresh_page=page.write))
+        with live_page(loaded.run_dir, is_writer=_rank() == 0) as refresh_page:
+            outcome = run_loop(loaded, Display(say=_say, refresh_page=refresh_page))
         if _rank() != 0:
             return
         if outcome.summary is not None:
@@ -347,7 +347,7 @@ def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
     if outcome.summary is None:
         told = [f"finished at step {step}: raise train.num_steps to go on"]
     else:
-        told = [f"WARNING: {line}" for line in warnings_of(read_metrics(run_dir))]
+        told = [f"WARNING: {line}" for line in idle_step_warnings(read_metrics(run_dir))]
     checkpoint = run_dir / "checkpoints" / folder_name(step)
     left = {"page": run_dir / PAGE_FILE, "model": run_dir / "hf", "checkpoint": checkpoint}
     return [*told, *(_line(name, path) for name, path in left.items() if path.exists()), *_next_command(config)]

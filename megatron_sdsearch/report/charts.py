@@ -1,4 +1,4 @@
-"""Line charts and stacked areas as plain coordinates. ``page.html.j2`` draws them as SVG, ``page.css`` colours them."""
+"""Line charts and stacked areas as coordinates. ``page.html.j2`` draws them as SVG, ``page.css`` colours them."""
 
 from __future__ import annotations
 
@@ -8,63 +8,58 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+#: A longer series is drawn without dots: they would merge, and each one weighs 80 bytes.
 MAX_DOTS = 120
-"""A longer series is drawn without dots: they would merge, and each one weighs 80 bytes."""
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """A named curve: (step, value) by ascending step."""
+    """A named curve: (step, value) by ascending step; in a stacked chart, the outline of an area."""
 
     label: str
-    points: Sequence[tuple[float, float]]
+    points: Points
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
-    """A grid line: its pixel and what is written at it."""
-
-    at: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dot:
-    """A point that tells its value when pointed at."""
-
-    x: float
-    y: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """One drawn series: ``coordinates`` for an SVG polyline or polygon."""
-
-    label: str
-    coordinates: str
-    dots: Sequence[Dot] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Everything a template needs to draw."""
+    """Series over common axes, whose y axis holds 0; ``x`` and ``y`` turn steps and values into pixels."""
 
-    title: str
-    is_stacked: bool
-    shapes: Sequence[Shape]
-    x_ticks: Sequence[Tick]
-    y_ticks: Sequence[Tick]
+    def __init__(self, title: str, series: Sequence[Series], *, is_stacked: bool = False) -> None:
+        self.title, self.series, self.is_stacked = title, series, is_stacked
+        xs, ys = zip(*(point for one in series for point in one.points), strict=True)
+        x_low, y_low, y_high = min(xs), min(0.0, *ys), max(0.0, *ys)
+        self._x_range = (x_low, max(xs) if max(xs) > x_low else x_low + 1)
+        self._y_range = (y_low, y_high if y_high > y_low else y_low + 1)
+
+    def x(self, step: float) -> float:
+        """Pixel of a step."""
+        low, high = self._x_range
+        return round(LEFT + (step - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        """Pixel of a value, from the top."""
+        low, high = self._y_range
+        return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def coordinates(self, points: Points) -> str:
+        """The ``points`` attribute of an SVG polyline or polygon."""
+        return " ".join(f"{self.x(x):g},{self.y(y):g}" for x, y in points)
+
+    @property
+    def x_ticks(self) -> list[float]:
+        """Whole steps to label."""
+        return [value for value in nice_ticks(*self._x_range, 6) if value == int(value)]
+
+    @property
+    def y_ticks(self) -> list[float]:
+        """Values to label and to draw a grid line at."""
+        return nice_ticks(*self._y_range)
 
 
 def line_chart(title: str, series: Sequence[Series]) -> Chart | None:
-    """Curves over a common axis that holds 0; ``None`` when no series has a point."""
+    """Curves; ``None`` when no series has a point."""
     drawn = [one for one in series if one.points]
-    if not drawn:
-        return None
-    axes = _Axes.around([point for one in drawn for point in one.points])
-    shapes = [Shape(label=one.label, coordinates=axes.coordinates(one.points), dots=_dots(one, axes)) for one in drawn]
-    return Chart(title=title, is_stacked=False, shapes=shapes, x_ticks=axes.x_ticks(), y_ticks=axes.y_ticks())
+    return Chart(title, drawn) if drawn else None
 
 
 def stacked_chart(title: str, series: Sequence[Series]) -> Chart | None:
@@ -73,15 +68,13 @@ def stacked_chart(title: str, series: Sequence[Series]) -> Chart | None:
     if not steps:
         return None
     floor = dict.fromkeys(steps, 0.0)
-    layers = []
+    areas = []
     for one in series:
         values = dict(one.points)
         ceiling = {step: floor[step] + values.get(step, 0.0) for step in steps}
-        layers.append((one.label, [*ceiling.items()], [*reversed(floor.items())]))
+        areas.append(Series(label=one.label, points=[*ceiling.items(), *reversed(floor.items())]))
         floor = ceiling
-    axes = _Axes.around(list(floor.items()))
-    shapes = [Shape(label=label, coordinates=axes.coordinates(top + bottom)) for label, top, bottom in layers]
-    return Chart(title=title, is_stacked=True, shapes=shapes, x_ticks=axes.x_ticks(), y_ticks=axes.y_ticks())
+    return Chart(title, areas, is_stacked=True)
 
 
 def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
@@ -91,49 +84,3 @@ def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Axes:
-    """Data ranges; never empty."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    @classmethod
-    def around(cls, points: Sequence[tuple[float, float]]) -> _Axes:
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        y_low, y_high = min(0.0, *ys), max(0.0, *ys)
-        return cls(
-            x_low=min(xs),
-            x_high=max(xs) if max(xs) > min(xs) else min(xs) + 1,
-            y_low=y_low,
-            y_high=y_high if y_high > y_low else y_low + 1,
-        )
-
-    def x(self, value: float) -> float:
-        return round(LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(self, value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    def coordinates(self, points: Sequence[tuple[float, float]]) -> str:
-        return " ".join(f"{self.x(x):g},{self.y(y):g}" for x, y in points)
-
-    def x_ticks(self) -> list[Tick]:
-        whole = [value for value in nice_ticks(self.x_low, self.x_high, 6) if value == int(value)]
-        return [Tick(at=self.x(value), label=f"{value:g}") for value in whole]
-
-    def y_ticks(self) -> list[Tick]:
-        return [Tick(at=self.y(value), label=f"{value:.6g}") for value in nice_ticks(self.y_low, self.y_high)]
-
-
-def _dots(series: Series, axes: _Axes) -> list[Dot]:
-    if len(series.points) > MAX_DOTS:
-        return []
-    return [
-        Dot(x=axes.x(step), y=axes.y(value), label=f"{series.label}, step {step:g}: {value:.4g}")
-        for step, value in series.points
-    ]

@@ -21,7 +21,8 @@ from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
 from megatron_sdsearch.errors import DataError, raise_first
 from megatron_sdsearch.files import writing
-from megatron_sdsearch.logging.summary import SUMMARY_FILE
+from megatron_sdsearch.logging.run_log import RunLog
+from megatron_sdsearch.logging.summary import SUMMARY_FILE, write_summary
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import check_layout, check_lengths, load_hf_config
 from megatron_sdsearch.model.hf_folder import write_hf_folder
@@ -34,9 +35,8 @@ from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy, starting_weights
 from megatron_sdsearch.training.rollouts import DistributedRollouts, HindsightGroup, check_questions
-from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
-from megatron_sdsearch.training.run_record import write_run_record
+from megatron_sdsearch.training.run_lock import lock_run_dir
+from megatron_sdsearch.training.run_record import is_finished, write_run_record
 from megatron_sdsearch.training.saving import Saving
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.teacher import HindsightTeacher
@@ -107,7 +107,7 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     tensors, source = starting_weights(config.model, hf_config)
     check_weights(tensors, hf_config, source)
     check_questions(config)
-    with RunLock(config.run_dir):
+    with lock_run_dir(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
             for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended

@@ -1,4 +1,4 @@
-"""The numbers of one step, under the names of ``telemetry/names.py``; computed alike on every rank."""
+"""The numbers of one step, under the names of ``logging/names.py``; computed alike on every rank."""
 
 from __future__ import annotations
 
