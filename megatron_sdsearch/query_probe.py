@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_sdsearch.data.prompts import SEARCH_END
 from megatron_sdsearch.errors import EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
@@ -25,7 +26,7 @@ from megatron_sdsearch.records import (
 )
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
-from megatron_sdsearch.tokenization.spans import SEARCH_END, parse_action
+from megatron_sdsearch.tokenization.spans import parse_action
 
 if TYPE_CHECKING:  # the renderer loads a tokenizer library; probing does not need it
     from megatron_sdsearch.tokenization.renderer import Renderer
@@ -269,7 +270,7 @@ class _Prober:
 
     def _query(self, turn: _Turn, sampled: tuple[int, ...]) -> str:
         # Read with its opening and by the rollout's own parser, so that a query means here what it means in training.
-        parsed = parse_action(self._renderer.token_bytes.of(turn.opening_ids + sampled))
+        parsed = parse_action(self._renderer.token_bytes.lookup(turn.opening_ids + sampled))
         return parsed.argument if parsed.action is Action.SEARCH else ""
 
 

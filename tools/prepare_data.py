@@ -24,22 +24,24 @@ import argparse
 import json
 import signal
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.config import path_argument
-from megatron_sdsearch.data.preparation import BadRow, PrepareSettings, prepare
-from megatron_sdsearch.data.question_sources import open_source
-from megatron_sdsearch.data.question_writer import check_target, write_prepared
+from megatron_sdsearch.data.preparation import (
+    BadRow,
+    PrepareSettings,
+    check_target,
+    find_question_files,
+    prepare,
+    write_prepared,
+)
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-
-LINE_EVERY_S = 2.0
+from megatron_sdsearch.files import write_file
 
 
 def main() -> None:
-    """Do it, and turn an error of ours into one message and an exit code."""
+    """Prepare the files; an error of this package becomes one message and an exit code."""
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -92,13 +94,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         drop_leaks=arguments.drop_leaks,
     )
     check_target(arguments.out)  # before anything is fetched
-    sources = [open_source(name, settings.wanted()) for name in arguments.sources]
+    files = [file for source in arguments.sources for file in find_question_files(source, settings)]
     bad_rows: list[BadRow] = []
-    progress = Progress()
     try:
-        prepared = prepare(sources, settings, progress.show, bad_rows.append)
+        prepared = prepare(files, settings, show_file, bad_rows.append)
     finally:
-        progress.end()
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
     for name, split in prepared.origins.get("test", {}).items():
         if split == "train":
@@ -115,38 +115,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_bad_rows(path: Path, bad_rows: list[BadRow]) -> None:
-    """Write them down; a list of an earlier call goes."""
+    """Write them to a file; the list of an earlier call is removed."""
     path.unlink(missing_ok=True)
     if bad_rows:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(bad_row), ensure_ascii=False) for bad_row in bad_rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lines = (json.dumps(bad_row._asdict(), ensure_ascii=False) for bad_row in bad_rows)
+        write_file(path, "".join(f"{line}\n" for line in lines))
         print(f"{len(bad_rows)} bad rows are listed in {path}", file=sys.stderr)
 
 
-class Progress:
-    """One line on standard error for each file, and one now and then while it lasts."""
-
-    def __init__(self) -> None:
-        self._file, self._rows = "", 0
-        self._shown_at = time.monotonic()
-
-    def show(self, file: str, rows: int) -> None:
-        if file != self._file:
-            self.end()
-            self._file = file
-        self._rows = rows
-        if time.monotonic() - self._shown_at >= LINE_EVERY_S:
-            self._print()
-
-    def end(self) -> None:
-        if self._rows:
-            self._print()
-        self._file, self._rows = "", 0
-
-    def _print(self) -> None:
-        self._shown_at = time.monotonic()
-        print(f"read {self._file}: {self._rows:,} rows", file=sys.stderr, flush=True)
+def show_file(name: str, num_rows: int) -> None:
+    print(f"read {name}: {num_rows:,} rows", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

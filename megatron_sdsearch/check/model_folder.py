@@ -114,7 +114,7 @@ def _tokenizer(subject: Subject, hf_config: PretrainedConfig | None) -> Iterator
 def _tags(renderer: Renderer) -> Iterator[Finding]:
     """A search survives the way to ids and back, and its query has tokens of its own to distil at."""
     ids = renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>")
-    action = parse_action(renderer.token_bytes.of(ids))
+    action = parse_action(renderer.token_bytes.lookup(ids))
     if action.argument != _QUERY:
         yield Finding.error(
             _FIELD,

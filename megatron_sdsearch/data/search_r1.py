@@ -1,4 +1,4 @@
-"""Which question a Search-R1 or verl row asks: that of its own field, held against its prompt.
+"""Finds the question of a Search-R1 or verl row: that of its own field, compared with its prompt.
 
 The prompt is instructions and question in one text, in as many wordings as there are projects; Search-R1's rows also
 have the question as ``question``, verl's as ``extra_info.question``. Without both, the marker in the prompt counts.
@@ -6,8 +6,8 @@ have the question as ``question``, verl's as ``extra_info.question``. Without bo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 from megatron_sdsearch.errors import DataError
 
@@ -20,7 +20,7 @@ def find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, 
 
     Args:
         fields: by name, those that may hold it; empty ones are not there.
-        prompt: (role, content) of each message. The last one of the user asks; an assistant's after it is a prefill.
+        prompt: (role, content) of each message. The user's last one asks; an assistant's after it is a prefill.
 
     Raises:
         DataError: fields and prompt disagree, or the question is in no field and cannot be found in the prompt.
@@ -32,36 +32,28 @@ def find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, 
     if not given:
         return _after_marker(asked)
     name, question = next(iter(given.items()))
+    key = _key(question)
     for other, text in given.items():
-        if _key(text) != _key(question):
+        if _key(text) != key:
             raise DataError(f"{other}: is {text!r:.80}, but {name} is {question!r:.80}; remove the wrong one")
-    if not _occurs(_key(question), _key(asked)):
+    # Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words.
+    if not key or not re.search(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", _key(asked)):
         raise DataError(f"{name}: {question!r:.80} does not occur in the prompt {asked!r:.200}; remove the wrong one")
     return question
 
 
 def _after_marker(asked: str) -> str:
-    num_markers = asked.count(_MARKER)
-    if not num_markers:
+    _, marker, question = asked.partition(_MARKER)
+    question = question.strip()
+    if not marker:
         raise DataError(f"prompt: has no {_MARKER!r}, so where its question begins is unclear; {_FIX}")
-    if num_markers > 1:
-        raise DataError(f"prompt: has {_MARKER!r} {num_markers} times, so where its question begins is unclear; {_FIX}")
-    question = asked.partition(_MARKER)[2].strip()
+    if (number := asked.count(_MARKER)) > 1:
+        raise DataError(f"prompt: has {_MARKER!r} {number} times, so where its question begins is unclear; {_FIX}")
     if not question:
         raise DataError(f"prompt: nothing follows {_MARKER!r}; {_FIX}")
     if "\n" in question:
         raise DataError(f"prompt: several lines follow {_MARKER!r}, and not all need be the question; {_FIX}")
     return question
-
-
-def _occurs(words: str, text: str) -> bool:
-    """Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words."""
-
-    def is_cut(character: str) -> bool:
-        return character.isascii() and character.isalnum()
-
-    parts = pairwise(text.split(words)) if words else ()
-    return any(not is_cut(before[-1:]) and not is_cut(after[:1]) for before, after in parts)
 
 
 def _key(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_sdsearch.config import RolloutConfig
-from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.data.prompts import ANSWER_END, SEARCH_END, PromptProfile
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
@@ -26,7 +26,7 @@ from megatron_sdsearch.records import (
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, span_of
+from megatron_sdsearch.tokenization.spans import span_of
 
 
 class ObservationWriter:
@@ -57,7 +57,7 @@ class ObservationWriter:
         shown = passages
         if len(body) > self._room:
             body = body[: self._room]
-            num_bytes = sum(map(len, self._renderer.token_bytes.of(body)))
+            num_bytes = sum(map(len, self._renderer.token_bytes.lookup(body)))
             shown = [passage for rank, passage in enumerate(passages) if self._offset(passages[:rank]) < num_bytes]
         return ContextSpan(
             kind="observation",

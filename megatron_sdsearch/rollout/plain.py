@@ -32,7 +32,7 @@ class _ContainsStop(StoppingCriteria):
         self._prompt_length = prompt_length
 
     def found(self, new_ids: Sequence[int]) -> bool:
-        written = b"".join(self._token_bytes.of(new_ids))
+        written = b"".join(self._token_bytes.lookup(new_ids))
         return any(text in written for text in self._stop)
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: Any) -> Tensor:

@@ -135,7 +135,7 @@ def test_text_from_outside_is_what_a_tokenizer_without_control_tokens_makes_of_i
 ) -> None:
     body = f"Doc 1(Title: {text}) {text}"
     assert list(controlled_renderer.encode(body)) == _plainly(tokenizer, body)
-    assert b"".join(controlled_renderer.token_bytes.of(controlled_renderer.encode(body))) == body.encode()
+    assert b"".join(controlled_renderer.token_bytes.lookup(controlled_renderer.encode(body))) == body.encode()
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
