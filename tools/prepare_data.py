@@ -24,6 +24,7 @@ import argparse
 import json
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=defaults.train, help="data sets, in this order (nq hotpotqa)")
     parser.add_argument("--test", nargs="+", default=defaults.test, help="benchmarks (nq hotpotqa): of each the test "
                         "split, else dev, else train")  # fmt: skip
-    parser.add_argument("--heldout", type=int, default=defaults.heldout_per_dataset, metavar="N", help="questions of "
-                        "each benchmark for evaluation during training (default 500; 0: none)")  # fmt: skip
+    parser.add_argument("--heldout", type=int, default=defaults.heldout_per_dataset, dest="heldout_per_dataset",
+                        metavar="N", help="questions of each benchmark for evaluation during training (default 500; "
+                        "0: none)")  # fmt: skip
     parser.add_argument("--heldout-from", choices=("dev", "test"), default=defaults.heldout_from, help="split that "
                         "they are drawn from (default dev; test where there is none)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the draw (default 1)")
@@ -73,9 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of train's of one text")
     parser.add_argument("--drop-leaks", action="store_true", help="leave out of train what heldout or test ask, too")
     arguments = parser.parse_args()
-    for name in ("heldout", "max_bad_rows"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for option, number in (("--heldout", arguments.heldout_per_dataset), ("--max-bad-rows", arguments.max_bad_rows)):
+        if number < 0:
+            parser.error(f"{option} must not be negative")
     for name in ("train", "test"):
         if len(set(names := getattr(arguments, name))) < len(names):
             parser.error(f"--{name} names a data set twice")
@@ -83,21 +85,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = PrepareSettings(
-        train=tuple(arguments.train),
-        test=tuple(arguments.test),
-        heldout_from=arguments.heldout_from,
-        heldout_per_dataset=arguments.heldout,
-        seed=arguments.seed,
-        max_bad_rows=arguments.max_bad_rows,
-        drop_duplicates=arguments.drop_duplicates,
-        drop_leaks=arguments.drop_leaks,
-    )
+    settings = PrepareSettings(**{field.name: getattr(arguments, field.name) for field in fields(PrepareSettings)})
     check_target(arguments.out)  # before anything is fetched
     files = [file for source in arguments.sources for file in find_question_files(source, settings)]
     bad_rows: list[BadRow] = []
     try:
-        prepared = prepare(files, settings, show_file, bad_rows.append)
+        prepared = prepare(files, settings, bad_rows, on_file=show_file)
     finally:
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
     for name, split in prepared.origins.get("test", {}).items():
@@ -107,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "manifest": str(manifest),
         "num_questions": {split: len(questions) for split, questions in prepared.splits.items()},
-        "num_bad_rows": len(prepared.bad_rows),
+        "num_bad_rows": len(bad_rows),
         "num_duplicates": len(prepared.duplicates),
         "num_leaks": len(prepared.leaks),
         "num_dropped": prepared.num_dropped,

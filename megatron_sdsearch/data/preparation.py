@@ -70,8 +70,8 @@ class PrepareSettings:
         drop_leaks: leave out training questions that are asked in heldout or test, too.
     """
 
-    train: tuple[str, ...] = ("nq", "hotpotqa")
-    test: tuple[str, ...] = ("nq", "hotpotqa")
+    train: Sequence[str] = ("nq", "hotpotqa")
+    test: Sequence[str] = ("nq", "hotpotqa")
     heldout_from: Literal["dev", "test"] = "dev"
     heldout_per_dataset: int = 500
     seed: int = 1
@@ -113,7 +113,7 @@ class Prepared:
         splits: by name, ``train``, ``heldout``, ``test``; without empty ones.
         origins: of each split, data set -> split that its questions came from.
         files: that were read, with the number of questions in each.
-        bad_rows: left out.
+        num_bad_rows: left out.
         duplicates: in train, id of each later question -> id of the first one with the same text.
         leaks: id of a question of train -> id of the one with the same text in heldout or test.
         num_dropped: from train, as the settings asked.
@@ -122,14 +122,13 @@ class Prepared:
     splits: Mapping[str, tuple[Question, ...]]
     origins: Mapping[str, Mapping[str, str]]
     files: Mapping[QuestionFile, int]
-    bad_rows: tuple[BadRow, ...]
+    num_bad_rows: int
     duplicates: Mapping[str, str]
     leaks: Mapping[str, str]
     num_dropped: int
 
 
 OnFile = Callable[[str, int], None]
-OnBadRow = Callable[[BadRow], None]
 
 
 def find_question_files(source: str, settings: PrepareSettings) -> list[QuestionFile]:
@@ -201,7 +200,7 @@ def _fetch_from_hub(source: str, settings: PrepareSettings) -> list[QuestionFile
 
 
 def prepare(
-    files: Sequence[QuestionFile], settings: PrepareSettings, on_file: OnFile, on_bad_row: OnBadRow
+    files: Sequence[QuestionFile], settings: PrepareSettings, bad_rows: list[BadRow], on_file: OnFile
 ) -> Prepared:
     """Read what is wanted and sort it into train, heldout and test; the same input gives the same result.
 
@@ -212,13 +211,13 @@ def prepare(
     Args:
         files: of all sources; each is read once, when it is needed.
         settings: what goes where.
+        bad_rows: filled with all bad rows, also when too many of them raise.
         on_file: called with a file's name and its number of rows when it has been read.
-        on_bad_row: called for every bad row, before too many of them raise.
 
     Raises:
         DataError: a data set is nowhere, a file is unreadable, or there are too many bad rows; shows the first ones.
     """
-    reader = _Reader(files, settings.max_bad_rows, on_file, on_bad_row)
+    reader = _Reader(files, settings.max_bad_rows, bad_rows, on_file)
     train, train_origins = reader.take(settings.train, ("train",))
     test, test_origins = reader.take(settings.test, TEST_SPLITS)
     heldout: list[Question] = []
@@ -244,7 +243,7 @@ def prepare(
         splits={name: tuple(questions) for name, questions in by_name.items() if questions},
         origins={name: origin for name, origin in origins.items() if origin},
         files={file: len(reader.questions[file]) for file in files if file in reader.questions},
-        bad_rows=tuple(reader.bad_rows),
+        num_bad_rows=len(bad_rows),
         duplicates=duplicates,
         leaks=leaks,
         num_dropped=len(train) - len(kept),
@@ -254,14 +253,15 @@ def prepare(
 class _Reader:
     """Reads each file once, and collects its questions and its bad rows."""
 
-    def __init__(self, files: Sequence[QuestionFile], max_bad_rows: int, on_file: OnFile, on_bad_row: OnBadRow) -> None:
+    def __init__(
+        self, files: Sequence[QuestionFile], max_bad_rows: int, bad_rows: list[BadRow], on_file: OnFile
+    ) -> None:
         self._files = list(dict.fromkeys(files))
         self._max_bad_rows = max_bad_rows
+        self._bad_rows = bad_rows
         self._on_file = on_file
-        self._on_bad_row = on_bad_row
         self._first_places: dict[str, str] = {}  # by question_id
         self.questions: dict[QuestionFile, list[Question]] = {}
-        self.bad_rows: list[BadRow] = []
 
     def take(self, datasets: Sequence[str], splits: Sequence[str]) -> tuple[list[Question], dict[str, str]]:
         """For each data set its questions in the first of ``splits`` that holds any, and which split that was."""
@@ -289,12 +289,12 @@ class _Reader:
         return taken, origins
 
     def check_bad_rows(self) -> None:
-        if len(self.bad_rows) <= self._max_bad_rows:
+        if len(self._bad_rows) <= self._max_bad_rows:
             return
-        shown = "".join(f"\n  {bad.reason}" for bad in self.bad_rows[:_NUM_SHOWN])
-        more = len(self.bad_rows) - _NUM_SHOWN
+        shown = "".join(f"\n  {bad.reason}" for bad in self._bad_rows[:_NUM_SHOWN])
+        more = len(self._bad_rows) - _NUM_SHOWN
         raise DataError(
-            f"bad rows: {len(self.bad_rows)}, and at most {self._max_bad_rows} may be left out; "
+            f"bad rows: {len(self._bad_rows)}, and at most {self._max_bad_rows} may be left out; "
             f"fix them, or raise the limit{shown}" + (f"\n  and {more} more" if more > 0 else "")
         )
 
@@ -311,8 +311,7 @@ class _Reader:
             else:
                 yield question
                 continue
-            self.bad_rows.append(BadRow(place, reason))
-            self._on_bad_row(self.bad_rows[-1])
+            self._bad_rows.append(BadRow(place, reason))
         self._on_file(file.name, num_rows)
 
 
@@ -412,7 +411,7 @@ def _findings(prepared: Prepared) -> dict[str, Any]:
             {"source": file.source, "file": file.name, "num_questions": number, "sha256": _sha256(file.path)}
             for file, number in prepared.files.items()
         ],
-        "num_bad_rows": len(prepared.bad_rows),
+        "num_bad_rows": prepared.num_bad_rows,
         "num_dropped": prepared.num_dropped,
     }
     for name, same_as in (("duplicates", prepared.duplicates), ("leaks", prepared.leaks)):

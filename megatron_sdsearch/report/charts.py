@@ -26,7 +26,8 @@ class Chart:
 
     def __init__(self, title: str, series: Sequence[Series], *, is_stacked: bool = False) -> None:
         self.title, self.series, self.is_stacked = title, series, is_stacked
-        xs, ys = zip(*(point for one in series for point in one.points), strict=True)
+        xs = [step for one in series for step, _ in one.points]
+        ys = [value for one in series for _, value in one.points]
         x_low, y_low, y_high = min(xs), min(0.0, *ys), max(0.0, *ys)
         self._x_range = (x_low, max(xs) if max(xs) > x_low else x_low + 1)
         self._y_range = (y_low, y_high if y_high > y_low else y_low + 1)

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_sdsearch.data import preparation
 from megatron_sdsearch.data.preparation import (
     BadRow,
     Prepared,
@@ -33,10 +32,10 @@ from tools import prepare_data
 DEFAULTS = PrepareSettings()
 
 
-def run(*sources: Path, on_bad_row: Any = lambda _: None, **changes: Any) -> Prepared:
+def run(*sources: Path, bad_rows: list[BadRow] | None = None, **changes: Any) -> Prepared:
     asked = replace(DEFAULTS, **changes)
     files = [file for source in sources for file in find_question_files(str(source), asked)]
-    return prepare(files, asked, lambda *_: None, on_bad_row)
+    return prepare(files, asked, [] if bad_rows is None else bad_rows, on_file=lambda *_: None)
 
 
 def ids(prepared: Prepared, split: str) -> list[str]:
@@ -61,7 +60,7 @@ def test_flashrag_folders(flashrag: Path) -> None:
         [f"nq:test:{i}" for i in range(6)] + [f"hotpotqa:dev:{i}" for i in range(7)]
     )
     assert prepared.origins["test"] == {"nq": "test", "hotpotqa": "dev"}
-    assert (prepared.bad_rows, prepared.duplicates, prepared.leaks) == ((), {}, {})
+    assert (prepared.num_bad_rows, prepared.duplicates, prepared.leaks) == (0, {}, {})
 
 
 def test_train_keeps_the_order_that_is_asked_for(flashrag: Path) -> None:
@@ -136,9 +135,9 @@ def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(f
         file.write('{"id": "train_5", "query": "who?", "golden_answers": ["x"]}\n')
     listed: list[BadRow] = []
     with pytest.raises(DataError, match=r"bad rows: 3, and at most 2 may be left out; fix them, or raise the limit"):
-        run(flashrag, max_bad_rows=2, on_bad_row=listed.append)
+        run(flashrag, max_bad_rows=2, bad_rows=listed)
     prepared = run(flashrag, max_bad_rows=3)
-    assert tuple(listed) == prepared.bad_rows
+    assert prepared.num_bad_rows == 3
     assert [bad.place for bad in listed] == [f"{path}:4", f"{path}:5", f"{path}:6"]
     for bad, reason in zip(listed, ("question: String should", "is not JSON", "question: Field required"), strict=True):
         assert reason in bad.reason
@@ -161,7 +160,7 @@ def test_a_long_list_of_bad_rows_is_cut_in_the_message_alone(flashrag: Path) -> 
     published.write_flashrag(flashrag, "nq", "train", [("", "x")] * 23)
     listed: list[BadRow] = []
     with pytest.raises(DataError, match=r"(?s)bad rows: 23, .*\n  and 13 more$") as caught:
-        run(flashrag, on_bad_row=listed.append)
+        run(flashrag, bad_rows=listed)
     assert len(str(caught.value).splitlines()) == 12
     assert len(listed) == 23
 
@@ -250,7 +249,7 @@ def test_an_interrupted_replacement_leaves_what_was_there(
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(preparation.Path, "rename", interrupt)
+    monkeypatch.setattr(Path, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_prepared(run(flashrag, heldout_per_dataset=0), DEFAULTS, out, "jsonl")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

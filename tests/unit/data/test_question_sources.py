@@ -74,7 +74,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_hub_is_read_through_its_links_and_names_its_commit(hub_cache: Path, name: str) -> None:
     files = find_question_files(name, SETTINGS)
     assert {file.source for file in files} == {f"hub:RUC-NLPIR/FlashRAG_datasets@{COMMIT}"}
-    prepared = prepare(files, SETTINGS, lambda *_: None, lambda _: None)
+    prepared = prepare(files, SETTINGS, [], on_file=lambda *_: None)
     train = [question.question_id for question in prepared.splits["train"]]
     assert train == ["nq:train:0", "nq:train:1", "nq:train:2", "hotpotqa:train:0", "hotpotqa:train:1"]
 

@@ -75,7 +75,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             published.write_flashrag(home / "downloads", dataset, split, pairs)
     settings = PrepareSettings()
     files = find_question_files(str(home / "downloads"), settings)
-    prepared = prepare(files, settings, lambda *_: None, lambda _: None)
+    prepared = prepare(files, settings, [], on_file=lambda *_: None)
     (home / "data").mkdir()
     write_prepared(prepared, settings, home / "data" / "nq_hotpotqa", "parquet")
     return home
