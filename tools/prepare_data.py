@@ -112,8 +112,8 @@ def list_bad_rows(path: Path, bad_rows: list[BadRow]) -> None:
     path.unlink(missing_ok=True)
     if bad_rows:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(bad_row._asdict(), ensure_ascii=False) for bad_row in bad_rows)
-        write_file(path, "".join(f"{line}\n" for line in lines))
+        rows = ({"place": bad_row.location, "reason": bad_row.reason} for bad_row in bad_rows)
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(bad_rows)} bad rows are listed in {path}", file=sys.stderr)
 
 

@@ -42,16 +42,9 @@ _SUFFIXES = (".jsonl", ".parquet")
 _HUB = "hub"
 _LAYOUT = 1
 _NUM_SHOWN = 10
-_TEXTS = pa.list_(pa.string())
-_SCHEMA = pa.schema(
-    [
-        pa.field("question_id", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("gold_answers", _TEXTS, nullable=False),
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("gold_passage_ids", _TEXTS, nullable=False),
-    ]
-)
+_TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
+_COLUMNS = {"question_id": _TEXT, "text": _TEXT, "gold_answers": _TEXTS, "dataset": _TEXT, "gold_passage_ids": _TEXTS}
+_SCHEMA = pa.schema([pa.field(name, column, nullable=False) for name, column in _COLUMNS.items()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +92,9 @@ class QuestionFile(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that is no question; ``place`` is file and line or row."""
+    """A row that is no question; ``location`` is file and line or row."""
 
-    place: str
+    location: str
     reason: str
 
 
@@ -260,7 +253,7 @@ class _Reader:
         self._max_bad_rows = max_bad_rows
         self._bad_rows = bad_rows
         self._on_file = on_file
-        self._first_places: dict[str, str] = {}  # by question_id
+        self._first_locations: dict[str, str] = {}  # by question_id
         self.questions: dict[QuestionFile, list[Question]] = {}
 
     def take(self, datasets: Sequence[str], splits: Sequence[str]) -> tuple[list[Question], dict[str, str]]:
@@ -300,18 +293,18 @@ class _Reader:
 
     def _read(self, file: QuestionFile) -> Iterator[Question]:
         num_rows = 0
-        for place, question in scan_questions(file.path):
+        for location, question in scan_questions(file.path):
             num_rows += 1
             if isinstance(question, DataError):
                 reason = str(question)
-            elif (first := self._first_places.setdefault(question.question_id, place)) != place:
+            elif (first := self._first_locations.setdefault(question.question_id, location)) != location:
                 # Files that were shuffled before they were numbered (AutoRefine's valid_500) do this to others.
-                problem = f"{place}: id {question.question_id!r} is that of {first}"
+                problem = f"{location}: id {question.question_id!r} is that of {first}"
                 reason = f"{problem}; give each question an id of its own"
             else:
                 yield question
                 continue
-            self._bad_rows.append(BadRow(place, reason))
+            self._bad_rows.append(BadRow(location, reason))
         self._on_file(file.name, num_rows)
 
 

@@ -1,7 +1,7 @@
 """Reads question files into ``records.Question``, and decides which questions each step gets.
 
 Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. ``gold_answers.py`` reads gold
-answers, ``search_r1.py`` finds the question of a Search-R1 row.
+answers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +21,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_sdsearch.data.gold_answers import GoldAnswers, Text
-from megatron_sdsearch.data.search_r1 import find_question
 from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.records import IntArray, Question
 
 _SCHEMAS = "write {question_id, text, gold_answers}, a Search-R1 row, or a FlashRAG row {id, question, golden_answers}"
 
+_MARKER = "Question:"
+_QUESTION_FIX = "write the question into a column question"
 _Id = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
@@ -93,7 +95,7 @@ class _SearchR1Row(_Row):
 
     def to_question(self, path: Path) -> Question:
         fields = {"question": self.question, "extra_info.question": self.extra_info.question}
-        text = find_question(fields, [(message.role, message.content or "") for message in self.prompt])
+        text = _find_question(fields, [(message.role, message.content or "") for message in self.prompt])
         target = self.reward_model.ground_truth.target
         if self.golden_answers is not None and set(self.golden_answers) != set(target):
             raise DataError(
@@ -115,11 +117,13 @@ def read_questions(path: Path) -> tuple[Question, ...]:
             a missing or an empty file.
     """
     questions: dict[str, Question] = {}
-    for place, question in scan_questions(path):
+    for location, question in scan_questions(path):
         if isinstance(question, DataError):
             raise question
         if question.question_id in questions:
-            raise DataError(f"{place}: id {question.question_id!r} stands twice; give each question an id of its own")
+            raise DataError(
+                f"{location}: id {question.question_id!r} stands twice; give each question an id of its own"
+            )
         questions[question.question_id] = question
     if not questions:
         raise DataError(f"{path}: holds no questions; {_SCHEMAS}")
@@ -127,7 +131,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 
 
 def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
-    """Yield the place of every row with its question, or with what is wrong with it, so that a caller may go on.
+    """Yield the location of every row with its question, or with what is wrong with it, so that a caller may go on.
 
     Raises:
         DataError: the file itself cannot be read, is of another kind, or lacks a column that every row needs.
@@ -137,18 +141,18 @@ def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
     if not path.is_file():
         raise DataError(f"{path}: does not exist; give the path of a question file")
     refuse_other_kind(path, "JSON Lines" if path.suffix == ".jsonl" else "parquet")
-    for place, row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+    for location, row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
         if isinstance(row, DataError):
-            yield place, row
+            yield location, row
             continue
         try:
-            yield place, _parse_row(row, path)
+            yield location, _parse_row(row, path)
         except DataError as error:
-            yield place, DataError(f"{place}: {error}")
+            yield location, DataError(f"{location}: {error}")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of each row; a ``DataError`` where the line is not JSON."""
+    """Location and content of each row; a ``DataError`` where the line is not JSON."""
     try:
         lines = path.open("rb")
     except OSError as error:
@@ -157,13 +161,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             row: Any
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                row = DataError(f"{place}: is not JSON ({error}); write one JSON object per line")
-            yield place, row
+                row = DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
+            yield location, row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -201,6 +205,58 @@ def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Ro
     if "golden_answers" in row:
         return _FlashRagRow
     return _OwnRow
+
+
+def _find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, str]]) -> str:
+    """The question of a Search-R1 or verl row, stripped: that of its own field, compared with its prompt.
+
+    The prompt is instructions and question in one text, in as many wordings as there are projects; Search-R1's rows
+    also have the question as ``question``, verl's as ``extra_info.question``. Without both, the marker in the prompt
+    counts.
+
+    Args:
+        fields: by name, those that may hold it; empty ones are not there.
+        prompt: (role, content) of each message. The user's last one asks; an assistant's after it is a prefill.
+
+    Raises:
+        DataError: fields and prompt disagree, or the question is in no field and cannot be found in the prompt.
+    """
+    asked = next((content for role, content in reversed(prompt) if role == "user"), "")
+    if not asked.strip():
+        raise DataError("prompt: has no user message; write the question into one")
+    given = {name: text.strip() for name, text in fields.items() if text and text.strip()}
+    if not given:
+        return _after_marker(asked)
+    name, question = next(iter(given.items()))
+    key = _key(question)
+    for other, text in given.items():
+        if _key(text) != key:
+            raise DataError(f"{other}: is {text!r:.80}, but {name} is {question!r:.80}; remove the wrong one")
+    # Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words.
+    if not key or not re.search(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", _key(asked)):
+        raise DataError(f"{name}: {question!r:.80} does not occur in the prompt {asked!r:.200}; remove the wrong one")
+    return question
+
+
+def _after_marker(asked: str) -> str:
+    _, marker, question = asked.partition(_MARKER)
+    question = question.strip()
+    if not marker:
+        raise DataError(f"prompt: has no {_MARKER!r}, so where its question begins is unclear; {_QUESTION_FIX}")
+    if (number := asked.count(_MARKER)) > 1:
+        raise DataError(
+            f"prompt: has {_MARKER!r} {number} times, so where its question begins is unclear; {_QUESTION_FIX}"
+        )
+    if not question:
+        raise DataError(f"prompt: nothing follows {_MARKER!r}; {_QUESTION_FIX}")
+    if "\n" in question:
+        raise DataError(f"prompt: several lines follow {_MARKER!r}, and not all need be the question; {_QUESTION_FIX}")
+    return question
+
+
+def _key(text: str) -> str:
+    # Search-R1 adds the question mark to both, verl's ports to one of them.
+    return " ".join(text.split()).rstrip("? ").casefold()
 
 
 class QuestionSampler:

@@ -23,7 +23,7 @@ from megatron_sdsearch.files import write_file
 from megatron_sdsearch.logging import idle_step_warnings
 from megatron_sdsearch.logging.metrics import METRICS_FILE, read_metrics
 from megatron_sdsearch.logging.summary import SUMMARY_FILE, short
-from megatron_sdsearch.report import charts
+from megatron_sdsearch.report import figures
 from megatron_sdsearch.report.examples import pick_examples, text_pieces
 from megatron_sdsearch.report.figures import make_charts, make_tiles, metric_table
 from megatron_sdsearch.training.run_lock import live_run
@@ -68,7 +68,7 @@ def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = Fal
         warnings=idle_step_warnings(rows),
         tiles=make_tiles(rows),
         charts=make_charts(rows),
-        frame=charts,
+        frame=figures,
         summary=flatten(_read_object(run_dir / SUMMARY_FILE)),
         metrics=metric_table(rows),
         examples=pick_examples(run_dir),

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from megatron_sdsearch.data.prompts import ACTION_TAGS
 from megatron_sdsearch.errors import DataError
@@ -113,8 +112,7 @@ class StopMatcher:
         return any(text in written for text in self._stop)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedAction:
+class ParsedAction(NamedTuple):
     """What a sampled span asks for; fields as in ``SampledSpan``."""
 
     action: Action
@@ -170,10 +168,7 @@ def span_of(
     return SampledSpan(
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
-        text=parsed.text,
-        action=parsed.action,
-        argument=parsed.argument,
-        query_positions=parsed.query_positions,
         policy_version=policy_version,
         finish_reason=finish_reason,
+        **parsed._asdict(),
     )

@@ -138,7 +138,7 @@ def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(f
         run(flashrag, max_bad_rows=2, bad_rows=listed)
     prepared = run(flashrag, max_bad_rows=3)
     assert prepared.num_bad_rows == 3
-    assert [bad.place for bad in listed] == [f"{path}:4", f"{path}:5", f"{path}:6"]
+    assert [bad.location for bad in listed] == [f"{path}:4", f"{path}:5", f"{path}:6"]
     for bad, reason in zip(listed, ("question: String should", "is not JSON", "question: Field required"), strict=True):
         assert reason in bad.reason
     assert len(prepared.splits["train"]) == 5

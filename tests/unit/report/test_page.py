@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.logging import MetricsLog, names
-from megatron_sdsearch.report.charts import MAX_DOTS
+from megatron_sdsearch.report.figures import MAX_DOTS
 from megatron_sdsearch.report.page import write_page
 from megatron_sdsearch.training.run_lock import lock_run_dir
 

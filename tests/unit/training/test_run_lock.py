@@ -31,11 +31,11 @@ def test_a_second_holder_is_told_who_the_first_is_and_does_it_no_harm(tmp_path: 
     run_dir = tmp_path / "new" / "run"
     with lock_run_dir(run_dir):
         before = (run_dir / LOCK_FILE).read_bytes()
-        told = (
+        reason = (
             rf"run_dir: {re.escape(str(run_dir))} is in use by process {os.getpid()} on {socket.gethostname()}, since"
         )
         for _ in range(2):
-            with pytest.raises(ConfigError, match=told), lock_run_dir(run_dir):
+            with pytest.raises(ConfigError, match=reason), lock_run_dir(run_dir):
                 pytest.fail("both hold it")
         assert (run_dir / LOCK_FILE).read_bytes() == before
     with lock_run_dir(run_dir):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sdsearch.report.charts import (
+from megatron_sdsearch.report.figures import (
     BOTTOM,
     HEIGHT,
     LEFT,
