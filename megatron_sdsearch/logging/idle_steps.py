@@ -16,6 +16,7 @@ from megatron_sdsearch.logging import names
 WARN_AFTER: Final = 5
 Row = Mapping[str, Any]
 Lacking = Literal["contrast", "gradient"]
+_LACKINGS: Final[tuple[Lacking, ...]] = ("contrast", "gradient")
 _MOST: Final = 0.5
 
 
@@ -54,17 +55,16 @@ def due_warnings(rows: Sequence[Row]) -> list[str]:
 def _find_warnings(rows: Sequence[Row]) -> list[tuple[list[Row], str]]:
     """All stretches with a line about each, by their first steps."""
     found = []
-    for stretch in find_idle_steps(rows, "contrast"):
-        effect = "all rewards of a question are equal, so GRPO learns nothing"
-        causes = "; ".join(_likely_causes(stretch[-1]))
-        found.append((stretch, f"no group had contrast {_span(stretch)}: {effect}. Likely: {causes}"))
-    for stretch in find_idle_steps(rows, "gradient"):
-        found.append((stretch, f"the gradient was exactly 0 {_span(stretch)}: nothing is learned"))
+    for lacking in _LACKINGS:
+        for stretch in find_idle_steps(rows, lacking):
+            steps = f"for {len(stretch)} steps ({stretch[0]['step']} to {stretch[-1]['step']})"
+            if lacking == "contrast":
+                effect = "all rewards of a question are equal, so GRPO learns nothing"
+                line = f"no group had contrast {steps}: {effect}. Likely: {'; '.join(_likely_causes(stretch[-1]))}"
+            else:
+                line = f"the gradient was exactly 0 {steps}: nothing is learned"
+            found.append((stretch, line))
     return sorted(found, key=lambda pair: pair[0][0]["step"])
-
-
-def _span(stretch: Sequence[Row]) -> str:
-    return f"for {len(stretch)} steps ({stretch[0]['step']} to {stretch[-1]['step']})"
 
 
 def _likely_causes(row: Row) -> list[str]:
