@@ -28,7 +28,7 @@ from rich.console import Console
 
 from megatron_sdsearch.config import RunConfig, expand_home, file_problems, load_config
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, raise_problems
-from megatron_sdsearch.logging import final_table, warnings_of
+from megatron_sdsearch.logging import final_table, idle_step_warnings
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
 
@@ -84,12 +84,12 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     is_main = _rank() == 0
     if is_main:
         _say(_first_line(config, loaded))
-    from megatron_sdsearch.report.live import LivePage
+    from megatron_sdsearch.report.page import live_page
     from megatron_sdsearch.training.loop import Display
     from megatron_sdsearch.training.loop import train as run_loop
 
-    with LivePage(loaded.run_dir, is_writer=is_main) as page:
-        outcome = run_loop(loaded, Display(say=_say, refresh_page=page.write))
+    with live_page(loaded.run_dir, is_writer=is_main) as refresh_page:
+        outcome = run_loop(loaded, Display(say=_say, refresh_page=refresh_page))
     if is_main and outcome.summary is not None:
         Console().print(final_table(outcome.summary))
     for line in _last_lines(loaded, outcome) if is_main else ():
@@ -325,7 +325,7 @@ def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
         return [f"{saved} ({outcome.stopped_by}); the same command continues from here"]
     lines = [f"finished at step {step}: raise train.num_steps to go on"]
     if outcome.summary is not None:
-        lines = [f"WARNING: {line}" for line in warnings_of(read_metrics(run_dir))]
+        lines = [f"WARNING: {line}" for line in idle_step_warnings(read_metrics(run_dir))]
     hf_dir, resolved = run_dir / "hf", config_path(run_dir)
     checkpoint = run_dir / "checkpoints" / folder_name(step)
     outputs = {"page": run_dir / PAGE_FILE, "model": hf_dir, "checkpoint": checkpoint}

@@ -24,22 +24,25 @@ import argparse
 import json
 import signal
 import sys
-import time
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.config import path_argument
-from megatron_sdsearch.data.preparation import BadRow, PrepareSettings, prepare
-from megatron_sdsearch.data.question_sources import open_source
-from megatron_sdsearch.data.question_writer import check_target, write_prepared
+from megatron_sdsearch.data.preparation import (
+    BadRow,
+    PrepareSettings,
+    check_target,
+    find_question_files,
+    prepare,
+    write_prepared,
+)
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
-
-LINE_EVERY_S = 2.0
+from megatron_sdsearch.files import write_file
 
 
 def main() -> None:
-    """Do it, and turn an error of ours into one message and an exit code."""
+    """Prepare the files; an error of this package becomes one message and an exit code."""
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -61,8 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", default=defaults.train, help="data sets, in this order (nq hotpotqa)")
     parser.add_argument("--test", nargs="+", default=defaults.test, help="benchmarks (nq hotpotqa): of each the test "
                         "split, else dev, else train")  # fmt: skip
-    parser.add_argument("--heldout", type=int, default=defaults.heldout_per_dataset, metavar="N", help="questions of "
-                        "each benchmark for evaluation during training (default 500; 0: none)")  # fmt: skip
+    parser.add_argument("--heldout", type=int, default=defaults.heldout_per_dataset, dest="heldout_per_dataset",
+                        metavar="N", help="questions of each benchmark for evaluation during training (default 500; "
+                        "0: none)")  # fmt: skip
     parser.add_argument("--heldout-from", choices=("dev", "test"), default=defaults.heldout_from, help="split that "
                         "they are drawn from (default dev; test where there is none)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the draw (default 1)")
@@ -71,9 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of train's of one text")
     parser.add_argument("--drop-leaks", action="store_true", help="leave out of train what heldout or test ask, too")
     arguments = parser.parse_args()
-    for name in ("heldout", "max_bad_rows"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for option, number in (("--heldout", arguments.heldout_per_dataset), ("--max-bad-rows", arguments.max_bad_rows)):
+        if number < 0:
+            parser.error(f"{option} must not be negative")
     for name in ("train", "test"):
         if len(set(names := getattr(arguments, name))) < len(names):
             parser.error(f"--{name} names a data set twice")
@@ -81,24 +85,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = PrepareSettings(
-        train=tuple(arguments.train),
-        test=tuple(arguments.test),
-        heldout_from=arguments.heldout_from,
-        heldout_per_dataset=arguments.heldout,
-        seed=arguments.seed,
-        max_bad_rows=arguments.max_bad_rows,
-        drop_duplicates=arguments.drop_duplicates,
-        drop_leaks=arguments.drop_leaks,
-    )
+    settings = PrepareSettings(**{field.name: getattr(arguments, field.name) for field in fields(PrepareSettings)})
     check_target(arguments.out)  # before anything is fetched
-    sources = [open_source(name, settings.wanted()) for name in arguments.sources]
+    files = [file for source in arguments.sources for file in find_question_files(source, settings)]
     bad_rows: list[BadRow] = []
-    progress = Progress()
     try:
-        prepared = prepare(sources, settings, progress.show, bad_rows.append)
+        prepared = prepare(files, settings, bad_rows, on_file=show_file)
     finally:
-        progress.end()
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
     for name, split in prepared.origins.get("test", {}).items():
         if split == "train":
@@ -107,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "manifest": str(manifest),
         "num_questions": {split: len(questions) for split, questions in prepared.splits.items()},
-        "num_bad_rows": len(prepared.bad_rows),
+        "num_bad_rows": len(bad_rows),
         "num_duplicates": len(prepared.duplicates),
         "num_leaks": len(prepared.leaks),
         "num_dropped": prepared.num_dropped,
@@ -115,38 +108,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_bad_rows(path: Path, bad_rows: list[BadRow]) -> None:
-    """Write them down; a list of an earlier call goes."""
+    """Write them to a file; the list of an earlier call is removed."""
     path.unlink(missing_ok=True)
     if bad_rows:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(bad_row), ensure_ascii=False) for bad_row in bad_rows)
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        rows = ({"place": bad_row.location, "reason": bad_row.reason} for bad_row in bad_rows)
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(bad_rows)} bad rows are listed in {path}", file=sys.stderr)
 
 
-class Progress:
-    """One line on standard error for each file, and one now and then while it lasts."""
-
-    def __init__(self) -> None:
-        self._file, self._rows = "", 0
-        self._shown_at = time.monotonic()
-
-    def show(self, file: str, rows: int) -> None:
-        if file != self._file:
-            self.end()
-            self._file = file
-        self._rows = rows
-        if time.monotonic() - self._shown_at >= LINE_EVERY_S:
-            self._print()
-
-    def end(self) -> None:
-        if self._rows:
-            self._print()
-        self._file, self._rows = "", 0
-
-    def _print(self) -> None:
-        self._shown_at = time.monotonic()
-        print(f"read {self._file}: {self._rows:,} rows", file=sys.stderr, flush=True)
+def show_file(name: str, num_rows: int) -> None:
+    print(f"read {name}: {num_rows:,} rows", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from examples.tiny.demonstrations import build_demonstrations, sample_texts
 from examples.tiny.facts import load_facts
-from examples.tiny.tiny_model import save_tiny_model
-from examples.tiny.tokenizer import build_tokenizer
-from examples.tiny.world import World, build_world
+from examples.tiny.model import build_tokenizer, save_tiny_model
+from examples.tiny.world import build_world
 from megatron_sdsearch.config import path_argument
 from megatron_sdsearch.errors import SDSearchError
-from megatron_sdsearch.records import Question
+from megatron_sdsearch.files import write_file
 
 NUM_DEMONSTRATIONS = 44_000
 
@@ -35,7 +34,7 @@ def main() -> None:
 
 
 def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS) -> dict[str, object]:
-    """Write the whole world into ``out`` and return what ``facts.json`` says of it.
+    """Write the whole world into ``out`` and return the content of ``facts.json``.
 
     Files: corpus.jsonl, train.jsonl, heldout.jsonl, demonstrations.jsonl, facts.json, model/ (Hugging Face layout).
 
@@ -49,47 +48,28 @@ def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS)
     tokenizer = build_tokenizer(sample_texts(world), world.names)
     num_parameters = save_tiny_model(out / "model", tokenizer, seed=seed)
     _write_jsonl(out / "corpus.jsonl", ({"id": p.passage_id, "contents": p.contents} for p in world.passages))
-    _write_jsonl(out / "train.jsonl", map(_question_row, world.train))
-    _write_jsonl(out / "heldout.jsonl", map(_question_row, world.heldout))
+    _write_jsonl(out / "train.jsonl", map(asdict, world.train))
+    _write_jsonl(out / "heldout.jsonl", map(asdict, world.heldout))
     _write_jsonl(out / "demonstrations.jsonl", demonstrations)
-    summary = _counts(world) | {
-        "num_demonstrations": len(demonstrations),
-        "vocab_size": len(tokenizer),
-        "num_parameters": num_parameters,
-        "sources": [asdict(source) for source in facts.sources],
-    }
-    (out / "facts.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
-
-
-def _counts(world: World) -> dict[str, object]:
-    """The world's size, and the words that a search has to find out."""
-    return {
+    summary = {
         "seed": world.seed,
         "num_entities": world.num_entities,
         "num_passages": len(world.passages),
         "num_train_questions": len(world.train),
         "num_heldout_questions": len(world.heldout),
-        "house_words": dict(world.house_words),
-        "word_order": {name: list(words) for name, words in world.word_order.items()},
+        "house_words": world.house_words,
+        "word_order": world.word_order,
+        "num_demonstrations": len(demonstrations),
+        "vocab_size": len(tokenizer),
+        "num_parameters": num_parameters,
+        "sources": facts.sources,
     }
-
-
-def _question_row(question: Question) -> dict[str, object]:
-    """One line of a question file."""
-    return {
-        "question_id": question.question_id,
-        "text": question.text,
-        "gold_answers": list(question.gold_answers),
-        "dataset": question.dataset,
-        "gold_passage_ids": list(question.gold_passage_ids),
-    }
+    write_file(out / "facts.json", json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

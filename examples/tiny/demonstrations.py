@@ -4,7 +4,7 @@ Owns what the demonstrations teach, and what they leave for reinforcement learni
 
 - Words are picked by ``WORD_PRIOR``, in which the house word is rarely first: a greedy start is right now and then.
 - Every demonstration draws fresh facts and a fresh house style and renders its passages with them. Nothing about the
-  real corpus leaks: not which word it uses, not what any passage says. What can be learned is READING.
+  real corpus leaks: neither the word that it uses nor the content of any passage. What can be learned is READING.
 - About BLOCK_SHARE of them carry a hindsight block, each with a fraction ~U(0, 1)^2 of its siblings forced correct. The
   demonstration follows the words that worked; where none worked it avoids those that failed. Without this lesson a tiny
   model cannot be its own hindsight teacher (a pretrained LLM reads such a block as it is). The square matters: with a
@@ -16,24 +16,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
-from examples.tiny.wording import (
-    RELATIONS,
-    UNKNOWN,
-    Relation,
-    answer_span,
-    block_text,
-    fact_contents,
-    observation_span,
-    query_text,
-    question_text,
-    search_span,
-    trap_contents,
-    user_message,
-)
-from examples.tiny.world import WORD_PRIOR, World, paths
+from examples.tiny.world import RELATIONS, WORD_PRIOR, Path, Relation, World, passage_text, paths, question_text
+from megatron_sdsearch.data.prompts import CORRECT, HINDSIGHT_HEADER, INCORRECT, get_profile
+from megatron_sdsearch.hindsight.block import search_line
+from megatron_sdsearch.records import Passage
 
 BLOCK_SHARE = 0.65
 # Group sizes to draw from. The demo's is 8; small groups are quicker lessons in what a label means.
@@ -42,153 +30,121 @@ NUM_SIBLINGS = (2, 3, 3, 4, 5, 6, 8, 8, 8, 8)
 HIT_SHARE = 0.75
 # Share of siblings that did not search at all.
 IDLE_SHARE = 0.02
-# Share of fresh answers drawn from all names, whatever they stand for. Provinces are never an answer: without this the
-# names of held-out ones would not occur at all, and an embedding that was never trained is never copied.
+# Share of fresh answers drawn from all names, of any type. Provinces are never an answer: without this the names of
+# held-out ones would not occur at all, and an embedding that was never trained is never copied.
 ANY_NAME_SHARE = 0.35
-
-
-class Span(TypedDict):
-    """``sampled`` text carries the loss, ``observation`` text does not."""
-
-    kind: str
-    text: str
-
-
-class Demonstration(TypedDict):
-    """One row of the warm-start file."""
-
-    demonstration_id: str
-    prompt: str
-    spans: list[Span]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Episode:
-    """One question in a world of its own: fresh facts, fresh house words.
-
-    Attributes:
-        path: relations in hop order.
-        names: subject, answer of the first hop, ...: one more than relations.
-        house: the word that works, per hop.
-    """
-
-    path: tuple[Relation, ...]
-    names: tuple[str, ...]
-    house: tuple[str, ...]
+UNKNOWN = "<answer> unknown</answer>"
+_PROFILE = get_profile("plain")
+# A row of the warm-start file: demonstration_id, prompt, spans; see megatron_sdsearch.data.demonstrations.
+Demonstration = dict[str, Any]
 
 
 def build_demonstrations(world: World, count: int) -> list[Demonstration]:
     """Write ``count`` demonstrations, half of one hop and half of two; a pure function of world and count."""
-    rng = random.Random(f"tiny-demonstrations:{world.seed}")
-    writer = _Writer(world, rng)
+    writer = _Writer(world)
     return [writer.demonstration(f"tiny:demo:{i}", num_hops=1 + i % 2) for i in range(count)]
 
 
 class _Writer:
-    """Draws episodes and acts them out."""
+    """Draws questions about worlds of their own, and acts them out."""
 
-    def __init__(self, world: World, rng: random.Random) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._rng = rng
+        self._rng = random.Random(f"tiny-demonstrations:{world.seed}")
         self._answers = {name: sorted(set(table.values())) for name, table in world.answers.items()}
         self._subjects = {
-            relation.subject: sorted(world.train_subjects[relation.subject] + world.heldout_subjects[relation.subject])
-            for relation in RELATIONS
+            name_type: sorted(world.train_subjects[name_type] + world.heldout_subjects[name_type])
+            for name_type in world.train_subjects
         }
         self._paths = paths()
 
     def demonstration(self, demonstration_id: str, *, num_hops: int) -> Demonstration:
         """One row."""
-        path = self._rng.choice(self._paths[num_hops - 1])
-        if self._rng.random() < BLOCK_SHARE:
-            episode = self._episode(path, house=[self._rng.choice(relation.synonyms) for relation in path])
-            siblings = self._siblings(episode)
-            words = [self._advised_word(episode, hop, siblings) for hop in range(num_hops)]
-            block = block_text([(_is_correct(episode, used), _queries(episode, used)) for used in siblings])
+        rng = self._rng
+        path = rng.choice(self._paths[num_hops - 1])
+        if rng.random() < BLOCK_SHARE:
+            house = [rng.choice(relation.synonyms) for relation in path]
+            names = self._draw_names(path)
+            forced = rng.random() ** 2
+            siblings = [self._sibling_words(path, house, forced) for _ in range(rng.choice(NUM_SIBLINGS))]
+            words = []
+            for hop, relation in enumerate(path):
+                used = frozenset(sibling[hop] for sibling in siblings if len(sibling) > hop)
+                # A sibling that used the house word went on, or was CORRECT: the block shows it.
+                words.append(house[hop] if house[hop] in used else self._draw_word(relation, avoid=used))
+            block = _block([(used == house, _queries(used, names)) for used in siblings])
         else:
-            words = [self._prior_word(relation) for relation in path]
-            episode = self._episode(path, house=[self._house_near(*pair) for pair in zip(path, words, strict=True)])
+            words = [self._draw_word(relation) for relation in path]
+            house = []
+            for relation, word in zip(path, words, strict=True):
+                others = [synonym for synonym in relation.synonyms if synonym != word]
+                house.append(word if rng.random() < HIT_SHARE else rng.choice(others))
+            names = self._draw_names(path)
             block = ""
-        question = question_text(path, episode.names[0])
-        return {
-            "demonstration_id": demonstration_id,
-            "prompt": user_message(question, block),
-            "spans": _act(episode, words),
-        }
+        prompt = _PROFILE.user_text(question_text(path, names[0]), block)
+        return {"demonstration_id": demonstration_id, "prompt": prompt, "spans": _act(names, house, words)}
 
-    def _episode(self, path: tuple[Relation, ...], house: Sequence[str]) -> _Episode:
-        """Fresh facts: the subject is a training one; answers are any of their kind, or any names at all."""
+    def _draw_names(self, path: Path) -> list[str]:
+        """Fresh facts: a training subject, then for each hop an answer of its type, or any name at all."""
         names = [self._rng.choice(self._world.train_subjects[path[0].subject])]
         for hop, relation in enumerate(path):
             # "England" may be an answer, but is no country that a second hop could start from.
             is_last = hop + 1 == len(path)
             pool = self._answers[relation.name] if is_last else self._subjects[path[hop + 1].subject]
             names.append(self._rng.choice(self._world.names if self._rng.random() < ANY_NAME_SHARE else pool))
-        return _Episode(path=path, names=tuple(names), house=tuple(house))
+        return names
 
-    def _prior_word(self, relation: Relation, avoid: frozenset[str] = frozenset()) -> str:
+    def _draw_word(self, relation: Relation, avoid: frozenset[str] = frozenset()) -> str:
         """A word by the fixed prior, among those not to avoid."""
         weights = dict(zip(self._world.word_order[relation.name], WORD_PRIOR, strict=True))
         words = [word for word in weights if word not in avoid] or list(weights)
         return self._rng.choices(words, weights=[weights[word] for word in words])[0]
 
-    def _house_near(self, relation: Relation, word: str) -> str:
-        """A fresh house word that is ``word`` in HIT_SHARE of the cases."""
-        others = [synonym for synonym in relation.synonyms if synonym != word]
-        return word if self._rng.random() < HIT_SHARE else self._rng.choice(others)
-
-    def _siblings(self, episode: _Episode) -> list[list[str]]:
-        """The words that each sibling searched with, up to and including its first trap."""
-        forced = self._rng.random() ** 2
-        return [self._sibling(episode, forced) for _ in range(self._rng.choice(NUM_SIBLINGS))]
-
-    def _sibling(self, episode: _Episode, forced: float) -> list[str]:
+    def _sibling_words(self, path: Path, house: list[str], forced: float) -> list[str]:
+        """The words that a sibling searched with, up to and including its first trap."""
         if self._rng.random() < forced:
-            return list(episode.house)
+            return house
         if self._rng.random() < IDLE_SHARE:
             return []
         used: list[str] = []
-        for relation, house in zip(episode.path, episode.house, strict=True):
-            used.append(self._prior_word(relation))
-            if used[-1] != house:
+        for relation, house_word in zip(path, house, strict=True):
+            used.append(self._draw_word(relation))
+            if used[-1] != house_word:
                 break
         return used
 
-    def _advised_word(self, episode: _Episode, hop: int, siblings: list[list[str]]) -> str:
-        """What a reader of the block searches with at this hop."""
-        used = {words[hop] for words in siblings if len(words) > hop}
-        house = episode.house[hop]
-        # A sibling that used the house word went on, or was CORRECT: the block shows it.
-        return house if house in used else self._prior_word(episode.path[hop], avoid=frozenset(used))
+
+def _queries(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [f"{word} {name}" for word, name in zip(words, names, strict=False)]
 
 
-def _is_correct(episode: _Episode, used: list[str]) -> bool:
-    """Whether these words lead to the answer."""
-    return tuple(used) == episode.house
+def _block(attempts: Sequence[tuple[bool, list[str]]]) -> str:
+    lines = [(CORRECT if is_correct else INCORRECT) + search_line(queries) for is_correct, queries in attempts]
+    return "\n".join((HINDSIGHT_HEADER, *lines))
 
 
-def _queries(episode: _Episode, used: list[str]) -> list[str]:
-    """The queries that these words make."""
-    return [query_text(word, name) for word, name in zip(used, episode.names, strict=False)]
+def _observation(contents: str) -> str:
+    return _PROFILE.observation(_PROFILE.format_passages([Passage(passage_id="", contents=contents)]))
 
 
-def _act(episode: _Episode, words: Sequence[str]) -> list[Span]:
+def _act(names: Sequence[str], house: Sequence[str], words: Sequence[str]) -> list[dict[str, str]]:
     """Search hop by hop until the answer or a trap is found, then answer."""
-    spans: list[Span] = []
-    for word, house, subject, answer in zip(words, episode.house, episode.names, episode.names[1:], strict=False):
-        is_hit = word == house
-        contents = fact_contents(subject, word, answer) if is_hit else trap_contents(subject, word)
-        spans.append({"kind": "sampled", "text": search_span(query_text(word, subject))})
-        spans.append({"kind": "observation", "text": observation_span(contents)})
+    spans: list[dict[str, str]] = []
+    for hop, query in enumerate(_queries(words, names)):
+        is_hit = words[hop] == house[hop]
+        contents = passage_text(names[hop], words[hop], names[hop + 1] if is_hit else None)
+        # No space before the closing tag: it would be a token of its own.
+        spans.append({"kind": "sampled", "text": f"<search> {query}</search>"})
+        spans.append({"kind": "observation", "text": _observation(contents)})
         if not is_hit:
-            return [*spans, {"kind": "sampled", "text": answer_span(UNKNOWN)}]
-    return [*spans, {"kind": "sampled", "text": answer_span(episode.names[-1])}]
+            return [*spans, {"kind": "sampled", "text": UNKNOWN}]
+    return [*spans, {"kind": "sampled", "text": f"<answer> {names[-1]}</answer>"}]
 
 
 def sample_texts(world: World) -> list[str]:
     """Text in which every word of prompts, passages and responses occurs, for the tokenizer."""
-    lines = [(True, ["a", "b"]), (False, [])]
-    texts = [user_message(f"What is the {relation.cue} of", block_text(lines)) for relation in RELATIONS]
+    block = _block([(True, ["a", "b"]), (False, [])])
+    texts = [_PROFILE.user_text(f"What is the {relation.cue} of", block) for relation in RELATIONS]
     texts += [f" {word}" for relation in RELATIONS for word in relation.synonyms]
-    texts += [f"user\n{user_message('')}", "assistant\n", answer_span(UNKNOWN), " | "]
-    return texts + [observation_span(passage.contents) for passage in world.passages]
+    texts += ["user\nQuestion: ", "assistant\n", UNKNOWN]
+    return texts + [_observation(passage.contents) for passage in world.passages]

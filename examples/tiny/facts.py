@@ -1,8 +1,8 @@
 """Real facts about countries, provinces and chemical elements, read from installed packages at build time.
 
-Owns the reading and the filtering; which facts become passages and questions is ``world.py``'s. Nothing is copied into
-this repository: countryinfo (MIT) and mendeleev (MIT) bring the data. Facts are as these packages state them, typos
-and all. Only names of ONE ASCII word pass: a name of several tokens is a copying bottleneck for a tiny model.
+Owns the reading and the filtering; ``world.py`` decides which facts become passages and questions. Nothing is copied
+into this repository: countryinfo (MIT) and mendeleev (MIT) bring the data. Facts are as these packages state them,
+typos included. Only names of ONE ASCII word pass: a name of several tokens is a copying bottleneck for a tiny model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sqlite3
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_sdsearch.errors import DataError
 
@@ -31,27 +31,16 @@ _INSTITUTION = re.compile(r"\b(?:ancients|Institute|Laboratory|Centre|Research|a
 Table = dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One package that facts were read from."""
-
-    package: str
-    version: str
-    licence: str
-    num_facts: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FactBook:
+class FactBook(NamedTuple):
     """All facts that passed the filter.
 
     Attributes:
         answers: relation -> subject -> answer. A subject stands for one thing only.
-        sources: where they come from.
+        sources: package, version, licence and num_facts of each package they come from.
     """
 
     answers: Mapping[str, Mapping[str, str]]
-    sources: tuple[Source, ...]
+    sources: list[dict[str, str | int]]
 
 
 def load_facts() -> FactBook:
@@ -66,21 +55,13 @@ def load_facts() -> FactBook:
     taken = {name.lower() for table in (*countries.values(), *elements.values()) for name in (*table, *table.values())}
     states = {name: country for name, country in provinces.items() if name.lower() not in taken}
     geography = {**countries, "state": dict(itertools.islice(states.items(), MAX_PROVINCES))}
-    return FactBook(
-        answers={**geography, **elements},
-        sources=(_source("countryinfo", geography), _source("mendeleev", elements)),
-    )
-
-
-def _source(package: str, tables: Mapping[str, Table]) -> Source:
-    """Describe a package by its own metadata."""
-    metadata = importlib.metadata.metadata(package).json
-    return Source(
-        package=package,
-        version=str(metadata["version"]),
-        licence=str(metadata.get("license_expression") or metadata.get("license") or "unknown"),
-        num_facts=sum(len(table) for table in tables.values()),
-    )
+    sources: list[dict[str, str | int]] = []
+    for package, tables in (("countryinfo", geography), ("mendeleev", elements)):
+        metadata = importlib.metadata.metadata(package).json
+        licence = str(metadata.get("license_expression") or metadata.get("license") or "unknown")
+        source: dict[str, str | int] = {"package": package, "version": str(metadata["version"]), "licence": licence}
+        sources.append(source | {"num_facts": sum(map(len, tables.values()))})
+    return FactBook(answers={**geography, **elements}, sources=sources)
 
 
 def _read_countries() -> tuple[dict[str, Table], Table]:
@@ -92,37 +73,31 @@ def _read_countries() -> tuple[dict[str, Table], Table]:
     tables: dict[str, Table] = {"capital": {}, "demonym": {}, "currency": {}}
     provinces: dict[str, list[str]] = {}
     infos = sorted((country.info() for country in all_countries()), key=lambda info: -(info.get("population") or 0))
-    plain = [(info, row) for info in infos if (row := _country_row(info)) is not None][:MAX_COUNTRIES]
-    if len(plain) < MAX_COUNTRIES:
-        raise DataError(f"countryinfo: only {len(plain)} usable countries; expected {MAX_COUNTRIES}")
-    for info, row in plain:
+    usable = [(info, row) for info in infos if (row := _country_row(info)) is not None][:MAX_COUNTRIES]
+    if len(usable) < MAX_COUNTRIES:
+        raise DataError(f"countryinfo: only {len(usable)} usable countries; expected {MAX_COUNTRIES}")
+    for info, row in usable:
         for relation, answer in row.items():
             tables[relation][info["name"]] = answer
         provinces[info["name"]] = sorted({str(p) for p in info.get("provinces") or () if _WORD.fullmatch(str(p))})
-    return tables, _round_robin(provinces)
+    # Every country's first province, then every country's second, ...; names of several countries are left out.
+    count = Counter(name for names in provinces.values() for name in names)
+    columns = itertools.zip_longest(*provinces.values())
+    pairs = (pair for column in columns for pair in zip(column, provinces, strict=True))
+    return tables, {name: country for name, country in pairs if name is not None and count[name] == 1}
 
 
 def _country_row(info: Mapping[str, object]) -> Table | None:
     """One country's answers by relation, or ``None`` when its name or any answer is not one plain word."""
-
-    def first(key: str) -> str:
+    row: Table = {}
+    for relation, key in (("capital", "capital"), ("demonym", "demonym"), ("currency", "currencies")):
         value = info.get(key) or ""
-        return str(value[0]) if isinstance(value, list) else str(value)
-
-    row = {"capital": first("capital"), "demonym": first("demonym"), "currency": first("currencies")}
-    shapes = {"capital": _WORD, "demonym": _WORD, "currency": _CODE}
+        row[relation] = str(value[0] if isinstance(value, list) else value)
+        if not (_CODE if relation == "currency" else _WORD).fullmatch(row[relation]):
+            return None
     name = str(info["name"])
-    is_plain = _WORD.fullmatch(name) and all(shapes[key].fullmatch(value) for key, value in row.items())
     # Luxembourg, Luxembourg: the answer would be in the question.
-    return row if is_plain and name not in row.values() else None
-
-
-def _round_robin(provinces: Mapping[str, list[str]]) -> Table:
-    """Province -> country: every country's first, then every country's second, ...; ambiguous names left out."""
-    count = Counter(name for names in provinces.values() for name in names)
-    columns = itertools.zip_longest(*provinces.values())
-    pairs = (pair for column in columns for pair in zip(column, provinces, strict=True))
-    return {name: country for name, country in pairs if name is not None and count[name] == 1}
+    return row if _WORD.fullmatch(name) and name not in row.values() else None
 
 
 def _read_elements() -> dict[str, Table]:
@@ -131,10 +106,9 @@ def _read_elements() -> dict[str, Table]:
     Its Python API takes 25 s for all elements; the file takes milliseconds.
     """
     spec = importlib.util.find_spec("mendeleev")
-    path = (
-        Path(spec.submodule_search_locations[0]) / "elements.db" if spec and spec.submodule_search_locations else None
-    )
-    if path is None or not path.is_file():
+    folders = (spec.submodule_search_locations if spec else None) or [""]
+    path = Path(folders[0]) / "elements.db"
+    if not path.is_file():
         raise DataError("the package mendeleev (>= 1.0), or its elements.db, is missing; run: pip install mendeleev")
     query = "SELECT name, symbol, discoverers, discovery_location FROM elements ORDER BY atomic_number"
     try:

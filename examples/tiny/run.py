@@ -1,4 +1,4 @@
-"""The main job, from nothing to a summary: world, warm start, SD-Search at TP=2, export, evaluation.
+"""Run the demo from nothing to a summary: world, warm start, SD-Search at TP=2, export, evaluation.
 
 ``python -m examples.tiny.run --out runs/demo --seed 1``. Every part is a command that also works by itself; each is
 shown before it runs.
@@ -21,12 +21,14 @@ from rich.console import Console
 from megatron_sdsearch.cli import home_path
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError
+from megatron_sdsearch.files import write_file
 from megatron_sdsearch.logging import final_table
 from megatron_sdsearch.report.page import write_page
 
 HERE = Path(__file__).parent
 NUM_PROCESSES = 2
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
 console = Console()
 
 
@@ -47,43 +49,40 @@ def main(
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     summary["wall_s"] = round(time.monotonic() - start, 1)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_file(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     page = write_page(out)
     console.print(final_table(summary))
     console.print(f"summary: {out / 'summary.json'}   page: {page}", soft_wrap=True)
 
 
 def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
-    common = [f"seed={seed}"]
-    reinforce = [str(HERE / "config.yaml"), f"run_dir={out}", *common, *overrides]
-    load_config(Path(reinforce[0]), reinforce[1:])  # a wrong override is said now, not after the warm start
+    settings = [str(HERE / "config.yaml"), f"run_dir={out}", f"seed={seed}", *overrides]
+    load_config(Path(settings[0]), settings[1:])  # a wrong override is refused now, not after the warm start
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("--out", f"{out} cannot be made: {error.strerror}", "give a folder to write to") from error
-    facts = out / "world" / "facts.json"
-    if facts.is_file() and json.loads(facts.read_text())["seed"] != seed:
+    world = out / "world"
+    facts = world / "facts.json"
+    if not facts.is_file():
+        _call("world", [*PYTHON, "examples.tiny.build_world", "--out", f"{world}", "--seed", f"{seed}"])
+    elif json.loads(facts.read_text())["seed"] != seed:
         raise ConfigError(
             "--out", f"{out} holds a world of another seed than {seed}", "take another folder or its seed"
         )
-    if not facts.is_file():
-        _call(
-            "world",
-            [sys.executable, "-m", "examples.tiny.build_world", "--out", f"{out / 'world'}", "--seed", f"{seed}"],
-        )
     if not (out / "warm_start" / "hf").is_dir():
-        world = [f"model.hf_dir={out}/world/model", f"train.demonstrations={out}/world/demonstrations.jsonl"]
-        warm_start = [str(HERE / "warm_start.yaml"), f"run_dir={out / 'warm_start'}", *common, *world]
+        paths = [f"model.hf_dir={world}/model", f"train.demonstrations={world}/demonstrations.jsonl"]
+        warm_start = [str(HERE / "warm_start.yaml"), f"run_dir={out / 'warm_start'}", f"seed={seed}", *paths]
         _call("warm start", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *warm_start])
-    _call("SD-Search", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *reinforce])
+    _call("SD-Search", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *settings])
     if not (out / "summary.json").is_file():
-        console.print("saved and stopped, as a signal asked; the same command goes on from here")
+        console.print("saved and stopped by a signal; the same command goes on from here")
         raise typer.Exit(1)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    hf_dir = out / "hf"
-    command = [sys.executable, "-m", "megatron_sdsearch", "evaluate", "--model", str(hf_dir), *reinforce]
+    hf_dir = str(out / "hf")
+    command = [*PYTHON, "megatron_sdsearch", "evaluate", "--model", hf_dir, *settings]
     evaluation = json.loads(_call("evaluation by stock transformers", command, is_captured=True))
-    return summary | {"hf_dir": str(hf_dir), "hf_em_end": evaluation["overall"]["em"]}
+    return summary | {"hf_dir": hf_dir, "hf_em_end": evaluation["overall"]["em"]}
 
 
 def _call(name: str, command: list[str], *, is_captured: bool = False) -> str:

@@ -1,7 +1,7 @@
 """The demo world: a corpus with a house style and traps, and one-hop and two-hop questions about it.
 
-Owns which facts become passages and questions, the house style and the split; ``facts.py`` owns the facts,
-``wording.py`` the sentences. A pure function of the seed.
+Owns the relations and every sentence about them, the house style and the split; ``facts.py`` owns the facts. A pure
+function of the seed.
 
 Why synonyms: the corpus words each relation in one of four ways (its house style). For each of the other three there is
 a trap, a passage with the same title that holds no answer. BM25 with top_k=1 returns what the query's wording picks,
@@ -11,12 +11,12 @@ so a model that searches in the wrong words reads a trap: query quality decides 
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple
 
 from examples.tiny.facts import FactBook
-from examples.tiny.wording import RELATIONS, Kind, Relation, fact_contents, question_text, trap_contents
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.records import Passage, Question
 
@@ -29,29 +29,64 @@ HELDOUT_SHARE = 0.36
 # Share of questions that a greedy searcher with WORD_PRIOR gets right, averaged over both hops.
 START_RANGE = (0.24, 0.34)
 
+NameType = Literal["country", "province", "element"]
+Answers = Mapping[str, Mapping[str, str]]
+Subjects = Mapping[NameType, tuple[str, ...]]
+
+
+class Relation(NamedTuple):
+    """Something that passages state about a subject.
+
+    Attributes:
+        name: the key of its facts.
+        cue: its name in questions; never one of the synonyms, so a question does not give the house word away.
+        synonyms: four words, any of which the corpus may use. No word belongs to two relations.
+        subject: type of its subjects.
+        answer: type of its answers; ``None`` when no second hop starts from them.
+    """
+
+    name: str
+    cue: str
+    synonyms: tuple[str, str, str, str]
+    subject: NameType
+    answer: NameType | None = None
+
+
+Path = tuple[Relation, ...]
+RELATIONS: Path = (
+    Relation("capital", "chief city", ("capital", "seat", "metropolis", "headtown"), "country"),
+    Relation("demonym", "people", ("demonym", "inhabitant", "native", "citizen"), "country"),
+    Relation("currency", "money", ("currency", "tender", "coinage", "cash"), "country"),
+    Relation("state", "country", ("nation", "state", "realm", "land"), "province", "country"),
+    Relation("symbol", "sign", ("symbol", "notation", "letters", "sigil"), "element"),
+    Relation("discoverer", "finder", ("discoverer", "pioneer", "isolator", "detector"), "element"),
+    Relation("origin", "birthplace", ("origin", "cradle", "provenance", "source"), "element", "country"),
+    Relation("successor", "neighbour", ("successor", "follower", "next", "heir"), "element", "element"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """Everything that training, evaluation and the warm start are made from.
 
     Attributes:
-        seed: what all of it is a function of.
+        seed: of the whole world.
         answers: relation -> subject -> answer.
         word_order: relation -> its synonyms, likeliest first in a warm-started model (see WORD_PRIOR).
         house_words: relation -> the one synonym that the corpus uses.
-        train_subjects: kind -> subjects that training questions and demonstrations start from.
-        heldout_subjects: kind -> subjects that only held-out questions start from.
+        train_subjects: type -> subjects that training questions and demonstrations start from.
+        heldout_subjects: type -> subjects that only held-out questions start from.
         passages: the corpus.
         train: training questions.
         heldout: held-out questions.
     """
 
     seed: int
-    answers: Mapping[str, Mapping[str, str]]
+    answers: Answers
     word_order: Mapping[str, tuple[str, ...]]
     house_words: Mapping[str, str]
-    train_subjects: Mapping[Kind, tuple[str, ...]]
-    heldout_subjects: Mapping[Kind, tuple[str, ...]]
+    train_subjects: Subjects
+    heldout_subjects: Subjects
     passages: tuple[Passage, ...]
     train: tuple[Question, ...]
     heldout: tuple[Question, ...]
@@ -64,7 +99,7 @@ class World:
 
     @property
     def num_entities(self) -> int:
-        """How many names some question starts from or passes through."""
+        """Number of names that some question starts from or passes through."""
         return len({subject for table in self.answers.values() for subject in table})
 
 
@@ -75,12 +110,19 @@ def build_world(facts: FactBook, seed: int) -> World:
         DataError: too few facts for the promised number of questions.
     """
     rng = random.Random(f"tiny-world:{seed}")
-    train_subjects, heldout_subjects = _split(facts.answers, rng)
+    train_subjects, heldout_subjects = _split_subjects(facts.answers, rng)
     word_order = {relation.name: tuple(rng.sample(relation.synonyms, 4)) for relation in RELATIONS}
-    house_words = _draw_house(word_order, rng)
-    passages = _passages(facts.answers, house_words)
+    house_words = _draw_house_words(word_order, rng)
+    passages = [
+        Passage(
+            passage_id=passage_id(relation.name, subject, word),
+            contents=passage_text(subject, word, answer if word == house_words[relation.name] else None),
+        )
+        for relation in RELATIONS
+        for subject, answer in facts.answers[relation.name].items()
+        for word in relation.synonyms
+    ]
     rng.shuffle(passages)
-    ask = _Asker(facts.answers, house_words, rng)
     return World(
         seed=seed,
         answers=facts.answers,
@@ -89,41 +131,41 @@ def build_world(facts: FactBook, seed: int) -> World:
         train_subjects=train_subjects,
         heldout_subjects=heldout_subjects,
         passages=tuple(passages),
-        train=ask.questions("train", train_subjects, NUM_TRAIN_PER_HOP),
-        heldout=ask.questions("heldout", heldout_subjects, NUM_HELDOUT_PER_HOP),
+        train=_ask("train", facts.answers, house_words, train_subjects, NUM_TRAIN_PER_HOP, rng),
+        heldout=_ask("heldout", facts.answers, house_words, heldout_subjects, NUM_HELDOUT_PER_HOP, rng),
     )
 
 
-def _split(
-    answers: Mapping[str, Mapping[str, str]], rng: random.Random
-) -> tuple[dict[Kind, tuple[str, ...]], dict[Kind, tuple[str, ...]]]:
-    """Divide the subjects of each kind into training and held-out ones."""
-    train: dict[Kind, tuple[str, ...]] = {}
-    heldout: dict[Kind, tuple[str, ...]] = {}
-    for kind in sorted({relation.subject for relation in RELATIONS}):
-        tables = (answers[relation.name] for relation in RELATIONS if relation.subject == kind)
+def _split_subjects(answers: Answers, rng: random.Random) -> tuple[Subjects, Subjects]:
+    """Divide the subjects of each type into training and held-out ones."""
+    train: dict[NameType, tuple[str, ...]] = {}
+    heldout: dict[NameType, tuple[str, ...]] = {}
+    for name_type in sorted({relation.subject for relation in RELATIONS}):
+        tables = (answers[relation.name] for relation in RELATIONS if relation.subject == name_type)
         subjects = sorted({subject for table in tables for subject in table})
         rng.shuffle(subjects)
         cut = round(HELDOUT_SHARE * len(subjects))
-        heldout[kind], train[kind] = tuple(subjects[:cut]), tuple(subjects[cut:])
+        heldout[name_type], train[name_type] = tuple(subjects[:cut]), tuple(subjects[cut:])
     return train, heldout
 
 
-def _draw_house(word_order: Mapping[str, tuple[str, ...]], rng: random.Random) -> dict[str, str]:
+def _draw_house_words(word_order: Mapping[str, tuple[str, ...]], rng: random.Random) -> dict[str, str]:
     """Put the house word at rank 1 for a few relations and at rank 2 or 3 for the others.
 
-    Drawn until a greedy start lands in START_RANGE: low enough to leave room, high enough to have signal.
+    Drawn until the share of paths whose every hop has its house word at rank 1, averaged over both hops, is in
+    START_RANGE: low enough to leave room, high enough to have signal.
     """
     while True:
         ranks = {name: rng.choice((0, 0, 1, 1, 2, 2)) for name in word_order}
-        if START_RANGE[0] <= _greedy_start(ranks) <= START_RANGE[1]:
+        shares = (fmean(all(ranks[relation.name] == 0 for relation in path) for path in group) for group in paths())
+        if START_RANGE[0] <= fmean(shares) <= START_RANGE[1]:
             return {name: word_order[name][rank] for name, rank in ranks.items()}
 
 
-def _greedy_start(ranks: Mapping[str, int]) -> float:
-    """Share of paths whose every hop has its house word at rank 1, averaged over both hops."""
-    shares = [statistics.fmean(all(ranks[r.name] == 0 for r in path) for path in hop_paths) for hop_paths in paths()]
-    return statistics.fmean(shares)
+def paths() -> tuple[list[Path], list[Path]]:
+    """All one-hop and all two-hop paths in hop order; no path takes the same relation twice."""
+    pairs = [(first, then) for first in RELATIONS for then in RELATIONS if first.answer == then.subject]
+    return [(relation,) for relation in RELATIONS], [(first, then) for first, then in pairs if first != then]
 
 
 def passage_id(relation: str, subject: str, word: str) -> str:
@@ -131,67 +173,54 @@ def passage_id(relation: str, subject: str, word: str) -> str:
     return f"{subject}.{relation}.{word}"
 
 
-def _passages(answers: Mapping[str, Mapping[str, str]], house_words: Mapping[str, str]) -> list[Passage]:
-    """One telling passage per fact, in the house word, and one trap per other synonym."""
-    return [
-        Passage(
-            passage_id=passage_id(relation.name, subject, word),
-            contents=fact_contents(subject, word, answer)
-            if word == house_words[relation.name]
-            else trap_contents(subject, word),
-        )
-        for relation in RELATIONS
-        for subject, answer in answers[relation.name].items()
-        for word in relation.synonyms
-    ]
+def passage_text(subject: str, word: str, answer: str | None) -> str:
+    """A passage that states a fact or, without an answer, a trap of the same length that states nothing.
+
+    The subject stands in title and text: where subjects and answers are of one type (the successor of an element), BM25
+    could not tell the passage about a name from one that only mentions it.
+    """
+    return f'"{subject}"\nThe {word} of {subject} is {answer or "unrecorded"}.'
 
 
-def follow(answers: Mapping[str, Mapping[str, str]], path: tuple[Relation, ...], subject: str) -> list[str] | None:
-    """The names along a path: subject, answer of the first hop, ...; ``None`` where a fact is missing."""
-    names = [subject]
-    for relation in path:
-        answer = answers[relation.name].get(names[-1])
-        if answer is None:
-            return None
-        names.append(answer)
-    return names
+def question_text(path: Path, subject: str) -> str:
+    """Word a question; the last relation of ``path`` is what is asked for."""
+    return f"What is {''.join(f'the {relation.cue} of ' for relation in reversed(path))}{subject}?"
 
 
-def paths() -> tuple[list[tuple[Relation, ...]], list[tuple[Relation, ...]]]:
-    """All one-hop and all two-hop paths; no path takes the same relation twice."""
-    two_hops = [(first, then) for first in RELATIONS for then in RELATIONS if first.answer == then.subject]
-    return [(relation,) for relation in RELATIONS], [pair for pair in two_hops if pair[0] is not pair[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Asker:
-    """Writes questions."""
-
-    answers: Mapping[str, Mapping[str, str]]
-    house_words: Mapping[str, str]
-    rng: random.Random
-
-    def questions(self, split: str, subjects: Mapping[Kind, tuple[str, ...]], num_per_hop: int) -> tuple[Question, ...]:
-        """``num_per_hop`` one-hop and as many two-hop questions, shuffled together."""
-        asked: list[tuple[tuple[Relation, ...], list[str]]] = []
-        for hop_paths in paths():
-            found = [(path, self._names(path, s)) for path in hop_paths for s in subjects[path[0].subject]]
-            usable = [(path, names) for path, names in found if names is not None]
-            if len(usable) < num_per_hop:
-                raise DataError(f"{split}: {len(usable)} questions of {len(hop_paths[0])} hop(s), need {num_per_hop}")
-            asked += self.rng.sample(usable, num_per_hop)
-        self.rng.shuffle(asked)
-        return tuple(self._question(f"{DATASET}:{split}:{i}", *row) for i, row in enumerate(asked))
-
-    def _names(self, path: tuple[Relation, ...], subject: str) -> list[str] | None:
-        return follow(self.answers, path, subject)
-
-    def _question(self, question_id: str, path: tuple[Relation, ...], names: list[str]) -> Question:
-        hops = zip(path, names, strict=False)
-        return Question(
-            question_id=question_id,
+def _ask(
+    split: str,
+    answers: Answers,
+    house_words: Mapping[str, str],
+    subjects: Subjects,
+    num_per_hop: int,
+    rng: random.Random,
+) -> tuple[Question, ...]:
+    """``num_per_hop`` one-hop and as many two-hop questions, shuffled together."""
+    asked: list[tuple[Path, list[str]]] = []
+    for hop_paths in paths():
+        usable = []
+        for path in hop_paths:
+            for subject in subjects[path[0].subject]:
+                names: list[str] = [subject]
+                for relation in path:
+                    if answer := answers[relation.name].get(names[-1]):
+                        names.append(answer)
+                if len(names) == len(path) + 1:
+                    usable.append((path, names))
+        if len(usable) < num_per_hop:
+            raise DataError(f"{split}: {len(usable)} questions of {len(hop_paths[0])} hop(s), need {num_per_hop}")
+        asked += rng.sample(usable, num_per_hop)
+    rng.shuffle(asked)
+    return tuple(
+        Question(
+            question_id=f"{DATASET}:{split}:{number}",
             text=question_text(path, names[0]),
             gold_answers=(names[-1],),
             dataset=DATASET,
-            gold_passage_ids=tuple(passage_id(r.name, name, self.house_words[r.name]) for r, name in hops),
+            gold_passage_ids=tuple(
+                passage_id(relation.name, name, house_words[relation.name])
+                for relation, name in zip(path, names, strict=False)
+            ),
         )
+        for number, (path, names) in enumerate(asked)
+    )

@@ -75,7 +75,7 @@ def _model(run: RunUnderTest) -> Iterator[Finding]:
         return
     how = "one user message of its chat template" if renderer.has_template else "raw text: it has no chat template"
     yield note(field, f"{hf_config.model_type}; prompts ({run.config.data.prompt_profile}) are {how}")
-    action = parse_action(renderer.token_bytes.of(renderer.encode_own("<search> capital of France 1998 </search>")))
+    action = parse_action(renderer.token_bytes.lookup(renderer.encode_own("<search> capital of France 1998 </search>")))
     if not action.query_positions:
         problem = "every token of a search's query shares characters with a tag: there is nothing to distil at"
         yield warning(field, problem, "add the tags to the tokenizer as ordinary (not special) tokens")

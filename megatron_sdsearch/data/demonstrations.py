@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.data.prompts import ANSWER_END, SEARCH_END, PromptProfile
 from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
 
@@ -24,12 +24,6 @@ class DemonstrationSpan(BaseModel):
     text: Annotated[str, Field(min_length=1)]
 
 
-def _with_sampled_text(spans: tuple[DemonstrationSpan, ...]) -> tuple[DemonstrationSpan, ...]:
-    if not any(span.kind == "sampled" and span.text.strip() for span in spans):
-        raise PydanticCustomError("nothing_sampled", "No span is sampled text, so there is nothing to learn")
-    return spans
-
-
 class Demonstration(BaseModel):
     """One row of the file; ``prompt`` is the user's message, before any chat template."""
 
@@ -37,7 +31,14 @@ class Demonstration(BaseModel):
 
     demonstration_id: str
     prompt: Annotated[str, Field(min_length=1)]
-    spans: Annotated[tuple[DemonstrationSpan, ...], Field(min_length=1), AfterValidator(_with_sampled_text)]
+    spans: Annotated[tuple[DemonstrationSpan, ...], Field(min_length=1)]
+
+    @field_validator("spans")
+    @classmethod
+    def _check_sampled(cls, spans: tuple[DemonstrationSpan, ...]) -> tuple[DemonstrationSpan, ...]:
+        if not any(span.kind == "sampled" and span.text.strip() for span in spans):
+            raise PydanticCustomError("nothing_sampled", "No span is sampled text, so there is nothing to learn")
+        return spans
 
 
 def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
@@ -68,17 +69,17 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
 
 
 def check_profile(demonstrations: Sequence[Demonstration], profile: PromptProfile) -> None:
-    """Demonstrations act with the tags of rollouts, and see search results between the tags that rollouts will show.
+    """Check that demonstrations act with the tags of rollouts, and see search results between the tags of the profile.
 
     Raises:
         ConfigError: none ends a search or an answer; or there are observations, and none has the profile's tag.
     """
     sampled = [span.text for row in demonstrations for span in row.spans if span.kind == "sampled"]
-    if sampled and not any("</search>" in text or "</answer>" in text for text in sampled):
+    if sampled and not any(SEARCH_END in text or ANSWER_END in text for text in sampled):
         raise ConfigError(
             "train.demonstrations",
-            f"none writes </search> or </answer>, such as {sampled[0].strip()!r:.60}: the policy would learn to act in "
-            "a way that rollouts do not know",
+            f"none writes {SEARCH_END} or {ANSWER_END}, such as {sampled[0].strip()!r:.60}: the policy would "
+            "learn to act in a way that rollouts do not know",
             "write actions as <search> query </search> and <answer> answer </answer>",
         )
     observed = [span.text for row in demonstrations for span in row.spans if span.kind == "observation"]
@@ -102,10 +103,7 @@ class DemonstrationSampler:
     def batch(self, step: int) -> tuple[Demonstration, ...]:
         """The demonstrations of that step (0-based)."""
         size = len(self._demonstrations)
-        places = range(step * self._per_step, (step + 1) * self._per_step)
-        orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
-        return tuple(self._demonstrations[orders[place // size][place % size]] for place in places)
-
-    def _order(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._demonstrations)).tolist()
-        return order
+        positions = range(step * self._per_step, (step + 1) * self._per_step)
+        epochs = {position // size for position in positions}
+        orders = {epoch: np.random.default_rng((self._seed, epoch)).permutation(size) for epoch in epochs}
+        return tuple(self._demonstrations[orders[position // size][position % size]] for position in positions)

@@ -1,4 +1,4 @@
-"""Gold answers as question files hold them: one text, a list, or the text of a list.
+"""Reads gold answers as question files hold them: one text, a list, or the text of a list.
 
 A column that went through CSV, ``str()`` or numpy holds ``"['A', 'B']"``. Taken as one answer it can never be matched,
 and every right answer would score 0, so it is read as the list that it was, or refused.
@@ -48,8 +48,8 @@ def read_gold_answers(value: Any) -> Any:
     return value
 
 
+#: At least one answer, none of them blank.
 GoldAnswers = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(read_gold_answers)]
-"""At least one answer, each a text with something in it."""
 
 
 def answers_in_text(text: str) -> list[str]:
@@ -104,10 +104,8 @@ def _parse(text: str) -> list[Any] | dict[str, Any] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return _parse_python(text)
-    return {} if isinstance(value, dict) else _unwrapped(value)
-
-
-def _unwrapped(value: list[Any]) -> list[Any]:
+    if isinstance(value, dict):
+        return {}
     return value[0] if len(value) == 1 and isinstance(value[0], list) else value
 
 
@@ -120,9 +118,7 @@ def _parse_python(text: str) -> list[Any] | dict[str, Any] | None:
                 node = inner
             if isinstance(node, ast.Dict):
                 return {}
-            if not isinstance(node, ast.List | ast.Tuple | ast.Set):
-                return None
-            return _elements(text, node)
+            return _elements(text, node) if isinstance(node, ast.List | ast.Tuple | ast.Set) else None
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
         return None
 
@@ -143,26 +139,18 @@ def _name(function: ast.expr) -> str:
 
 
 def _elements(text: str, node: ast.List | ast.Tuple | ast.Set) -> list[Any] | None:
-    elements = [_element(element) for element in node.elts]
-    if any(isinstance(element, ast.expr) for element in elements):
-        return None
+    """Strings, and None for other constants; None for all where one is no constant."""
+    elements = []
+    for element in node.elts:
+        if isinstance(element, ast.Call) and _name(element.func) == "str_" and len(element.args) == 1:
+            element = element.args[0]  # np.str_('A')
+        if not isinstance(element, ast.Constant):
+            return None
+        elements.append(element.value if isinstance(element.value, str) else None)
     # numpy writes no commas, and Python joins neighbouring strings: ['A' 'B'] would be the one answer AB.
-    strings = _strings(ast.get_source_segment(text, node) or "")
-    num_strings = sum(isinstance(element, str) for element in elements)
+    tokens = tokenize.generate_tokens(io.StringIO(ast.get_source_segment(text, node) or "").readline)
+    strings = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    num_strings = sum(element is not None for element in elements)
     if len(strings) == num_strings:
         return elements
     return strings if len(elements) == num_strings == 1 and isinstance(node, ast.List) else [None]
-
-
-def _element(node: ast.expr) -> Any:
-    """A string, None for another constant, or the node itself where it is no constant."""
-    if isinstance(node, ast.Call) and _name(node.func) == "str_" and len(node.args) == 1:
-        node = node.args[0]  # np.str_('A')
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    return node
-
-
-def _strings(source: str) -> list[str]:
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]

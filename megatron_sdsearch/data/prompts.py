@@ -1,6 +1,7 @@
 """How a question is asked and how passages are shown: three profiles whose tags match Search-R1 and AutoRefine.
 
-Owns every fixed string that the policy reads. Chat templates and token ids are ``tokenization/``'s.
+Owns every fixed string that the policy reads, and the tags that it acts with; ``tokenization/`` owns chat templates and
+token ids.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ That was no valid action. To search, put a query between <search> and </search>;
 <answer> and </answer>.
 """
 
+SEARCH_END: Final = "</search>"
+ANSWER_END: Final = "</answer>"
+#: Tags of the actions, the same in all profiles.
+ACTION_TAGS: Final = ("<search>", SEARCH_END, "<answer>", ANSWER_END)
+#: First line of a hindsight block; a line per sibling follows, which begins with a label.
 HINDSIGHT_HEADER: Final = "Earlier attempts at this question:"
-"""First line of a hindsight block."""
 CORRECT: Final = "CORRECT: "
 INCORRECT: Final = "INCORRECT: "
 
@@ -45,7 +50,7 @@ _TAUGHT_TAGS: Final = "<think></think><refine></refine>"
 _NO_HITS_BODY: Final = "No passage matches this query.\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PromptProfile:
     """The fixed strings of one way of asking.
 
@@ -86,11 +91,11 @@ class PromptProfile:
         return frozenset(tag for text in fixed for tag in _TAG.findall(text))
 
     def own_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where a text made by this profile is its own wording, as (start, end) in characters.
+        """(start, end) in characters of the profile's own wording in a text that it made.
 
         That is the notice, the tags around a whole observation, or in a user message the instructions at its start and
-        the labels of a hindsight block's lines. All go by position: nothing that a question, a passage or a query says
-        can come to stand there.
+        the labels of a hindsight block's lines. All go by position: no text of a question, a passage or a query can
+        occur there.
         """
         opening, closing = self.observation_prefix, self.observation_suffix
         if text == self.invalid_action_notice:
@@ -120,35 +125,19 @@ class PromptProfile:
         """One ``Doc i(Title: ...) ...`` line per passage, best first, counted from 1; ``no_hits_body`` for none."""
         if not passages:
             return self.no_hits_body
-        return "".join(_format_passage(number, passage) for number, passage in enumerate(passages, start=1))
-
-
-def _format_passage(number: int, passage: Passage) -> str:
-    title, _, rest = passage.contents.partition("\n")
-    return f"Doc {number}(Title: {bare_title(title)}) {rest}\n"
+        lines = ""
+        for number, passage in enumerate(passages, start=1):
+            title, _, text = passage.contents.partition("\n")
+            lines += f"Doc {number}(Title: {bare_title(title)}) {text}\n"
+        return lines
 
 
 _PROFILES: Final = {
     profile.name: profile
     for profile in (
-        PromptProfile(
-            name="search_r1",
-            instructions=_SEARCH_R1_INSTRUCTIONS,
-            observation_open="<information>",
-            observation_close="</information>",
-        ),
-        PromptProfile(
-            name="autorefine",
-            instructions=_AUTOREFINE_INSTRUCTIONS,
-            observation_open="<documents>",
-            observation_close="</documents>",
-        ),
-        PromptProfile(
-            name="plain",
-            instructions="",
-            observation_open="<information>",
-            observation_close="</information>",
-        ),
+        PromptProfile("search_r1", _SEARCH_R1_INSTRUCTIONS, "<information>", "</information>"),
+        PromptProfile("autorefine", _AUTOREFINE_INSTRUCTIONS, "<documents>", "</documents>"),
+        PromptProfile("plain", "", "<information>", "</information>"),
     )
 }
 

@@ -1,7 +1,7 @@
-"""Question files in, ``records.Question`` out; and which questions each step gets.
+"""Reads question files into ``records.Question``, and decides which questions each step gets.
 
-Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. How gold answers are written is
-``gold_answers.py``'s, where a Search-R1 row keeps its question ``search_r1.py``'s.
+Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. ``gold_answers.py`` reads gold
+answers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +21,14 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_sdsearch.data.gold_answers import GoldAnswers, Text
-from megatron_sdsearch.data.search_r1 import find_question
 from megatron_sdsearch.errors import ConfigError, DataError
-from megatron_sdsearch.file_kinds import Wanted, refuse_other_kind
+from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.records import IntArray, Question
 
-_MENDS = "write {question_id, text, gold_answers}, a Search-R1 row, or a FlashRAG row {id, question, golden_answers}"
+_SCHEMAS = "write {question_id, text, gold_answers}, a Search-R1 row, or a FlashRAG row {id, question, golden_answers}"
 
+_MARKER = "Question:"
+_QUESTION_FIX = "write the question into a column question"
 _Id = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
@@ -42,13 +45,7 @@ class _OwnRow(_Row):
     gold_passage_ids: tuple[_Id, ...] = ()
 
     def to_question(self, path: Path) -> Question:
-        return Question(
-            question_id=self.question_id,
-            text=self.text,
-            gold_answers=self.gold_answers,
-            dataset=self.dataset,
-            gold_passage_ids=self.gold_passage_ids,
-        )
+        return Question(**dict(self))
 
 
 class _FlashRagRow(_Row):
@@ -62,12 +59,8 @@ class _FlashRagRow(_Row):
         dataset, split = Path(os.path.abspath(path)).parent.name, path.stem
         # FlashRAG calls row 7 of train "train_7", Search-R1 calls it 7: one question, one id.
         index = self.id.removeprefix(f"{split}_")
-        return Question(
-            question_id=f"{dataset}:{split}:{index if index.isdecimal() else self.id}",
-            text=self.question,
-            gold_answers=self.golden_answers,
-            dataset=dataset,
-        )
+        question_id = f"{dataset}:{split}:{index if index.isdecimal() else self.id}"
+        return Question(question_id=question_id, text=self.question, gold_answers=self.golden_answers, dataset=dataset)
 
 
 class _Message(_Row):
@@ -101,31 +94,17 @@ class _SearchR1Row(_Row):
     golden_answers: GoldAnswers | None = None
 
     def to_question(self, path: Path) -> Question:
-        return Question(
-            # index restarts in each data set and split, so alone it would merge strangers into one group.
-            question_id=f"{self.data_source}:{self.extra_info.split}:{self.extra_info.index}",
-            text=find_question(
-                {"question": self.question, "extra_info.question": self.extra_info.question},
-                [(message.role, message.content or "") for message in self.prompt],
-            ),
-            gold_answers=self._gold_answers(),
-            dataset=self.data_source,
-        )
-
-    def _gold_answers(self) -> tuple[str, ...]:
+        fields = {"question": self.question, "extra_info.question": self.extra_info.question}
+        text = _find_question(fields, [(message.role, message.content or "") for message in self.prompt])
         target = self.reward_model.ground_truth.target
         if self.golden_answers is not None and set(self.golden_answers) != set(target):
             raise DataError(
                 f"golden_answers: is {self.golden_answers!r:.80}, but reward_model.ground_truth.target is "
                 f"{target!r:.80}; remove the wrong one"
             )
-        return target
-
-
-class _Reader(Protocol):
-    def __call__(self, path: Path) -> Iterator[tuple[str, Any]]:
-        """Place and content of each row; a ``DataError`` in place of content that is none."""
-        ...
+        # index restarts in each data set and split, so alone it would merge unrelated questions into one group.
+        question_id = f"{self.data_source}:{self.extra_info.split}:{self.extra_info.index}"
+        return Question(question_id=question_id, text=text, gold_answers=target, dataset=self.data_source)
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
@@ -134,45 +113,46 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     Each row is in our own schema, Search-R1's, or FlashRAG's (recognised by its keys).
 
     Raises:
-        DataError: naming file, line (or row), field and fix: a bad row, an id that stands twice, an unknown suffix,
+        DataError: names file, line (or row), field and fix: a bad row, an id that occurs twice, an unknown suffix,
             a missing or an empty file.
     """
     questions: dict[str, Question] = {}
-    for place, question in scan_questions(path):
+    for location, question in scan_questions(path):
         if isinstance(question, DataError):
             raise question
         if question.question_id in questions:
-            raise DataError(f"{place}: id {question.question_id!r} stands twice; give each question an id of its own")
+            raise DataError(
+                f"{location}: id {question.question_id!r} stands twice; give each question an id of its own"
+            )
         questions[question.question_id] = question
     if not questions:
-        raise DataError(f"{path}: holds no questions; {_MENDS}")
+        raise DataError(f"{path}: holds no questions; {_SCHEMAS}")
     return tuple(questions.values())
 
 
 def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
-    """Place of every row, with its question or with what is wrong with it; for who wants to go on after a bad row.
+    """Yield the location of every row with its question, or with what is wrong with it, so that a caller may go on.
 
     Raises:
         DataError: the file itself cannot be read, is of another kind, or lacks a column that every row needs.
     """
-    readers: dict[str, tuple[Wanted, _Reader]] = {
-        ".jsonl": ("JSON Lines", _read_jsonl),
-        ".parquet": ("parquet", _read_parquet),
-    }
-    if path.suffix not in readers:
+    if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
     if not path.is_file():
         raise DataError(f"{path}: does not exist; give the path of a question file")
-    wanted, read = readers[path.suffix]
-    refuse_other_kind(path, wanted)
-    for place, row in read(path):
+    refuse_other_kind(path, "JSON Lines" if path.suffix == ".jsonl" else "parquet")
+    for location, row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+        if isinstance(row, DataError):
+            yield location, row
+            continue
         try:
-            yield place, _parse_row(row, path, place)
+            yield location, _parse_row(row, path)
         except DataError as error:
-            yield place, error
+            yield location, DataError(f"{location}: {error}")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Location and content of each row; a ``DataError`` where the line is not JSON."""
     try:
         lines = path.open("rb")
     except OSError as error:
@@ -181,20 +161,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             row: Any
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                row = DataError(f"{place}: is not JSON ({error}); write one JSON object per line")
-            yield place, row
+                row = DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
+            yield location, row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
+            columns = file.schema_arrow.names
+            for name, field in _schema_of(dict.fromkeys(columns)).model_fields.items():
+                if field.is_required() and name not in columns:
+                    raise DataError(f"{path}: has no column {name!r}, its columns are {', '.join(columns)}; {_SCHEMAS}")
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
@@ -203,18 +186,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
 
 
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    fields = _schema_of(dict.fromkeys(names)).model_fields
-    for name, field in fields.items():
-        if field.is_required() and name not in names:
-            raise DataError(f"{path}: has no column {name!r}, its columns are {', '.join(names)}; {_MENDS}")
-
-
-def _parse_row(row: Any, path: Path, place: str) -> Question:
-    if isinstance(row, DataError):
-        raise row
+def _parse_row(row: Any, path: Path) -> Question:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: is not an object; {_MENDS}")
+        raise DataError(f"is not an object; {_SCHEMAS}")
     # Parquet fills absent columns with nulls.
     present = {key: value for key, value in row.items() if value is not None}
     try:
@@ -222,9 +196,7 @@ def _parse_row(row: Any, path: Path, place: str) -> Question:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{place}: {field}: {first['msg']}, got {first['input']!r:.80}; {_MENDS}") from error
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
+        raise DataError(f"{field}: {first['msg']}, got {first['input']!r:.80}; {_SCHEMAS}") from error
 
 
 def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Row]:
@@ -235,6 +207,58 @@ def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Ro
     return _OwnRow
 
 
+def _find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, str]]) -> str:
+    """The question of a Search-R1 or verl row, stripped: that of its own field, compared with its prompt.
+
+    The prompt is instructions and question in one text, in as many wordings as there are projects; Search-R1's rows
+    also have the question as ``question``, verl's as ``extra_info.question``. Without both, the marker in the prompt
+    counts.
+
+    Args:
+        fields: by name, those that may hold it; empty ones are not there.
+        prompt: (role, content) of each message. The user's last one asks; an assistant's after it is a prefill.
+
+    Raises:
+        DataError: fields and prompt disagree, or the question is in no field and cannot be found in the prompt.
+    """
+    asked = next((content for role, content in reversed(prompt) if role == "user"), "")
+    if not asked.strip():
+        raise DataError("prompt: has no user message; write the question into one")
+    given = {name: text.strip() for name, text in fields.items() if text and text.strip()}
+    if not given:
+        return _after_marker(asked)
+    name, question = next(iter(given.items()))
+    key = _key(question)
+    for other, text in given.items():
+        if _key(text) != key:
+            raise DataError(f"{other}: is {text!r:.80}, but {name} is {question!r:.80}; remove the wrong one")
+    # Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words.
+    if not key or not re.search(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", _key(asked)):
+        raise DataError(f"{name}: {question!r:.80} does not occur in the prompt {asked!r:.200}; remove the wrong one")
+    return question
+
+
+def _after_marker(asked: str) -> str:
+    _, marker, question = asked.partition(_MARKER)
+    question = question.strip()
+    if not marker:
+        raise DataError(f"prompt: has no {_MARKER!r}, so where its question begins is unclear; {_QUESTION_FIX}")
+    if (number := asked.count(_MARKER)) > 1:
+        raise DataError(
+            f"prompt: has {_MARKER!r} {number} times, so where its question begins is unclear; {_QUESTION_FIX}"
+        )
+    if not question:
+        raise DataError(f"prompt: nothing follows {_MARKER!r}; {_QUESTION_FIX}")
+    if "\n" in question:
+        raise DataError(f"prompt: several lines follow {_MARKER!r}, and not all need be the question; {_QUESTION_FIX}")
+    return question
+
+
+def _key(text: str) -> str:
+    # Search-R1 adds the question mark to both, verl's ports to one of them.
+    return " ".join(text.split()).rstrip("? ").casefold()
+
+
 class QuestionSampler:
     """Which questions each step gets: pure functions of (seed, step), so that a resumed run needs no state.
 
@@ -242,7 +266,7 @@ class QuestionSampler:
     """
 
     def __init__(self, questions: Sequence[Question], seed: int, questions_per_step: int) -> None:
-        """Take the pool.
+        """Check that a batch fits the pool.
 
         Raises:
             ConfigError: a batch is larger than the pool.
@@ -257,8 +281,7 @@ class QuestionSampler:
         self._seed = seed
         self._questions_per_step = questions_per_step
         self._orders: list[IntArray] = []  # of epochs 0, 1, ...: a cache, recomputed at will
-        self._spare_order: IntArray | None = None
-        self._fresh: tuple[int, IntArray] | None = None  # the last step asked for, and its order: a cache as well
+        self._fresh_orders: dict[int, IntArray] = {}  # of the last step asked for: a cache as well
 
     def batch(self, step: int) -> tuple[Question, ...]:
         """The ``questions_per_step`` questions of that step (0-based), no two the same."""
@@ -267,26 +290,25 @@ class QuestionSampler:
     def fresh(self, step: int, index: int) -> tuple[Question, int]:
         """The ``index``-th (0-based) question of an endless list that a step may ask beside its batch.
 
-        The list goes round all questions that are not in the batch (all there are, where none is left), in an order of
-        its own: a pure function of (seed, step, index).
+        The list cycles through all questions that are not in the batch (all questions, where none is left), in an order
+        of its own: a pure function of (seed, step, index).
 
         Returns:
-            The question, and how often batch and list have held it before that place.
+            The question, and how often batch and list have held it before that index.
         """
-        if self._fresh is None or self._fresh[0] != step:
-            self._fresh = step, self._fresh_order(step)
-        order = self._fresh[1]
-        rounds, place = divmod(index, len(order))
+        if step not in self._fresh_orders:
+            # Steps begin where their predecessor might have ended, so that they do not all ask the same questions.
+            rotated = np.roll(self._spare_order, -step * self._questions_per_step)
+            is_fresh = ~np.isin(rotated, self._batch_indices(step))
+            self._fresh_orders = {step: rotated[is_fresh] if is_fresh.any() else rotated}
+        order = self._fresh_orders[step]
+        rounds, position = divmod(index, len(order))
         is_in_batch = len(order) == len(self._questions)
-        return self._questions[order[place]], rounds + is_in_batch
+        return self._questions[order[position]], rounds + is_in_batch
 
-    def _fresh_order(self, step: int) -> IntArray:
-        if self._spare_order is None:
-            self._spare_order = self._shuffled("fresh")
-        # Steps begin where their predecessor might have ended, so that no question is everybody's first choice.
-        rotated = np.roll(self._spare_order, -step * self._questions_per_step)
-        is_fresh = ~np.isin(rotated, self._batch_indices(step))
-        return rotated[is_fresh] if is_fresh.any() else rotated
+    @cached_property
+    def _spare_order(self) -> IntArray:
+        return self._shuffled("fresh")
 
     def _batch_indices(self, step: int) -> IntArray:
         epoch, offset = divmod(step * self._questions_per_step, len(self._questions))
@@ -296,22 +318,16 @@ class QuestionSampler:
         return chosen
 
     def _order(self, epoch: int) -> IntArray:
+        """[len(questions)] indices of an epoch; a batch that began in the epoch before gets no question twice."""
         while len(self._orders) <= epoch:
-            self._orders.append(self._next_order())
+            order = self._shuffled(len(self._orders))
+            if num_carried := len(self._orders) * len(self._questions) % self._questions_per_step:
+                is_fresh = ~np.isin(order, self._orders[-1][-num_carried:])
+                # The remainder of the batch comes first, then the questions that it skipped; the others do not move.
+                head = np.flatnonzero(is_fresh)[: self._questions_per_step - num_carried]
+                order = np.concatenate([order[head], np.delete(order, head)])
+            self._orders.append(order)
         return self._orders[epoch]
-
-    def _next_order(self) -> IntArray:
-        """[len(questions)] indices of the next epoch; a batch that began in the last one gets no question twice."""
-        epoch, size = len(self._orders), len(self._questions)
-        order = self._shuffled(epoch)
-        num_carried = epoch * size % self._questions_per_step
-        if not num_carried:
-            return order
-        is_fresh = ~np.isin(order, self._orders[-1][-num_carried:])
-        # The batch's other half comes first; who was passed over follows it; nobody else moves.
-        num_missing = self._questions_per_step - num_carried
-        head = np.flatnonzero(is_fresh)[:num_missing]
-        return np.concatenate([order[head], np.delete(order, head)])
 
     def _shuffled(self, epoch: int | str) -> IntArray:
         # Sorting by hash, not a library's generator: the order outlives numpy versions and changes of the file's order.

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.data.prompts import SEARCH_END
 from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.errors import EngineError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import Action, ContextSpan, HindsightBlock, RolloutGroup, TrajectoryId
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
-from megatron_sdsearch.tokenization.spans import SEARCH_END, parse_action
+from megatron_sdsearch.tokenization.spans import parse_action
 
 if TYPE_CHECKING:  # the renderer loads a tokenizer library, which this module does not need
     from megatron_sdsearch.tokenization.renderer import Renderer
@@ -199,7 +200,7 @@ class _Comparer:
         if generation.finish_reason == "abort":
             return None
         # Read with its opening and by the rollout's own parser, so that a query means here what it means in training.
-        parsed = parse_action(self._renderer.token_bytes.of(turn.opening_ids + generation.token_ids))
+        parsed = parse_action(self._renderer.token_bytes.lookup(turn.opening_ids + generation.token_ids))
         if parsed.action is not Action.SEARCH or not parsed.argument:
             return False
         try:

@@ -1,94 +1,116 @@
-"""Names of the metrics that the progress display and the page know; a run may log any others beside them.
+"""Names of the metrics that the progress display, the summary and the page know; a run may log others beside them.
 
-A name is ``section/what``. Shares and scores lie in [0, 1], divergences are in nats, times in seconds. Unless a line
-says otherwise, a number is the mean over the step's trajectories on all ranks that were not lost, to a failed search
-or by the engine.
+A name is ``section/what``; the comment above it gives its unit and meaning. Shares and scores lie in [0, 1]. Unless the
+comment says otherwise, a metric is the mean over the step's trajectories on all ranks, without those that were lost to
+a failed search or by the engine.
 """
 
 from typing import Final
 
+#: Prefix of metrics of sampled rollouts.
 TRAIN_PREFIX: Final = "train/"
+#: Prefix of metrics of greedy rollouts over held-out questions; the same names follow.
 EVAL_PREFIX: Final = "eval/"
-"""Of the numbers of sampled and of greedy rollouts; the same names follow."""
+#: Prefix of the hit rates of queries sampled from teacher and student (telemetry.query_probe).
+PROBE_PREFIX: Final = "probe/"
+#: Score: the shaped reward that advantages are computed from.
 REWARD: Final = "train/reward"
-"""The shaped reward that advantages come from."""
+#: Score: exact match of the answer.
 EM: Final = "train/em"
+#: Score: token F1 of the answer.
 F1: Final = "train/f1"
+#: Share of trajectories that were shown the passage holding the answer; absent when the data set does not name it.
 HIT_RATE: Final = "train/hit_rate"
-"""Share of trajectories that were shown the passage holding the answer; absent when the data set does not name it."""
+#: Searches per trajectory.
 NUM_SEARCHES: Final = "train/num_searches"
+#: Tokens of a query without its tags: mean over the step's queries; absent when there is none.
 QUERY_TOKENS: Final = "train/query_tokens"
-"""Tokens of a query, tags not counted; mean over the step's queries; absent without one, as is the next."""
+#: Nats: -log p under the engine that sampled, mean over the step's query tokens, absent when there is none. Needs no
+#: teacher, so a run without distillation has it, too.
 QUERY_ENTROPY: Final = "train/query_entropy"
-"""Nats; -log p under the engine that sampled, mean over the step's query tokens: an estimate that needs no teacher, so
-that a run without distillation has it, too."""
+#: Trajectories of the step.
+NUM_TRAJECTORIES: Final = "train/num_trajectories"
+#: Trajectories ended by a failed search or by the engine: not trained on, and in no mean.
 NUM_LOST: Final = "train/num_lost"
-"""Trajectories that a failed search or the engine has ended: out of training, and in no mean."""
+#: Trajectories ended by a failed search; they are among the lost ones.
+NUM_RETRIEVAL_FAILED: Final = "train/num_retrieval_failed"
+#: Trajectories that never began: not trained on, but counted as wrong answers in the means.
 NUM_PROMPT_TOO_LONG: Final = "train/num_prompt_too_long"
-"""Trajectories that never began; out of training, and wrong answers in the means."""
+#: Generations that ended with EOS and neither searched nor answered.
 NUM_EOS_WITHOUT_ACTION: Final = "train/num_eos_without_action"
-"""Generations that ended with EOS and neither searched nor answered."""
+#: Prefix of the share of all trajectories with a status, which follows.
+STATUS_PREFIX: Final = "train/status/"
+#: Share of groups whose siblings are all right by F1.
+SHARE_ALL_CORRECT: Final = "train/share_all_correct"
+#: Share of groups whose siblings are all wrong by F1.
+SHARE_ALL_WRONG: Final = "train/share_all_wrong"
+#: Groups trained on whose siblings are all right or all wrong by F1; over all ranks.
 NUM_WITHOUT_CONTRAST: Final = "train/num_without_contrast"
-"""Groups learned from whose siblings are all right or all wrong by F1; over all ranks, as are the next two."""
+#: Groups without contrast that were replaced by another question, over all ranks. No other metric counts them: with
+#: refills, EM, F1 and reward describe the groups that stayed and do not measure the policy.
 NUM_REFILLED: Final = "train/num_refilled"
-"""Groups without contrast that gave way to another question. They are in no other number of the step: with refills
-EM, F1 and reward are those of the groups that stayed, and no measure of the policy."""
+#: Share of groups in which every advantage is 0: their rewards are equal, or fewer than two siblings count. GRPO learns
+#: nothing from them. A group without contrast by F1 may still have some, from a shaped reward or from partial F1.
 SHARE_WITHOUT_ADVANTAGE: Final = "train/share_without_advantage"
-"""Share of groups in which every advantage is 0: their rewards are equal, or fewer than two siblings count. GRPO learns
-nothing from them. A group without contrast by F1 may still have some, from a shaped reward or from partial F1."""
+
+#: Share of trajectories with a gold answer inside a query.
 LEAK_SHARE: Final = "hindsight/leak_share"
-"""Share of trajectories with a gold answer inside a query."""
-
+#: Trajectories with a gold answer inside a query.
+NUM_LEAKS: Final = "hindsight/num_leaks"
+#: Trajectories whose hindsight block hindsight.max_block_tokens cut to nothing: nothing is distilled into them.
 NUM_EMPTIED: Final = "hindsight/num_emptied"
-"""Trajectories of the step with a teacher prompt that ``hindsight.max_block_tokens`` left nothing of: there nothing is
-distilled."""
 
+#: Nats: mean over the distilled tokens, weighted as objective.distill_aggregation says; absent when there is none.
 JSD: Final = "loss/jsd"
-"""Mean over the distilled tokens, weighed against each other as ``objective.distill_aggregation`` does; absent when
-nothing was distilled. Another divergence has its own name in place of ``jsd``."""
+#: Prefix of the JSD over groups of one class, which follows: all_correct, all_wrong or mixed.
+JSD_BY_CLASS_PREFIX: Final = "loss/jsd_"
+#: Nats: L_SD, which alpha multiplies. The mean JSD or, over all_trajectories, that times the share of trajectories that
+#: are distilled.
 DISTILL: Final = "loss/distill"
-"""L_SD, which alpha multiplies: the JSD's mean or, over ``all_trajectories``, that times the share of trajectories that
-are distilled."""
+#: Nats: entropy of the student minus that of the teacher, over the whole vocabulary at the sampling temperature;
+#: averaged as the JSD, and absent with it. Positive where hindsight makes the policy more certain.
 ENTROPY_GAP: Final = "loss/entropy_gap"
-"""Entropy of the student minus that of the teacher, nats, over the whole vocabulary at the sampling temperature; the
-same mean as the JSD's, and absent with it. Positive where hindsight makes the policy surer."""
+#: Prefix of the entropy gap over groups of one class, which follows.
+ENTROPY_GAP_BY_CLASS_PREFIX: Final = "loss/entropy_gap_"
+#: The clipped GRPO loss.
 POLICY_LOSS: Final = "loss/policy"
+#: Nats: k3 estimate of KL(policy || reference), mean over policy tokens.
 KL: Final = "loss/kl"
-"""k3 to the reference policy, mean over policy tokens."""
+#: Norm before clipping, mean over the step's updates.
 GRAD_NORM: Final = "loss/grad_norm"
-"""Before clipping, mean over the step's updates."""
+#: Nats: absolute difference between the log-probabilities of engine and trainer, mean over policy tokens. This and the
+#: next three are weighted as the loss is, summed over microbatches and ranks, and averaged over the step's updates.
 ROLLOUT_GAP: Final = "loss/rollout_gap"
-"""Nats between the log-probabilities of engine and trainer, absolute; mean over policy tokens. Like the next three it
-is weighted as the loss is, summed over microbatches and ranks, and averaged over the step's updates."""
+#: Share of policy tokens whose gap exceeds loss.grpo.LARGE_GAP = 0.1 nats.
 ROLLOUT_GAP_SHARE: Final = "loss/rollout_gap_share"
-"""Share of policy tokens whose gap exceeds ``loss.grpo.LARGE_GAP`` = 0.1 nats."""
+#: Nats: k3 estimate of KL(engine || trainer).
 ROLLOUT_K3: Final = "loss/rollout_k3"
-"""k3 estimate of KL(engine || trainer)."""
+#: Share of policy tokens that the importance correction truncated or masked; absent without a correction.
 IMPORTANCE_CUT_SHARE: Final = "loss/importance_cut_share"
-"""Share of policy tokens that the importance correction truncated or masked; absent without a correction."""
+#: Nats: the largest gap of any token on any rank.
 ROLLOUT_GAP_MAX: Final = "loss/rollout_gap_max"
-"""The largest gap of any token on any rank: a maximum throughout."""
 
+#: Score: exact match over held-out questions, greedy, without lost trajectories.
 EVAL_EM: Final = "eval/em"
-"""Over held-out questions, greedy; of those whose trajectory was not lost."""
-EVAL_NUM_TRAJECTORIES: Final = "eval/num_trajectories"
-EVAL_NUM_LOST: Final = "eval/num_lost"
-"""Of them; as ``NUM_LOST``."""
-EVAL_NUM_PROMPT_TOO_LONG: Final = "eval/num_prompt_too_long"
-"""Of them; as ``NUM_PROMPT_TOO_LONG``."""
+#: Score: token F1, as EVAL_EM.
 EVAL_F1: Final = "eval/f1"
+#: Held-out questions asked.
+EVAL_NUM_TRAJECTORIES: Final = "eval/num_trajectories"
+#: Of these, as NUM_LOST.
+EVAL_NUM_LOST: Final = "eval/num_lost"
+#: Of these, as NUM_PROMPT_TOO_LONG.
+EVAL_NUM_PROMPT_TOO_LONG: Final = "eval/num_prompt_too_long"
+#: As HIT_RATE.
 EVAL_HIT_RATE: Final = "eval/hit_rate"
+#: As NUM_SEARCHES.
 EVAL_NUM_SEARCHES: Final = "eval/num_searches"
 
+#: Prefix of counts of a remote search engine since the step before, over all ranks; a name of
+#: retrieval.batched.SearchCounts follows: queries, requests, retries, failures and outages.
 RETRIEVAL_PREFIX: Final = "retrieval/"
-"""Followed by a name of ``retrieval.batching.SearchCounts``: queries, requests, retries, overloads, failures and
-outages of a remote search engine since the step before, over all ranks."""
+#: Policy tokens of the step per second of the step.
 TOKENS_PER_SECOND: Final = "time/tokens_per_second"
-"""Policy tokens of the step over the step's seconds."""
-PHASE_PREFIX: Final = "time/phase/"
-"""Followed by a phase's name: seconds of it in the step."""
+#: Seconds of the step, without evaluations, probes and checkpoints.
 STEP_SECONDS: Final = "time/step"
-JSD_BY_CLASS_PREFIX: Final = "loss/jsd_"
-"""Followed by ``all_correct``, ``all_wrong`` or ``mixed``: the same over groups of one class."""
-ENTROPY_GAP_BY_CLASS_PREFIX: Final = "loss/entropy_gap_"
-"""As the prefix before."""
+#: Prefix of the seconds of one phase of the step, whose name follows.
+PHASE_PREFIX: Final = "time/phase/"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,37 +24,77 @@ _SHOWN: Final = {
     names.JSD: ("JSD", "{:.5f}"),
     names.TOKENS_PER_SECOND: ("tokens/s", "{:,.0f}"),
 }
+# Counts of trajectories that a metric leaves out; shown behind it unless they are 0.
 _LOST: Final = {names.REWARD: names.NUM_LOST, names.EM: names.NUM_LOST, names.EVAL_EM: names.EVAL_NUM_LOST}
-"""Counts of trajectories that a number leaves out; shown behind it unless they are 0."""
+
+
+class PhaseTimer:
+    """Adds up wall seconds by phase. A nested phase pauses the outer one, so the phases never exceed the step.
+
+    Host time: on a GPU a phase that only enqueues kernels looks short, and the phase that waits for them long.
+
+    Args:
+        on_phase: called with the name of a phase when it begins, and when it continues after a nested one.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, on_phase: Callable[[str], None] | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._on_phase = on_phase
+        self._clock = clock
+        self._current = ""
+        self._seconds: dict[str, float] = {}
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside to ``name``, also when it ends with an exception."""
+        outer = self._current
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase in the order of first use; starts over from 0. A phase that is running keeps running."""
+        self._switch(self._current)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _switch(self, name: str) -> None:
+        now = self._clock()
+        if self._current:
+            self._seconds[self._current] = self._seconds.get(self._current, 0.0) + now - self._since
+        if name and name != self._current and self._on_phase is not None:
+            self._on_phase(name)
+        self._current, self._since = name, now
 
 
 class ProgressDisplay:
-    """Context manager around the loop; only the rank that owns the terminal has one.
+    """The bar or the lines of one run, from its construction to ``close``; on the rank that owns the terminal.
 
     Args:
-        num_steps: of the whole run.
-        first_step: steps done before (a resumed run): the time left counts only this run's own steps.
+        num_steps: steps of the whole run.
+        first_step: steps done before (a resumed run): the time left is estimated from this process's own steps.
         console: where to write; standard output without one.
-        is_enabled: False shows nothing.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         num_steps: int,
-        *,
         first_step: int = 0,
         console: Console | None = None,
-        is_enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._num_steps = num_steps
         self._first_step = first_step
         self._console = console or Console()
-        self._is_enabled = is_enabled
         self._clock = clock
         self._start = clock()
-        self._numbers: dict[str, str] = {}
+        self._values: dict[str, str] = {}
         self._bar = Progress(
             TextColumn("{task.fields[phase]:<10}"),
             BarColumn(),
@@ -63,62 +103,42 @@ class ProgressDisplay:
             TextColumn("{task.fields[left]}"),
         )
         self._task = self._bar.add_task("", total=num_steps, completed=first_step, phase="start", left="")
-        is_live = is_enabled and self._console.is_terminal
-        self._live = self._make_live() if is_live else None
-
-    def _make_live(self) -> Live:
-        # What is printed meanwhile goes above the bar; errors that somebody sends to a file go to that file.
-        return Live(self._view(), console=self._console, refresh_per_second=4, redirect_stderr=sys.stderr.isatty())
-
-    def __enter__(self) -> Self:
-        self._start = self._clock()
-        if self._live is not None:
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            # What is printed meanwhile goes above the bar, except errors that are redirected to a file.
+            redirect = sys.stderr.isatty()
+            self._live = Live(self._view(), console=self._console, refresh_per_second=4, redirect_stderr=redirect)
             self._live.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End the bar and give the terminal back."""
         if self._live is not None:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """What is happening now; shown on a terminal only."""
+        """Show what is happening now, on a terminal only."""
         self._bar.update(self._task, phase=name)
 
     def step(self, step: int, metrics: Mapping[str, float | int | str]) -> None:
-        """A step is done: ``step`` counts from 1; known metrics are shown, the last known value of the others stays."""
-        if not self._is_enabled:
-            return
-        left = self._time_left(step)
+        """Show the known metrics of finished step ``step``, from 1; the bar keeps the last value of the others."""
+        left, num_done = "", step - self._first_step
+        if num_done > 0:
+            seconds = (self._clock() - self._start) / num_done * (self._num_steps - step)
+            left = f"{timedelta(seconds=round(seconds))} left"
+        values = {}
+        for name, (label, form) in _SHOWN.items():
+            if name in metrics:
+                num_lost = metrics.get(_LOST.get(name, ""))
+                values[label] = form.format(metrics[name]) + (f" ({num_lost} lost)" if num_lost else "")
         if self._live is None:
-            parts = [f"step {step}/{self._num_steps}", *_labelled(_formatted(metrics)), left]
-            self._console.print(
-                "  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True
-            )
+            parts = [f"step {step}/{self._num_steps}", *(f"{label} {value}" for label, value in values.items()), left]
+            line = "  ".join(part for part in parts if part)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
-        self._numbers |= _formatted(metrics)
+        self._values |= values
         self._bar.update(self._task, completed=step, left=left)
         self._live.update(self._view())
 
-    def _time_left(self, step: int) -> str:
-        done = step - self._first_step
-        if done <= 0:
-            return ""
-        seconds = (self._clock() - self._start) / done * (self._num_steps - step)
-        return f"{timedelta(seconds=round(seconds))} left"
-
     def _view(self) -> RenderableType:
-        return Group(self._bar, Text("   ".join(_labelled(self._numbers)), style="dim"))
-
-
-def _formatted(metrics: Mapping[str, float | int | str]) -> dict[str, str]:
-    return {
-        label: form.format(metrics[name]) + (f" ({lost} lost)" if (lost := metrics.get(_LOST.get(name, ""))) else "")
-        for name, (label, form) in _SHOWN.items()
-        if name in metrics
-    }
-
-
-def _labelled(numbers: Mapping[str, str]) -> list[str]:
-    return [f"{label} {value}" for label, value in numbers.items()]
+        text = "   ".join(f"{label} {value}" for label, value in self._values.items())
+        return Group(self._bar, Text(text, style="dim"))

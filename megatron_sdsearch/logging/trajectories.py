@@ -1,4 +1,4 @@
-"""Every trajectory of a step as JSON lines: what was sampled, shown, scored, and what hindsight the teacher had."""
+"""Every trajectory of a step as JSON lines: what was sampled, shown and scored, and the teacher's hindsight."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.files import write_file, writing
-from megatron_sdsearch.records import (
-    ContextSpan,
-    HindsightBlock,
-    RolloutGroup,
-    SampledSpan,
-    Score,
-    Span,
-    Trajectory,
-)
+from megatron_sdsearch.records import ContextSpan, HindsightBlock, RolloutGroup, SampledSpan, Span
 
 TRAJECTORIES_DIR = "trajectories"
 Decode = Callable[[Sequence[int]], str]
@@ -29,17 +21,17 @@ class TrajectoryLog:
 
     Args:
         run_dir: of the run.
-        decode: ids to text, for context spans and for the place of the query in a sampled text.
-        resume_step: files of later steps are removed, for the resumed run writes its own.
+        decode: ids to text, for context spans and for the position of the query in a sampled text.
+        resume_step: files of later steps are removed, since the resumed run writes its own.
     """
 
     def __init__(self, run_dir: Path, decode: Decode, *, resume_step: int = 0) -> None:
         self._folder = run_dir / TRAJECTORIES_DIR
         self._decode = decode
-        later = [path for path in step_files(run_dir) if step_of(path) > resume_step]
+        later = [path for path in step_files(run_dir) if _step(path) > resume_step]
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in (*later, *self._folder.glob("*.tmp")):  # the last: of a process that was killed while it wrote
+            for path in (*later, *self._folder.glob("*.tmp")):  # the latter left by a process killed while it wrote
                 path.unlink()
 
     def write(
@@ -52,7 +44,7 @@ class TrajectoryLog:
         """Write one step's file.
 
         Args:
-            step: names the file.
+            step: names the file; counts from 1.
             groups: of the step.
             advantages: per group, per trajectory.
             blocks: per group, per trajectory.
@@ -63,43 +55,32 @@ class TrajectoryLog:
         Raises:
             StorageError: the disk is full.
         """
-        rows = (
-            self._row(step, group, *member)
-            for group, *parts in zip(groups, advantages, blocks, strict=True)
-            for member in zip(group.trajectories, group.scores, *parts, strict=True)
-        )
+        lines = []
+        for group, *parts in zip(groups, advantages, blocks, strict=True):
+            question = group.question
+            for trajectory, score, advantage, block in zip(group.trajectories, group.scores, *parts, strict=True):
+                sibling = trajectory.trajectory_id.sibling
+                row = {
+                    "step": step,
+                    "question_id": question.question_id,
+                    "question": question.text,
+                    "gold_answers": list(question.gold_answers),
+                    "gold_passage_ids": list(question.gold_passage_ids),
+                    "dataset": question.dataset,
+                    "sibling": sibling,
+                    "status": trajectory.status.value,
+                    "answer": trajectory.answer,
+                    "is_correct": score.is_correct,
+                    "scores": {"f1": score.f1, "em": score.em, "reward": score.reward},
+                    "advantage": advantage,
+                    "is_leaking": sibling in block.leaks,
+                    "hindsight": {"text": block.text, "sources": list(block.sources), "dropped": list(block.dropped)},
+                    "spans": [self._span(span) for span in trajectory.spans],
+                }
+                lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         path = self._folder / f"step_{step:06d}.jsonl"
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
-        write_file(path, b"".join(lines))
+        write_file(path, "".join(lines))
         return path
-
-    def _row(
-        self,
-        step: int,
-        group: RolloutGroup,
-        trajectory: Trajectory,
-        score: Score,
-        advantage: float,
-        block: HindsightBlock,
-    ) -> dict[str, Any]:
-        sibling = trajectory.trajectory_id.sibling
-        return {
-            "step": step,
-            "question_id": group.question.question_id,
-            "question": group.question.text,
-            "gold_answers": list(group.question.gold_answers),
-            "gold_passage_ids": list(group.question.gold_passage_ids),
-            "dataset": group.question.dataset,
-            "sibling": sibling,
-            "status": trajectory.status.value,
-            "answer": trajectory.answer,
-            "is_correct": score.is_correct,
-            "scores": {"f1": score.f1, "em": score.em, "reward": score.reward},
-            "advantage": advantage,
-            "is_leaking": sibling in block.leaks,
-            "hindsight": {"text": block.text, "sources": list(block.sources), "dropped": list(block.dropped)},
-            "spans": [self._span(span) for span in trajectory.spans],
-        }
 
     def _span(self, span: Span) -> dict[str, Any]:
         if isinstance(span, ContextSpan):
@@ -138,9 +119,8 @@ class TrajectoryLog:
 
 def step_files(run_dir: Path) -> list[Path]:
     """All trajectory files of a run, by step."""
-    return sorted((run_dir / TRAJECTORIES_DIR).glob("step_*.jsonl"), key=step_of)
+    return sorted((run_dir / TRAJECTORIES_DIR).glob("step_*.jsonl"), key=_step)
 
 
-def step_of(path: Path) -> int:
-    """The step that a trajectory file is named after."""
+def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))

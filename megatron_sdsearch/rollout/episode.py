@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sdsearch.config import RolloutConfig
-from megatron_sdsearch.data.prompts import PromptProfile
+from megatron_sdsearch.data.prompts import ANSWER_END, SEARCH_END, PromptProfile
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import (
     Action,
@@ -27,7 +27,7 @@ from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.engine import Engine, GenerationRequest, SamplingParams
 from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.tokenization.spans import ANSWER_END, SEARCH_END, span_of
+from megatron_sdsearch.tokenization.spans import span_of
 
 
 class ObservationWriter:
@@ -61,7 +61,7 @@ class ObservationWriter:
         shown = passages
         if len(body) > self._room:
             body = body[: self._room]
-            num_bytes = sum(map(len, self._renderer.token_bytes.of(body)))
+            num_bytes = sum(map(len, self._renderer.token_bytes.lookup(body)))
             starts = [
                 len(self._profile.format_passages(passages[:i]).encode()) if i else 0 for i in range(len(passages))
             ]

@@ -32,7 +32,7 @@ class _StopStrings(StoppingCriteria):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: Any) -> Tensor:
-        written = b"".join(self._token_bytes.of(input_ids[0, self._prompt_length :].tolist()))
+        written = b"".join(self._token_bytes.lookup(input_ids[0, self._prompt_length :].tolist()))
         return torch.tensor([any(text in written for text in self._stop)], device=input_ids.device)
 
 

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template: rendered around a user message, with the run's arguments and the run's date.
+"""Renders a tokenizer's chat template around a user message, with the run's arguments and the run's date.
 
 The only file that touches a chat template. A template is a program that came with the model, so it may fail in any
-way: every failure is one error that names the folder and carries the template's own words.
+way: every failure is one error that names the folder and quotes the template's own message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _USER_TURN: Final = {"role": "user", "content": _USER_TEXT}
 _RESERVED: Final = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 )
-_REPAIR: Final = "repair chat_template.jinja there (or chat_template in tokenizer_config.json)"
+_FIX: Final = "repair chat_template.jinja there (or chat_template in tokenizer_config.json)"
 
 
 class ChatTemplate:
@@ -35,19 +35,20 @@ class ChatTemplate:
     Args:
         tokenizer: has a chat template.
         arguments: for variables that the template reads, such as Qwen3's ``enable_thinking``.
-        run_date: what ``strftime_now`` tells; the time of day is always midnight.
+        run_date: what ``strftime_now`` formats; the time of day is always midnight.
         field: the setting that names the tokenizer's folder, for error messages.
 
     Raises:
         ConfigError: the template is no Jinja; there are several and none is the default; an argument is one that it
-            never reads, or one that is not the user's to give.
+            never reads, or one that the program sets.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, arguments: Mapping[str, Any], run_date: date, *, field: str
     ) -> None:
         # The environment that apply_chat_template itself renders in. Called directly, because apply_chat_template
-        # hands no function on to a template, and strftime_now is one.
+        # passes no function on to a template, and strftime_now is one.
+        from jinja2 import meta
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._field = field
@@ -56,17 +57,22 @@ class ChatTemplate:
             source = tokenizer.get_chat_template()
             self._template: Any = _compile_jinja_template(source)
         except Exception as error:  # not Jinja, or no default among several
-            raise self._failure("cannot be read", error, _REPAIR) from error
+            raise self._failure("cannot be read", error, _FIX) from error
         midnight = datetime.combine(run_date, time())
         given = {"tools": None, "documents": None, "strftime_now": midnight.strftime, **tokenizer.special_tokens_map}
         self._variables: dict[str, Any] = {**given, **arguments}
         own = _RESERVED.union(tokenizer.SPECIAL_TOKENS_ATTRIBUTES, tokenizer.special_tokens_map)
-        self._readable = self._names_read(source) - own
+        self._readable = meta.find_undeclared_variables(self._template.environment.parse(source)) - own
         for name in arguments:
-            self._check_argument(name, own)
+            if name in own:
+                raise ConfigError(f"{ARGUMENTS}.{name}", "is the program's to set, or the tokenizer's", "leave it out")
+            if name not in self._readable:
+                near = difflib.get_close_matches(name, self._readable, n=1)
+                fix = f"did you mean {near[0]}?" if near else f"leave it out: {self._reads()}"
+                raise ConfigError(f"{ARGUMENTS}.{name}", f"{self._where} never reads it", fix)
 
     def around_user_text(self) -> tuple[str, str]:
-        """What stands before and after the text of one user message, up to where the assistant starts to write.
+        """The text before and after that of one user message, up to where the assistant starts to write.
 
         Raises:
             ConfigError: the template fails, drops or repeats the user's text, or leaves the assistant's turn closed.
@@ -85,14 +91,14 @@ class ChatTemplate:
                 self._field,
                 f"{self._where} does not open the assistant's turn: it takes no notice of add_generation_prompt, and "
                 f"writes {missing!r} before what the assistant has said",
-                _REPAIR,
+                _FIX,
             )
         return before, after
 
     def _missing_header(self, whole: str, after: str) -> str:
-        """What a template that ignores ``add_generation_prompt`` still writes before a reply; "" where all is well.
+        """The text that a template which ignores ``add_generation_prompt`` still writes before a reply; "" if none.
 
-        Mistral's ignores it rightly: nothing stands between its user's text and the reply but what it wrote already.
+        Mistral's is right to ignore it: it writes nothing more between the user's text and the reply.
         """
         try:
             if self._render(add_generation_prompt=False) != whole:
@@ -111,26 +117,13 @@ class ChatTemplate:
                 self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables)
             )
         except Exception as error:
-            repair = f"set what it asks for in {ARGUMENTS} ({self._reads()}), or {_REPAIR}"
-            raise self._failure("fails on one user message", error, repair) from error
+            fix = f"set what it asks for in {ARGUMENTS} ({self._reads()}), or {_FIX}"
+            raise self._failure("fails on one user message", error, fix) from error
 
-    def _failure(self, what: str, error: Exception, repair: str) -> ConfigError:
+    def _failure(self, what: str, error: Exception, fix: str) -> ConfigError:
         line = f", line {error.lineno}" if isinstance(getattr(error, "lineno", None), int) else ""  # type: ignore[attr-defined]
         reason = " ".join(str(error).split()) or "no message"
-        return ConfigError(self._field, f"{self._where} {what} ({type(error).__name__}{line}: {reason})", repair)
-
-    def _names_read(self, source: str) -> frozenset[str]:
-        from jinja2 import meta
-
-        return frozenset(meta.find_undeclared_variables(self._template.environment.parse(source)))
-
-    def _check_argument(self, name: str, own: frozenset[str]) -> None:
-        if name in own:
-            raise ConfigError(f"{ARGUMENTS}.{name}", "is the program's to set, or the tokenizer's", "leave it out")
-        if name not in self._readable:
-            near = difflib.get_close_matches(name, self._readable, n=1)
-            repair = f"did you mean {near[0]}?" if near else f"leave it out: {self._reads()}"
-            raise ConfigError(f"{ARGUMENTS}.{name}", f"{self._where} never reads it", repair)
+        return ConfigError(self._field, f"{self._where} {what} ({type(error).__name__}{line}: {reason})", fix)
 
     def _reads(self) -> str:
         return f"it reads {', '.join(sorted(self._readable))}" if self._readable else "it takes no arguments"

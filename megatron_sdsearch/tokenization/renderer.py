@@ -2,7 +2,7 @@
 
 Questions, passages and queries come from outside, so nothing in them may turn into a control token, special or not:
 such a token is written by the chat template or by the profile's own wording alone. Everywhere else its name is
-ordinary text. Chat templates are ``chat_template.py``'s, actions and their positions ``spans.py``'s.
+ordinary text. ``chat_template.py`` renders chat templates, ``spans.py`` finds actions and their positions.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import Tokenizer
 
+from megatron_sdsearch.data.prompts import PromptProfile
 from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.tokenization.chat_template import ARGUMENTS, ChatTemplate
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 _FILES: Final = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-class OwnWording(Protocol):
-    """What a renderer has to know of a prompt profile."""
-
-    @property
-    def tags(self) -> frozenset[str]:
-        """Tags that the policy reads or writes."""
-        ...
-
-    def own_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where a text of the profile is its own wording, as (start, end)."""
-        ...
-
-
 class Renderer:
     """One tokenizer with its chat template.
 
@@ -48,7 +36,7 @@ class Renderer:
         eos_ids: ids that end a generation on top of the tokenizer's own end-of-sequence id.
         profile: whose wording may hold control tokens; None for none.
         arguments: of the chat template.
-        run_date: what a chat template that asks for the date is told; today by default.
+        run_date: the date that a chat template gets when it asks; today by default.
         field: the setting that names the tokenizer's folder, for error messages.
 
     Raises:
@@ -62,7 +50,7 @@ class Renderer:
         tokenizer: PreTrainedTokenizerFast,
         eos_ids: Iterable[int] = (),
         *,
-        profile: OwnWording | None = None,
+        profile: PromptProfile | None = None,
         arguments: Mapping[str, Any] | None = None,
         run_date: date | None = None,
         field: str = "model.hf_dir",
@@ -79,14 +67,14 @@ class Renderer:
             for token_id, token in tokenizer.added_tokens_decoder.items()
             if len(token.content.strip()) > 1
         }
-        self._around = self._around_user_text(arguments or {}, run_date or date.today(), field)
+        self._before, self._after = self._around_user_text(arguments or {}, run_date or date.today(), field)
 
     @classmethod
     def from_folder(
         cls,
         hf_dir: Path,
         *,
-        profile: OwnWording | None = None,
+        profile: PromptProfile | None = None,
         arguments: Mapping[str, Any] | None = None,
         run_date: date | None = None,
         field: str = "model.hf_dir",
@@ -97,7 +85,7 @@ class Renderer:
             DataError: the folder holds no tokenizer that can be read; names it and the fix. Or as above.
             ConfigError: as above.
         """
-        from transformers import AutoTokenizer  # seconds to import: not for those who only read types
+        from transformers import AutoTokenizer  # takes seconds to import
 
         fix = "give a Hugging Face folder that holds tokenizer.json and tokenizer_config.json"
         if not (hf_dir / "tokenizer.json").is_file():
@@ -129,8 +117,7 @@ class Renderer:
         tokenizer puts one in front of a text. A template that trims the user's text does not see it and so cannot
         trim: callers pass stripped text.
         """
-        before, after = self._around
-        return (*before, *self.encode(user_text), *after)
+        return (*self._before, *self.encode(user_text), *self._after)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text from outside, with none added: control tokens that it spells out stay characters.
@@ -144,9 +131,7 @@ class Renderer:
         return tuple(self._with_own_alone(text, encoding.ids, encoding.offsets))
 
     def encode_own(self, text: str) -> tuple[int, ...]:
-        """Ids of the profile's own wording, or of what the policy writes: special tokens in it stay characters, other
-        added tokens are tokens.
-        """
+        """Ids of the profile's own wording, or of sampled text, in which only special tokens stay characters."""
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -169,20 +154,17 @@ class Renderer:
     def _around_user_text(
         self, arguments: Mapping[str, Any], run_date: date, field: str
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What comes before and after the user's text in a prompt."""
+        """Ids before and after the user's text in a prompt."""
         if self.has_template:
-            template = ChatTemplate(self._tokenizer, arguments, run_date, field=field)
-            before, after = template.around_user_text()
-            return self._template_ids(before), self._template_ids(after)
+            texts = ChatTemplate(self._tokenizer, arguments, run_date, field=field).around_user_text()
+            before, after = self._tokenizer([*texts], add_special_tokens=False, split_special_tokens=False)["input_ids"]
+            return tuple(before), tuple(after)
         if arguments:
             raise ConfigError(ARGUMENTS, f"{dict(arguments)}, and the tokenizer has no chat template", "leave it empty")
         # By the tokenizer's own rule: what it adds in front of a text is marked, the text is not.
         encoding = self._tokenizer("a", return_special_tokens_mask=True)
         marked = zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
         return tuple(token_id for token_id, _ in takewhile(lambda pair: pair[1], marked)), ()
-
-    def _template_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -207,7 +189,7 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _configured_eos_ids(hf_dir: Path) -> list[int]:
-    """End-of-sequence ids of generation_config.json, or where it names none of config.json, as transformers has it.
+    """End-of-sequence ids of generation_config.json, or where it names none of config.json, as in transformers.
 
     Raises:
         DataError: one of the files is no JSON object, or its ids are no ids.
@@ -221,10 +203,10 @@ def _configured_eos_ids(hf_dir: Path) -> list[int]:
             raise DataError(f"{path} cannot be read: {error}; fetch it again") from error
         if not isinstance(content, dict):
             raise DataError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again")
-        told = content.get("eos_token_id")
-        ids = told if isinstance(told, list) else [] if told is None else [told]
+        value = content.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(token_id) is not int or token_id < 0 for token_id in ids):
-            raise DataError(f"{path}: eos_token_id is {told!r}; give one token id or a list of them")
+            raise DataError(f"{path}: eos_token_id is {value!r}; give one token id or a list of them")
         if ids:
             return ids
     return []

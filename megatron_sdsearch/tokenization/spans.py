@@ -1,8 +1,8 @@
-"""From token ids to bytes, and from bytes to actions: which sampled tokens are a query.
+"""Turns token ids into bytes, and bytes into actions: which sampled tokens are a query.
 
 Everything here works on exact bytes. A tag merges with its neighbours under BPE and a token may end in the middle of a
-character, so neither ids nor decoded characters can say where a tag starts; byte offsets always can. Encoding and
-decoding of whole texts is ``renderer.py``'s.
+character, so neither ids nor decoded characters can say where a tag starts; byte offsets always can.
+``renderer.py`` encodes and decodes whole texts.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from megatron_sdsearch.data.prompts import ACTION_TAGS
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.records import Action, SampledSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SEARCH_END = "</search>"
-ANSWER_END = "</answer>"
-_TAGS = ("<search>", SEARCH_END, "<answer>", ANSWER_END)
 _ANY_ACTION = re.compile(rb"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _ANSWER_ALONE = re.compile(rb"<(answer)>(.*?)</\1>", re.DOTALL)
 
@@ -42,33 +39,36 @@ class TokenBytes:
 
     Args:
         tokenizer: a fast tokenizer.
-        tags: that must have bytes, next to those of actions.
+        tags: that must have bytes, besides those of actions.
 
     Raises:
         DataError: the tokenizer is not byte-level, so an id's bytes depend on its neighbours; or a special token holds
-            one of the tags, so that no one would ever see it written.
+            one of the tags, which would vanish from every text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, tags: Iterable[str] = ()) -> None:
-        _check_family(tokenizer)
+        _check_is_byte_level(tokenizer)
         alphabet = _byte_of_character()
-        added = tokenizer.added_tokens_decoder
-        special = special_tokens(tokenizer)
-        _check_no_tags(special.values(), {*_TAGS, *tags})
-        table = [b""] * (max(tokenizer.get_vocab().values()) + 1)
-        for text, token_id in tokenizer.get_vocab().items():
+        added, special = tokenizer.added_tokens_decoder, special_tokens(tokenizer)
+        if lost := sorted({name for name in special.values() for tag in {*ACTION_TAGS, *tags} if tag in name}):
+            raise DataError(
+                f"{', '.join(lost)}: a special token of the tokenizer vanishes from what the policy writes; add it as "
+                "a token that is not special"
+            )
+        vocab = tokenizer.get_vocab()
+        self._table = [b""] * (max(vocab.values()) + 1)
+        for text, token_id in vocab.items():
             if token_id in special:
                 continue
             if token_id in added or any(character not in alphabet for character in text):
-                table[token_id] = text.encode()  # as the tokenizer's own decoder does outside its alphabet
+                self._table[token_id] = text.encode()  # as the tokenizer's own decoder does outside its alphabet
             else:
-                table[token_id] = bytes(alphabet[character] for character in text)
-        self._table = table
+                self._table[token_id] = bytes(alphabet[character] for character in text)
 
     def __getitem__(self, token_id: int) -> bytes:
         return self._table[token_id] if 0 <= token_id < len(self._table) else b""
 
-    def of(self, ids: Sequence[int]) -> list[bytes]:
+    def lookup(self, ids: Sequence[int]) -> list[bytes]:
         """Bytes of each of ``ids``."""
         return [self[token_id] for token_id in ids]
 
@@ -79,7 +79,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
     return roles | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _check_family(tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_is_byte_level(tokenizer: PreTrainedTokenizerFast) -> None:
     supported = (
         "supported are byte-level tokenizers with a tokenizer.json: GPT-2, Llama 3, Qwen 2 and later, Mistral's Tekken "
         "(Mistral-Nemo); not SentencePiece (Llama 2, Mistral 7B v0.1 to v0.3)"
@@ -89,22 +89,13 @@ def _check_family(tokenizer: PreTrainedTokenizerFast) -> None:
         raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; {supported}")
     state = json.loads(backend.to_str())
     decoder = state["decoder"] or {"type": "none"}
-    kinds = {step["type"] for step in decoder.get("decoders", [decoder])}
-    if kinds != {"ByteLevel"}:
-        raise DataError(f"{state['model']['type']} tokenizer with decoder {'+'.join(sorted(kinds))}; {supported}")
-
-
-def _check_no_tags(special: Iterable[str], tags: Iterable[str]) -> None:
-    spoilt = sorted({token for token in special for tag in tags if tag in token})
-    if spoilt:
-        raise DataError(
-            f"{', '.join(spoilt)}: a special token of the tokenizer vanishes from what the policy writes; add it as a "
-            "token that is not special"
-        )
+    types = {step["type"] for step in decoder.get("decoders", [decoder])}
+    if types != {"ByteLevel"}:
+        raise DataError(f"{state['model']['type']} tokenizer with decoder {'+'.join(sorted(types))}; {supported}")
 
 
 class StopMatcher:
-    """Says when one generation has written a stop string, token by token.
+    """Detects, token by token, when one generation has written a stop string.
 
     A stop string may straddle tokens, and its last token may run past it.
     """
@@ -121,8 +112,7 @@ class StopMatcher:
         return any(text in written for text in self._stop)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedAction:
+class ParsedAction(NamedTuple):
     """What a sampled span asks for; fields as in ``SampledSpan``."""
 
     action: Action
@@ -174,14 +164,11 @@ def span_of(
     Raises:
         ValueError: ``token_ids`` and ``logprobs`` differ in length.
     """
-    parsed = parse_action(token_bytes.of(token_ids), allow_search=allow_search)
+    parsed = parse_action(token_bytes.lookup(token_ids), allow_search=allow_search)
     return SampledSpan(
         token_ids=tuple(token_ids),
         logprobs=tuple(logprobs),
-        text=parsed.text,
-        action=parsed.action,
-        argument=parsed.argument,
-        query_positions=parsed.query_positions,
         policy_version=policy_version,
         finish_reason=finish_reason,
+        **parsed._asdict(),
     )

@@ -22,7 +22,8 @@ from megatron_sdsearch.errors import raise_problems
 from megatron_sdsearch.files import writing
 from megatron_sdsearch.hindsight.block import build_hindsight, skip_hindsight
 from megatron_sdsearch.logging import names
-from megatron_sdsearch.logging.summary import SUMMARY_FILE
+from megatron_sdsearch.logging.run_log import RunLog
+from megatron_sdsearch.logging.summary import SUMMARY_FILE, write_summary
 from megatron_sdsearch.loss.objective import supervised_loss
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_config import load_hf_config
@@ -35,9 +36,8 @@ from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy
 from megatron_sdsearch.training.preflight import read_files, refuse_start
 from megatron_sdsearch.training.rollouts import DistributedRollouts
-from megatron_sdsearch.training.run_lock import RunLock
-from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
-from megatron_sdsearch.training.run_record import write_run_record
+from megatron_sdsearch.training.run_lock import lock_run_dir
+from megatron_sdsearch.training.run_record import is_finished, write_run_record
 from megatron_sdsearch.training.saving import CheckpointScheduler
 from megatron_sdsearch.training.stop_request import STOPPED_FILE, StopRequest, write_stopped
 from megatron_sdsearch.training.updates import pack_samples, run_updates
@@ -123,7 +123,7 @@ def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
     raise_problems(read_files(config).problems)
-    with RunLock(config.run_dir):
+    with lock_run_dir(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
             for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended

@@ -173,7 +173,7 @@ def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[Con
 def _tokenizer_problems(renderer: Renderer, hf_config: PretrainedConfig) -> list[ConfigError]:
     problems = []
     action = parse_action(
-        renderer.token_bytes.of(renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>"))
+        renderer.token_bytes.lookup(renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>"))
     )
     if action.argument != _QUERY:
         problem = f"the tokenizer turns a search for {_QUERY!r} into one for {action.argument!r}: it loses text"

@@ -1,8 +1,8 @@
-"""What a run was: its resolved configuration, and how, where and with what each of its processes was started.
+"""What a run's folder records about it: its configuration, how each of its processes was started, whether it is done.
 
-Two files in ``run_dir``, written by the first rank before anything slow: ``config.yaml``, which the command line reads
-again, and ``environment.json``, a list with an entry for each start. Neither holds a secret: a setting that may be one
-is left out and named.
+Two files in ``run_dir`` are written by the first rank before anything slow: ``config.yaml``, which the command line can
+read again, and ``environment.json``, a list with an entry for each start. Neither holds a secret: a setting that may be
+one is left out and named.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +23,13 @@ from omegaconf import OmegaConf
 
 import megatron_sdsearch
 from megatron_sdsearch.config import RunConfig, flatten, is_secret
+from megatron_sdsearch.errors import CheckpointError, ConfigError, raise_problems
 from megatron_sdsearch.files import write_file
+from megatron_sdsearch.logging import names
+from megatron_sdsearch.logging.metrics import read_metrics
+from megatron_sdsearch.logging.summary import SUMMARY_FILE
 from megatron_sdsearch.model.checkpoint import package_versions
+from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, continuation_problems, read_manifest, step_of
 
 CONFIG_FILE: Final = "config.yaml"
 ENVIRONMENT_FILE: Final = "environment.json"
@@ -39,14 +44,29 @@ Tree = dict[str, Any]
 def write_run_record(config: RunConfig) -> None:
     """Write both files; the other ranks do not call it.
 
-    A ``config.yaml`` that a person has put into the folder stays as it is: then ours is ``config.resolved.yaml``.
+    A ``config.yaml`` that the user has put into the folder stays as it is: then ours is ``config.resolved.yaml``.
 
     Raises:
         StorageError: ``run_dir`` cannot be written.
     """
     write_file(config_path(config.run_dir), config_text(config))
-    starts = [*_starts(config.run_dir), this_start()]
-    write_file(config.run_dir / ENVIRONMENT_FILE, json.dumps(starts, indent=1) + "\n")
+    path = config.run_dir / ENVIRONMENT_FILE
+    try:
+        starts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        starts = []
+    start = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command_line(sys.argv[1:]),
+        "directory": str(Path.cwd()),
+        "host": socket.gethostname(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": commit_of(Path(megatron_sdsearch.__file__).parents[1]),
+        "versions": package_versions(),
+    }
+    content = [*starts, start] if isinstance(starts, list) else [start]
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def config_path(run_dir: Path) -> Path:
@@ -61,81 +81,79 @@ def config_text(config: RunConfig) -> str:
     left_out: list[str] = []
     paths = {name for name, value in flatten(config.model_dump()).items() if isinstance(value, Path)}
     tree = _without_secrets(config.model_dump(mode="json"), left_out, paths)
-    words = "".join(f"# Left out, for it may be a secret: {name}\n" for name in left_out)
-    return _HEADER + words + OmegaConf.to_yaml(OmegaConf.create(tree))  # it knows which texts it would read as numbers
+    notes = "".join(f"# Left out, for it may be a secret: {name}\n" for name in left_out)
+    return _HEADER + notes + OmegaConf.to_yaml(OmegaConf.create(tree))  # quotes texts that it would read as numbers
+
+
+def _without_secrets(tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str = "") -> Tree:
+    """A copy for YAML without what may be a secret, whose names are appended to ``left_out``."""
+    copy: Tree = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            copy[key] = _without_secrets(value, left_out, paths, f"{name}.")
+        elif value is not None and (is_secret(name, value) or name == _USELESS_ALONE):
+            left_out.append(name)
+        else:
+            # A folder whose name begins with "~" is not a home directory when it is read again.
+            copy[key] = _escaped(f"./{value}" if name in paths and value.startswith("~") else value)
+    return copy
+
+
+def _escaped(value: Any) -> Any:
+    """The value such that an interpolation in it, already resolved, is not resolved again."""
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:
-    """As it was typed, from the command's name on; the value of an override that may be a secret is left out."""
-    return ["sdsearch", *map(_shown, arguments)]
-
-
-def this_start() -> Tree:
-    """How this process was started."""
-    return {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": command_line(sys.argv[1:]),
-        "directory": str(Path.cwd()),
-        "host": socket.gethostname(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit_of(Path(megatron_sdsearch.__file__).parents[1]),
-        "versions": package_versions(),
-    }
+    """The command as it was typed, without the values of overrides that may be secrets."""
+    shown = ["sdsearch"]
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_hidden = equals and (is_secret(name) or is_secret(argument, value))
+        shown.append(f"{name}=..." if is_hidden else argument)
+    return shown
 
 
 def commit_of(root: Path) -> Tree | None:
     """``{"sha", "is_changed"}`` of a checkout; None for an installed package, or where git cannot say."""
     if not (root / ".git").exists():  # git itself would find the repository of a folder above
         return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        sha, changes = (_git(root, *words) for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]))
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"sha": sha, "is_changed": bool(changes)}
+    sha, dirty, _ = done.stdout.partition("-dirty")
+    return {"sha": sha.strip(), "is_changed": bool(dirty)}
 
 
-def _git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S)
-    return done.stdout.strip()
+def is_finished(config: RunConfig) -> bool:
+    """Whether an earlier start has done all that is asked for: the last step, its evaluation, the export, the summary.
 
-
-def _starts(run_dir: Path) -> list[Any]:
-    """Of processes before this one; none where the file is not what we write."""
+    Raises:
+        ContinuationError: it was another run, which this configuration does not continue.
+        ConfigError: it has finished, and its checkpoints are gone: starting again would delete what is left of it.
+    """
+    run_dir, last = config.run_dir, config.train.num_steps
+    newest = next(iter(CheckpointFolder(run_dir / "checkpoints").candidates()), None)
+    if newest is None:
+        if (run_dir / SUMMARY_FILE).is_file():
+            raise ConfigError(
+                "run_dir",
+                f"{run_dir} holds a finished run whose checkpoints are gone",
+                f"take another run_dir, or remove {SUMMARY_FILE} to begin anew in its place",
+            )
+        return False
     try:
-        starts = json.loads((run_dir / ENVIRONMENT_FILE).read_text())
-    except (OSError, ValueError):
-        return []
-    return starts if isinstance(starts, list) else []
-
-
-def _without_secrets(tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str = "") -> Tree:
-    return dict(_kept(tree, left_out, paths, prefix))
-
-
-def _kept(
-    tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str
-) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield key, _without_secrets(value, left_out, paths, f"{name}.")
-        elif value is not None and (is_secret(name, value) or name == _USELESS_ALONE):
-            left_out.append(name)
-        else:
-            # A folder whose name begins with "~" is not a home directory when it is read again.
-            yield key, _escaped(f"./{value}" if name in paths and value.startswith("~") else value)
-
-
-def _escaped(value: Any) -> Any:
-    """What was resolved must not be resolved again."""
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _shown(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    is_hidden = is_secret(name) or is_secret(argument, value)
-    return f"{name}=..." if equals and is_hidden else argument
+        manifest = read_manifest(newest)
+    except CheckpointError:
+        return False  # loading it reports more, or falls back to an older one
+    raise_problems(continuation_problems(newest, manifest, config))
+    if step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
+        return False
+    evaluated = {row["step"] for row in read_metrics(run_dir) if names.EVAL_EM in row}
+    is_exported = (run_dir / "hf" / "config.json").is_file()
+    return (last in evaluated or not config.evaluation.every) and (is_exported or not config.checkpoint.export_hf)

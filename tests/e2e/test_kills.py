@@ -71,24 +71,27 @@ def arguments(world: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 
 def everything(run_dir: Path) -> dict[str, Any]:
-    """What a run leaves, without wall-clock times: metrics ``time/*``, and when TensorBoard's events were written."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    """What a run leaves, without wall-clock times: metrics ``time/*``, and when TensorBoard's events were written.
+
+    TensorBoard's scalars are those that it shows: earlier files may hold steps that were done again.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = [
         {name: value for name, value in row.items() if not name.startswith("time/")}
         for row in read_rows(run_dir / "metrics.jsonl")
     ]
-    board = [
-        (event.step, value.tag, value.simple_value)
-        for path in (run_dir / "tensorboard").iterdir()
-        for event in LegacyEventFileLoader(str(path)).Load()
-        for value in event.summary.value
-        if not value.tag.startswith("time/")
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    scalars = [
+        (event.step, tag, event.value)
+        for tag in board.Tags()["scalars"]
+        for event in board.Scalars(tag)
+        if not tag.startswith("time/")
     ]
     folders = sorted((run_dir / "checkpoints").glob("step_*"))
     return {
         "metrics": rows,
-        "board": sorted(board),
+        "board": sorted(scalars),
         "trajectories": {p.name: p.read_bytes() for p in (run_dir / "trajectories").glob("*.jsonl")},
         "checkpoints": {folder.name: state_in(folder) for folder in folders},
         "pointers": {name: (run_dir / "checkpoints" / name).read_text() for name in ("latest", "best")},

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from megatron_sdsearch.data.question_sources import DEFAULT_REPOSITORY
+from megatron_sdsearch.data.preparation import DEFAULT_REPOSITORY
 from tests.unit.data import published
 
 ROOT = Path(__file__).parents[2]

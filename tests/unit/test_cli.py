@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -236,7 +237,7 @@ def test_a_warning_goes_above_the_progress_bar_and_not_into_it(monkeypatch: pyte
     monkeypatch.setattr(sys, "stderr", errors)
     handler = cli._StandardError()
     record = logging.LogRecord("x", logging.WARNING, "", 0, "no group had contrast", (), None)
-    with ProgressDisplay(3, console=Console(file=drawn, force_terminal=True, width=80)):
+    with closing(ProgressDisplay(3, console=Console(file=drawn, force_terminal=True, width=80))):
         handler.emit(record)
     assert "no group had contrast\n" in drawn.getvalue(), "drawn with the bar, which is drawn anew below it"
     assert errors.getvalue() == ""

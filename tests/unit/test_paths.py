@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_sdsearch.cli import app
 from megatron_sdsearch.config import RunConfig, file_problems, load_config, no_model, parse_config, path_argument
-from megatron_sdsearch.data.question_sources import open_source
+from megatron_sdsearch.data.preparation import PrepareSettings, find_question_files
 from megatron_sdsearch.errors import ConfigError, raise_problems
 
 BASE: dict[str, Any] = {
@@ -109,9 +109,9 @@ def test_arguments_of_the_tools_begin_at_home(home: Path) -> None:
         parser.parse_args(["--out=~nosuchuser/x"])
     (home / "nq").mkdir()
     (home / "nq/train.jsonl").write_text("")
-    assert open_source("~/nq", []).files[0].path == home / "nq/train.jsonl"
+    assert find_question_files("~/nq", PrepareSettings())[0].path == home / "nq/train.jsonl"
     with pytest.raises(ConfigError, match=r"SOURCE: ~nosuchuser/nq does not exist"):
-        open_source("~nosuchuser/nq", [])
+        find_question_files("~nosuchuser/nq", PrepareSettings())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sdsearch.check.findings import Severity
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.training.run_lock import RunLock
+from megatron_sdsearch.training.run_lock import lock_run_dir
 from tests.unit.check.tiny_run import TinyRun, only, question, write_rows
 from tests.unit.conftest import CHAT_TEMPLATE, train_tokenizer
 
@@ -335,7 +335,7 @@ def test_what_older_checkpoints_called_shuffled_labels_are_permuted_ones(tiny: T
 
 
 def test_a_folder_that_a_run_is_using_is_found(tiny: TinyRun) -> None:
-    with RunLock(tiny.folder / "run"):
+    with lock_run_dir(tiny.folder / "run"):
         finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "run_dir")
     assert f"in use by process {os.getpid()}" in finding.problem

@@ -319,8 +319,8 @@ def test_train_refuses_what_the_check_finds(tiny: TinyRun) -> None:
     """All of it at once, from settings to the contents of files."""
     overrides = ("data.heldout=nowhere", "parallel.tensor_model_parallel_size=3", "rollout.max_observation_tokens=4")
     config = load_config(tiny.config, overrides)
+    allocation = Allocation(gpus_per_node=0, ranks_per_node=3)
     with pytest.raises(ConfigError) as caught:
-        allocation = Allocation(gpus_per_node=0, ranks_per_node=3)
         raise_problems([*start_problems(config, allocation), *read_files(config).problems])
     found = [finding for finding in tiny.found(*overrides, ranks_per_node=3) if finding.severity == "error"]
     refused = [line.split(": ")[0] for line in str(caught.value).split("\n")]

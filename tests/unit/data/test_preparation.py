@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -15,9 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_sdsearch.data.preparation import BadRow, Prepared, PrepareSettings, prepare
-from megatron_sdsearch.data.question_sources import open_source
-from megatron_sdsearch.data.question_writer import write_prepared
+from megatron_sdsearch.data.preparation import (
+    BadRow,
+    Prepared,
+    PrepareSettings,
+    find_question_files,
+    prepare,
+    write_prepared,
+)
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError, DataError
 from tests.unit.data import published
@@ -26,10 +32,10 @@ from tools import prepare_data
 DEFAULTS = PrepareSettings()
 
 
-def run(*sources: Path, on_bad_row: Any = lambda _: None, **changes: Any) -> Prepared:
+def run(*sources: Path, bad_rows: list[BadRow] | None = None, **changes: Any) -> Prepared:
     asked = replace(DEFAULTS, **changes)
-    opened = [open_source(str(source), asked.wanted()) for source in sources]
-    return prepare(opened, asked, lambda *_: None, on_bad_row)
+    files = [file for source in sources for file in find_question_files(str(source), asked)]
+    return prepare(files, asked, [] if bad_rows is None else bad_rows, on_file=lambda *_: None)
 
 
 def ids(prepared: Prepared, split: str) -> list[str]:
@@ -54,7 +60,7 @@ def test_flashrag_folders(flashrag: Path) -> None:
         [f"nq:test:{i}" for i in range(6)] + [f"hotpotqa:dev:{i}" for i in range(7)]
     )
     assert prepared.origins["test"] == {"nq": "test", "hotpotqa": "dev"}
-    assert not prepared.bad_rows + prepared.duplicates + prepared.leaks
+    assert (prepared.num_bad_rows, prepared.duplicates, prepared.leaks) == (0, {}, {})
 
 
 def test_train_keeps_the_order_that_is_asked_for(flashrag: Path) -> None:
@@ -129,10 +135,10 @@ def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(f
         file.write('{"id": "train_5", "query": "who?", "golden_answers": ["x"]}\n')
     listed: list[BadRow] = []
     with pytest.raises(DataError, match=r"bad rows: 3, and at most 2 may be left out; fix them, or raise the limit"):
-        run(flashrag, max_bad_rows=2, on_bad_row=listed.append)
+        run(flashrag, max_bad_rows=2, bad_rows=listed)
     prepared = run(flashrag, max_bad_rows=3)
-    assert tuple(listed) == prepared.bad_rows
-    assert [bad.place for bad in listed] == [f"{path}:4", f"{path}:5", f"{path}:6"]
+    assert prepared.num_bad_rows == 3
+    assert [bad.location for bad in listed] == [f"{path}:4", f"{path}:5", f"{path}:6"]
     for bad, reason in zip(listed, ("question: String should", "is not JSON", "question: Field required"), strict=True):
         assert reason in bad.reason
     assert len(prepared.splits["train"]) == 5
@@ -154,7 +160,7 @@ def test_a_long_list_of_bad_rows_is_cut_in_the_message_alone(flashrag: Path) -> 
     published.write_flashrag(flashrag, "nq", "train", [("", "x")] * 23)
     listed: list[BadRow] = []
     with pytest.raises(DataError, match=r"(?s)bad rows: 23, .*\n  and 13 more$") as caught:
-        run(flashrag, on_bad_row=listed.append)
+        run(flashrag, bad_rows=listed)
     assert len(str(caught.value).splitlines()) == 12
     assert len(listed) == 23
 
@@ -175,8 +181,8 @@ def test_duplicates_and_leaks_are_counted_and_dropped_on_request(flashrag: Path)
     ]
     published.write_flashrag(flashrag, "hotpotqa", "train", again)
     prepared = run(flashrag)
-    assert [(same.question_id, same.same_as) for same in prepared.duplicates] == [("hotpotqa:train:2", "nq:train:1")]
-    assert [(same.question_id, same.same_as) for same in prepared.leaks] == [("hotpotqa:train:3", "nq:dev:3")]
+    assert prepared.duplicates == {"hotpotqa:train:2": "nq:train:1"}
+    assert prepared.leaks == {"hotpotqa:train:3": "nq:dev:3"}
     assert (len(prepared.splits["train"]), prepared.num_dropped) == (7, 0)
     dropped = run(flashrag, drop_duplicates=True, drop_leaks=True)
     assert ids(dropped, "train") == [
@@ -200,7 +206,7 @@ def test_written_files_are_read_back_and_have_the_same_bytes_each_time(
     assert set(contents[0]) == {"manifest.json", *(f"{split}.{file_format}" for split in ("train", "heldout", "test"))}
 
 
-def test_manifest_tells_sources_counts_and_checksums(flashrag: Path, tmp_path: Path) -> None:
+def test_manifest_has_sources_counts_and_checksums(flashrag: Path, tmp_path: Path) -> None:
     manifest = json.loads(write_prepared(run(flashrag), DEFAULTS, tmp_path / "out", "parquet").read_text())
     assert manifest["files"]["train.parquet"]["datasets"] == {"hotpotqa": 2, "nq": 3}
     assert manifest["files"]["test.parquet"]["from_split"] == {"nq": "test", "hotpotqa": "dev"}
@@ -224,10 +230,30 @@ def test_a_folder_of_other_things_is_never_replaced(flashrag: Path, tmp_path: Pa
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_place_that_cannot_be_written_is_one_error(flashrag: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_error(flashrag: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         write_prepared(run(flashrag), DEFAULTS, tmp_path / "file" / "out", "parquet")
+
+
+def test_an_interrupted_replacement_leaves_what_was_there(
+    flashrag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_prepared(run(flashrag), DEFAULTS, out, "parquet")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def interrupt(self: Path, target: Path) -> Path:
+        if target == out and self.name.endswith(str(os.getpid())):  # the second of two renames
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_prepared(run(flashrag, heldout_per_dataset=0), DEFAULTS, out, "jsonl")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize("column", ["prompt", "reward_model", "extra_info"])
@@ -238,7 +264,7 @@ def test_a_missing_column_is_named(search_r1: Path, column: str) -> None:
         run(search_r1)
 
 
-def test_a_data_set_that_is_not_there_is_told_with_those_that_are(flashrag: Path, search_r1: Path) -> None:
+def test_a_missing_data_set_is_an_error_that_lists_those_that_exist(flashrag: Path, search_r1: Path) -> None:
     there = "hotpotqa/dev, hotpotqa/train, nq/dev, nq/test, nq/train"
     with pytest.raises(DataError, match=rf"squad: no question of it in a split train; there is {there}: name one"):
         run(flashrag, train=("squad",))
@@ -248,7 +274,7 @@ def test_a_data_set_that_is_not_there_is_told_with_those_that_are(flashrag: Path
         run(search_r1, test=("popqa",))
 
 
-def test_the_other_benchmarks_have_their_place(flashrag: Path) -> None:
+def test_other_benchmarks_are_found(flashrag: Path) -> None:
     published.write_flashrag(flashrag, "popqa", "test", [("What is X's occupation?", "politician")])
     published.write_flashrag(flashrag, "musique", "dev", [("Who is the spouse of the performer?", "Miquette")])
     prepared = run(flashrag, test=("nq", "popqa", "musique"))

@@ -8,12 +8,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from megatron_sdsearch.data.preparation import PrepareSettings, prepare
-from megatron_sdsearch.data.question_sources import open_source
+from megatron_sdsearch.data.preparation import PrepareSettings, find_question_files, prepare
 from megatron_sdsearch.errors import ConfigError
 from tests.unit.data import published
 
-WANTED = PrepareSettings().wanted()
+SETTINGS = PrepareSettings()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -22,7 +21,7 @@ def test_folders_list_both_layouts(tmp_path: Path) -> None:
     published.write_parquet(tmp_path / "train.parquet", published.search_r1_rows("x", "train", "train", [("q", "a")]))
     (tmp_path / "nq" / "readme.txt").touch()
     (tmp_path / ".cache" / "nq").mkdir(parents=True)
-    files = open_source(str(tmp_path), WANTED).files
+    files = find_question_files(str(tmp_path), SETTINGS)
     assert [(file.name, file.split, file.dataset) for file in files] == [
         ("hotpotqa/dev.jsonl", "dev", "hotpotqa"),
         ("hotpotqa/train.jsonl", "train", "hotpotqa"),
@@ -35,7 +34,7 @@ def test_folders_list_both_layouts(tmp_path: Path) -> None:
 
 def test_single_files_take_their_split_from_their_name(tmp_path: Path) -> None:
     path = published.write_flashrag(tmp_path, "nq", "dev", published.NQ_DEV)
-    (file,) = open_source(str(path), WANTED).files
+    (file,) = find_question_files(str(path), SETTINGS)
     assert (file.split, file.dataset, file.path) == ("dev", None, path)
 
 
@@ -51,7 +50,7 @@ def test_a_wrong_place_is_one_error(tmp_path: Path, name: str, complaint: str) -
     (tmp_path / "empty").mkdir()
     (tmp_path / "valid_500.parquet").touch()
     with pytest.raises(ConfigError, match=complaint):
-        open_source(str(tmp_path / name), WANTED)
+        find_question_files(str(tmp_path / name), SETTINGS)
 
 
 @pytest.fixture
@@ -73,9 +72,9 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["hub", "hub:RUC-NLPIR/FlashRAG_datasets", f"hub@{COMMIT}"])
 def test_hub_is_read_through_its_links_and_names_its_commit(hub_cache: Path, name: str) -> None:
-    source = open_source(name, WANTED)
-    assert source.name == f"hub:RUC-NLPIR/FlashRAG_datasets@{COMMIT}"
-    prepared = prepare([source], PrepareSettings(), lambda *_: None, lambda _: None)
+    files = find_question_files(name, SETTINGS)
+    assert {file.source for file in files} == {f"hub:RUC-NLPIR/FlashRAG_datasets@{COMMIT}"}
+    prepared = prepare(files, SETTINGS, [], on_file=lambda *_: None)
     train = [question.question_id for question in prepared.splits["train"]]
     assert train == ["nq:train:0", "nq:train:1", "nq:train:2", "hotpotqa:train:0", "hotpotqa:train:1"]
 
@@ -83,4 +82,4 @@ def test_hub_is_read_through_its_links_and_names_its_commit(hub_cache: Path, nam
 @pytest.mark.parametrize("name", ["hub:nobody/nothing", "hub:a/b/c", "hub@no-such-revision"])
 def test_what_the_hub_does_not_have_is_one_error(hub_cache: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot be fetched from the hub: .*; fix the name or the network, or fetch"):
-        open_source(name, WANTED)
+        find_question_files(name, SETTINGS)

@@ -39,7 +39,7 @@ STUDENT = tuple(b"STUDENT")
 class ByteTable:
     """One token per byte."""
 
-    def of(self, ids: Sequence[int]) -> list[bytes]:
+    def lookup(self, ids: Sequence[int]) -> list[bytes]:
         return [bytes([token_id]) for token_id in ids]
 
 

@@ -11,9 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_sdsearch.cli import app
-from megatron_sdsearch.data.preparation import PrepareSettings, prepare
-from megatron_sdsearch.data.question_sources import open_source
-from megatron_sdsearch.data.question_writer import write_prepared
+from megatron_sdsearch.data.preparation import PrepareSettings, find_question_files, prepare, write_prepared
 from tests.unit.conftest import train_tokenizer
 from tests.unit.data import published
 from tests.unit.examples.test_recipes import GPUS_PER_NODE, MACHINES, MODELS, RECIPES, ROOT, SHAPES, Machine
@@ -76,8 +74,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pairs = [(f"what is number {i} of {dataset} in {split}", f"answer {i}") for i in range(number)]
             published.write_flashrag(home / "downloads", dataset, split, pairs)
     settings = PrepareSettings()
-    source = open_source(str(home / "downloads"), settings.wanted())
-    prepared = prepare([source], settings, lambda *_: None, lambda _: None)
+    files = find_question_files(str(home / "downloads"), settings)
+    prepared = prepare(files, settings, [], on_file=lambda *_: None)
     (home / "data").mkdir()
     write_prepared(prepared, settings, home / "data" / "nq_hotpotqa", "parquet")
     return home

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 from examples.tiny import facts as facts_module
 from examples.tiny.demonstrations import NUM_SIBLINGS, Demonstration, build_demonstrations, sample_texts
 from examples.tiny.facts import FactBook, load_facts
-from examples.tiny.tokenizer import TAGS, build_tokenizer
-from examples.tiny.wording import BLOCK_HEADER, RELATIONS
-from examples.tiny.world import World, build_world
+from examples.tiny.model import TAGS, build_tokenizer
+from examples.tiny.world import RELATIONS, World, build_world
+from megatron_sdsearch.data.prompts import HINDSIGHT_HEADER
 from megatron_sdsearch.errors import DataError
 
 SEEDS = (0, 1, 2)
@@ -81,8 +81,8 @@ def test_heldout_subjects_start_no_training_question_and_no_demonstration(
 def test_every_gold_passage_leads_on_and_the_last_holds_the_answer(world: World) -> None:
     contents = {p.passage_id: p.contents for p in world.passages}
     for question in (*world.train, *world.heldout):
-        told = [re.fullmatch(r'"(\w+)"\nThe \w+ of \1 is (\w+)\.', contents[p]) for p in question.gold_passage_ids]
-        hops = [(m.group(1), m.group(2)) for m in told if m]
+        facts = [re.fullmatch(r'"(\w+)"\nThe \w+ of \1 is (\w+)\.', contents[p]) for p in question.gold_passage_ids]
+        hops = [(m.group(1), m.group(2)) for m in facts if m]
         assert len(hops) == len(question.gold_passage_ids)
         assert hops[0][0] == subject_of(question.text)
         assert all(before[1] == after[0] for before, after in itertools.pairwise(hops))
@@ -157,13 +157,13 @@ def test_demonstrations_are_well_formed(demonstrations: list[Demonstration]) -> 
 
 def test_demonstrations_answer_what_they_read(demonstrations: list[Demonstration]) -> None:
     for row in demonstrations:
-        told = re.findall(r" is (\w+)\.\n", row["spans"][-2]["text"])
+        read = re.findall(r" is (\w+)\.\n", row["spans"][-2]["text"])
         answer = row["spans"][-1]["text"].removeprefix("<answer> ").removesuffix("</answer>")
-        assert told == ([answer] if answer != "unknown" else ["unrecorded"])
+        assert read == ([answer] if answer != "unknown" else ["unrecorded"])
 
 
 def test_blocks_list_all_siblings_and_are_followed(demonstrations: list[Demonstration]) -> None:
-    with_block = [row for row in demonstrations if row["prompt"].startswith(BLOCK_HEADER)]
+    with_block = [row for row in demonstrations if row["prompt"].startswith(HINDSIGHT_HEADER)]
     assert 0.5 < len(with_block) / len(demonstrations) < 0.7
     for row in with_block:
         lines = row["prompt"].split("\n")[1:-1]

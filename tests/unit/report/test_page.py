@@ -12,8 +12,9 @@ import pytest
 
 from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.logging import MetricsLog, names
+from megatron_sdsearch.report.figures import MAX_DOTS
 from megatron_sdsearch.report.page import write_page
-from megatron_sdsearch.training.run_lock import RunLock
+from megatron_sdsearch.training.run_lock import lock_run_dir
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -164,6 +165,15 @@ def test_curves_and_all_metrics_are_there(tmp_path: Path) -> None:
     assert "eval.em_last" in page.text
 
 
+def test_points_show_their_value_unless_there_are_too_many(tmp_path: Path) -> None:
+    for num_steps, has_dots in ((MAX_DOTS, True), (MAX_DOTS + 1, False)):
+        log_metrics(tmp_path / str(num_steps), num_steps)
+        html, page = read_page(tmp_path / str(num_steps))
+        assert ("training reward, step 2: 0.2" in html) == has_dots
+        circles = [tag for tag, attributes in page.tags if tag == "circle" and attributes["class"] == "s0"]
+        assert (len(circles) >= num_steps) == has_dots
+
+
 def test_a_group_is_shown_with_its_spans_by_kind_and_the_query_marked(tmp_path: Path) -> None:
     log_metrics(tmp_path)
     log_trajectories(tmp_path, 1, [row(0, is_correct=True, is_leaking=True), row(1)])
@@ -216,7 +226,7 @@ def test_a_run_without_trajectories_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "kind", "told"),
+    ("files", "state", "sentence"),
     [
         ({}, "failed", "Failed or was killed after step 6: the same command goes on from the newest checkpoint."),
         ({"summary.json": {"steps": 6}}, "finished", "Finished after step 6."),
@@ -227,17 +237,19 @@ def test_a_run_without_trajectories_says_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_state_is_read_from_what_the_run_left(files: dict[str, Any], kind: str, told: str, tmp_path: Path) -> None:
+def test_the_state_is_read_from_what_the_run_left(
+    files: dict[str, Any], state: str, sentence: str, tmp_path: Path
+) -> None:
     log_metrics(tmp_path)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     _, page = read_page(tmp_path)
-    assert page.by_class[kind] == [told]
+    assert page.by_class[state] == [sentence]
 
 
 def test_a_run_that_holds_its_folder_is_running(tmp_path: Path) -> None:
     log_metrics(tmp_path)
-    with RunLock(tmp_path):
+    with lock_run_dir(tmp_path):
         _, page = read_page(tmp_path)
         assert "Running: step 6 is done." in page.text
     _, page = read_page(tmp_path)

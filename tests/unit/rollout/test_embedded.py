@@ -193,7 +193,7 @@ def test_a_stop_string_may_straddle_tokens_and_a_token_may_run_past_it(
     prompt = renderer.encode("where is it")
     for start in range(20):  # until a continuation has two printable neighbours of at least two bytes
         (free,) = _run(build(), [_request("a", [*prompt, start + 20], stop=(), num_new=20)])
-        pieces = renderer.token_bytes.of(free.token_ids)
+        pieces = renderer.token_bytes.lookup(free.token_ids)
         pairs = [i for i in range(19) if (pieces[i] + pieces[i + 1]).isascii() and min(map(len, pieces[i : i + 2])) > 1]
         if pairs:
             break

@@ -197,7 +197,7 @@ def test_a_cut_observation_lists_the_passages_that_are_left(renderer: Renderer) 
         assert text.startswith(PROFILE.observation_prefix)
         assert text.endswith(PROFILE.observation_suffix)
         assert len(span.token_ids) == tags + min(room, len(body))
-        num_bytes = len(b"".join(renderer.token_bytes.of(body[:room])))
+        num_bytes = len(b"".join(renderer.token_bytes.lookup(body[:room])))
         assert span.passage_ids == tuple(
             p.passage_id for p, start in zip(passages, starts, strict=True) if start < num_bytes
         )

@@ -50,7 +50,7 @@ def test_arguments_reach_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("enable_thinkin", "never reads it; did you mean enable_thinking?"),
         ("zzz", "never reads it; leave it out: it reads enable_thinking"),
@@ -60,8 +60,8 @@ def test_arguments_reach_the_template() -> None:
         ("bos_token", "is the program's to set, or the tokenizer's"),
     ],
 )
-def test_an_argument_that_would_do_nothing_or_harm_is_refused_by_name(name: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^data\.chat_template_arguments\.{name}: .*{told.replace('?', '.')}"):
+def test_an_argument_that_would_do_nothing_or_harm_is_refused_by_name(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.chat_template_arguments\.{name}: .*{reason.replace('?', '.')}"):
         render(THINKING, arguments={name: 1})
 
 
@@ -73,7 +73,7 @@ def test_arguments_without_arguments_and_without_a_template_are_refused() -> Non
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "reason"),
     [
         (
             "{{ raise_exception('Only tools') }}",
@@ -88,11 +88,11 @@ def test_arguments_without_arguments_and_without_a_template_are_refused() -> Non
         (CLOSED, r"does not open the assistant's turn.*writes '<\|im_start\|>assistant\\n' before"),
     ],
 )
-def test_a_template_that_fails_is_one_error_in_its_own_words(template: str, told: str, tmp_path: Path) -> None:
+def test_a_template_that_fails_is_one_error_in_its_own_words(template: str, reason: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=rf"^--model: the chat template of {tmp_path} .*{told}") as caught:
+    with pytest.raises(ConfigError, match=rf"^--model: the chat template of {tmp_path} .*{reason}") as caught:
         Renderer.from_folder(tmp_path, field="--model")
     assert caught.value.fix
 

@@ -135,7 +135,7 @@ def test_text_from_outside_is_what_a_tokenizer_without_control_tokens_makes_of_i
 ) -> None:
     body = f"Doc 1(Title: {text}) {text}"
     assert list(controlled_renderer.encode(body)) == _plainly(tokenizer, body)
-    assert b"".join(controlled_renderer.token_bytes.of(controlled_renderer.encode(body))) == body.encode()
+    assert b"".join(controlled_renderer.token_bytes.lookup(controlled_renderer.encode(body))) == body.encode()
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
@@ -244,7 +244,7 @@ def test_a_base_model_gets_what_its_tokenizer_puts_in_front_and_nothing_behind(p
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "reason"),
     [
         ("tokenizer.json", "[]", "the tokenizer cannot be read"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "the tokenizer cannot be read"),
@@ -258,11 +258,11 @@ def test_a_base_model_gets_what_its_tokenizer_puts_in_front_and_nothing_behind(p
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_named(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: str, told: str
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str, content: str, reason: str
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{tmp_path}.*{told}.*; "):
+    with pytest.raises(DataError, match=f"{tmp_path}.*{reason}.*; "):
         Renderer.from_folder(tmp_path)
 
 

@@ -30,13 +30,13 @@ def segmented(draw: st.DrawFn, source: st.SearchStrategy[bytes]) -> list[bytes]:
 @given(st.text())
 def test_bytes_of_ids_join_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert b"".join(TokenBytes(tokenizer).of(ids)) == text.encode()
+    assert b"".join(TokenBytes(tokenizer).lookup(ids)) == text.encode()
 
 
 def test_special_added_and_unknown_ids(tagged_tokenizer: PreTrainedTokenizerFast) -> None:
     token_bytes = TokenBytes(tagged_tokenizer)
     start, end, tag = (tagged_tokenizer.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>", "</search>"))
-    assert token_bytes.of([start, end, tag, len(tagged_tokenizer) + 3, -1]) == [b"", b"", b"</search>", b"", b""]
+    assert token_bytes.lookup([start, end, tag, len(tagged_tokenizer) + 3, -1]) == [b"", b"", b"</search>", b"", b""]
 
 
 def test_other_tokenizer_families_are_refused_by_name() -> None:
@@ -130,7 +130,7 @@ def test_query_tokens_of_a_real_tokenizer_lie_inside_the_query(tokenizer: PreTra
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     token_bytes = TokenBytes(tokenizer)
     span = span_of(token_bytes, token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop", policy_version=3)
-    written = b"".join(token_bytes.of([ids[position] for position in span.query_positions]))
+    written = b"".join(token_bytes.lookup([ids[position] for position in span.query_positions]))
     assert written in query.encode()
     assert span.token_ids == tuple(ids)
     assert (span.action is Action.SEARCH) == bool(query.strip())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.training.run_lock import LOCK_FILE, RunLock, check_run_dir
+from megatron_sdsearch.training.run_lock import LOCK_FILE, check_run_dir, lock_run_dir
 from tests.unit.check.tiny_run import TinyRun, only, save_model
 from tests.unit.full_disk import full_disk
 
@@ -31,7 +31,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 def refusal(run_dir: Path) -> ConfigError:
     """As a run meets it; what can be known without writing is the same."""
-    with pytest.raises(ConfigError) as caught, RunLock(run_dir):
+    with pytest.raises(ConfigError) as caught, lock_run_dir(run_dir):
         pytest.fail("it holds a folder that cannot be written")
     with pytest.raises(ConfigError) as foreseen:
         check_run_dir(run_dir)
@@ -53,7 +53,7 @@ def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "gone")
     assert f"{link} is a link to nothing" in str(refusal(link))
     (tmp_path / "gone").mkdir()
-    with RunLock(link):
+    with lock_run_dir(link):
         assert (tmp_path / "gone" / LOCK_FILE).is_file()
 
 
@@ -76,14 +76,17 @@ def test_a_read_only_file_system_is_called_that(tmp_path: Path, monkeypatch: pyt
 def test_what_cannot_be_foreseen_is_the_same_error(tmp_path: Path) -> None:
     run_dir = tmp_path / ("x" * 300)
     check_run_dir(run_dir)
-    with pytest.raises(ConfigError, match=r"run_dir: .* cannot be written \(File name too long\)"), RunLock(run_dir):
+    with (
+        pytest.raises(ConfigError, match=r"run_dir: .* cannot be written \(File name too long\)"),
+        lock_run_dir(run_dir),
+    ):
         pytest.fail("no folder has such a name")
 
 
 def test_a_full_disk_is_said_and_the_lock_given_back(tmp_path: Path) -> None:
     with full_disk(0), pytest.raises(ConfigError, match=r"run\.lock cannot be written \(File too large\)"):
-        RunLock(tmp_path).__enter__()
-    with RunLock(tmp_path):
+        lock_run_dir(tmp_path).__enter__()
+    with lock_run_dir(tmp_path):
         pass
 
 

@@ -13,7 +13,9 @@ from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import CheckpointError, ConfigError
 from megatron_sdsearch.logging import MetricsLog, names
 from megatron_sdsearch.logging.metrics import read_metrics
-from megatron_sdsearch.training.run_log import RunLog, is_finished, write_summary
+from megatron_sdsearch.logging.run_log import RunLog
+from megatron_sdsearch.logging.summary import write_summary
+from megatron_sdsearch.training.run_record import is_finished
 
 
 class OnlyRank:
@@ -80,6 +82,15 @@ def test_another_run_in_the_folder_of_a_finished_one_is_refused_and_its_summary_
     with pytest.raises(CheckpointError, match=r"trained with objective.alpha = 0.001, this run has 0.0"):
         is_finished(config(done, objective={"alpha": 0}))
     assert (done / "summary.json").exists()
+
+
+def test_without_progress_nothing_is_shown_and_metrics_are_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(config(tmp_path), RANK, 0, NO_RENDERER) as log, log.timer.phase("update"):
+        log.step(1, {names.REWARD: 0.5}, 10)
+    assert capfd.readouterr().out == ""
+    assert [row[names.REWARD] for row in read_metrics(tmp_path)] == [0.5]
 
 
 def values(share: float) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 import pytest
 
-from megatron_sdsearch.report.charts import (
+from megatron_sdsearch.report.figures import (
     BOTTOM,
     HEIGHT,
     LEFT,
     RIGHT,
     TOP,
     WIDTH,
+    Chart,
     Series,
     line_chart,
     nice_ticks,
@@ -16,8 +17,10 @@ from megatron_sdsearch.report.charts import (
 )
 
 
-def points_of(coordinates: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in coordinates.split())]
+def drawn(chart: Chart | None, index: int = 0) -> list[tuple[float, float]]:
+    assert chart is not None
+    pairs = chart.coordinates(chart.series[index].points).split()
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in pairs)]
 
 
 @pytest.mark.parametrize(
@@ -36,18 +39,14 @@ def test_ticks_are_round_numbers_inside_the_range(low: float, high: float, expec
 def test_a_line_fills_the_frame_from_zero_to_its_highest_value() -> None:
     chart = line_chart("t", [Series(label="a", points=[(0, 0.5), (10, 1.0)])])
     assert chart is not None
-    assert points_of(chart.shapes[0].coordinates) == [
-        (LEFT, (TOP + HEIGHT - BOTTOM) / 2),
-        (WIDTH - RIGHT, TOP),
-    ]
-    assert [tick.label for tick in chart.y_ticks] == ["0", "0.5", "1"]
-    assert [dot.label for dot in chart.shapes[0].dots] == ["a, step 0: 0.5", "a, step 10: 1"]
+    assert drawn(chart) == [(LEFT, (TOP + HEIGHT - BOTTOM) / 2), (WIDTH - RIGHT, TOP)]
+    assert chart.y_ticks == [0, 0.5, 1]
+    assert chart.x_ticks == [0, 2, 4, 6, 8, 10]
 
 
 def test_stacked_areas_lie_on_each_other_and_a_missing_step_counts_zero() -> None:
     chart = stacked_chart("t", [Series(label="a", points=[(0, 1), (1, 3)]), Series(label="b", points=[(1, 1)])])
-    assert chart is not None
-    lower, upper = (points_of(shape.coordinates) for shape in chart.shapes)
+    lower, upper = drawn(chart, 0), drawn(chart, 1)
     bottom = HEIGHT - BOTTOM
     assert [y for _, y in lower[2:]] == [bottom, bottom]
     assert upper[1] == pytest.approx((WIDTH - RIGHT, TOP)), "3 + 1 is the highest"
@@ -58,16 +57,9 @@ def test_stacked_areas_lie_on_each_other_and_a_missing_step_counts_zero() -> Non
 def test_a_single_point_and_flat_zero_curves_are_drawn() -> None:
     for points in ([(3, 0.0)], [(1, 0.0), (2, 0.0)], [(1, -2.0)]):
         chart = line_chart("t", [Series(label="a", points=points)])
-        assert chart is not None
-        assert all(LEFT <= x <= WIDTH and TOP <= y <= HEIGHT for x, y in points_of(chart.shapes[0].coordinates))
+        assert all(LEFT <= x <= WIDTH and TOP <= y <= HEIGHT for x, y in drawn(chart))
 
 
 def test_nothing_to_draw_is_no_chart() -> None:
     assert line_chart("t", [Series(label="a", points=[])]) is None
     assert stacked_chart("t", []) is None
-
-
-def test_long_series_have_no_dots() -> None:
-    chart = line_chart("t", [Series(label="a", points=[(i, i) for i in range(500)])])
-    assert chart is not None
-    assert chart.shapes[0].dots == []

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_sdsearch.config import parse_config
 from megatron_sdsearch.logging import MetricsLog, names
-from megatron_sdsearch.logging.summary import SUMMARY_FILE
-from megatron_sdsearch.training.run_log import write_summary
+from megatron_sdsearch.logging.summary import SUMMARY_FILE, write_summary
 
 
 def test_counts_stand_beside_the_figures(tmp_path: Path) -> None:

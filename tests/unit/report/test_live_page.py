@@ -10,8 +10,8 @@ import pytest
 
 from megatron_sdsearch.errors import ConfigError, TrainingError
 from megatron_sdsearch.logging import MetricsLog, names
-from megatron_sdsearch.report.live import LivePage
-from megatron_sdsearch.training.run_lock import RunLock
+from megatron_sdsearch.report.page import live_page
+from megatron_sdsearch.training.run_lock import lock_run_dir
 
 
 def log_step(run_dir: Path, step: int) -> None:
@@ -22,37 +22,37 @@ def log_step(run_dir: Path, step: int) -> None:
 
 def test_the_page_follows_the_run_from_its_first_evaluation_to_the_stop(tmp_path: Path) -> None:
     page_file = tmp_path / "report.html"
-    with RunLock(tmp_path), LivePage(tmp_path) as page:
+    with lock_run_dir(tmp_path), live_page(tmp_path) as refresh:
         MetricsLog(tmp_path, tensorboard=False).close()
-        page.write()
+        refresh()
         assert "Running: no step is done yet." in page_file.read_text()
         log_step(tmp_path, 3)
-        page.write()
+        refresh()
         assert "Running: step 3 is done." in page_file.read_text()
         (tmp_path / "stopped.json").write_text(json.dumps({"signal": "SIGTERM", "step": 3}))
-        page.write()
+        refresh()
         assert "Stopped after step 3 (SIGTERM) and saved" in page_file.read_text()
 
 
 def test_a_failure_is_on_the_page_and_goes_on_upwards(tmp_path: Path) -> None:
     log_step(tmp_path, 2)
-    with pytest.raises(TrainingError), LivePage(tmp_path), RunLock(tmp_path):
+    with pytest.raises(TrainingError), live_page(tmp_path), lock_run_dir(tmp_path):
         raise TrainingError("loss/jsd is nan")
     assert "Failed or was killed after step 2" in (tmp_path / "report.html").read_text()
 
 
 def test_a_refused_start_leaves_the_page_of_the_run_before_as_it_was(tmp_path: Path) -> None:
     log_step(tmp_path, 2)
-    with pytest.raises(ConfigError), LivePage(tmp_path), RunLock(tmp_path), RunLock(tmp_path):
+    with pytest.raises(ConfigError), live_page(tmp_path), lock_run_dir(tmp_path), lock_run_dir(tmp_path):
         pass
     assert not (tmp_path / "report.html").exists()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log_step(tmp_path, 2)
-    page = LivePage(tmp_path, is_writer=False)
-    page.write()
-    with pytest.raises(TrainingError), page:
+    with live_page(tmp_path, is_writer=False) as refresh:
+        refresh()
+    with pytest.raises(TrainingError), live_page(tmp_path, is_writer=False):
         raise TrainingError("lost")
     assert not (tmp_path / "report.html").exists()
 
@@ -63,12 +63,12 @@ def test_what_spoils_the_page_is_one_warning_and_the_run_goes_on(
     log_step(tmp_path, 2)
     page_file = tmp_path / "report.html"
     page_file.mkdir()  # as good as a full disk: the file cannot be replaced
-    with caplog.at_level(logging.WARNING), LivePage(tmp_path) as page:
-        page.write()
-        page.write()
+    with caplog.at_level(logging.WARNING), live_page(tmp_path) as refresh:
+        refresh()
+        refresh()
         (message,) = caplog.messages
         assert message.startswith(f"{page_file} is not up to date: StorageError: ")
         page_file.rmdir()
-        page.write()
+        refresh()
     assert "step 2 is done" in page_file.read_text(), "tried again each time"
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
