@@ -14,7 +14,7 @@ from megatron_sdsearch.config import ElasticsearchConfig, ReplayConfig, Retrieva
 from megatron_sdsearch.data.scoring import contains_answer
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
-from megatron_sdsearch.retrieval.encoder_folder import read_encoder_settings
+from megatron_sdsearch.retrieval.encoder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, check_writable, find_built, index_root
 from megatron_sdsearch.training.retrievers import client_is_missing, open_retriever
@@ -97,13 +97,13 @@ def _elasticsearch(config: ElasticsearchConfig) -> Iterator[Finding]:
         settings = Attempt.at(lambda: read_encoder_settings(encoder, field))
         yield Finding.of(settings.error, field) if settings.error else Finding.note(field, str(settings.value))
     try:
-        from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
+        from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
     except ModuleNotFoundError as error:
         yield Finding.of(client_is_missing(error), "retrieval.engine")
         return
 
     async def connect_and_close() -> None:
-        await connect(config, Credentials.of(config)).close()  # opens no connection
+        await ElasticsearchClient(config, read_credentials(config)).api.close()  # opens no connection
 
     attempt = Attempt.at(lambda: asyncio.run(connect_and_close()))
     if attempt.error is not None:

@@ -25,7 +25,24 @@ from megatron_sdsearch.config.types import (
 from megatron_sdsearch.errors import ConfigError
 
 
-class ElasticsearchConfig(Section):
+class RemoteSearchConfig(Section):
+    """How a search engine on other machines is asked; by one rank."""
+
+    timeout_s: Seconds = 30.0
+    """One request."""
+    max_attempts: PositiveInt = 5
+    """Of one query."""
+    down_timeout_s: Seconds = 120.0
+    """Nothing was answered for so long: the run stops."""
+    max_requests: PositiveInt = 16
+    """Open at one time."""
+    batch_queries: PositiveInt = 64
+    """Of one request, at most."""
+    batch_window_ms: NonNegativeFloat = 5.0
+    """How long the first query of a request waits for others."""
+
+
+class ElasticsearchConfig(RemoteSearchConfig):
     """A cluster, and how it is asked."""
 
     urls: tuple[str, ...] = ("http://127.0.0.1:9200",)
@@ -34,9 +51,6 @@ class ElasticsearchConfig(Section):
     mode: Literal["bm25", "dense", "hybrid"] = "bm25"
     fields: Literal["contents", "title_and_text"] = "contents"
     """What BM25 matches: the whole passage, or title and text as two fields."""
-    dfs: bool = False
-    """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
-    for ``dense``, nor where the server fuses: they have none."""
     encoder: HomePath | None = None
     """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
     prompts and normalisation hold, or without any an E5 model."""
@@ -48,17 +62,6 @@ class ElasticsearchConfig(Section):
     """Else ELASTICSEARCH_API_KEY."""
     ca_file: HomePath | None = None
     """Certificate of the authority that signed the cluster's; the system's authorities by default."""
-    timeout_s: Seconds = 30.0
-    """One request."""
-    max_attempts: PositiveInt = 5
-    down_timeout_s: Seconds = 120.0
-    """Nothing was answered for so long: the run stops."""
-    max_requests: PositiveInt = 16
-    """Open at one time by one rank; fewer while the cluster is overloaded."""
-    batch_queries: PositiveInt = 64
-    """Per request."""
-    batch_window_ms: NonNegativeFloat = 5.0
-    """How long a query waits for company."""
 
     @field_validator("urls")
     @classmethod
@@ -67,7 +70,7 @@ class ElasticsearchConfig(Section):
         return tuple(without_credentials(field, url, fix, info) for url in urls)
 
 
-class RetrieveServerConfig(Section):
+class RetrieveServerConfig(RemoteSearchConfig):
     """A server that speaks Search-R1's /retrieve."""
 
     url: str = "http://127.0.0.1:8000/retrieve"
@@ -75,12 +78,6 @@ class RetrieveServerConfig(Section):
     """Of HTTP's basic authentication, for a server behind a proxy that asks for it."""
     password: SecretStr | None = None
     """``${oc.env:NAME}`` takes it from the environment."""
-    timeout_s: Seconds = 30.0
-    max_attempts: PositiveInt = 5
-    down_timeout_s: Seconds = 120.0
-    max_requests: PositiveInt = 16
-    batch_queries: PositiveInt = 64
-    batch_window_ms: NonNegativeFloat = 5.0
 
     @field_validator("url")
     @classmethod
@@ -107,10 +104,6 @@ class ReplayConfig(Section):
     error, and the engine is never asked."""
     store: HomePath | None = None
     """A file that ranks, and runs, may share."""
-    max_mb: PositiveInt = 4096
-    """The oldest entries go when the store is larger."""
-    fingerprint: str | None = None
-    """``only``: whose answers; needed when the store holds those of several engines."""
 
 
 class RetrievalConfig(Section):

@@ -24,7 +24,8 @@ from megatron_sdsearch.config import RetrieveServerConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.http import RetrieveServerBackend
 from megatron_sdsearch.retrieval.server import InThreads, create_app, listen, new_server
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
@@ -187,7 +188,7 @@ def searched(config: RetrieveServerConfig, queries: Sequence[str], top_k: int = 
     """Passages, or the error, of each query, all asked at the same time."""
 
     async def run() -> list[Any]:
-        retriever = await RetrieveServerRetriever.open(config)
+        retriever = BatchedRetriever(await RetrieveServerBackend.open(config), config)
         try:
             searches = (retriever.search(query, top_k=top_k) for query in queries)
             return list(await asyncio.gather(*searches, return_exceptions=True))
@@ -208,7 +209,8 @@ def test_client_and_server_give_what_the_index_gives(url: str, index_dir: Path) 
 
 def test_fingerprint_names_url_and_index(url: str, index_dir: Path) -> None:
     async def run() -> None:
-        retriever = await RetrieveServerRetriever.open(config_of(url))
+        config = config_of(url)
+        retriever = BatchedRetriever(await RetrieveServerBackend.open(config), config)
         assert retriever.fingerprint == f"http/{url}/{TantivyRetriever.open(index_dir).fingerprint}"
         assert retriever.num_passages == 3
         await retriever.close()
@@ -338,7 +340,7 @@ def test_what_passes_is_tried_again(reply: Reply) -> None:
     [
         (status(500, "CUDA error"), "after 2 attempts: HTTP 500: CUDA error"),
         (dropped, "after 2 attempts: no connection: Server disconnected"),
-        (hanging, "; last: no answer within 0.5 s"),
+        (hanging, "after 2 attempts: no answer within 0.5 s"),
         (status(404, "no such route"), "after 1 attempt: HTTP 404: no such route"),
         (status(422, "w" * 500 + " topk?"), "w topk?"),  # the reason of a long answer may come last
         (status(422, "topk?"), "after 1 attempt: HTTP 422: topk?"),
@@ -403,14 +405,16 @@ def test_credentials_are_sent_and_never_shown() -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/retrieve"
-        retriever = await RetrieveServerRetriever.open(config_of(url, username="me", password="hunter2-secret"))
+        config = config_of(url, username="me", password="hunter2-secret")
+        backend = await RetrieveServerBackend.open(config)
+        retriever = BatchedRetriever(backend, config)
         try:
             with pytest.raises(RetrievalError) as caught:
                 await retriever.search("a", top_k=1)
         finally:
             await retriever.close()
             await runner.cleanup()
-        return "".join(traceback.format_exception(caught.value)) + repr(vars(retriever)["_searches"])
+        return "".join(traceback.format_exception(caught.value)) + repr(vars(retriever)) + repr(backend._credentials)
 
     shown = asyncio.run(run())
     assert "HTTP 403: refused: Basic *** of me:***" in shown

@@ -14,10 +14,9 @@ import pytest
 from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.elastic import ElasticRetriever
-from megatron_sdsearch.retrieval.elastic_query import QueryPlan, fuse
-from megatron_sdsearch.retrieval.encoder import Vectors
-from megatron_sdsearch.retrieval.encoder_folder import Similarity
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.elasticsearch import ElasticsearchBackend, fuse
+from megatron_sdsearch.retrieval.encoder import Similarity, Vectors
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import Node
 
@@ -67,10 +66,11 @@ def index(node: Node) -> str:
     return node.index(_documents(), PROPERTIES)
 
 
-def on(node: Node, index: str, talk: Callable[[ElasticRetriever], Awaitable[Any]], **settings: Any) -> Any:
+def on(node: Node, index: str, talk: Callable[[BatchedRetriever], Awaitable[Any]], **settings: Any) -> Any:
     async def run() -> Any:
         config = ElasticsearchConfig.model_validate({"urls": [node.url], "index": index, **settings})
-        retriever = await ElasticRetriever.open(config, AngleEncoder() if "encoder" in settings else None)
+        encoder = AngleEncoder() if "encoder" in settings else None
+        retriever = BatchedRetriever(await ElasticsearchBackend.open(config, encoder), config)
         try:
             return await talk(retriever)
         finally:
@@ -80,7 +80,7 @@ def on(node: Node, index: str, talk: Callable[[ElasticRetriever], Awaitable[Any]
 
 
 def ask(node: Node, index: str, queries: Sequence[str], top_k: int = 5, **settings: Any) -> list[Sequence[Passage]]:
-    async def talk(retriever: ElasticRetriever) -> list[Sequence[Passage]]:
+    async def talk(retriever: BatchedRetriever) -> list[Sequence[Passage]]:
         return list(await asyncio.gather(*(retriever.search(q, top_k=top_k) for q in queries)))
 
     found: list[Sequence[Passage]] = on(node, index, talk, **settings)
@@ -108,10 +108,6 @@ def test_title_and_text_add_up(node: Node, index: str) -> None:
     assert both[0].contents.startswith('"Oslo')
 
 
-def test_global_frequencies_are_taken(node: Node, index: str) -> None:
-    assert ask(node, index, QUERIES[:2], dfs=True) == ask(node, index, QUERIES[:2])
-
-
 @pytest.mark.parametrize(
     "query",
     ['"', '\\', "a/b (c) [d] {e} ~2 ^3 *:* OR AND NOT -x +y", "contents:capital", '{"match_all": {}}', "\x00\n\r\u2028",
@@ -137,10 +133,11 @@ def test_nearest_vectors(node: Node, index: str) -> None:
 
 
 def test_the_servers_fusion_is_ours(node: Node, index: str) -> None:
-    async def both(retriever: ElasticRetriever) -> tuple[Sequence[Passage], Sequence[Passage]]:
+    async def both(retriever: BatchedRetriever) -> tuple[Sequence[Passage], Sequence[Passage]]:
         server = await retriever.search("old bridge 0.25", top_k=8)
-        assert retriever._plan.is_fused_by_server
-        retriever._plan = retriever._plan_with(is_fused_by_server=False)
+        assert isinstance(retriever.backend, ElasticsearchBackend)
+        assert retriever.backend.is_fused_by_server
+        retriever.backend.is_fused_by_server = False
         return server, await retriever.search("old bridge 0.25", top_k=8)
 
     server, client = on(node, index, both, mode="hybrid", encoder="unused")
@@ -161,14 +158,14 @@ def test_fusion_by_hand() -> None:
 def test_one_search_that_the_server_cannot_parse_fails_alone(
     node: Node, index: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = QueryPlan.bodies
+    real = ElasticsearchBackend.bodies
 
-    def bodies(self: QueryPlan, query: str, vector: Any, top_k: int) -> list[dict[str, Any]]:
+    def bodies(self: ElasticsearchBackend, query: str, vector: Any, top_k: int) -> list[dict[str, Any]]:
         return [{"query": {"no_such_query": {}}}] if query == "bad" else real(self, query, vector, top_k)
 
-    monkeypatch.setattr(QueryPlan, "bodies", bodies)
+    monkeypatch.setattr(ElasticsearchBackend, "bodies", bodies)
 
-    async def talk(retriever: ElasticRetriever) -> list[Any]:
+    async def talk(retriever: BatchedRetriever) -> list[Any]:
         return await asyncio.gather(
             *(retriever.search(q, top_k=2) for q in ("bad", "old bridge")), return_exceptions=True
         )
@@ -190,7 +187,7 @@ def test_an_alias_stands_for_its_index_and_for_one_alone(node: Node, index: str)
         on(node, "two", _fingerprint)
 
 
-async def _fingerprint(retriever: ElasticRetriever) -> str:
+async def _fingerprint(retriever: BatchedRetriever) -> str:
     return retriever.fingerprint
 
 
@@ -212,7 +209,7 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
         ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
-        (PROPERTIES, _documents()[:1], {"index": "absent"}, "absent is not there"),
+        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index is not there .*absent"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],
             {"mode": "dense", "encoder": "unused"}, "makes vectors of 3",

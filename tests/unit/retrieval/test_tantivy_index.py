@@ -134,13 +134,8 @@ def test_at_most_top_k_and_at_least_one(tmp_path: Path) -> None:
 class _BrokenIndex:
     """Stands for an index whose files went bad: what tantivy raises then is up to the test."""
 
-    schema = None
-
     def __init__(self, error: BaseException) -> None:
         self._error = error
-
-    def searcher(self) -> _BrokenIndex:
-        return self
 
     def search(self, *args: object, **kwargs: object) -> object:
         raise self._error
@@ -153,8 +148,8 @@ class PanicException(BaseException):
 def _broken(tmp_path: Path, error: BaseException) -> TantivyRetriever:
     retriever = make_retriever(tmp_path, ["canal"])
     broken: Any = _BrokenIndex(error)
-    broken.schema = retriever._index.schema
-    return TantivyRetriever(broken, retriever._manifest)
+    retriever._searcher = broken
+    return retriever
 
 
 @pytest.mark.parametrize("error", [ValueError("bad block"), OSError("gone"), PanicException("index out of range")])
@@ -243,11 +238,6 @@ def test_bad_corpus_leaves_nothing_behind(tmp_path: Path, row: str) -> None:
     with pytest.raises(DataError, match=r"corpus\.jsonl:2: "):
         TantivyRetriever.build(corpus, tmp_path / "indices" / "index", "standard")
     assert not [path for path in (tmp_path / "indices").iterdir() if path.is_dir()]
-
-
-def test_unknown_analyzer_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"retrieval\.analyzer"):
-        make_retriever(tmp_path, ["canal"], "klingon")
 
 
 _RANK = """

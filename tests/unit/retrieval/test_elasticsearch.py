@@ -6,15 +6,21 @@ from typing import Any
 
 import pytest
 
+from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.batching import Fault
-from megatron_sdsearch.retrieval.elastic_connection import Credentials, reason_of
-from megatron_sdsearch.retrieval.elastic_query import read_answer
+from megatron_sdsearch.retrieval.batched import SearchError
+from megatron_sdsearch.retrieval.credentials import Credentials
+from megatron_sdsearch.retrieval.elasticsearch import read_answer
+from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
 
 
-def answer_of(source: Any) -> Any:
+def client(basic: tuple[str, str] | None = None) -> ElasticsearchClient:
+    return ElasticsearchClient(ElasticsearchConfig(), Credentials(basic=basic))
+
+
+def answer_of(source: Any) -> list[Passage]:
     hit = {"_index": "wiki-1", "_id": "7", "_score": 2.5} | ({} if source is None else {"_source": source})
-    return read_answer({"hits": {"hits": [hit]}}, Credentials())
+    return read_answer({"hits": {"hits": [hit]}}, client())
 
 
 @pytest.mark.parametrize(
@@ -49,26 +55,25 @@ def test_text_is_a_passage(source: Any, contents: str) -> None:
     ],
 )
 def test_anything_else_is_refused_by_index_document_and_field(source: Any, problem: str) -> None:
-    fault = answer_of(source)
-    assert isinstance(fault, Fault)
-    assert fault.cause.startswith(f"document '7' of wiki-1: {problem}; index it with one text in contents")
-    assert not fault.is_retryable
+    with pytest.raises(SearchError) as caught:
+        answer_of(source)
+    assert str(caught.value).startswith(f"document '7' of wiki-1: {problem}; index it with one text in contents")
+    assert not caught.value.is_retryable
 
 
 def test_an_index_that_keeps_no_source_is_named() -> None:
-    assert "document '7' of wiki-1 has no _source" in answer_of(None).cause
+    with pytest.raises(SearchError, match="document '7' of wiki-1 has no _source"):
+        answer_of(None)
 
 
 def test_a_secret_that_a_long_answer_is_cut_in_is_struck_out_whole() -> None:
     """Cutting first would leave its beginning; so would white space that is folded before."""
-    credentials = Credentials(basic=("me", "hunter2  secret"))
     for length in range(150, 210):
-        words = reason_of("x" * length + "hunter2  secret" + "y" * 500, credentials)
-        assert "hunter" not in words
-        assert "secret" not in words
+        shown = client(("me", "hunter2  secret")).reason_of("x" * length + "hunter2  secret" + "y" * 500)
+        assert "hunter" not in shown
+        assert "secret" not in shown
 
 
 def test_the_reason_at_the_end_of_a_long_answer_is_kept() -> None:
-    assert reason_of(f"id [{'x' * 600}] is too long, must be no longer than 512 bytes", Credentials()).endswith(
-        "is too long, must be no longer than 512 bytes"
-    )
+    answer = f"id [{'x' * 600}] is too long, must be no longer than 512 bytes"
+    assert client().reason_of(answer).endswith("is too long, must be no longer than 512 bytes")
