@@ -122,9 +122,10 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
         fix = "pip install 'megatron-sdsearch[elasticsearch]'"
         raise ConfigError("--to", "elasticsearch needs its client, which is not installed", fix) from error
     from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
+    from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
 
     # Wrong names are refused before the corpus is read.
-    index_settings = load.IndexSettings(
+    index_settings = IndexSettings(
         name=arguments.index,
         analyzer=arguments.analyzer,
         num_shards=arguments.shards,
@@ -167,16 +168,16 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
     async def load_corpus() -> load.LoadReport:
         client = ElasticsearchClient(config, read_credentials(config))
         async with client.api:
-            return await load.index_corpus(
-                arguments.corpus,
-                scan,
-                client,
-                index_settings,
-                settings,
+            return await load.CorpusLoader(
+                corpus=arguments.corpus,
+                scan=scan,
+                client=client,
+                index_settings=index_settings,
+                settings=settings,
                 rejects=rejects,
                 encoder=encoder,
                 on_progress=display.reach,
-            )
+            ).run()
 
     report = asyncio.run(load_corpus())
     display.show()

@@ -24,7 +24,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol, TypeVar
 
 from megatron_sdsearch.config import RemoteSearchConfig
@@ -41,6 +41,7 @@ _REQUESTS_OF_AN_OUTAGE = 5
 _SHOWN_QUERY = 200  # characters
 
 
+@dataclass(eq=False)
 class SearchError(Exception):
     """A query, or a whole request, was not answered.
 
@@ -49,18 +50,19 @@ class SearchError(Exception):
         is_retryable: the same request may be answered later.
         retry_after_s: the wait that the engine has asked for.
         setting: the setting at fault, without its section; empty when none is, or it is not known.
-        fix: what to do about it; part of the exception's text.
+        fix: what to do about it.
     """
 
-    def __init__(
-        self, cause: str, *, is_retryable: bool, retry_after_s: float | None = None, setting: str = "", fix: str = ""
-    ) -> None:
-        super().__init__(f"{cause}; {fix}" if fix else cause)
-        self.cause = cause
-        self.is_retryable = is_retryable
-        self.retry_after_s = retry_after_s
-        self.setting = setting
-        self.fix = fix
+    cause: str
+    _: KW_ONLY
+    is_retryable: bool
+    retry_after_s: float | None = None
+    setting: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        """Cause and fix."""
+        return f"{self.cause}; {self.fix}" if self.fix else self.cause
 
 
 Outcome = Sequence[Passage] | SearchError
@@ -94,28 +96,13 @@ class SearchBackend(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class SearchCounts:
-    """What happened since the last ``take_counts``.
-
-    Attributes:
-        num_queries: asked by callers.
-        num_requests: sent.
-        num_retries: queries sent again.
-        num_failures: queries that raised.
-        num_outages: outages that began.
-    """
-
-    num_queries: int = 0
-    num_requests: int = 0
-    num_retries: int = 0
-    num_failures: int = 0
-    num_outages: int = 0
+COUNTS = ("num_queries", "num_requests", "num_retries", "num_failures", "num_outages")
+"""Queries asked by callers, requests sent, queries sent again, queries that raised, and outages that began."""
 
 
 def backoff_s(attempt: int, retry_after_s: float | None = None) -> float:
     """Seconds to wait after the ``attempt``-th failure, counted from 1: doubled each time, half of it random."""
-    wait = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(attempt - 1, 30))
+    wait = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt - 1, 30))
     return max(wait * random.uniform(0.5, 1.0), min(retry_after_s or 0.0, LONGEST_BACKOFF_S))
 
 
@@ -165,7 +152,7 @@ class BatchedRetriever:
         self._open_batches: dict[int, _Batch] = {}  # by top_k
         self._requests: set[asyncio.Task[None]] = set()
         self._searches: set[asyncio.Task[Sequence[Passage]]] = set()
-        self._counts = SearchCounts()
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._is_closed = False
         self.is_in_outage = False
         self._probe_turn = asyncio.Lock()  # first come, first served: each probe is another query
@@ -174,9 +161,9 @@ class BatchedRetriever:
         self._last_cause = ""
 
     def take_counts(self) -> dict[str, int]:
-        """What happened since the last call, by the names of ``SearchCounts``."""
-        counts, self._counts = self._counts, SearchCounts()
-        return asdict(counts)
+        """What happened since the last call, by the names of ``COUNTS``."""
+        counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
+        return counts
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """Best passages first. A query of white space alone matches nothing, and is not sent.
@@ -192,19 +179,17 @@ class BatchedRetriever:
             raise RetrievalError(f"{self.backend.name}: closed", query=query)
         if not query.strip():
             return ()
-        self._counts.num_queries += 1
+        self._counts["num_queries"] += 1
         # Half a surrogate pair has no UTF-8: it would spoil the whole batch's body.
         search = asyncio.create_task(self._answer(query.encode("utf-8", "replace").decode(), top_k))
         self._searches.add(search)
         try:
             return await search
         except RetrievalError:
-            self._counts.num_failures += 1
+            self._counts["num_failures"] += 1
             raise
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._is_closed and task is not None and not task.cancelling():
-                self._counts.num_failures += 1
+            if self._is_closed:
                 raise RetrievalError(f"{self.backend.name}: closed meanwhile", query=query) from None
             raise
         finally:
@@ -228,7 +213,7 @@ class BatchedRetriever:
             if outcome is None:
                 continue  # not sent: an outage has begun, or ended
             num_attempts += 1
-            self._counts.num_retries += num_attempts > 1
+            self._counts["num_retries"] += num_attempts > 1
             if not isinstance(outcome, SearchError):
                 return outcome
             num_counted += not self.is_in_outage
@@ -252,7 +237,7 @@ class BatchedRetriever:
             request = asyncio.create_task(self._send(batch, top_k))
             self._requests.add(request)
             request.add_done_callback(self._requests.discard)
-        outcome = asyncio.get_running_loop().create_future()
+        outcome: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
         batch.queries.append(query)
         batch.outcomes.append(outcome)
         if len(batch.queries) >= self._config.batch_queries:
@@ -303,7 +288,7 @@ class BatchedRetriever:
 
     async def _request(self, queries: Sequence[str], top_k: int) -> Sequence[Outcome]:
         """Send one request, and learn from its outcomes whether the engine is there."""
-        self._counts.num_requests += 1
+        self._counts["num_requests"] += 1
         outcomes: Sequence[Outcome]
         try:
             async with asyncio.timeout(self._config.timeout_s):
@@ -327,7 +312,7 @@ class BatchedRetriever:
             self._failing_since = asyncio.get_running_loop().time()
         if not self.is_in_outage and self._num_lost_requests >= _REQUESTS_OF_AN_OUTAGE:
             self.is_in_outage = True
-            self._counts.num_outages += 1
+            self._counts["num_outages"] += 1
             _log.warning("%s: does not answer, searches wait: %s", self.backend.name, self._last_cause)
         return outcomes
 

@@ -23,6 +23,11 @@ class Credentials:
     basic: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return "an API key" if self.api_key else "a username and password" if self.basic else "no credentials"
+
+    @property
     def basic_token(self) -> str:
         """What the header of HTTP's basic authentication holds after its name; empty without a username."""
         return base64.b64encode(":".join(self.basic).encode()).decode() if self.basic else ""

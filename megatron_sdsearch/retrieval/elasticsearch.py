@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from megatron_sdsearch.config import ElasticsearchConfig
-from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import first_tokens
 from megatron_sdsearch.retrieval.batched import Outcome, SearchError, retry
@@ -40,11 +40,7 @@ MAX_TERMS = 1000
 
 
 class ElasticsearchBackend:
-    """A ``SearchBackend`` over one index of a cluster; made by ``open``, on the event loop on which it is used.
-
-    Attributes:
-        is_fused_by_server: hybrid search is one ``rrf`` retriever; else two searches, which are fused here.
-    """
+    """A ``SearchBackend`` over one index of a cluster; made by ``open``, on the event loop on which it is used."""
 
     def __init__(
         self, client: ElasticsearchClient, config: ElasticsearchConfig, index: OpenedIndex, encoder: TextEncoder | None
@@ -55,7 +51,6 @@ class ElasticsearchBackend:
         self.fingerprint = "/".join([*parts, encoder.fingerprint] if encoder is not None else parts)
         self.num_passages: int | None = index.num_passages
         self.version_warning = index.version_warning
-        self.is_fused_by_server = config.mode == "hybrid"
         self._client = client
         self._config = config
         self._index = index.name
@@ -82,8 +77,7 @@ class ElasticsearchBackend:
         try:
             index = await open_index(client, config, encoder)
             backend = cls(client, config, index, encoder)
-            await backend._check_documents()
-            await backend._try_sample_query()
+            await backend._check()
         except BaseException:
             await client.api.close()
             raise
@@ -129,11 +123,8 @@ class ElasticsearchBackend:
         knn = {"field": VECTOR, "query_vector": vector, "k": num_ranks, "num_candidates": max(100, 10 * num_ranks)}
         if self._config.mode == "dense":
             return [common | {"size": top_k, "knn": knn}]
-        if not self.is_fused_by_server:
-            return [common | {"size": num_ranks, "query": match}, common | {"size": num_ranks, "knn": knn}]
-        lists = [{"standard": {"query": match}}, {"knn": knn}]
-        rrf = {"retrievers": lists, "rank_constant": RRF_CONSTANT, "rank_window_size": num_ranks}
-        return [common | {"size": top_k, "retriever": {"rrf": rrf}}]
+        # Fused here: the server's rrf retriever needs a paid licence.
+        return [common | {"size": num_ranks, "query": match}, common | {"size": num_ranks, "knn": knn}]
 
     def _read_outcome(self, answers: Sequence[Any], top_k: int) -> Outcome:
         try:
@@ -142,35 +133,27 @@ class ElasticsearchBackend:
             return failure
         return (lists[0] if len(lists) == 1 else fuse(lists))[:top_k]
 
-    async def _check_documents(self) -> None:
-        """Passages can be shown: some documents hold text, and no lists, where it is read. Searches look at theirs."""
+    async def _check(self) -> None:
+        """A sample query works, and some documents hold text, and no lists, where it is read; searches look at theirs.
+
+        Raises:
+            ConfigError: of the index: a document holds no text.
+            RetrievalError: the cluster does not answer.
+        """
         search, fields = self._client.api.search, [CONTENTS, TITLE, TEXT]
-        try:
-            found = await self._client.ask(lambda: search(index=self._index, size=_SAMPLE_SIZE, source_includes=fields))
-            for hit in found["hits"]["hits"]:
-                read_hit(hit)
-        except SearchError as failure:
-            raise self._client.error_from(failure) from None
 
-    async def _try_sample_query(self) -> None:
-        """A sample query works, and shows whether the server can fuse ranks."""
-
-        async def search() -> None:
+        async def try_sample_query() -> None:
             (outcome,) = await self.search_batch([_SAMPLE_QUERY], 1)
             if isinstance(outcome, SearchError):
                 raise outcome
 
         try:
-            await retry(search, max_attempts=self._config.max_attempts)
+            found = await self._client.ask(lambda: search(index=self._index, size=_SAMPLE_SIZE, source_includes=fields))
+            for hit in found["hits"]["hits"]:
+                read_hit(hit)
+            await retry(try_sample_query, max_attempts=self._config.max_attempts)
         except SearchError as failure:
-            if self.is_fused_by_server and not failure.is_retryable:
-                self.is_fused_by_server = False
-                _log.warning("%s: no rrf retriever here (%s): ranks are fused by the client", self.name, failure.cause)
-                return await self._try_sample_query()
-            message = f"{self.name}: a sample query failed: {failure.cause}"
-            raise RetrievalError(message, query=_SAMPLE_QUERY, num_attempts=1, cause=failure.cause) from None
-        if self.is_fused_by_server:
-            _log.info("%s: ranks are fused by the server (rrf)", self.name)
+            raise self._client.error_from(failure) from None
 
 
 def read_answer(answer: Any, client: ElasticsearchClient) -> list[Passage]:
@@ -220,15 +203,7 @@ def read_hit(hit: Mapping[str, Any]) -> Passage:
         value = source.get(field)
         if isinstance(value, str):
             continue
-        found = f"is {value!r:.40}"
-        if field not in source:
-            found = "is missing"
-        elif value is None:
-            found = "is null"
-        elif isinstance(value, list):
-            found = f"is a list of {len(value)}"
-        elif isinstance(value, Mapping):
-            found = "is an object"
+        found = "is missing" if field not in source else f"is {value!r:.40}"
         cause = f"{document}: {field} {found}, not a text"
         raise SearchError(cause, is_retryable=False, setting="index", fix=fix)
     contents = source[CONTENTS] if has_contents else f'"{source[TITLE]}"\n{source[TEXT]}'

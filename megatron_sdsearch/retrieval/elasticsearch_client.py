@@ -8,17 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from elastic_transport import ConnectionTimeout, SerializationError, TlsError, TransportError
+from elastic_transport.client_utils import DEFAULT
 from elasticsearch import ApiError, AsyncElasticsearch, UnsupportedProductError
 from elasticsearch import __version__ as _client_version
 
 from megatron_sdsearch.config import ElasticsearchConfig, shown_url
-from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.errors import ConfigError, RetrievalError, cause_of
 from megatron_sdsearch.retrieval.batched import SearchError, retry
 from megatron_sdsearch.retrieval.credentials import Credentials
 
@@ -55,7 +54,10 @@ class ElasticsearchClient:
         logging.getLogger("elastic_transport.node").setLevel(logging.INFO)
         # It warns of every failure of a node; ours are counted, and end in one error that names the cause.
         logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)
-        _check_addresses(config)
+        for url in config.urls:
+            if not re.fullmatch(r"https?://[^/?#]+:\d+(/.*)?", url):
+                fix = "give scheme, host and port: http://host:9200"
+                raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", fix)
         try:
             self.api = AsyncElasticsearch(
                 list(config.urls),
@@ -65,11 +67,14 @@ class ElasticsearchClient:
                 connections_per_node=config.max_requests,
                 max_retries=0,
                 retry_on_timeout=False,
-                **({"ca_certs": str(config.ca_file)} if config.ca_file is not None else {}),
+                ca_certs=DEFAULT if config.ca_file is None else str(config.ca_file),
             )
-        except ssl.SSLError as error:
-            problem = f"{config.ca_file} holds no certificate ({error.reason})"
-            raise ConfigError(f"{SECTION}.ca_file", problem, "give a PEM file") from error
+        except (ValueError, OSError) as error:
+            if not config.urls or config.ca_file is None:
+                fix = "name at least one node, e.g. http://127.0.0.1:9200"
+                raise ConfigError(f"{SECTION}.urls", f"refused by the client ({cause_of(error)})", fix) from error
+            problem = f"{config.ca_file} holds no certificate for these URLs ({cause_of(error)})"
+            raise ConfigError(f"{SECTION}.ca_file", problem, "give a PEM file, and https URLs") from error
 
     async def try_once(self, request: Callable[[], Awaitable[T]]) -> T:
         """The answer to one request.
@@ -119,7 +124,7 @@ class ElasticsearchClient:
             older = f"pip install 'elasticsearch[async]=={CLIENT_MAJOR - 1}.*'"
             setting, fix = "urls", f"install the client of the cluster's major version: {older}"
         elif status in (401, 403) and "license" not in text:
-            cause = f"it refuses {self._credentials_name()} ({cause})"
+            cause = f"it refuses {self.credentials.name} ({cause})"
             setting = "api_key"
             fix = (
                 "set api_key, or username and password, of a user that may read and monitor the index, or "
@@ -156,17 +161,9 @@ class ElasticsearchClient:
         if isinstance(error, TlsError):
             fix = "name the certificate of the authority that signed the cluster's, or check the URL's host"
             return SearchError(f"TLS failed: {text}", is_retryable=True, setting="ca_file", fix=fix)
-        problem = "no connection"
-        if isinstance(error, ConnectionTimeout):
-            problem = "no answer in time"
-        elif isinstance(error, SerializationError):
-            problem = "answer is no JSON"
+        problems: dict[type, str] = {ConnectionTimeout: "no answer in time", SerializationError: "answer is no JSON"}
+        problem = problems.get(type(error), "no connection")
         return SearchError(f"{problem}: {text}", is_retryable=True)
-
-    def _credentials_name(self) -> str:
-        if self.credentials.api_key:
-            return "an API key"
-        return "a username and password" if self.credentials.basic else "no credentials"
 
 
 def read_credentials(config: ElasticsearchConfig, environment: Mapping[str, str] = os.environ) -> Credentials:
@@ -191,21 +188,3 @@ def read_credentials(config: ElasticsearchConfig, environment: Mapping[str, str]
         fix = f"set it or ELASTICSEARCH_{lacking.upper()}"
         raise ConfigError(f"{SECTION}.{lacking}", f"missing, and {known} is set", fix)
     return Credentials(basic=(username, password) if username and password else None)
-
-
-def _check_addresses(config: ElasticsearchConfig) -> None:
-    for url in config.urls:
-        try:
-            parts = urlsplit(url)
-            is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port is not None
-        except ValueError:  # a port that is no number
-            is_whole = False
-        if not is_whole:
-            fix = "give scheme, host and port: http://host:9200"
-            raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", fix)
-        if config.ca_file is not None and parts.scheme == "http":
-            raise ConfigError(f"{SECTION}.ca_file", "set, and a URL is http", "use https URLs or unset it")
-    if not config.urls:
-        raise ConfigError(f"{SECTION}.urls", "empty", "name at least one node, e.g. http://127.0.0.1:9200")
-    if config.ca_file is not None and not config.ca_file.is_file():
-        raise ConfigError(f"{SECTION}.ca_file", f"{config.ca_file} does not exist", "give a path that exists")

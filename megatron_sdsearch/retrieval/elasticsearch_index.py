@@ -244,9 +244,10 @@ class CorpusIndex:
             raise self.error(f"holds {count:,} passages instead of {num_expected:,}; load it again with --restart")
         found: dict[str, Any] = {}
         if ids := list(sample):
-            request = {"index": self.name, "ids": ids, "source_includes": [CONTENTS]}
-            docs = (await self.ask(lambda: api.mget(**request), "cannot fetch a sample"))["docs"]
-            found = {doc["_id"]: doc.get("_source", {}).get(CONTENTS) for doc in docs if doc.get("found")}
+            answer = await self.ask(
+                lambda: api.mget(index=self.name, ids=ids, source_includes=[CONTENTS]), "cannot fetch a sample"
+            )
+            found = {doc["_id"]: doc.get("_source", {}).get(CONTENTS) for doc in answer["docs"] if doc.get("found")}
         for passage_id, contents in sample.items():
             if found.get(passage_id) != contents:
                 problem = "is not what the corpus says" if passage_id in found else "is missing"

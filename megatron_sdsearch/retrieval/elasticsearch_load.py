@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -220,20 +220,11 @@ class ContiguousProgress:
             self.num_rejected += rejected
 
 
-async def index_corpus(
-    corpus: Path,
-    scan: CorpusScan,
-    client: ElasticsearchClient,
-    index_settings: IndexSettings,
-    settings: LoadSettings,
-    *,
-    rejects: RejectFile,
-    encoder: TextEncoder | None = None,
-    on_progress: Callable[[int], None] = lambda num_done: None,
-) -> LoadReport:
-    """Load a corpus, verify the index, and point the alias to it; goes on where an earlier attempt was interrupted.
+@dataclass(slots=True, kw_only=True)
+class CorpusLoader:
+    """Loads a corpus, once.
 
-    Args:
+    Attributes:
         corpus: of ``read_corpus``.
         scan: of this very file.
         client: of the cluster to load into.
@@ -242,93 +233,85 @@ async def index_corpus(
         rejects: gets the passages that Elasticsearch refuses; those of earlier attempts are kept.
         encoder: its fingerprint stands in ``index_settings``.
         on_progress: called with the number of passages that are done, from the corpus's start.
-
-    Raises:
-        ConfigError: the alias's name, or the index's, is taken by something else.
-        DataError: the corpus has changed since the scan.
-        RetrievalError: the cluster failed, refused passages that are not allowed to be left out, or does not hold
-            afterwards what it should.
     """
-    try:
-        await client.try_once(client.api.info)  # a wrong address is not waited for
-    except SearchError as failure:
-        fix = "see that the cluster runs and --url is its address (http or https)"
-        raise RetrievalError(f"{client.addresses}: first contact: {failure}; {fix}") from None
-    index = CorpusIndex(client, index_settings, scan.sha256, settings.retry_limit_s)
-    marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
-    load = _Load(corpus, index, marker, settings, rejects, encoder, on_progress)
-    on_progress(marker.num_done)
-    if marker.num_done < scan.num_passages:
-        await load.run()
-    done = load.marker
-    if sha256_of_corpus(corpus) != scan.sha256:
-        raise DataError(f"{corpus}: changed while it was being indexed; start again")
-    num_rejected = done.num_rejected + scan.num_rejected
-    if num_rejected and not settings.are_rejects_allowed:
-        num_rows = scan.num_passages + scan.num_rejected
-        raise index.error(
-            f"{num_rejected:,} of {num_rows:,} passages were rejected, see {rejects.path}; nothing was published: "
-            "fix them, or allow rejects and start again"
-        )
-    await index.open_for_searches(is_merged=settings.is_merged)
-    num_indexed = scan.num_passages - done.num_rejected
-    sample = {each: contents for each, contents in scan.sample.items() if each not in load.rejected_ids}
-    await index.verify(num_indexed, sample)
-    await index.write_marker(done.model_copy(update={"is_complete": True}))
-    return LoadReport(
-        index=index.name,
-        num_passages=num_indexed,
-        num_created=load.num_created,
-        num_found=load.num_found,
-        num_skipped=marker.num_done,
-        num_rejected=num_rejected,
-        old_indices=await index.publish(deletes_old=settings.deletes_old),
-        are_old_deleted=settings.deletes_old,
-    )
 
+    corpus: Path
+    scan: CorpusScan
+    client: ElasticsearchClient
+    index_settings: IndexSettings
+    settings: LoadSettings
+    rejects: RejectFile
+    encoder: TextEncoder | None = None
+    on_progress: Callable[[int], None] = lambda num_done: None
+    _index: CorpusIndex = field(init=False)
+    _first_marker: Marker = field(init=False)
+    _progress: ContiguousProgress = field(init=False)
+    _noted_at: float = field(init=False)
+    _encoding: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    _rejected_ids: set[str] = field(init=False)
+    _num_created: int = field(init=False, default=0)
+    _num_found: int = field(init=False, default=0)
 
-class _Load:
-    """One attempt, from the marker's position to the end of the corpus."""
+    async def run(self) -> LoadReport:
+        """Load, verify the index, and point the alias to it; goes on where an earlier attempt was interrupted.
 
-    def __init__(
-        self,
-        corpus: Path,
-        index: CorpusIndex,
-        marker: Marker,
-        settings: LoadSettings,
-        rejects: RejectFile,
-        encoder: TextEncoder | None,
-        on_progress: Callable[[int], None],
-    ) -> None:
-        self._corpus = corpus
-        self._index = index
-        self._first_marker = marker
-        self._settings = settings
-        self._rejects = rejects
-        self._encoder = encoder
-        self._encoding = asyncio.Lock()
-        self._on_progress = on_progress
+        Raises:
+            ConfigError: the alias's name, or the index's, is taken by something else.
+            DataError: the corpus has changed since the scan.
+            RetrievalError: the cluster failed, refused passages that are not allowed to be left out, or does not hold
+                afterwards what it should.
+        """
+        scan, settings = self.scan, self.settings
+        try:
+            await self.client.try_once(self.client.api.info)  # a wrong address is not waited for
+        except SearchError as failure:
+            fix = "see that the cluster runs and --url is its address (http or https)"
+            raise RetrievalError(f"{self.client.addresses}: first contact: {failure}; {fix}") from None
+        index = self._index = CorpusIndex(self.client, self.index_settings, scan.sha256, settings.retry_limit_s)
+        marker = self._first_marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
         self._progress = ContiguousProgress(marker.num_done, marker.num_rejected)
-        self._noted_at = time.monotonic()
-        self.rejected_ids = rejects.begin_load(marker.num_done)
-        self.num_created = self.num_found = 0
+        self._rejected_ids = self.rejects.begin_load(marker.num_done)
+        self.on_progress(marker.num_done)
+        if marker.num_done < scan.num_passages:
+            await self._load()
+        if sha256_of_corpus(self.corpus) != scan.sha256:
+            raise DataError(f"{self.corpus}: changed while it was being indexed; start again")
+        num_refused = self._progress.num_rejected
+        num_rejected = num_refused + scan.num_rejected
+        if num_rejected and not settings.are_rejects_allowed:
+            num_rows = scan.num_passages + scan.num_rejected
+            raise index.error(
+                f"{num_rejected:,} of {num_rows:,} passages were rejected, see {self.rejects.path}; nothing was "
+                "published: fix them, or allow rejects and start again"
+            )
+        await index.open_for_searches(is_merged=settings.is_merged)
+        sample = {each: contents for each, contents in scan.sample.items() if each not in self._rejected_ids}
+        await index.verify(scan.num_passages - num_refused, sample)
+        await index.write_marker(self._marker.model_copy(update={"is_complete": True}))
+        return LoadReport(
+            index=index.name,
+            num_passages=scan.num_passages - num_refused,
+            num_created=self._num_created,
+            num_found=self._num_found,
+            num_skipped=marker.num_done,
+            num_rejected=num_rejected,
+            old_indices=await index.publish(deletes_old=settings.deletes_old),
+            are_old_deleted=settings.deletes_old,
+        )
 
     @property
-    def marker(self) -> Marker:
+    def _marker(self) -> Marker:
         """How far it is."""
         update = {"num_done": self._progress.num_done, "num_rejected": self._progress.num_rejected}
         return self._first_marker.model_copy(update=update)
 
-    async def run(self) -> None:
-        """Send everything, and note how far it came, however it ends.
-
-        Raises:
-            SDSearchError: of whichever part failed first.
-        """
+    async def _load(self) -> None:
+        """Send everything, and note how far it came, however it ends; raise the error that came first."""
         chunks = self._chunks()
+        self._noted_at = time.monotonic()
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(self._settings.num_workers):
+                for _ in range(self.settings.num_workers):
                     tasks.create_task(self._work(chunks))
         except ExceptionGroup as group:
             first = next((error for error in group.exceptions if isinstance(error, SDSearchError)), group.exceptions[0])
@@ -337,14 +320,14 @@ class _Load:
             # The cluster may be what failed; without this note the next attempt only sends a little more.
             with suppress(RetrievalError, TimeoutError):
                 async with asyncio.timeout(10.0):
-                    await self._index.write_marker(self.marker)
+                    await self._index.write_marker(self._marker)
 
     def _chunks(self) -> Iterator[tuple[int, list[CorpusRow]]]:
         """Neighbours, and the number of the first; read when a worker asks, so memory does not grow with the corpus."""
         first = self._progress.num_done
         # The scan has reported what is left out here.
-        rows = islice(read_corpus(self._corpus, lambda *_: None, max_id_bytes=MAX_ID_BYTES), first, None)
-        while chunk := list(islice(rows, self._settings.chunk_passages)):
+        rows = islice(read_corpus(self.corpus, lambda *_: None, max_id_bytes=MAX_ID_BYTES), first, None)
+        while chunk := list(islice(rows, self.settings.chunk_passages)):
             yield first, chunk
             first += len(chunk)
 
@@ -353,17 +336,17 @@ class _Load:
         for first, rows in chunks:
             num_rejected = await self._send(first, rows)
             self._progress.add(first, first + len(rows), num_rejected)
-            self._on_progress(self._progress.num_done)
-            if time.monotonic() - self._noted_at > self._settings.marker_interval_s:
+            self.on_progress(self._progress.num_done)
+            if time.monotonic() - self._noted_at > self.settings.marker_interval_s:
                 self._noted_at = time.monotonic()
-                await self._index.write_marker(self.marker)
+                await self._index.write_marker(self._marker)
 
     async def _send(self, first: int, rows: Sequence[CorpusRow]) -> int:
         """Send rows until each is in or rejected; return the number of the latter."""
         vectors: list[list[float] | None] = [None] * len(rows)
-        if self._encoder is not None:
+        if self.encoder is not None:
             async with self._encoding:  # an encoder is for one thread at a time
-                encoded = await asyncio.to_thread(self._encoder.encode_passages, [row.contents for row in rows])
+                encoded = await asyncio.to_thread(self.encoder.encode_passages, [row.contents for row in rows])
             # As fine as fp32 at length 1, and half the digits.
             vectors = np.round(encoded.astype(np.float64), 8).tolist()
         waiting = {n: to_action(row, vector) for n, (row, vector) in enumerate(zip(rows, vectors, strict=True), first)}
@@ -373,10 +356,10 @@ class _Load:
             nonlocal num_rejected
             numbers, failure = iter(list(waiting)), None
             results = async_streaming_bulk(
-                self._index.client.api,
+                self.client.api,
                 list(waiting.values()),
-                chunk_size=self._settings.chunk_passages,
-                max_chunk_bytes=self._settings.chunk_bytes,
+                chunk_size=self.settings.chunk_passages,
+                max_chunk_bytes=self.settings.chunk_bytes,
                 raise_on_error=False,
                 index=self._index.name,
             )
@@ -384,17 +367,17 @@ class _Load:
                 number, result = next(numbers), item["create"]
                 status = int(result["status"])
                 if status < 300:
-                    self.num_created += 1
+                    self._num_created += 1
                 elif status == _CONFLICT:
-                    self.num_found += 1
+                    self._num_found += 1
                 elif status == _BAD_DOCUMENT:
-                    reason = self._index.client.failure_from_status(status, result).cause
-                    self._rejects.add(row=number, id=waiting[number]["_id"], reason=reason)
-                    self.rejected_ids.add(waiting[number]["_id"])
+                    reason = self.client.failure_from_status(status, result).cause
+                    self.rejects.add(row=number, id=waiting[number]["_id"], reason=reason)
+                    self._rejected_ids.add(waiting[number]["_id"])
                     num_rejected += 1
                 else:
                     # What is not about this document (no such index, forbidden) would refuse all others, too.
-                    failure = self._index.client.failure_from_status(status, result)
+                    failure = self.client.failure_from_status(status, result)
                     continue
                 del waiting[number]
             if waiting:

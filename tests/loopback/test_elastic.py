@@ -190,26 +190,18 @@ def test_a_cluster_that_stays_down_is_said_once_and_in_time() -> None:
     talk(FakeElastic(), what, down_timeout_s=1.0, max_attempts=100)
 
 
-@pytest.mark.parametrize("has_rrf", [True, False])
-def test_hybrid_search_fuses_where_it_can(has_rrf: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_hybrid_search_fuses_two_searches() -> None:
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
         found = await retriever.search("word1", top_k=6)
-        assert [sorted(line) for line in fake.bodies[0][1::2]] == (
-            [["_source", "retriever", "size", "timeout"]]
-            if has_rrf
-            else [["_source", "query", "size", "timeout"], ["_source", "knn", "size", "timeout"]]
-        )
-        if not has_rrf:  # p1 is first in one list, fifth in the other
-            assert found[0].passage_id == "p1"
-            assert found[0].score == pytest.approx(1 / 61 + 1 / 65)
-            assert [p.passage_id for p in found[1:]] == ["p5", "p4", "p3", "p2", "p0"]
+        bodies = [sorted(line) for line in fake.bodies[0][1::2]]
+        assert bodies == [["_source", "query", "size", "timeout"], ["_source", "knn", "size", "timeout"]]
+        # p1 is first in one list, fifth in the other
+        assert found[0].passage_id == "p1"
+        assert found[0].score == pytest.approx(1 / 61 + 1 / 65)
+        assert [p.passage_id for p in found[1:]] == ["p5", "p4", "p3", "p2", "p0"]
         assert retriever.fingerprint.endswith("/hybrid/contents/local/toy")
 
-    fake = FakeElastic()
-    fake.has_rrf = has_rrf
-    with caplog.at_level(logging.INFO):
-        talk(fake, what, mode="hybrid", encoder="unused")
-    assert ("fused by the server" if has_rrf else "current license is non-compliant") in caplog.text
+    talk(FakeElastic(), what, mode="hybrid", encoder="unused")
 
 
 def test_half_of_a_fused_pair_that_fails_fails_its_query() -> None:
@@ -217,9 +209,7 @@ def test_half_of_a_fused_pair_that_fails_fails_its_query() -> None:
         fake.always = "half"
         assert [type(error) for error in await ask_all(retriever, ["word1", "word2"])] == [RetrievalError] * 2
 
-    fake = FakeElastic()
-    fake.has_rrf = False
-    talk(fake, what, mode="hybrid", encoder="unused", max_attempts=2)
+    talk(FakeElastic(), what, mode="hybrid", encoder="unused", max_attempts=2)
 
 
 def test_dense_search_sends_vectors() -> None:
@@ -281,7 +271,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
     changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
     error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
     assert str(error).startswith(
-        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is a list of 2, not a text; index it with one"
+        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is ['a', 'b'], not a text; index it with one"
     )
 
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
@@ -290,13 +280,11 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
         if mode != "bm25":  # vectors are nearest to p5 whatever is asked
             good, failed = [PASSAGES["p1"]], good
         assert isinstance(failed, RetrievalError)
-        assert "document 'p5' of wiki-1: text is a list of 2, not a text; index it with" in failed.cause
+        assert "document 'p5' of wiki-1: text is ['a', 'b'], not a text; index it with" in failed.cause
         assert failed.num_attempts == 1
         assert len(good) == 1
 
-    fake = FakeElastic()
-    fake.has_rrf = False
-    talk(fake, what, **changes)
+    talk(FakeElastic(), what, **changes)
 
 
 def test_a_cluster_of_another_major_that_answers_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,10 +37,10 @@ from megatron_sdsearch.retrieval.elasticsearch import ElasticsearchBackend
 from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
 from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
 from megatron_sdsearch.retrieval.elasticsearch_load import (
+    CorpusLoader,
     LoadReport,
     LoadSettings,
     RejectFile,
-    index_corpus,
     scan_corpus,
 )
 from megatron_sdsearch.retrieval.encoder import Similarity, Vectors
@@ -109,16 +109,16 @@ def load(
         if encoder is not None:
             index.update(encoder=encoder.fingerprint, num_dims=encoder.num_dims)
         async with client.api:
-            return await index_corpus(
-                corpus,
-                scan_corpus(corpus),
-                client,
-                IndexSettings(name="wiki", **index),
-                settings,
+            return await CorpusLoader(
+                corpus=corpus,
+                scan=scan_corpus(corpus),
+                client=client,
+                index_settings=IndexSettings(name="wiki", **index),
+                settings=settings,
                 rejects=RejectFile(corpus.with_name("rejects.jsonl")),
                 encoder=encoder,
                 on_progress=on_progress,
-            )
+            ).run()
 
     return asyncio.run(run())
 

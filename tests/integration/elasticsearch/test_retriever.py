@@ -132,18 +132,17 @@ def test_nearest_vectors(node: Node, index: str) -> None:
     assert [{p.passage_id for p in passages} for passages in found] == [{"p49", "p50", "p51"}, {"p99", "p100", "p101"}]
 
 
-def test_the_servers_fusion_is_ours(node: Node, index: str) -> None:
-    async def both(retriever: BatchedRetriever) -> tuple[Sequence[Passage], Sequence[Passage]]:
-        server = await retriever.search("old bridge 0.25", top_k=8)
-        assert isinstance(retriever.backend, ElasticsearchBackend)
-        assert retriever.backend.is_fused_by_server
-        retriever.backend.is_fused_by_server = False
-        return server, await retriever.search("old bridge 0.25", top_k=8)
-
-    server, client = on(node, index, both, mode="hybrid", encoder="unused")
-    assert [p.score for p in server] == pytest.approx([p.score for p in client])
-    assert server[0].contents == client[0].contents
-    assert {p.passage_id for p in server if p.score > server[-1].score} == {
+def test_ranks_are_fused(node: Node, index: str) -> None:
+    """As the server's own rrf retriever fuses them."""
+    knn = {"field": "vector", "query_vector": [np.cos(np.pi / 4), np.sin(np.pi / 4), 0.0], "k": 50}
+    match = {"standard": {"query": {"match": {"contents": "old bridge 0.25"}}}}
+    lists = [match, {"knn": knn | {"num_candidates": 500}}]
+    retriever = {"rrf": {"retrievers": lists, "rank_constant": 60, "rank_window_size": 50}}
+    server = node.client.search(index=index, size=8, retriever=retriever)["hits"]["hits"]
+    (client,) = ask(node, index, ["old bridge 0.25"], top_k=8, mode="hybrid", encoder="unused")
+    assert [hit["_score"] for hit in server] == pytest.approx([p.score for p in client])
+    assert server[0]["_source"]["contents"] == client[0].contents
+    assert {hit["_id"] for hit in server if hit["_score"] > server[-1]["_score"]} == {
         p.passage_id for p in client if p.score > client[-1].score
     }
 

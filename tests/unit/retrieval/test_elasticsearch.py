@@ -39,19 +39,19 @@ def test_text_is_a_passage(source: Any, contents: str) -> None:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ({"contents": ["a", "b"]}, "contents is a list of 2, not a text"),
-        ({"contents": []}, "contents is a list of 0, not a text"),
-        ({"contents": {"en": "a"}}, "contents is an object, not a text"),
+        ({"contents": ["a", "b"]}, "contents is ['a', 'b'], not a text"),
+        ({"contents": []}, "contents is [], not a text"),
+        ({"contents": {"en": "a"}}, "contents is {'en': 'a'}, not a text"),
         ({"contents": 5}, "contents is 5, not a text"),
         ({"contents": False}, "contents is False, not a text"),
-        ({"contents": None}, "contents is null, not a text"),
+        ({"contents": None}, "contents is None, not a text"),
         ({}, "contents is missing, not a text"),
         ({"body": "a"}, "contents is missing, not a text"),
-        ({"title": None, "text": "a"}, "title is null, not a text"),
+        ({"title": None, "text": "a"}, "title is None, not a text"),
         ({"text": "a"}, "title is missing, not a text"),
         ({"title": "a"}, "text is missing, not a text"),
-        ({"title": "a", "text": ["b"]}, "text is a list of 1, not a text"),
-        ({"title": {"main": "a"}, "text": "b"}, "title is an object, not a text"),
+        ({"title": "a", "text": ["b"]}, "text is ['b'], not a text"),
+        ({"title": {"main": "a"}, "text": "b"}, "title is {'main': 'a'}, not a text"),
     ],
 )
 def test_anything_else_is_refused_by_index_document_and_field(source: Any, problem: str) -> None:
