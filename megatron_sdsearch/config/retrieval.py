@@ -31,13 +31,13 @@ class RemoteSearchConfig(Section):
     timeout_s: Seconds = 30.0
     """One request."""
     max_attempts: PositiveInt = 5
-    """Of one query."""
+    """Requests that may carry one query; those during an outage do not count."""
     down_timeout_s: Seconds = 120.0
     """Nothing was answered for so long: the run stops."""
     max_requests: PositiveInt = 16
     """Open at one time."""
     batch_queries: PositiveInt = 64
-    """Of one request, at most."""
+    """The most in one request."""
     batch_window_ms: NonNegativeFloat = 5.0
     """How long the first query of a request waits for others."""
 
@@ -75,7 +75,7 @@ class RetrieveServerConfig(RemoteSearchConfig):
 
     url: str = "http://127.0.0.1:8000/retrieve"
     username: str | None = None
-    """Of HTTP's basic authentication, for a server behind a proxy that asks for it."""
+    """HTTP basic authentication, for a server behind a proxy that asks for it."""
     password: SecretStr | None = None
     """``${oc.env:NAME}`` takes it from the environment."""
 
@@ -116,7 +116,7 @@ class RetrievalConfig(Section):
     """tantivy: folder for its indices, or of the one that ``tools/index_corpus.py --out`` made; null is the folder
     ``index`` beside the corpus, where all runs find it. Set it where the corpus's folder may not be written."""
     analyzer: Literal["standard", "english"] = "standard"
-    """Of tantivy; an Elasticsearch index has its own."""
+    """How tantivy splits text; an Elasticsearch index has its own."""
     top_k: PositiveInt = 3
     elasticsearch: ElasticsearchConfig = ElasticsearchConfig()
     http: RetrieveServerConfig = RetrieveServerConfig()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote
 
 _MAX_CHARACTERS = 400
-"""Of a server's answer that a message quotes."""
+"""The longest part of a server's answer that a message quotes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class Credentials:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """What a message calls them."""
         return "an API key" if self.api_key else "a username and password" if self.basic else "no credentials"
 
     @property

@@ -24,7 +24,7 @@ Similarity = Literal["cosine", "dot"]
 E5_QUERY, E5_PASSAGE = "query: ", "passage: "
 """arXiv 2212.03533, section 3."""
 E5_MAX_TOKENS = 256
-"""Of a query or a passage, prompt and special tokens included (Search-R1's retriever)."""
+"""The longest query or passage, prompt and special tokens included (Search-R1's retriever)."""
 
 _MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _QUERY_NAMES, _PASSAGE_NAMES = ("query",), ("document", "passage", "corpus")
@@ -117,7 +117,7 @@ class EncoderSettings:
         return json.dumps([*parts, self.is_lower_cased, self.is_stripped])
 
     def __str__(self) -> str:
-        """For a line of a log."""
+        """Pooling and prompts, as a log line shows them."""
         prompts = f"prompts {self.query_prompt!r} and {self.passage_prompt!r}"
         return f"{self.pooling} pooling, {'' if self.is_normalized else 'not '}normalised, {prompts}"
 

@@ -38,7 +38,7 @@ class RetrieveServerBackend:
         self, url: str, session: aiohttp.ClientSession, credentials: Credentials, health: dict[str, Any]
     ) -> None:
         self.name = url
-        # Of a server of another kind nothing more than the URL is known.
+        # Other servers than ours do not say what they serve.
         known = health.get("fingerprint")
         self.fingerprint = f"http/{url}/{known}" if known and isinstance(known, str) else f"http/{url}"
         self.num_passages: int | None = count if type(count := health.get("num_passages")) is int else None

@@ -92,7 +92,7 @@ class _Flight:
 
 
 class ReplayRetriever:
-    """A ``Retriever`` before another one, or in its place.
+    """A ``Retriever`` that stands before another one, or replaces it.
 
     Args:
         store: belongs to the retriever from now on: ``close`` closes it, and ``engine`` too.
@@ -203,7 +203,7 @@ class ReplayStore:
             raise ConfigError(_FIELD, f"{path} cannot be opened ({error})", fix) from error
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Of every engine that answers were stored of, in the order of their first answer."""
+        """Every engine whose answers are stored, in the order of their first answer."""
         with self._failing_as("read"):
             rows = self._connection.execute("SELECT name FROM fingerprints ORDER BY id").fetchall()
         return tuple(name for (name,) in rows)

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_TOP_K = 3
 MAX_TOP_K = 1000
 MAX_QUERIES = 16384
-"""Of one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
+"""The most in one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
 
 _FIX = 'send {"queries": ["..."], "topk": 3, "return_scores": true}'
 
@@ -73,7 +73,7 @@ class InThreads:
         self._threads = ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="search")
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """See ``TantivyRetriever.search``."""
+        """Search in a thread; see ``TantivyRetriever.search``."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._index.search_now, query, top_k)
 
@@ -122,7 +122,7 @@ def create_app(
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """4xx with the first thing that is wrong, and the fix."""
+    """Answer 422 with the first thing that is wrong, and the fix."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
@@ -132,7 +132,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
-    """503 when the engine failed; anything else is a bug, and a 500."""
+    """Answer 503 when the engine failed; anything else is a bug, and a 500."""
     assert isinstance(error, ExceptionGroup)
     first = error.exceptions[0]
     if not isinstance(first, RetrievalError):
@@ -160,6 +160,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def new_server(app: FastAPI) -> uvicorn.Server:
-    """Its ``serve(sockets=[listener])`` answers until SIGINT or SIGTERM, and then ends what is under way."""
+    """A server whose ``serve(sockets=[listener])`` answers until SIGINT or SIGTERM, and then ends what is under way."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=30)
     return uvicorn.Server(config)

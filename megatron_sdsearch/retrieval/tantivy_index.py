@@ -33,7 +33,7 @@ _VERSION = importlib.metadata.version("tantivy")
 
 _MANIFEST = "manifest.json"
 _COMPRESSION = 5
-"""Of prose in compressed files, at most."""
+"""The factor by which prose is compressed, at most."""
 _MIN_HEAP_BYTES, _MAX_HEAP_BYTES = 64 << 20, 4000 << 20
 
 
@@ -187,7 +187,7 @@ class TantivyRetriever:
         return self.search_now(query, top_k)
 
     def search_now(self, query: str, top_k: int) -> Sequence[Passage]:
-        """As ``search``, without an event loop; any number of threads may call it at the same time."""
+        """Search without an event loop; any number of threads may call it at the same time."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         terms = self._analyze(query)
@@ -277,7 +277,7 @@ def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
 
 @contextmanager
 def _writing(folder: Path, corpus: Path, field: str) -> Iterator[None]:
-    """What the file system refuses is a matter of the setting; tantivy says it in a ValueError."""
+    """Report what the file system refuses as a matter of the setting; tantivy wraps it in a ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
