@@ -18,7 +18,6 @@ Owns batches, the number of open requests, retries and outages, for every remote
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import random
@@ -112,8 +111,9 @@ async def retry(request: Callable[[], Awaitable[T]], *, max_attempts: float = ma
     Raises:
         SearchError: the last one: it is final, or attempts or seconds are spent.
     """
-    ends_at = asyncio.get_running_loop().time() + limit_s
-    for attempt in itertools.count(1):
+    ends_at, attempt = asyncio.get_running_loop().time() + limit_s, 0
+    while True:
+        attempt += 1
         try:
             return await request()
         except SearchError as failure:
@@ -122,7 +122,6 @@ async def retry(request: Callable[[], Awaitable[T]], *, max_attempts: float = ma
                 raise
             wait = backoff_s(attempt, failure.retry_after_s)
         await asyncio.sleep(wait)
-    raise AssertionError("count() does not end")
 
 
 @dataclass(slots=True, eq=False)
@@ -157,6 +156,7 @@ class BatchedRetriever:
         self.is_in_outage = False
         self._probe_turn = asyncio.Lock()  # first come, first served: each probe is another query
         self._num_lost_requests = 0  # in a row
+        self._num_probes = 0  # of this outage
         self._failing_since: float | None = None
         self._last_cause = ""
 
@@ -203,8 +203,10 @@ class BatchedRetriever:
         tasks = [*self._searches, *self._requests]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.backend.close()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await self.backend.close()
 
     async def _answer(self, query: str, top_k: int) -> Sequence[Passage]:
         num_attempts = num_counted = 0
@@ -281,8 +283,8 @@ class BatchedRetriever:
                     f"(retrieval.*.down_timeout_s); last: {self._last_cause}",
                     cause=self._last_cause,
                 )
-            num_probes = self._num_lost_requests - _REQUESTS_OF_AN_OUTAGE
-            await asyncio.sleep(min(remaining_s, backoff_s(num_probes + 1)))
+            self._num_probes += 1
+            await asyncio.sleep(min(remaining_s, backoff_s(self._num_probes)))
             (outcome,) = await self._request([query], top_k)
             return outcome
 
@@ -311,7 +313,7 @@ class BatchedRetriever:
         if self._failing_since is None:
             self._failing_since = asyncio.get_running_loop().time()
         if not self.is_in_outage and self._num_lost_requests >= _REQUESTS_OF_AN_OUTAGE:
-            self.is_in_outage = True
+            self.is_in_outage, self._num_probes = True, 0
             self._counts["num_outages"] += 1
             _log.warning("%s: does not answer, searches wait: %s", self.backend.name, self._last_cause)
         return outcomes

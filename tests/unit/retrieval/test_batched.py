@@ -273,6 +273,21 @@ def test_an_engine_that_stays_down_ends_everything_at_one_time_with_one_error() 
     asyncio.run(run())
 
 
+def test_requests_that_were_under_way_do_not_put_off_the_first_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen fail at once: an engine that is back at once is found at once."""
+    monkeypatch.setattr(batched, "LONGEST_BACKOFF_S", 10.0)
+
+    async def run() -> None:
+        backend = Backend(lambda queries, top_k: LOST if len(backend.requests) <= 16 else answer(queries, top_k))
+        backend.delay_s = 0.01
+        searches = make(backend, max_requests=16, batch_queries=1)
+        start = asyncio.get_running_loop().time()
+        assert len(await ask_all(searches, [str(i) for i in range(16)])) == 16
+        assert asyncio.get_running_loop().time() - start < 1.0
+
+    asyncio.run(run())
+
+
 def test_requests_that_hang_end_at_the_same_time() -> None:
     backend = Backend(lambda queries, top_k: never())
     searches = make(backend, timeout_s=0.05, down_timeout_s=0.2, max_attempts=8)
