@@ -44,7 +44,7 @@ class FakeElastic:
         meta: of its mapping.
         bodies: of all _msearch requests, in order, as lists of lines.
         refuses: queries that it cannot parse.
-        is_dead: answers nobody.
+        is_dead: answers no request.
     """
 
     def __init__(self, passages: Mapping[str, str] = PASSAGES, *, tls: ssl.SSLContext | None = None) -> None:

@@ -146,7 +146,7 @@ def test_no_queries_and_no_hits_are_answers(url: str) -> None:
         ([1], "body: "),
     ],
 )
-def test_wrong_requests_are_told_what_is_wrong(url: str, body: object, words: str) -> None:
+def test_wrong_requests_are_answered_with_what_is_wrong(url: str, body: object, words: str) -> None:
     response = requests.post(url, json=body)
     assert response.status_code == 422
     assert response.json()["detail"].startswith(words)
@@ -370,14 +370,14 @@ def test_a_malformed_entry_is_not_its_neighbours_fault() -> None:
     assert "an item is no document: 5" in str(bad)
 
 
-def test_a_server_that_answers_nobody_ends_the_run() -> None:
+def test_a_server_that_answers_no_query_ends_the_run() -> None:
     with Foreign(status(502, "bad gateway")).running() as url:
         (error,) = searched(config_of(url, max_attempts=50, down_timeout_s=0.5), ["a"])
     assert type(error) is RetrievalDownError
     assert "HTTP 502: bad gateway" in str(error)
 
 
-def test_opening_finds_out_that_nobody_is_there() -> None:
+def test_opening_finds_out_that_no_server_is_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/retrieve"
@@ -436,7 +436,7 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tools.serve_retriever", *arguments]
 
 
-def test_the_tool_serves_until_it_is_told_to_end(index_dir: Path) -> None:
+def test_the_tool_serves_until_it_is_asked_to_end(index_dir: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(index_dir), "--port", "0")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -464,14 +464,14 @@ def test_the_tool_names_what_is_wrong(index_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} is no index's folder; ")
-    for flags, told in (
+    for flags, message in (
         (("--port", "99999"), "--port: 99999 is no port"),
         (("--host", "nohost.invalid"), "--host: nohost.invalid is no address here"),
     ):
         command = serve_command("--engine", "tantivy", "--index", str(index_dir), *flags)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
-        assert told in done.stderr.splitlines()[-1]
+        assert message in done.stderr.splitlines()[-1]
 
 
 def test_searches_run_beside_each_other(index_dir: Path) -> None:

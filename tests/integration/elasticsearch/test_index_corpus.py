@@ -188,7 +188,7 @@ def test_a_name_that_is_an_index_is_refused_before_anything_is_loaded(node: str,
     assert only_index(node) == "wiki"
 
 
-def test_an_index_of_somebody_else_is_left_alone(node: str, corpus: Path) -> None:
+def test_an_index_of_another_tool_is_left_alone(node: str, corpus: Path) -> None:
     name = load(node, corpus).index
     call(f"{node}/{name}", "DELETE")
     call(f"{node}/{name}", "PUT", {})
@@ -270,7 +270,7 @@ def test_what_is_lost_or_altered_behind_our_back_is_found(node: str, corpus: Pat
 
 
 class Proxy:
-    """Passes requests on, and breaks bulk requests as it is told to.
+    """Passes requests on, and breaks bulk requests on demand.
 
     Attributes:
         faults: taken from the left, one per bulk request; None breaks nothing. ``always`` is for all of them.
@@ -508,7 +508,7 @@ def test_the_tool_loads_a_compressed_shuffled_corpus(node: str, corpus: Path, tm
     assert_loaded(node, corpus)
 
 
-def test_the_tool_says_that_nobody_answers(corpus: Path, tmp_path: Path) -> None:
+def test_the_tool_says_that_no_cluster_answers(corpus: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     common = (str(corpus), "--to", "elasticsearch", "--url", url)

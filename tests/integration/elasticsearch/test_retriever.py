@@ -113,7 +113,7 @@ def test_title_and_text_add_up(node: Node, index: str) -> None:
     ['"', '\\', "a/b (c) [d] {e} ~2 ^3 *:* OR AND NOT -x +y", "contents:capital", '{"match_all": {}}', "\x00\n\r\u2028",
      "\ud800 half a pair", "x" * 10_000, "word " * 5_000, "北京 🙂"],
 )  # fmt: skip
-def test_whatever_a_model_writes_is_words_and_harms_nobody(node: Node, index: str, query: str) -> None:
+def test_whatever_a_model_writes_is_text_and_harms_no_other_query(node: Node, index: str, query: str) -> None:
     strange, usual = ask(node, index, [query, "old bridge"])
     assert isinstance(strange, list)
     assert usual

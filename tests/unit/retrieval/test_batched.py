@@ -41,7 +41,7 @@ def answer(queries: Sequence[str], top_k: int) -> Reply:
 
 
 class Backend:
-    """A ``SearchBackend`` that behaves as it is told.
+    """A ``SearchBackend`` with a given behaviour.
 
     Attributes:
         requests: (queries, top_k) of each, in order.
@@ -211,7 +211,7 @@ def test_a_request_without_an_answer_counts_as_a_failed_attempt() -> None:
     assert backend.num_cancelled == 1
 
 
-def test_the_engines_own_wish_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_that_the_engine_asks_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched, "LONGEST_BACKOFF_S", 10.0)
     wish = SearchError("busy", is_retryable=True, retry_after_s=0.15)
     backend = Backend(lambda queries, top_k: wish if len(backend.requests) == 1 else answer(queries, top_k))
@@ -335,7 +335,7 @@ def test_a_cancelled_caller_takes_its_query_along() -> None:
     asyncio.run(run())
 
 
-def test_a_request_that_nobody_waits_for_is_cancelled() -> None:
+def test_a_request_without_waiting_callers_is_cancelled() -> None:
     async def run() -> None:
         backend = Backend(lambda queries, top_k: never())
         searches = make(backend, max_requests=1)
@@ -368,7 +368,7 @@ def test_close_fails_what_waits_and_ends_every_request() -> None:
 
 
 @pytest.mark.parametrize("reply", [ZeroDivisionError("a bug"), []], ids=["raises", "too few outcomes"])
-def test_a_bug_of_the_backend_is_heard_by_all(reply: Any) -> None:
+def test_a_bug_of_the_backend_reaches_all_callers(reply: Any) -> None:
     def behave(queries: Sequence[str], top_k: int) -> Reply:
         if isinstance(reply, Exception):
             raise reply

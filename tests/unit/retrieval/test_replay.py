@@ -114,7 +114,7 @@ def test_failures_are_not_stored(tmp_path: Path) -> None:
 
 
 class SlowRetriever(DictRetriever):
-    """Answers when it is told to."""
+    """Answers when ``may_answer`` is set."""
 
     def __init__(self, passages: dict[str, Sequence[Passage] | None]) -> None:
         super().__init__(passages)
@@ -156,7 +156,7 @@ def test_identical_queries_in_flight_are_asked_once(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_query_that_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
+def test_a_query_without_waiting_callers_is_given_up(tmp_path: Path) -> None:
     async def run() -> None:
         engine = SlowRetriever({"capital": (LISBON,)})
         retriever = recording(tmp_path, engine)
@@ -172,7 +172,7 @@ def test_a_query_that_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_failure_in_flight_reaches_all_who_wait_and_the_next_asks_again(tmp_path: Path) -> None:
+def test_a_failure_in_flight_reaches_all_callers_and_the_next_asks_again(tmp_path: Path) -> None:
     async def run() -> None:
         engine = SlowRetriever({"capital": None})
         retriever = recording(tmp_path, engine)
@@ -298,7 +298,7 @@ def test_a_closed_store_is_one_file_that_can_be_copied(tmp_path: Path) -> None:
     assert ask(with_replay(settings(elsewhere, "only"), never), "capital") == [(LISBON,)]
 
 
-def test_top_k_below_one_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+def test_top_k_below_one_is_refused_before_the_engine_is_asked(tmp_path: Path) -> None:
     engine = DictRetriever()
     with pytest.raises(ValueError):
         ask(recording(tmp_path, engine), "capital", top_k=0)
