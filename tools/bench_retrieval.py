@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ import numpy as np
 
 from megatron_sdsearch.config import RetrievalConfig, path_argument
 from megatron_sdsearch.errors import RetrievalError, SDSearchError
-from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.training.retrievers import open_retriever
 
 PROSE = Path(__file__).parents[1] / "tests" / "golden" / "bm25" / "factbook.jsonl.gz"
@@ -44,83 +43,65 @@ class Prose:
     """An endless supply of passages and queries; the same for the same seed."""
 
     def __init__(self, seed: int) -> None:
-        self._chance = np.random.default_rng(seed)
-        self._words = _vocabulary()
+        self._generator = np.random.default_rng(seed)
+        with gzip.open(PROSE, "rt", encoding="utf-8") as lines:
+            texts = (json.loads(line)["contents"].lower() for line in lines)
+            counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text))
+        words = [word for word, _ in counts.most_common()]
+        pairs = np.random.default_rng(0).integers(0, len(words), (2 * VOCABULARY_SIZE, 2))
+        compounds = (words[first] + words[second] for first, second in pairs)
+        self._words = list(dict.fromkeys([*words, *dict.fromkeys(compounds)]))[:VOCABULARY_SIZE]
         weights = 1.0 / (np.arange(len(self._words)) + 1.0 + ZIPF_SHIFT) ** ZIPF_EXPONENT
         self._cumulative = np.cumsum(weights / weights.sum())
 
-    def passages(self, number: int) -> Iterator[str]:
-        """So many, each as ``"Title"\\ntext``."""
-        for start in range(0, number, CHUNK):
-            for words in self._draw(min(CHUNK, number - start)):
-                yield f'"{" ".join(words[:3])}"\n{" ".join(words)}.'
+    def write_corpus(self, path: Path, num_passages: int) -> None:
+        """JSONL of passages, each ``"Title"\\ntext``."""
+        with path.open("w", encoding="utf-8") as file:
+            for start in range(0, num_passages, CHUNK):
+                for number, words in enumerate(self._draw(min(CHUNK, num_passages - start)), start):
+                    contents = f'"{" ".join(words[:3])}"\n{" ".join(words)}.'
+                    file.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
 
     def queries(self, number: int) -> list[str]:
-        """So many, of words that stand in one passage."""
-        lengths = self._chance.integers(4, 9, number)
-        passages = self._draw(number)
+        """Queries, each of words that stand in one passage."""
+        lengths, passages = self._generator.integers(4, 9, number), self._draw(number)
         return [
-            " ".join(self._chance.choice(words, size=length, replace=False))
+            " ".join(self._generator.choice(words, size=length, replace=False))
             for words, length in zip(passages, lengths, strict=True)
         ]
 
     def _draw(self, number: int) -> list[list[str]]:
-        lengths = np.maximum(self._chance.normal(MEAN_WORDS, SPREAD_WORDS, number).astype(int), LEAST_WORDS)
-        ranks = np.searchsorted(self._cumulative, self._chance.random(int(lengths.sum()))).clip(
-            max=len(self._words) - 1
-        )
+        lengths = np.maximum(self._generator.normal(MEAN_WORDS, SPREAD_WORDS, number).astype(int), LEAST_WORDS)
+        chances = self._generator.random(int(lengths.sum()))
+        ranks = np.searchsorted(self._cumulative, chances).clip(max=len(self._words) - 1)
         pieces = np.split(ranks, np.cumsum(lengths)[:-1])
         return [[self._words[rank] for rank in piece] for piece in pieces]
 
 
-def _vocabulary() -> list[str]:
-    """Words of real prose by frequency, and pairs of them behind."""
-    with gzip.open(PROSE, "rt", encoding="utf-8") as lines:
-        counts = Counter(word for line in lines for word in re.findall(r"[a-z]+", json.loads(line)["contents"].lower()))
-    words = [word for word, _ in counts.most_common()]
-    chance = np.random.default_rng(0)
-    pairs = chance.integers(0, len(words), (2 * VOCABULARY_SIZE, 2))
-    compounds = dict.fromkeys(words[first] + words[second] for first, second in pairs)
-    return list(dict.fromkeys([*words, *compounds]))[:VOCABULARY_SIZE]
-
-
 def main() -> None:
     """Open the engine, ask, report."""
-    arguments = _arguments()
+    arguments = parse_arguments()
     prose = Prose(arguments.seed)
-    queries = _read_queries(arguments.queries) if arguments.queries else prose.queries(arguments.num_queries)
+    queries = read_queries(arguments.queries) if arguments.queries else prose.queries(arguments.num_queries)
     report: dict[str, object] = {"engine": arguments.engine, "concurrency": arguments.concurrency}
+    settings: dict[str, Any] = {"engine": arguments.engine, "analyzer": arguments.analyzer}
     with tempfile.TemporaryDirectory(prefix="bench_retrieval_") as temporary:
-        corpus = Path(temporary) / "corpus.jsonl"
         if arguments.engine == "tantivy":
-            report |= _write_corpus(corpus, prose, arguments.passages)
+            corpus = settings["corpus"] = Path(temporary) / "corpus.jsonl"
+            prose.write_corpus(corpus, arguments.passages)
+            report |= {"num_passages": arguments.passages, "corpus_bytes": corpus.stat().st_size}
+        elif arguments.engine == "http":
+            settings["http"] = {"url": arguments.url}
+        else:
+            settings["elasticsearch"] = {"urls": [arguments.url], "index": arguments.index}
         try:
-            config = RetrievalConfig.model_validate(_settings(arguments, corpus))
-            report |= asyncio.run(_run(config, queries, arguments))
+            report |= asyncio.run(measure(RetrievalConfig.model_validate(settings), queries, arguments))
         except SDSearchError as error:
             sys.exit(str(error))
     print(json.dumps(report))
 
 
-def _settings(arguments: argparse.Namespace, corpus: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {"engine": arguments.engine, "analyzer": arguments.analyzer}
-    if arguments.engine == "tantivy":
-        settings["corpus"] = corpus
-    elif arguments.engine == "http":
-        settings["http"] = {"url": arguments.url}
-    else:
-        settings["elasticsearch"] = {"urls": [arguments.url], "index": arguments.index, "dfs": arguments.dfs}
-    return settings
-
-
-def _write_corpus(path: Path, prose: Prose, num_passages: int) -> dict[str, object]:
-    with path.open("w", encoding="utf-8") as file:
-        for number, passage in enumerate(prose.passages(num_passages)):
-            file.write(json.dumps({"id": str(number), "contents": passage}) + "\n")
-    return {"num_passages": num_passages, "corpus_bytes": path.stat().st_size}
-
-
-def _read_queries(path: Path) -> list[str]:
+def read_queries(path: Path) -> list[str]:
     if not path.is_file():
         sys.exit(f"--queries {path}: does not exist")
     queries = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -129,8 +110,9 @@ def _read_queries(path: Path) -> list[str]:
     return queries
 
 
-async def _run(config: RetrievalConfig, queries: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:
-    report: dict[str, object] = {}
+async def measure(config: RetrievalConfig, queries: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:
+    """Build times and sizes of tantivy, then the queries by ``--concurrency`` coroutines."""
+    report: dict[str, object] = {"num_queries": len(queries), "top_k": arguments.top_k}
     start, cpu_start = time.perf_counter(), time.process_time()
     retriever = await open_retriever(config)
     if config.corpus is not None:
@@ -138,10 +120,6 @@ async def _run(config: RetrievalConfig, queries: Sequence[str], arguments: argpa
         report["build_cpu_s"] = round(time.process_time() - cpu_start, 2)
         files = (config.corpus.parent / "index").rglob("*")
         report["index_bytes"] = sum(path.stat().st_size for path in files if path.is_file())
-    return report | await _measure(retriever, queries, arguments.concurrency, arguments.top_k)
-
-
-async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: int, top_k: int) -> dict[str, object]:
     latencies: list[float] = []
     num_failed = num_empty = 0
     waiting = iter(queries)
@@ -151,7 +129,7 @@ async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: in
         for query in waiting:
             start = time.perf_counter()
             try:
-                found = await retriever.search(query, top_k=top_k)
+                found = await retriever.search(query, top_k=arguments.top_k)
             except RetrievalError as error:
                 if not num_failed:
                     print(error, file=sys.stderr)
@@ -162,33 +140,27 @@ async def _measure(retriever: Retriever, queries: Sequence[str], concurrency: in
 
     try:
         for query in queries[:NUM_WARM_UP]:
-            await retriever.search(query, top_k=top_k)
+            await retriever.search(query, top_k=arguments.top_k)
         start, cpu_start = time.perf_counter(), time.process_time()
-        await asyncio.gather(*(ask_on() for _ in range(concurrency)))
+        await asyncio.gather(*(ask_on() for _ in range(arguments.concurrency)))
         elapsed, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     finally:
         await retriever.close()
-    shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
-    return {
-        "num_queries": len(queries),
-        "top_k": top_k,
-        "num_failed": num_failed,
-        "num_empty": num_empty,
-        "queries_per_s": round(len(latencies) / elapsed, 1),
-        "cpu_ms_per_query": round(1000 * cpu_s / len(queries), 3),
-        **{
-            name: round(1000 * float(np.quantile(latencies, q)), 3) if latencies else None for name, q in shares.items()
-        },
-    }
+    report |= {"num_failed": num_failed, "num_empty": num_empty}
+    report |= {"queries_per_s": round(len(latencies) / elapsed, 1)}
+    report |= {"cpu_ms_per_query": round(1000 * cpu_s / len(queries), 3)}
+    for percent in (50, 95, 99):
+        milliseconds = round(1000 * float(np.percentile(latencies, percent)), 3) if latencies else None
+        report[f"p{percent}_ms"] = milliseconds
+    return report
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("tantivy", "elasticsearch", "http"), default="tantivy")
     parser.add_argument("--analyzer", choices=("standard", "english"), default="standard", help="of tantivy")
     parser.add_argument("--url", help="of the cluster, or of /retrieve")
     parser.add_argument("--index", default="wiki-18", help="of the cluster (default wiki-18)")
-    parser.add_argument("--dfs", action="store_true", help="global document frequencies, on the cluster")
     parser.add_argument("--queries", type=path_argument, help="one per line; made up by default")
     numbers = {
         "passages": (10_000, "made-up passages, for tantivy"),

@@ -24,17 +24,12 @@ import json
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig, path_argument
-from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
+from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, StorageError
 from megatron_sdsearch.retrieval.corpus import sha256_of_corpus
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root
 
@@ -50,7 +45,7 @@ def main() -> None:
         report = to_tantivy(arguments) if arguments.to == "tantivy" else to_elasticsearch(arguments)
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError | DataError | StorageError) else 1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -62,32 +57,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("corpus", metavar="CORPUS", type=path_argument)
     parser.add_argument("--to", choices=("tantivy", "elasticsearch"), required=True)
     parser.add_argument("--analyzer", choices=("standard", "english"), default="standard")
-    tantivy = parser.add_argument_group("tantivy")
-    tantivy.add_argument(
-        "--out", metavar="DIR", type=path_argument, help="folder of the index (default: where training looks)"
-    )
-    tantivy.add_argument("--replace", action="store_true", help="DIR holds the index of something else: replace it")
-    elastic = parser.add_argument_group("Elasticsearch")
-    elastic.add_argument("--url", action="append", help="of a node; may be repeated (default http://127.0.0.1:9200)")
-    elastic.add_argument("--index", metavar="NAME", help="alias")
-    elastic.add_argument("--shards", type=int, default=1, help="default 1: BM25 counts terms per shard, so only one "
-                         "shard gives the scores of one whole corpus; take more for speed over tens of millions of "
-                         "passages, and retrieval.elasticsearch.dfs=true for the scores")  # fmt: skip
-    elastic.add_argument("--replicas", type=int, default=1, help="once loaded (default 1)")
-    elastic.add_argument("--workers", type=int, default=4, help="bulk requests open at one time (default 4); with 1, "
-                         "passages of equal score rank in the corpus's order")  # fmt: skip
-    elastic.add_argument("--chunk", type=int, default=1000, help="passages of one request (default 1000)")
-    elastic.add_argument("--timeout", type=float, default=120.0, help="seconds of one request (default 120)")
-    elastic.add_argument("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with "
-                         "retries, before everything ends (default 600)")  # fmt: skip
-    elastic.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
-    elastic.add_argument("--encoder", metavar="DIR", type=path_argument, help="folder of a text encoder: adds a "
-                         "dense_vector to each passage")  # fmt: skip
-    elastic.add_argument("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
-    elastic.add_argument("--rejects", metavar="FILE", type=path_argument, help="default rejects-NAME.jsonl")
-    elastic.add_argument("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
-    elastic.add_argument("--restart", action="store_true", help="delete an unfinished index and begin anew")
-    elastic.add_argument("--delete-old", action="store_true", help="delete the indices that NAME pointed to before")
+    add = parser.add_argument_group("tantivy").add_argument
+    add("--out", metavar="DIR", type=path_argument, help="folder of the index (default: where training looks)")
+    add("--replace", action="store_true", help="DIR holds the index of something else: replace it")
+    add = parser.add_argument_group("Elasticsearch").add_argument
+    add("--url", action="append", help="of a node; may be repeated (default http://127.0.0.1:9200)")
+    add("--index", metavar="NAME", help="alias")
+    add("--shards", type=int, default=1, help="default 1: BM25 counts terms per shard, so only one shard gives the "
+        "scores of one whole corpus; take more for speed over tens of millions of passages")  # fmt: skip
+    add("--replicas", type=int, default=1, help="once loaded (default 1)")
+    add("--workers", type=int, default=4, help="bulk requests open at one time (default 4); with 1, passages of equal "
+        "score rank in the corpus's order")  # fmt: skip
+    add("--chunk", type=int, default=1000, help="passages of one request (default 1000)")
+    add("--timeout", type=float, default=120.0, help="seconds of one request (default 120)")
+    add("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with retries, before "
+        "everything ends (default 600)")  # fmt: skip
+    add("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
+    add("--encoder", metavar="DIR", type=path_argument, help="folder of a text encoder: adds a dense_vector to each "
+        "passage")  # fmt: skip
+    add("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
+    add("--rejects", metavar="FILE", type=path_argument, help="default rejects-NAME.jsonl")
+    add("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
+    add("--restart", action="store_true", help="delete an unfinished index and begin anew")
+    add("--delete-old", action="store_true", help="delete the indices that NAME pointed to before")
     arguments = parser.parse_args()
     if arguments.to == "elasticsearch" and not arguments.index:
         parser.error("--to elasticsearch needs --index NAME")
@@ -102,9 +94,16 @@ def parse_arguments() -> argparse.Namespace:
 def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     corpus, analyzer = arguments.corpus, arguments.analyzer
     out = arguments.out or TantivyRetriever.default_dir(corpus, analyzer)
-    check_folder(out, corpus, analyzer, may_replace=arguments.replace)
-    with Display("indexed") as display:
-        TantivyRetriever.build(corpus, out, analyzer, display.advance, field="--out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        # Building replaces the folder: nothing may be lost by it.
+        manifest = Manifest.read(out)
+        if manifest is None or any(path.is_dir() for path in out.iterdir()):
+            raise ConfigError("--out", f"{out} holds other things than an index", "give a new folder")
+        if not arguments.replace and not manifest.fits(sha256_of_corpus(corpus), analyzer):
+            raise ConfigError("--out", f"{out} is the index of something else", "give a new folder, or --replace")
+    display = Display("indexed")
+    TantivyRetriever.build(corpus, out, analyzer, display.advance, field="--out")
+    display.show()
     index = TantivyRetriever.open(out)
     is_found = default_root(corpus).resolve() in (out.resolve(), out.resolve().parent)
     return {
@@ -116,105 +115,78 @@ def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_folder(out: Path, corpus: Path, analyzer: str, *, may_replace: bool) -> None:
-    """Building replaces the folder; make sure that nobody loses anything by it.
-
-    Raises:
-        ConfigError: it holds other things, or another index and is not to be replaced.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    manifest = Manifest.read(out)
-    if manifest is None or any(path.is_dir() for path in out.iterdir()):
-        raise ConfigError("--out", f"{out} holds other things than an index", "give a new folder")
-    if not may_replace and not manifest.fits(sha256_of_corpus(corpus), analyzer):
-        raise ConfigError("--out", f"{out} is the index of something else", "give a new folder, or --replace")
-
-
 def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
-        import elasticsearch  # noqa: F401
+        from megatron_sdsearch.retrieval import elasticsearch_load as load
     except ImportError as error:
         fix = "pip install 'megatron-sdsearch[elasticsearch]'"
         raise ConfigError("--to", "elasticsearch needs its client, which is not installed", fix) from error
-    from megatron_sdsearch.retrieval.bulk_index import RejectFile, survey_corpus
+    from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
+    from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
 
-    settings = index_settings(arguments, None)  # wrong names are told before the corpus is read
-    rejects = RejectFile(arguments.rejects or Path(f"rejects-{settings.name}.jsonl"))
-    rejects.begin_survey()
-
-    def reject(place: str, reason: str) -> None:
-        rejects.add(place=place, reason=reason)
-
-    with Display("checked") as display:
-        survey = survey_corpus(arguments.corpus, reject if arguments.allow_rejects else None, display.advance)
-    with asyncio.Runner() as runner:
-        report = runner.run(load(arguments, survey, rejects))
-    written = {"rejects": str(rejects.path)} if report.num_rejected else {}
-    return {"alias": settings.name, **asdict(report), **written}
-
-
-async def load(arguments: argparse.Namespace, survey: Any, rejects: Any) -> Any:
-    from megatron_sdsearch.retrieval.bulk_index import LoadSettings, index_corpus
-    from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
-    from megatron_sdsearch.retrieval.elastic_corpus import Cluster
-
+    # Wrong names are refused before the corpus is read.
+    index_settings = IndexSettings(
+        name=arguments.index,
+        analyzer=arguments.analyzer,
+        num_shards=arguments.shards,
+        num_replicas=arguments.replicas,
+    )
+    settings = load.LoadSettings(
+        num_workers=arguments.workers,
+        chunk_passages=arguments.chunk,
+        retry_limit_s=arguments.patience,
+        are_rejects_allowed=arguments.allow_rejects,
+        is_restart=arguments.restart,
+        is_merged=arguments.merge,
+        deletes_old=arguments.delete_old,
+    )
+    rejects = load.RejectFile(arguments.rejects or Path(f"rejects-{arguments.index}.jsonl"))
+    rejects.begin_scan()
+    display = Display("checked")
+    scan = load.scan_corpus(
+        arguments.corpus,
+        (lambda position, reason: rejects.add(place=position, reason=reason)) if arguments.allow_rejects else None,
+        display.advance,
+    )
+    display.show()
     config = ElasticsearchConfig(
         urls=tuple(arguments.url or ElasticsearchConfig().urls),
         ca_file=arguments.ca_file,
         timeout_s=arguments.timeout,
         max_requests=arguments.workers + 1,
     )
-    credentials = Credentials.of(config)
-    encoder = load_encoder(arguments.encoder)
-    load_settings = LoadSettings(
-        num_workers=arguments.workers,
-        chunk_passages=arguments.chunk,
-        are_rejects_allowed=arguments.allow_rejects,
-        is_restart=arguments.restart,
-        is_merged=arguments.merge,
-        deletes_old=arguments.delete_old,
-    )
-    async with connect(config, credentials) as client:
-        cluster = Cluster(client, credentials, url=config.urls[0], patience_s=arguments.patience)
-        await cluster.check()
-        with Display("loaded", survey.num_passages) as display:
-            return await index_corpus(
-                arguments.corpus,
-                survey,
-                cluster,
-                index_settings(arguments, encoder),
-                load_settings,
+    encoder = None
+    if arguments.encoder is not None:
+        from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
+
+        encoder = FolderEncoder(arguments.encoder, "--encoder")
+        index_settings = replace(
+            index_settings, encoder=encoder.fingerprint, num_dims=encoder.num_dims, similarity=encoder.similarity
+        )
+    display = Display("loaded", scan.num_passages)
+
+    async def load_corpus() -> load.LoadReport:
+        client = ElasticsearchClient(config, read_credentials(config))
+        async with client.api:
+            return await load.CorpusLoader(
+                corpus=arguments.corpus,
+                scan=scan,
+                client=client,
+                index_settings=index_settings,
+                settings=settings,
                 rejects=rejects,
                 encoder=encoder,
                 on_progress=display.reach,
-            )
+            ).run()
+
+    report = asyncio.run(load_corpus())
+    display.show()
+    written = {"rejects": str(rejects.path)} if report.num_rejected else {}
+    return {"alias": arguments.index, **asdict(report), **written}
 
 
-def index_settings(arguments: argparse.Namespace, encoder: Any) -> Any:
-    from megatron_sdsearch.retrieval.elastic_corpus import IndexSettings
-
-    return IndexSettings(
-        name=arguments.index,
-        analyzer=arguments.analyzer,
-        num_shards=arguments.shards,
-        num_replicas=arguments.replicas,
-        encoder=encoder and encoder.fingerprint,
-        num_dims=encoder and encoder.num_dims,
-        similarity=encoder.similarity if encoder else "cosine",
-    )
-
-
-def load_encoder(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
-
-    return FolderEncoder.from_folder(folder, "--encoder")
-
-
-class Display(AbstractContextManager["Display"]):
-    """Passages, rate and time left on standard error: a bar on a terminal, a line now and then anywhere else.
+class Display:
+    """Passages, rate and time left on standard error, in a line now and then.
 
     Args:
         verb: what is being done to passages.
@@ -226,47 +198,26 @@ class Display(AbstractContextManager["Display"]):
         self._count = 0
         self._first: int | None = None
         self._start = self._shown_at = time.monotonic()
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            columns = (BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-            self._bar = Progress(TextColumn(verb), *columns, TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task(verb, total=total, rate="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._show()
-        if self._bar is not None:
-            self._bar.stop()
 
     def advance(self) -> None:
-        """One more; quick."""
+        """Count one more passage; quick."""
         self._count += 1
         if self._count % 512 == 0:
             self.reach(self._count)
 
     def reach(self, count: int) -> None:
-        """So many."""
+        """Note that so many passages are done."""
         if self._first is None:
             self._first = count  # an earlier attempt's are not part of this one's rate
         self._count = count
-        now = time.monotonic()
-        if now - self._shown_at >= (0.2 if self._bar is not None else LINE_EVERY_S):
-            self._shown_at = now
-            self._show()
+        if time.monotonic() - self._shown_at >= LINE_EVERY_S:
+            self._shown_at = time.monotonic()
+            self.show()
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Print a line."""
         seconds = max(time.monotonic() - self._start, 1e-6)
         rate = (self._count - (self._first or 0)) / seconds
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._count, rate=f"{rate:,.0f}/s")
-            return
         parts = [f"{self._verb} {self._count:,}" + (f" of {self._total:,}" if self._total else ""), f"{rate:,.0f}/s"]
         if self._total and rate > 0:
             left = int((self._total - self._count) / rate)

@@ -21,9 +21,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sdsearch.config import ElasticsearchConfig, path_argument
+from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, find_indices
+from megatron_sdsearch.training.retrievers import open_retriever
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again at its end
     try:
-        asyncio.run(run(arguments))
+        asyncio.run(serve(arguments))
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (ConfigError, DataError)) else 1)
@@ -41,19 +42,19 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("tantivy", "elasticsearch"), required=True)
-    parser.add_argument("--index", required=True, help="tantivy: its folder, or the one that holds it "
-                        "alone; elasticsearch: name of an index or alias")  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
-    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes any")
-    parser.add_argument("--topk", type=int, default=3, help="for requests that name none (default 3)")
-    parser.add_argument("--threads", type=int, help="of tantivy (default: one per core)")
-    parser.add_argument("--url", action="append", help="of an Elasticsearch node; may be repeated")
-    parser.add_argument("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
-    parser.add_argument("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
-    parser.add_argument("--dfs", action="store_true", help="Elasticsearch: scores as of one shard")
-    parser.add_argument("--encoder", metavar="DIR", type=path_argument, help="text encoder, for dense and hybrid")
-    parser.add_argument("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
+    add = parser.add_argument
+    add("--engine", choices=("tantivy", "elasticsearch"), required=True)
+    add("--index", required=True, help="tantivy: its folder, or the one that holds it alone; elasticsearch: name of an "
+        "index or alias")  # fmt: skip
+    add("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
+    add("--port", type=int, default=8000, help="default 8000; 0 takes any")
+    add("--topk", type=int, default=3, help="for requests that name none (default 3)")
+    add("--threads", type=int, help="of tantivy (default: one per core)")
+    add("--url", action="append", help="of an Elasticsearch node; may be repeated")
+    add("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
+    add("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
+    add("--encoder", metavar="DIR", type=path_argument, help="text encoder, for dense and hybrid")
+    add("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port: {arguments.port} is no port; give one of 0 to 65535")
@@ -62,27 +63,35 @@ def parse_arguments() -> argparse.Namespace:
             arguments.index = path_argument(arguments.index)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--index: {error}")
-    if arguments.topk < 1:
-        parser.error("--topk must be at least 1")
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error("--threads must be at least 1")
+    for name in ("topk", "threads"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
     return arguments
 
 
-async def run(arguments: argparse.Namespace) -> None:
+async def serve(arguments: argparse.Namespace) -> None:
     try:
         from megatron_sdsearch.retrieval import server
     except ImportError as error:
         fix = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", fix) from error
-    folder = index_folder(Path(arguments.index)) if arguments.engine == "tantivy" else None
+    is_tantivy = arguments.engine == "tantivy"
+    folder = index_folder(Path(arguments.index)) if is_tantivy else None
     # First, for opening an index takes a while: a port that is taken is known at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
         if folder is not None:
             retriever = server.InThreads(TantivyRetriever.open(folder), arguments.threads)
         else:
-            retriever = await open_elasticsearch(arguments)
+            elastic = ElasticsearchConfig(
+                urls=tuple(arguments.url or ElasticsearchConfig().urls),
+                index=arguments.index,
+                mode=arguments.mode,
+                fields=arguments.fields,
+                encoder=arguments.encoder,
+                ca_file=arguments.ca_file,
+            )
+            retriever = await open_retriever(RetrievalConfig(engine="elasticsearch", elasticsearch=elastic))
         app = server.create_app(
             retriever, engine=arguments.engine, num_passages=retriever.num_passages, default_top_k=arguments.topk
         )
@@ -105,29 +114,6 @@ def index_folder(given: Path) -> Path:
         fix = "give the --out of tools/index_corpus.py --to tantivy"
         raise ConfigError("--index", f"{given} is no index's folder", fix)
     raise ConfigError("--index", f"{given} holds {', '.join(path.name for path in found)}", "give one of them")
-
-
-async def open_elasticsearch(arguments: argparse.Namespace) -> Any:
-    try:
-        from megatron_sdsearch.retrieval.elastic import ElasticRetriever
-    except ImportError as error:
-        fix = "pip install 'megatron-sdsearch[elasticsearch]'"
-        raise ConfigError("--engine", f"elasticsearch needs {error.name}, which is not installed", fix) from error
-    config = ElasticsearchConfig(
-        urls=tuple(arguments.url or ElasticsearchConfig().urls),
-        index=arguments.index,
-        mode=arguments.mode,
-        fields=arguments.fields,
-        dfs=arguments.dfs,
-        encoder=arguments.encoder,
-        ca_file=arguments.ca_file,
-    )
-    encoder = None
-    if arguments.encoder is not None:
-        from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
-
-        encoder = FolderEncoder.from_folder(arguments.encoder, "--encoder")
-    return await ElasticRetriever.open(config, encoder)
 
 
 if __name__ == "__main__":

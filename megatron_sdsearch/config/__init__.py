@@ -6,7 +6,13 @@ reason. Relative paths are taken from the working directory, and ``~`` is a home
 
 from megatron_sdsearch.config.loading import examine_tree, load_config, parse_config, read_tree
 from megatron_sdsearch.config.lookup import default_of, flatten, is_secret, shown_command, with_current_names
-from megatron_sdsearch.config.retrieval import ElasticsearchConfig, ReplayConfig, RetrievalConfig, RetrieveServerConfig
+from megatron_sdsearch.config.retrieval import (
+    ElasticsearchConfig,
+    RemoteSearchConfig,
+    ReplayConfig,
+    RetrievalConfig,
+    RetrieveServerConfig,
+)
 from megatron_sdsearch.config.rollout import RolloutConfig, SGLangConfig
 from megatron_sdsearch.config.rules import file_problems, is_server_url, no_model, setting_warnings
 from megatron_sdsearch.config.run import RunConfig
@@ -30,6 +36,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RemoteSearchConfig",
     "ReplayConfig",
     "RetrievalConfig",
     "RetrieveServerConfig",

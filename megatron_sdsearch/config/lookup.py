@@ -19,6 +19,9 @@ RENAMED = {
 """Settings of earlier versions, and what they are called now; a setting that has gone has its reason in ``DROPPED``."""
 DROPPED: dict[str, str] = {
     "rollout.oversample": "leave it out: groups are no fair sample of the questions with it",
+    "retrieval.elasticsearch.dfs": "drop it; an index of one shard (tools/index_corpus.py --shards 1) has exact scores",
+    "retrieval.replay.fingerprint": "drop it, and record each engine into a store of its own (retrieval.replay.store)",
+    "retrieval.replay.max_mb": "drop it: the store keeps every answer, about 1.3 kB each; delete it to begin anew",
 }
 """Settings of earlier versions without a successor, and what to do instead."""
 

@@ -11,7 +11,7 @@ from megatron_sdsearch.config.types import HomePath, NonNegativeFloat, PositiveI
 
 
 class RemoteSearchConfig(Section):
-    """How a search engine of other processes is asked."""
+    """How a search engine on other machines is asked; by one rank."""
 
     username: str | None = None
     """For HTTP's basic authentication. Elasticsearch: else ELASTICSEARCH_USERNAME."""
@@ -20,14 +20,15 @@ class RemoteSearchConfig(Section):
     timeout_s: Seconds = 30.0
     """One request."""
     max_attempts: PositiveInt = 5
+    """Requests that may carry one query; those during an outage do not count."""
     down_timeout_s: Seconds = 120.0
     """Nothing was answered for so long: the run stops."""
     max_requests: PositiveInt = 16
-    """Open at one time by one rank; fewer while the engine is overloaded."""
+    """Open at one time."""
     batch_queries: PositiveInt = 64
-    """Per request."""
+    """The most in one request."""
     batch_window_ms: NonNegativeFloat = 5.0
-    """How long a query waits for company."""
+    """How long the first query of a request waits for others."""
 
 
 class ElasticsearchConfig(RemoteSearchConfig):
@@ -39,9 +40,6 @@ class ElasticsearchConfig(RemoteSearchConfig):
     mode: Literal["bm25", "dense", "hybrid"] = "bm25"
     fields: Literal["contents", "title_and_text"] = "contents"
     """What BM25 matches: the whole passage, or title and text as two fields."""
-    dfs: bool = False
-    """Global document frequencies (dfs_query_then_fetch): scores as of one shard, for one more round trip. Not
-    for ``dense``, nor where the server fuses: they have none."""
     encoder: HomePath | None = None
     """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
     prompts and normalisation hold, or without any an E5 model."""
@@ -65,10 +63,6 @@ class ReplayConfig(Section):
     error, and the engine is never asked."""
     store: HomePath | None = None
     """A file that ranks, and runs, may share."""
-    max_mb: PositiveInt = 4096
-    """The oldest entries go when the store is larger."""
-    fingerprint: str | None = None
-    """``only``: which engine's answers; needed when the store holds those of several engines."""
 
 
 class RetrievalConfig(Section):

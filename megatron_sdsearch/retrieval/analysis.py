@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import islice
 
 import regex
 from nltk.stem.porter import PorterStemmer
-
-from megatron_sdsearch.errors import ConfigError
 
 Analyzer = Callable[[str], list[str]]
 
@@ -27,6 +25,7 @@ _STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with".split()
 )
+_STEMMER = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
 _POSSESSIVE = regex.compile(r"['\u2019\uFF07][sS]$")
 
 
@@ -77,18 +76,6 @@ _ASCII_TOKEN = re.compile(
 _TOKEN = regex.compile(_unicode_pattern(), flags=regex.VERSION1)
 
 
-def get_analyzer(name: str) -> Analyzer:
-    """The analyzer of that name: ``standard`` or ``english``, each a pure function from text to terms.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    analyzers: dict[str, Analyzer] = {"standard": analyze_standard, "english": analyze_english}
-    if name not in analyzers:
-        raise ConfigError("retrieval.analyzer", f"{name!r} is unknown", f"choose one of {', '.join(analyzers)}")
-    return analyzers[name]
-
-
 def analyze_standard(text: str) -> list[str]:
     """Words in lower case, in order (Elasticsearch's ``standard`` analyzer: no stop words)."""
     return [_lower(token) for token in _tokens(text)]
@@ -98,6 +85,10 @@ def analyze_english(text: str) -> list[str]:
     """Stems in order: words without possessive, lower case, without stop words, Porter (Lucene's EnglishAnalyzer)."""
     words = (_lower(_POSSESSIVE.sub("", token)) for token in _tokens(text))
     return [_stem(word) for word in words if word not in _STOP_WORDS]
+
+
+ANALYZERS: dict[str, Analyzer] = {"standard": analyze_standard, "english": analyze_english}
+"""``retrieval.analyzer`` to a pure function from text to terms."""
 
 
 def first_tokens(text: str, count: int) -> str:
@@ -134,13 +125,8 @@ def _lower(token: str) -> str:
     return "".join(character.lower()[0] for character in token)
 
 
-@cache
-def _stemmer() -> PorterStemmer:
-    return PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
-
-
 @lru_cache(maxsize=1 << 18)
 def _stem(word: str) -> str:
     # Words repeat: the cache makes indexing of natural text several times faster.
-    stem: str = _stemmer().stem(word, to_lowercase=False)
+    stem: str = _STEMMER.stem(word, to_lowercase=False)
     return stem

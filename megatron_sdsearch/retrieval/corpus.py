@@ -23,7 +23,7 @@ from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.records import bare_title
 
 OnReject = Callable[[str, str], None]
-"""Told of a bad row: its place (``file:line``) and what is wrong with it."""
+"""Called with the position of a bad row (``file:line``) and what is wrong with it."""
 
 _FIX = 'write {"id": "...", "contents": "\\"Title\\"\\ntext"} on one line'
 _PARQUET_FIX = "give the columns id and contents, or id, title and text"
@@ -63,7 +63,7 @@ class CorpusRow(BaseModel):
         return row
 
     def title_and_text(self) -> tuple[str, str]:
-        """The first line without its quotes, and the rest; a passage of one line has no title."""
+        """The first line without its quotes, and what follows; a passage of one line has no title."""
         title, newline, text = self.contents.partition("\n")
         if not newline:
             return "", self.contents
@@ -80,7 +80,7 @@ def read_corpus(
 
     Args:
         path: ``.parquet``; ``.gz``: gzipped JSONL; anything else: JSONL.
-        on_reject: is told of bad rows, which are then left out; without it the first one raises.
+        on_reject: called for bad rows, which are then left out; without it the first one raises.
         max_id_bytes: UTF-8 bytes of the longest id that the engine takes; None: of any length.
 
     Raises:
@@ -89,13 +89,13 @@ def read_corpus(
     """
     seen = _SeenIds()
     num_passages = 0
-    for place, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path):
+    for position, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path):
         try:
-            parsed = _parse(place, row, seen, max_id_bytes)
+            parsed = _parse(position, row, seen, max_id_bytes)
         except DataError as error:
             if on_reject is None:
                 raise
-            on_reject(place, str(error).removeprefix(f"{place}: "))
+            on_reject(position, str(error).removeprefix(f"{position}: "))
             continue
         num_passages += 1
         yield parsed
@@ -150,7 +150,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise _unreadable(path, error) from error
 
 
-def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_bytes: int | None) -> CorpusRow:
+def _parse(position: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_bytes: int | None) -> CorpusRow:
     try:
         validate = CorpusRow.model_validate_json if isinstance(line, bytes) else CorpusRow.model_validate
         row = validate(line)  # type: ignore[arg-type]  # each gets its own kind
@@ -158,13 +158,13 @@ def _parse(place: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_byte
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "row"
         fix = _FIX if isinstance(line, bytes) else _PARQUET_FIX
-        raise DataError(f"{place}: {field}: {first['msg']}; {fix}") from error
+        raise DataError(f"{position}: {field}: {first['msg']}; {fix}") from error
     num_bytes = len(row.id.encode())
     if max_id_bytes is not None and num_bytes > max_id_bytes:
         problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"
-        raise DataError(f"{place}: id: {problem}; give it a shorter one")
+        raise DataError(f"{position}: id: {problem}; give it a shorter one")
     if not seen.add(row.id):
-        raise DataError(f"{place}: id: {row.id!r} stands twice; give each passage an id of its own")
+        raise DataError(f"{position}: id: {row.id!r} stands twice; give each passage an id of its own")
     return row
 
 

@@ -1,40 +1,73 @@
-"""What turns queries into vectors; ``folder_encoder.py`` implements it, needs torch, and is imported late."""
+"""Text encoders of dense search: the protocol, and how a Hugging Face folder wants its texts encoded.
+
+A folder with sentence-transformers' ``modules.json`` says how; one without is an E5 model. It may ask for more than is
+done here (other poolings, layers on top): that is refused, since ignoring it gives other vectors than those that the
+model was trained for. No model is loaded here, so that ``check`` can look as well; ``folder_encoder.py`` does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sdsearch.retrieval.encoder_folder import Similarity
+from megatron_sdsearch.errors import ConfigError
 
 Vectors = NDArray[np.float32]
+Similarity = Literal["cosine", "dot"]
+
+E5_QUERY, E5_PASSAGE = "query: ", "passage: "
+"""arXiv 2212.03533, section 3."""
+E5_MAX_TOKENS = 256
+"""The longest query or passage, prompt and special tokens included (Search-R1's retriever)."""
+
+_MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+_QUERY_NAMES, _PASSAGE_NAMES = ("query",), ("document", "passage", "corpus")
+# The switches of older files; newer ones name the mode.
+_POOLING_SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Settings that change vectors and that nothing is done about here, with the values that change nothing.
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    _TRANSFORMER: {
+        "transformer_task": "feature-extraction",
+        "processing_kwargs": {},
+        "query_length": None,
+        "document_length": None,
+        "query_expansion": None,
+    },
+    "Normalize's config.json": {
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    },
+    _PROMPTS: {"truncate_dim": None, "suffix": ""},
+}
 
 
 class TextEncoder(Protocol):
-    """Encodes queries and passages into one space. Called from one thread at a time, not always the same."""
+    """Encodes queries and passages into one space. Called from one thread at a time, not always the same.
 
-    @property
-    def num_dims(self) -> int:
-        """Length of a vector."""
-        ...
+    Attributes:
+        num_dims: length of a vector.
+        fingerprint: names the weights and how they are used; equal fingerprints give equal vectors.
+        has_own_settings: its folder says how it pools and prompts.
+        similarity: by which vectors are compared; ``dot`` where their lengths count.
+    """
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the weights and how they are used; equal fingerprints give equal vectors."""
-        ...
-
-    @property
-    def has_own_settings(self) -> bool:
-        """Its folder says how it pools and prompts."""
-        ...
-
-    @property
-    def similarity(self) -> Similarity:
-        """By which vectors are compared; ``dot`` where their lengths count."""
-        ...
+    num_dims: int
+    fingerprint: str
+    has_own_settings: bool
+    similarity: Similarity
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """[len(texts), num_dims]."""
@@ -43,3 +76,169 @@ class TextEncoder(Protocol):
     def encode_passages(self, texts: Sequence[str]) -> Vectors:
         """[len(texts), num_dims]."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSettings:
+    """From a text to its vector.
+
+    Attributes:
+        model_dir: with weights and tokenizer.
+        pooling: of the last layer's vectors: the first token's, or the mean over all tokens.
+        is_normalized: vectors are divided by their length.
+        query_prompt: stands before a query.
+        passage_prompt: stands before a passage.
+        max_tokens: longer texts are cut, prompt and special tokens included; None: at what tokenizer and model take.
+        is_lower_cased: texts are, before the tokenizer sees them.
+        is_stripped: of white space at both ends, with their prompts.
+        similarity: by which vectors are to be compared.
+        has_modules: the folder says all this itself.
+        are_prompts_known: the folder names the prompts, or is one of E5 by its name; else they are a guess.
+    """
+
+    model_dir: Path
+    pooling: Literal["cls", "mean"] = "mean"
+    is_normalized: bool = True
+    query_prompt: str = E5_QUERY
+    passage_prompt: str = E5_PASSAGE
+    max_tokens: int | None = E5_MAX_TOKENS
+    is_lower_cased: bool = False
+    is_stripped: bool = False
+    similarity: Similarity = "cosine"
+    has_modules: bool = False
+    are_prompts_known: bool = True
+
+    @property
+    def identity(self) -> str:
+        """What vectors depend on beside the folder's weights; empty for a folder without module files."""
+        if not self.has_modules:
+            return ""
+        parts = [self.pooling, self.is_normalized, self.query_prompt, self.passage_prompt, self.max_tokens]
+        return json.dumps([*parts, self.is_lower_cased, self.is_stripped])
+
+    def __str__(self) -> str:
+        """Pooling and prompts, as a log line shows them."""
+        prompts = f"prompts {self.query_prompt!r} and {self.passage_prompt!r}"
+        return f"{self.pooling} pooling, {'' if self.is_normalized else 'not '}normalised, {prompts}"
+
+
+def read_encoder_settings(folder: Path, field: str) -> EncoderSettings:
+    """Read a folder's module files.
+
+    Args:
+        folder: of a Hugging Face model, with or without ``modules.json``.
+        field: the setting that names it, for errors.
+
+    Raises:
+        ConfigError: of ``field``: there is no model, a file is no JSON, or it asks for something that is not supported.
+    """
+    if not (folder / _MODULES).is_file():
+        _require_model(folder, field)
+        return EncoderSettings(model_dir=folder)
+    files = _ModuleFiles(folder, field)
+    found = files.read(folder / _MODULES, list)
+    if not all(isinstance(module, dict) and "type" in module for module in found):
+        raise files.broken(folder / _MODULES, "no list of modules with a type")
+    # The same class has stood in several packages of the library over time.
+    names = [str(module["type"]).rpartition(".")[2] for module in found]
+    folders = [folder / str(module.get("path") or "") for module in found]
+    if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
+        raise files.unsupported(_MODULES, f"asks for {', '.join(names) or 'nothing'}")
+    model_dir, is_normalized = folders[0], names[2:] == ["Normalize"]
+    _require_model(model_dir, field)
+    transformers = sorted(model_dir.glob("sentence_*_config.json"))
+    transformer = files.read(transformers[0]) if transformers else {}
+    model = files.read(folder / _PROMPTS)
+    files.check_neutral(transformer, _TRANSFORMER)
+    files.check_neutral(model, _PROMPTS)
+    if is_normalized:
+        files.check_neutral(files.read(folders[2] / "config.json"), "Normalize's config.json")
+    max_tokens = transformer.get("max_seq_length")
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise files.unsupported(_TRANSFORMER, f"sets max_seq_length to {max_tokens!r}")
+    pooling = files.read_pooling(folders[1] / "config.json")
+    query, passage, are_known = files.choose_prompts(model, is_e5=pooling == "mean" and is_normalized)
+    return EncoderSettings(
+        model_dir=model_dir,
+        pooling=pooling,
+        is_normalized=is_normalized,
+        query_prompt=query,
+        passage_prompt=passage,
+        max_tokens=max_tokens,
+        is_lower_cased=bool(transformer.get("do_lower_case")),
+        is_stripped=True,
+        similarity=files.choose_similarity(model, is_normalized=is_normalized),
+        has_modules=True,
+        are_prompts_known=are_known,
+    )
+
+
+def _require_model(folder: Path, field: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(field, f"{folder} holds no model", "give a Hugging Face folder")
+
+
+@dataclass(frozen=True, slots=True)
+class _ModuleFiles:
+    """A folder's JSON files, and the errors that name them."""
+
+    folder: Path
+    field: str
+
+    def unsupported(self, file: str, problem: str) -> ConfigError:
+        supported = "Transformer, Pooling (cls or mean) and Normalize are supported, on one model"
+        return ConfigError(self.field, f"{self.folder / file} {problem}", f"give another encoder: {supported}")
+
+    def broken(self, path: Path, found: str) -> ConfigError:
+        return ConfigError(self.field, f"{path} holds {found}", "fetch the encoder's folder again")
+
+    def read(self, path: Path, kind: type = dict) -> Any:
+        """An object, empty where there is no such file, or a list."""
+        try:
+            found = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise self.broken(path, f"no JSON ({error})") from error
+        if not isinstance(found, kind):
+            raise self.broken(path, "no object" if kind is dict else "no list of modules with a type")
+        return found
+
+    def check_neutral(self, found: Mapping[str, Any], file: str) -> None:
+        for name, value in _NEUTRAL[file].items():
+            if found.get(name) not in (None, value):
+                raise self.unsupported(file, f"sets {name} to {found[name]!r}")
+
+    def read_pooling(self, path: Path) -> Literal["cls", "mean"]:
+        found = self.read(path)
+        given = found.get("pooling_mode") or [m for key, m in _POOLING_SWITCHES.items() if found.get(key)] or "mean"
+        modes = [given] if isinstance(given, str) else list(given)
+        file = str(path.relative_to(self.folder))
+        if modes not in (["cls"], ["mean"]):
+            raise self.unsupported(file, f"asks for pooling {' + '.join(map(str, modes))}")
+        if found.get("include_prompt") is False:
+            raise self.unsupported(file, "leaves the prompt out of the pooling (include_prompt)")
+        return "cls" if modes == ["cls"] else "mean"
+
+    def choose_prompts(self, model: Mapping[str, Any], *, is_e5: bool) -> tuple[str, str, bool]:
+        """Prompts of queries and passages, and whether they are known."""
+        prompts = model.get("prompts") or {}
+        if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+            raise self.broken(self.folder / _PROMPTS, "prompts that are no texts")
+        if not prompts:  # E5's own folders leave them to the reader of their page
+            return (E5_QUERY, E5_PASSAGE, "e5" in self.folder.name.lower()) if is_e5 else ("", "", True)
+        default = model.get("default_prompt_name")
+        if not {*_QUERY_NAMES, *_PASSAGE_NAMES, default} & prompts.keys():
+            names = ", ".join(sorted(prompts))
+            fix = f"name them query and document in {self.folder / _PROMPTS}"
+            raise ConfigError(self.field, f"its prompts are {names}: none is for queries or passages", fix)
+        of_default = prompts.get(default, "")
+        query = next((prompts[name] for name in _QUERY_NAMES if name in prompts), of_default)
+        return query, next((prompts[name] for name in _PASSAGE_NAMES if name in prompts), of_default), True
+
+    def choose_similarity(self, model: Mapping[str, Any], *, is_normalized: bool) -> Similarity:
+        name = model.get("similarity_fn_name") or "cosine"
+        # Vectors of length 1 rank in the same way by all three.
+        if name == "cosine" or (is_normalized and name in ("euclidean", "dot", "dot_product")):
+            return "cosine"
+        if name in ("dot", "dot_product"):
+            return "dot"
+        raise self.unsupported(_PROMPTS, f"compares vectors by {name!r}" + ("" if is_normalized else ", unnormalised"))

@@ -1,7 +1,6 @@
 """Text encoders of Hugging Face folders: E5 (arXiv 2212.03533, section 3), or what a folder's module files ask for.
 
-The one module of ``retrieval`` that needs torch: imported for dense search alone. What a folder asks for is read by
-``encoder_folder.py``.
+The one module of ``retrieval`` that needs torch: imported for dense search alone.
 """
 
 from __future__ import annotations
@@ -10,16 +9,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer
 
 from megatron_sdsearch.errors import ConfigError, cause_of
-from megatron_sdsearch.retrieval.encoder import Vectors
-from megatron_sdsearch.retrieval.encoder_folder import EncoderSettings, Similarity, read_encoder_settings
+from megatron_sdsearch.retrieval.encoder import Vectors, read_encoder_settings
 
 _log = logging.getLogger(__name__)
 
@@ -27,82 +24,69 @@ _BATCH = 32
 
 
 class FolderEncoder:
-    """A ``TextEncoder``; fp32 on the CPU, so that ranks agree whatever their GPUs are at."""
+    """A ``TextEncoder``; fp32 on the CPU, so that ranks agree whatever their GPUs are at.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EncoderSettings,
-        max_tokens: int,
-        fingerprint: str,
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._max_tokens = max_tokens
-        self._fingerprint = fingerprint
+    Args:
+        folder: of a Hugging Face model.
+        field: the setting that names it, for errors.
 
-    @classmethod
-    def from_folder(cls, folder: Path, field: str = "retrieval.elasticsearch.encoder") -> Self:
-        """Load a Hugging Face folder.
+    Raises:
+        ConfigError: of ``field``: it holds no whole model, or asks for what is not supported.
+    """
 
-        Raises:
-            ConfigError: of ``field``: it holds no whole model, or asks for what is not supported.
-        """
+    def __init__(self, folder: Path, field: str = "retrieval.elasticsearch.encoder") -> None:
         settings = read_encoder_settings(folder, field)
+        model_dir = settings.model_dir
         try:
             model, loading = AutoModel.from_pretrained(
-                settings.model_dir, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                model_dir, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            problem = f"{settings.model_dir} holds no model: {cause_of(error)}"
+            problem = f"{model_dir} holds no model: {cause_of(error)}"
             raise ConfigError(field, problem, "give a Hugging Face folder") from error
         # What is missing was drawn at random; the pooler alone is not used.
         missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
         if missing:
-            problem = f"the weights in {settings.model_dir} lack {missing[0]} and {len(missing) - 1} more"
+            problem = f"the weights in {model_dir} lack {missing[0]} and {len(missing) - 1} more"
             raise ConfigError(field, problem, "fetch the encoder's folder again")
-        max_tokens = _max_tokens(settings, model, tokenizer, field)
-        _log.info("%s: %s, %d tokens", folder, settings, max_tokens)
+        num_positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self._max_tokens = int(min(num_positions, self._tokenizer.model_max_length))
+        if settings.max_tokens is not None:
+            # A folder that sets its length itself overrides what its tokenizer says.
+            longest = num_positions if settings.has_modules else self._max_tokens
+            if settings.has_modules and settings.max_tokens > longest:
+                problem = f"max_seq_length {settings.max_tokens} in {model_dir}, whose model has {longest} positions"
+                raise ConfigError(field, problem, "lower max_seq_length in sentence_bert_config.json")
+            self._max_tokens = min(longest, settings.max_tokens)
+        _log.info("%s: %s, %d tokens", folder, settings, self._max_tokens)
         if not settings.are_prompts_known:
             _log.warning(
                 "%s names no prompts: E5's are used; config_sentence_transformers.json may name its own", folder
             )
-        return cls(model.eval(), tokenizer, settings, max_tokens, _fingerprint(settings))
-
-    @property
-    def num_dims(self) -> int:
-        """Hidden size."""
-        return int(self._model.config.hidden_size)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the folder's files, and of how they are used."""
-        return self._fingerprint
-
-    @property
-    def has_own_settings(self) -> bool:
-        """See ``TextEncoder``."""
-        return self._settings.has_modules
-
-    @property
-    def similarity(self) -> Similarity:
-        """See ``TextEncoder``."""
-        return self._settings.similarity
+        self._model = model.eval()
+        self._settings = settings
+        self.num_dims = int(model.config.hidden_size)
+        self.has_own_settings = settings.has_modules
+        self.similarity = settings.similarity
+        digest = hashlib.sha256()
+        for file in sorted(p for p in model_dir.iterdir() if p.suffix in {".json", ".safetensors", ".bin"}):
+            with file.open("rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(settings.identity.encode())
+        self.fingerprint = f"e5-{digest.hexdigest()[:16]}"
 
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
-        """See ``TextEncoder``."""
+        """[len(texts), num_dims]."""
         return self._encode([self._settings.query_prompt + text for text in texts])
 
     def encode_passages(self, texts: Sequence[str]) -> Vectors:
-        """See ``TextEncoder``."""
+        """[len(texts), num_dims]."""
         return self._encode([self._settings.passage_prompt + text for text in texts])
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
-        rows = [self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
-        return np.concatenate(rows) if rows else np.zeros((0, self.num_dims), dtype=np.float32)
+        batches = [self._encode_batch(texts[start : start + _BATCH]) for start in range(0, len(texts), _BATCH)]
+        return np.concatenate(batches) if batches else np.zeros((0, self.num_dims), dtype=np.float32)
 
     @torch.inference_mode()
     def _encode_batch(self, texts: Sequence[str]) -> Vectors:
@@ -122,27 +106,3 @@ class FolderEncoder:
             pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         vectors: Vectors = (torch.nn.functional.normalize(pooled, dim=-1) if settings.is_normalized else pooled).numpy()
         return vectors
-
-
-def _max_tokens(
-    settings: EncoderSettings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, field: str
-) -> int:
-    """What the settings say, as far as the model has positions; what model and tokenizer take where they do not."""
-    wanted, num_positions = settings.max_tokens, getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    if wanted is None or not settings.has_modules:
-        longest = int(min(num_positions, tokenizer.model_max_length))
-        return longest if wanted is None else min(longest, wanted)
-    if wanted > num_positions:
-        problem = f"max_seq_length {wanted} in {settings.model_dir}, whose model has {num_positions} positions"
-        raise ConfigError(field, problem, "lower max_seq_length in sentence_bert_config.json")
-    return wanted
-
-
-def _fingerprint(settings: EncoderSettings) -> str:
-    digest = hashlib.sha256()
-    files = (path for path in settings.model_dir.iterdir() if path.suffix in {".json", ".safetensors", ".bin"})
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    digest.update(settings.identity.encode())
-    return f"e5-{digest.hexdigest()[:16]}"

@@ -1,34 +1,57 @@
-"""A retriever that remembers: known queries are answered from a store, others by the engine, or by nobody.
+"""A retriever that remembers: known queries are answered from a store, others by the engine, or not at all.
 
-Owns when the engine is asked, and that identical queries in flight are asked once. The file is ``replay_store.py``'s.
-With ``only`` a run repeats bit for bit without its engine: passages and scores are exactly what was recorded.
+With ``only`` a run repeats bit for bit without its engine: passages and scores are exactly what was recorded. The store
+is one SQLite file, shared by the processes of one machine and by later runs.
+
+The journal is a write-ahead log, which needs memory shared between the processes: all of them must run on ONE machine,
+and the file should lie on a local disk. On a network file system, even with one machine, SQLite depends on its locks.
+A process that is killed loses at most what it was about to write. A machine that loses power may lose the last
+answers, never the file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import sqlite3
+import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from megatron_sdsearch.config import ReplayConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.replay_store import ReplayStore
-
-_Key = tuple[str, str, int]
 
 HITS: Final = "replay/num_hits"
 """Searches answered from the store, or by a search for the same that was under way."""
 MISSES: Final = "replay/num_misses"
 """Searches that the engine was asked, failed ones included; with ``only``, those that failed for want of an answer."""
-EVICTIONS: Final = "replay/num_evictions"
-"""Old entries that ``retrieval.replay.max_mb`` has cost."""
+
+_FIELD = "retrieval.replay.store"
+_APPLICATION = 0x53445250  # "SDRP" in the file's header: no other program's database is taken for a store
+_LAYOUT = 1
+_LOCK_TIMEOUT_S = 60.0
+_MAX_JOURNAL_BYTES = 64 << 20
+
+_SCHEMA = (
+    "CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    "CREATE TABLE answers (number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint INTEGER NOT NULL, top_k INTEGER NOT "
+    "NULL, query BLOB NOT NULL, passages BLOB NOT NULL, UNIQUE (query, top_k, fingerprint))",
+    # Unused, but earlier versions, whose stores had a limit, expect it.
+    "CREATE TABLE totals (num_bytes INTEGER NOT NULL, num_evicted INTEGER NOT NULL)",
+    "INSERT INTO totals VALUES (0, 0)",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_LAYOUT}",
+)
 
 
-def with_replay(config: ReplayConfig, open_engine: Callable[[], Retriever]) -> Retriever:
+async def open_with_replay(config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]]) -> Retriever:
     """The engine as it is, behind a store, or a store alone: as ``retrieval.replay`` says.
 
     Args:
@@ -36,173 +59,242 @@ def with_replay(config: ReplayConfig, open_engine: Callable[[], Retriever]) -> R
         open_engine: opens the search engine; never called with ``mode=only``.
 
     Raises:
-        ConfigError: the store cannot be used, or does not say which of its engines is meant.
+        ConfigError: the store cannot be used, or holds answers of several engines with ``mode=only``.
         Exception: whatever ``open_engine`` raises.
     """
-    with _stored(config) as stored:
-        return stored.alone or stored.before(open_engine())
-
-
-async def with_replay_async(config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]]) -> Retriever:
-    """``with_replay`` for an engine that has to be awaited."""
-    with _stored(config) as stored:
-        return stored.alone or stored.before(await open_engine())
-
-
-def replay_counts(retriever: Retriever) -> dict[str, int]:
-    """Counts since the last call, under names of metrics; empty for a retriever without a store."""
-    return retriever.take_counts() if isinstance(retriever, ReplayRetriever) else {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
-    """What there is before an engine is opened: a store, and with ``only`` the whole retriever."""
-
-    store: ReplayStore | None = None
-    alone: ReplayRetriever | None = None
-
-    def before(self, engine: Retriever) -> Retriever:
-        return ReplayRetriever(self.store, engine=engine) if self.store else engine
-
-
-@contextmanager
-def _stored(config: ReplayConfig) -> Iterator[_Stored]:
-    """Opened first, so that a wrong path shows before an engine starts; closed if anything goes wrong from here on."""
     if config.mode == "off":
-        yield _Stored()
-        return
+        return await open_engine()
     assert config.store is not None  # RetrievalConfig has checked it
-    is_alone = config.mode == "only"
-    store = (
-        ReplayStore.open_readonly(config.store)
-        if is_alone
-        else ReplayStore.open(config.store, max_bytes=config.max_mb << 20)
-    )
+    # First, so that a wrong path shows before an engine starts.
+    store = ReplayStore(config.store, is_readonly=config.mode == "only")
     try:
-        fingerprint = _choose(store, config.fingerprint) if is_alone else ""
-        yield _Stored(store=store, alone=ReplayRetriever(store, fingerprint=fingerprint) if is_alone else None)
+        if config.mode == "cache":
+            return ReplayRetriever(store, engine=await open_engine())
+        known = store.fingerprints()
+        if not known:
+            fix = "record it first: run with retrieval.replay.mode=cache"
+            raise ConfigError(_FIELD, f"{config.store} is empty", fix)
+        if len(known) > 1:
+            problem = f"{config.store} holds the answers of {len(known)} engines ({', '.join(known)})"
+            raise ConfigError(_FIELD, problem, "record the one to be replayed into a store of its own")
+        return ReplayRetriever(store, fingerprint=known[0])
     except BaseException:
         store.close()
         raise
 
 
-def _choose(store: ReplayStore, wanted: str | None) -> str:
-    known = store.fingerprints()
-    listing = "".join(f"\n  {name}" for name in known)
-    if not known:
-        raise ConfigError(
-            "retrieval.replay.store", f"{store.path} is empty", "record it first: run with retrieval.replay.mode=cache"
-        )
-    field = "retrieval.replay.fingerprint"
-    if wanted is None and len(known) > 1:
-        raise ConfigError(field, f"missing, and {store.path} knows {len(known)} engines", f"set it to one of{listing}")
-    if wanted is not None and wanted not in known:
-        raise ConfigError(field, f"{wanted!r} is not in {store.path}", f"set it to one of{listing}")
-    return wanted or known[0]
-
-
 @dataclass(slots=True)
 class _Flight:
-    """A search under way, and how many wait for it."""
+    """A search under way, and how many callers wait for it."""
 
     task: asyncio.Task[Sequence[Passage]]
     num_waiting: int = 0
 
 
 class ReplayRetriever:
-    """A ``Retriever`` before another one, or in its place.
+    """A ``Retriever`` that stands before another one, or replaces it.
 
     Args:
         store: belongs to the retriever from now on: ``close`` closes it, and ``engine`` too.
-        engine: asked for what the store does not hold; ``None``: nobody is asked.
+        engine: asked for what the store does not hold; ``None``: an unknown query is an error.
         fingerprint: whose answers are served when there is no engine.
     """
 
     def __init__(self, store: ReplayStore, *, engine: Retriever | None = None, fingerprint: str = "") -> None:
+        self.engine = engine
+        self.fingerprint = engine.fingerprint if engine else fingerprint
         self._store = store
-        self._engine = engine
-        self._fingerprint = fingerprint
-        self._flights: dict[_Key, _Flight] = {}
-        self._counts = dict.fromkeys((HITS, MISSES, EVICTIONS), 0)
-
-    @property
-    def fingerprint(self) -> str:
-        """The engine's, whether it is there or not."""
-        return self._engine.fingerprint if self._engine else self._fingerprint
-
-    @property
-    def engine(self) -> Retriever | None:
-        """Behind the store, with counts of its own; ``None`` with ``only``."""
-        return self._engine
+        self._flights: dict[tuple[str, int], _Flight] = {}
+        self._counts = {HITS: 0, MISSES: 0}
 
     def take_counts(self) -> dict[str, int]:
-        """Hits, misses and evictions since the last call, under names of metrics."""
-        counts = self._counts.copy()
-        self._counts = dict.fromkeys(counts, 0)
+        """Hits and misses since the last call, under names of metrics."""
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         return counts
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The first answer that was ever stored for this engine, query and ``top_k``.
 
         Raises:
-            RetrievalError: the engine or the store failed, neither of which is stored; or nobody may be asked.
+            RetrievalError: the engine or the store failed, neither of which is stored; or there is no engine to ask.
             ValueError: ``top_k`` is less than 1.
         """
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
-        key = (self.fingerprint, query, top_k)
-        flight = self._flights.get(key)
+        flight = self._flights.get((query, top_k))
+        is_first = flight is None
         if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.ensure_future(self._answer(*key)))
-            return await self._wait_for(key, flight)
-        passages = await self._wait_for(key, flight)
-        self._counts[HITS] += 1
+            flight = _Flight(asyncio.ensure_future(self._answer(query, top_k)))
+            self._flights[query, top_k] = flight
+        flight.num_waiting += 1
+        try:
+            # A caller that gives up must not take the answer from the others.
+            passages = await asyncio.shield(flight.task)
+        finally:
+            flight.num_waiting -= 1
+            if flight.num_waiting == 0:
+                # No caller is left: left alone it could time out between two steps, and fail the next one.
+                flight.task.cancel()
+                self._flights.pop((query, top_k), None)
+        self._counts[HITS] += not is_first
         return passages
 
     async def close(self) -> None:
         """Close engine and store."""
         try:
-            if self._engine:
-                await self._engine.close()
+            if self.engine:
+                await self.engine.close()
         finally:
             self._store.close()
 
-    async def _wait_for(self, key: _Key, flight: _Flight) -> Sequence[Passage]:
-        flight.num_waiting += 1
-        try:
-            # One who gives up must not take the answer from the others.
-            return await asyncio.shield(flight.task)
-        finally:
-            flight.num_waiting -= 1
-            if flight.num_waiting == 0:
-                # Nobody wants it any more: left alone it could time out between two steps, and fail the next asker.
-                flight.task.cancel()
-                self._flights.pop(key, None)
-
-    async def _answer(self, fingerprint: str, query: str, top_k: int) -> Sequence[Passage]:
+    async def _answer(self, query: str, top_k: int) -> Sequence[Passage]:
         # The store is called on the event loop, never in a thread: it takes 0.03 to 0.15 ms, and a thread's
         # timing would decide which rollouts an in-process engine batches together, and so the last bits of its logits.
-        stored = self._store.get(fingerprint, query, top_k)
+        stored = self._store.get(self.fingerprint, query, top_k)
         if stored is not None:
             self._counts[HITS] += 1
             return stored
         self._counts[MISSES] += 1
-        if self._engine is None:
+        if self.engine is None:
             raise RetrievalError(
-                self._missing(query, top_k), query=query, cause="the replay store does not know the query"
+                f"{self._store.path} holds no answer to {query!r} with top_k={top_k}, and "
+                "retrieval.replay.mode=only never opens the engine; to record it, run once with "
+                "retrieval.replay.mode=cache and the engine at hand",
+                query=query,
+                cause="the replay store does not know the query",
             )
-        found = await self._engine.search(query, top_k=top_k)
-        kept = self._store.put(fingerprint, query, top_k, found)
-        self._counts[EVICTIONS] += kept.num_evicted
-        return kept.passages
+        found = await self.engine.search(query, top_k=top_k)
+        return self._store.put(self.fingerprint, query, top_k, found)
 
-    def _missing(self, query: str, top_k: int) -> str:
-        evicted = self._store.num_evicted()
-        reason = (
-            f" ({evicted} entries were evicted: raise retrieval.replay.max_mb for the recording)" if evicted else ""
-        )
-        return (
-            f"{self._store.path} holds no answer to {query!r} with top_k={top_k}{reason}, and "
-            "retrieval.replay.mode=only asks nobody; to record it, run once with "
-            "retrieval.replay.mode=cache and the engine at hand"
-        )
+
+class ReplayStore:
+    """Answers by (fingerprint, query, top_k). One object belongs to one thread.
+
+    Args:
+        path: of the file. It is made if it is not there; any number of processes may do so at once.
+        is_readonly: it has to exist, and nothing is written.
+
+    Raises:
+        ConfigError: it does not exist, is something else or of another version, or its folder cannot be written.
+        RetrievalError: (of the methods) the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, *, is_readonly: bool = False) -> None:
+        self.path = path
+        self._ids: dict[str, int] = {}
+        if is_readonly and not path.is_file():
+            raise ConfigError(_FIELD, f"{path} does not exist", "record it first: run with retrieval.replay.mode=cache")
+        # A reader of a write-ahead log writes to the file beside it, unless no process can be writing.
+        is_frozen = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+        mode = f"ro{'&immutable=1' if is_frozen else ''}" if is_readonly else "rwc"
+        try:
+            if not is_readonly:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            # Transactions are begun by hand.
+            uri = f"{path.absolute().as_uri()}?mode={mode}"
+            self._connection = sqlite3.connect(uri, uri=True, timeout=_LOCK_TIMEOUT_S, isolation_level=None)
+            try:
+                self._prepare(is_readonly=is_readonly)
+            except BaseException:
+                self._connection.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            fix = "give a store or a path for a new one"
+            raise ConfigError(_FIELD, f"{path} cannot be opened ({error})", fix) from error
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Every engine whose answers are stored, in the order of their first answer."""
+        with self._failing_as("read"):
+            rows = self._connection.execute("SELECT name FROM fingerprints ORDER BY id").fetchall()
+        return tuple(name for (name,) in rows)
+
+    def get(self, fingerprint: str, query: str, top_k: int) -> tuple[Passage, ...] | None:
+        """The stored answer, which may be empty; ``None`` when there is none."""
+        with self._failing_as("read"):
+            row = self._connection.execute(
+                "SELECT passages FROM answers WHERE query = ? AND top_k = ? AND fingerprint = ?",
+                (_encode_query(query), top_k, self._id_of(fingerprint)),
+            ).fetchone()
+        return None if row is None else _decode(row[0])
+
+    def put(self, fingerprint: str, query: str, top_k: int, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        """Store an answer unless there is one; return the one that counts: the first that any process stored."""
+        # Python writes the shortest digits that give the same float64 back.
+        rows = [(passage.passage_id, passage.contents, float(passage.score)) for passage in passages]
+        value = zlib.compress(json.dumps(rows, separators=(",", ":")).encode("ascii"), 6)
+        with self._failing_as("write"), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(
+                "INSERT INTO fingerprints (name) VALUES (?) ON CONFLICT DO NOTHING", (fingerprint,)
+            )
+            self._connection.execute(
+                "INSERT INTO answers (fingerprint, top_k, query, passages) SELECT id, ?, ?, ? FROM fingerprints "
+                "WHERE name = ? ON CONFLICT DO NOTHING",
+                (top_k, _encode_query(query), value, fingerprint),
+            )
+        # What is given out is what a later run will be given: through the encoding as well.
+        return self.get(fingerprint, query, top_k) or ()
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._connection.close()
+
+    def _prepare(self, *, is_readonly: bool) -> None:
+        connection = self._connection
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA journal_size_limit = {_MAX_JOURNAL_BYTES}")
+        if not is_readonly:
+            self._switch_to_write_ahead_log()
+            with connection:  # one process makes the tables, the others wait here
+                connection.execute("BEGIN IMMEDIATE")
+                if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                    for statement in _SCHEMA:
+                        connection.execute(statement)
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (layout,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != _APPLICATION:
+            raise ConfigError(_FIELD, f"{self.path} is no replay store", "give the path of another file")
+        if layout != _LAYOUT:
+            problem = f"{self.path} has layout {layout}, and this version {_LAYOUT}"
+            raise ConfigError(_FIELD, problem, "record into a new file")
+
+    def _switch_to_write_ahead_log(self) -> None:
+        # SQLite does not wait for other processes here, whatever the timeout.
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
+
+    def _id_of(self, fingerprint: str) -> int | None:
+        if fingerprint not in self._ids:
+            row = self._connection.execute("SELECT id FROM fingerprints WHERE name = ?", (fingerprint,)).fetchone()
+            if row is None:
+                return None
+            self._ids[fingerprint] = row[0]
+        return self._ids[fingerprint]
+
+    @contextmanager
+    def _failing_as(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RetrievalError(f"{self.path}: cannot {action} the replay store: {error}") from error
+
+
+def _encode_query(query: str) -> bytes:
+    # Sampled text may hold half a surrogate pair, which UTF-8 proper refuses.
+    return query.encode("utf-8", "surrogatepass")
+
+
+def _decode(value: bytes) -> tuple[Passage, ...]:
+    try:
+        rows = json.loads(zlib.decompress(value))
+        return tuple(Passage(passage_id=name, contents=contents, score=score) for name, contents, score in rows)
+    except (zlib.error, ValueError, TypeError) as error:
+        raise RetrievalError(f"an answer in the replay store is damaged ({error}); record into a new file") from error

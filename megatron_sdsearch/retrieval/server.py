@@ -1,11 +1,11 @@
 """Any of our engines behind Search-R1's ``/retrieve``, so that its trainer, AutoRefine's and ours can share one index.
 
-Owns the routes and their words. The engine is whatever ``Retriever`` it is given; ``InThreads`` lets one that computes
-in process answer many queries at once, and ``/health`` meanwhile. Needs the ``retriever`` extra.
+The engine is any ``Retriever``; ``InThreads`` lets one that computes in process answer many queries at once, and
+``/health`` meanwhile. Needs the ``retriever`` extra.
 
     POST /retrieve {"queries": ["..."], "topk": 3, "return_scores": true}
         200 {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}; bare documents without return_scores
-        422 the request is wrong; 503 the engine failed: never an empty result. Both {"detail": words}
+        422 the request is wrong; 503 the engine failed: never an empty result. Both {"detail": message}
     GET /health
         200 {"status": "ok", "fingerprint", "num_passages", "engine"}
 """
@@ -19,7 +19,7 @@ import socket
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.http import to_items
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_TOP_K = 3
 MAX_TOP_K = 1000
 MAX_QUERIES = 16384
-"""Of one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
+"""The most in one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
 
 _FIX = 'send {"queries": ["..."], "topk": 3, "return_scores": true}'
 
@@ -67,21 +68,12 @@ class InThreads:
     """
 
     def __init__(self, index: TantivyRetriever, num_threads: int | None = None) -> None:
+        self.fingerprint, self.num_passages = index.fingerprint, index.num_passages
         self._index = index
         self._threads = ThreadPoolExecutor(num_threads or os.cpu_count() or 1, thread_name_prefix="search")
 
-    @property
-    def fingerprint(self) -> str:
-        """The index's."""
-        return self._index.fingerprint
-
-    @property
-    def num_passages(self) -> int:
-        """In the index."""
-        return self._index.num_passages
-
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """See ``TantivyRetriever.search``."""
+        """Search in a thread; see ``TantivyRetriever.search``."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._index.search_now, query, top_k)
 
@@ -121,32 +113,26 @@ def create_app(
         # One task for each: a retriever with batches of its own puts them together again.
         async with asyncio.TaskGroup() as tasks:
             searches = [tasks.create_task(retriever.search(query, top_k=top_k)) for query in body.queries]
-        return JSONResponse({"result": [_items(search.result(), body.return_scores) for search in searches]})
+        found = [to_items(search.result(), has_scores=body.return_scores) for search in searches]
+        return JSONResponse({"result": found})
 
     app.add_exception_handler(RequestValidationError, _refuse)
     app.add_exception_handler(ExceptionGroup, _fail)
     return app
 
 
-def _items(passages: Sequence[Passage], has_scores: bool) -> list[dict[str, Any]]:
-    documents = [{"id": passage.passage_id, "contents": passage.contents} for passage in passages]
-    if not has_scores:
-        return documents
-    return [{"document": d, "score": p.score} for d, p in zip(documents, passages, strict=True)]
-
-
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """4xx with the first thing that is wrong, and the fix."""
+    """Answer 422 with the first thing that is wrong, and the fix."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     reason = first.get("ctx", {}).get("error", "")
-    words = f"{place}: {first['msg']}" + (f" ({reason})" if first["type"] == "json_invalid" and reason else "")
-    return JSONResponse({"detail": f"{words}; {_FIX}"}, status_code=422)
+    problem = f"{field}: {first['msg']}" + (f" ({reason})" if first["type"] == "json_invalid" and reason else "")
+    return JSONResponse({"detail": f"{problem}; {_FIX}"}, status_code=422)
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
-    """503 when the engine failed; anything else is a bug, and a 500."""
+    """Answer 503 when the engine failed; anything else is a bug, and a 500."""
     assert isinstance(error, ExceptionGroup)
     first = error.exceptions[0]
     if not isinstance(first, RetrievalError):
@@ -174,6 +160,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def new_server(app: FastAPI) -> uvicorn.Server:
-    """Its ``serve(sockets=[listener])`` answers until SIGINT or SIGTERM, and then ends what is under way."""
+    """A server whose ``serve(sockets=[listener])`` answers until SIGINT or SIGTERM, and then ends what is under way."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=30)
     return uvicorn.Server(config)

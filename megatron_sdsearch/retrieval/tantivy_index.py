@@ -16,22 +16,24 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import tantivy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_sdsearch.errors import ConfigError, DataError, RetrievalError, SDSearchError, cause_of
+from megatron_sdsearch.files import nearest_existing, write_file
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.analysis import get_analyzer
-from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
+from megatron_sdsearch.retrieval.analysis import ANALYZERS
+from megatron_sdsearch.retrieval.corpus import read_corpus, sha256_of_corpus
 
 _LAYOUT = 1
 """Raise it when the meaning of an index folder changes: older folders are then built again."""
+_VERSION = importlib.metadata.version("tantivy")
 
 _MANIFEST = "manifest.json"
 _COMPRESSION = 5
-"""Of prose in compressed files, at most."""
+"""The factor by which prose is compressed, at most."""
 _MIN_HEAP_BYTES, _MAX_HEAP_BYTES = 64 << 20, 4000 << 20
 
 
@@ -40,7 +42,7 @@ class Manifest(BaseModel):
 
     Attributes:
         layout: of this module.
-        analyzer: ``standard`` or ``english``.
+        analyzer: of its terms.
         corpus_sha256: of the corpus file's bytes.
         num_passages: in the index.
         tantivy_version: that wrote the files.
@@ -49,7 +51,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layout: int
-    analyzer: str
+    analyzer: Literal["standard", "english"]
     corpus_sha256: str
     num_passages: int
     tantivy_version: str
@@ -64,17 +66,25 @@ class Manifest(BaseModel):
     def fits(self, corpus_sha256: str, analyzer: str) -> bool:
         """Whether this index is what ``build`` would make of that corpus today."""
         mine = (self.layout, self.tantivy_version, self.corpus_sha256, self.analyzer)
-        return mine == (_LAYOUT, _tantivy_version(), corpus_sha256, analyzer)
+        return mine == (_LAYOUT, _VERSION, corpus_sha256, analyzer)
 
 
 class TantivyRetriever:
-    """A ``Retriever`` over one index folder, in this process."""
+    """A ``Retriever`` over one index folder, in this process.
+
+    Args:
+        index: the opened folder.
+        manifest: of that folder.
+    """
 
     def __init__(self, index: tantivy.Index, manifest: Manifest) -> None:
-        self._index = index
+        self.num_passages = manifest.num_passages
+        self.fingerprint = (
+            f"tantivy-{manifest.tantivy_version}/{manifest.layout}/{manifest.analyzer}/{manifest.corpus_sha256}"
+        )
+        self._schema = index.schema
         self._searcher = index.searcher()
-        self._manifest = manifest
-        self._analyze = get_analyzer(manifest.analyzer)
+        self._analyze = ANALYZERS[manifest.analyzer]
 
     @classmethod
     def build(
@@ -82,7 +92,7 @@ class TantivyRetriever:
         corpus: Path,
         index_dir: Path,
         analyzer: str,
-        on_passage: Callable[[], None] | None = None,
+        on_passage: Callable[[], None] = lambda: None,
         *,
         field: str = "retrieval.index",
     ) -> None:
@@ -95,14 +105,37 @@ class TantivyRetriever:
             index_dir: replaced when its manifest does not fit.
             analyzer: ``standard`` or ``english``.
             on_passage: called after each passage, for a display of progress.
-            field: the setting that names the place, for errors.
+            field: the setting that names the folder, for errors.
 
         Raises:
-            ConfigError: of ``field``: the place may not be written, or is full.
+            ConfigError: of ``field``: the folder may not be written, or is full.
             DataError: a bad row, an id that stands twice, no rows, or no such file.
             RetrievalError: tantivy could not write the index.
         """
-        _build_once(corpus, index_dir, analyzer, sha256_of_corpus(corpus), on_passage, field)
+        corpus_sha256, root = sha256_of_corpus(corpus), index_dir.parent
+        if _is_built(index_dir, corpus_sha256, analyzer):
+            return
+        check_writable(root, corpus, field)
+        with _writing(root, corpus, field), (root / f".{index_dir.name}.lock").open("w") as lock:
+            # One process of this machine builds while its siblings wait. It only saves work: where the file system has
+            # no locks, all build, and the first to rename wins.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_built(index_dir, corpus_sha256, analyzer):
+                return
+            temporary = root / f".{index_dir.name}.{uuid.uuid4().hex}"
+            temporary.mkdir()
+            try:
+                _write_index(corpus, temporary, analyzer, corpus_sha256, on_passage)
+                try:
+                    os.rename(temporary, index_dir)  # atomic; fails on a folder that is not empty
+                except OSError:
+                    if _is_built(index_dir, corpus_sha256, analyzer):
+                        return  # another machine was first, with the same content
+                    shutil.rmtree(index_dir)
+                    os.rename(temporary, index_dir)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
     def open(cls, index_dir: Path) -> Self:
@@ -133,24 +166,13 @@ class TantivyRetriever:
         index_dir = find_built(index_root, corpus_sha256, analyzer)
         if index_dir is None:
             index_dir = index_root / _folder_name(corpus_sha256, analyzer)
-            _build_once(corpus, index_dir, analyzer, corpus_sha256)
+            cls.build(corpus, index_dir, analyzer)
         return cls.open(index_dir)
 
     @staticmethod
     def default_dir(corpus: Path, analyzer: str) -> Path:
         """Where training keeps the index of that corpus: beside it, in a folder named after content and analyzer."""
         return default_root(corpus) / _folder_name(sha256_of_corpus(corpus), analyzer)
-
-    @property
-    def fingerprint(self) -> str:
-        """Engine, version, analyzer and corpus."""
-        m = self._manifest
-        return f"tantivy-{m.tantivy_version}/{m.layout}/{m.analyzer}/{m.corpus_sha256}"
-
-    @property
-    def num_passages(self) -> int:
-        """Passages in the index."""
-        return self._manifest.num_passages
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """Best passages first by BM25 (k1 = 1.2, b = 0.75, scores with the factor k1 + 1 as in Elasticsearch).
@@ -165,33 +187,25 @@ class TantivyRetriever:
         return self.search_now(query, top_k)
 
     def search_now(self, query: str, top_k: int) -> Sequence[Passage]:
-        """As ``search``, without an event loop; any number of threads may call it at the same time."""
+        """Search without an event loop; any number of threads may call it at the same time."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         terms = self._analyze(query)
         if not terms:
             return ()
+        passages = []
         with _failing_as(f"search for {query!r} failed"):
+            queries = (tantivy.Query.term_query(self._schema, "terms", term, index_option="freq") for term in terms)
+            any_of = tantivy.Query.boolean_query([(tantivy.Occur.Should, each) for each in queries])
             # Without count tantivy may skip blocks that cannot reach the top.
-            hits = self._searcher.search(self._any_of(terms), limit=top_k, count=False).hits
-            return tuple(self._passage(address, score) for score, address in hits)
+            for score, address in self._searcher.search(any_of, limit=top_k, count=False).hits:
+                document = self._searcher.doc(address)
+                passage_id, contents = document["passage_id"][0].decode(), document["contents"][0].decode()
+                passages.append(Passage(passage_id=passage_id, contents=contents, score=score))
+        return tuple(passages)
 
     async def close(self) -> None:
         """Nothing to give back: the files are unmapped with the object."""
-
-    def _any_of(self, terms: Sequence[str]) -> tantivy.Query:
-        schema = self._index.schema
-        clauses = [
-            (tantivy.Occur.Should, tantivy.Query.term_query(schema, "terms", term, index_option="freq"))
-            for term in terms
-        ]
-        return tantivy.Query.boolean_query(clauses)
-
-    def _passage(self, address: tantivy.DocAddress, score: float) -> Passage:
-        document = self._searcher.doc(address)
-        return Passage(
-            passage_id=document["passage_id"][0].decode(), contents=document["contents"][0].decode(), score=score
-        )
 
 
 @contextmanager
@@ -199,16 +213,11 @@ def _failing_as(message: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, SDSearchError):
-            raise
         # A Rust panic arrives as pyo3's PanicException, which is no Exception and cannot be imported.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise RetrievalError(f"{message}: {cause_of(error)}") from error
-        raise
-
-
-def _tantivy_version() -> str:
-    return importlib.metadata.version("tantivy")
+        is_tantivys = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, SDSearchError) or not is_tantivys:
+            raise
+        raise RetrievalError(f"{message}: {cause_of(error)}") from error
 
 
 def default_root(corpus: Path) -> Path:
@@ -222,7 +231,7 @@ def index_root(corpus: Path, index: Path | None) -> Path:
 
 
 def check_writable(folder: Path, corpus: Path, field: str) -> None:
-    """Refuse a place in which no index can be made: one that takes no folder, or that is an index itself.
+    """Refuse a folder in which no index can be made: one that takes no folder, or that is an index itself.
 
     The folder beside the corpus takes others although it may be one (``index_corpus.py --out``): no setting named it.
 
@@ -237,77 +246,51 @@ def check_writable(folder: Path, corpus: Path, field: str) -> None:
             "corpus with this analyzer",
             "set retrieval.analyzer to its own where the corpus is the same, or give another folder",
         )
-    home = folder.absolute()
-    while not home.exists() and home != home.parent:
-        home = home.parent
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise _unwritable(home, corpus, field, "it may not be written" if home.is_dir() else "it is no folder")
+    parent = nearest_existing(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise _unwritable(parent, corpus, field, "it may not be written" if parent.is_dir() else "it is no folder")
 
 
 def find_indices(folder: Path) -> list[Path]:
     """The indices of this version in a folder, or it itself, by name."""
     # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.
-    places = (folder, *sorted(path.parent for path in folder.glob(f"[!.]*/{_MANIFEST}")))
-    return [path for path in places if Manifest.read(path) is not None]
-
-
-def _folder_name(corpus_sha256: str, analyzer: str) -> str:
-    key = f"{_LAYOUT}/{_tantivy_version()}/{corpus_sha256}"
-    return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folders = (folder, *sorted(path.parent for path in folder.glob(f"[!.]*/{_MANIFEST}")))
+    return [path for path in folders if Manifest.read(path) is not None]
 
 
 def find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
     """A folder in ``index_root``, or itself, that holds the very index; the own name first, others by theirs."""
     own = index_root / _folder_name(corpus_sha256, analyzer)
-    places = (own, *find_indices(index_root))
-    return next((path for path in places if _is_built(path, corpus_sha256, analyzer)), None)
+    folders = (own, *find_indices(index_root))
+    return next((path for path in folders if _is_built(path, corpus_sha256, analyzer)), None)
 
 
-def _build_once(
-    corpus: Path,
-    index_dir: Path,
-    analyzer: str,
-    corpus_sha256: str,
-    on_passage: Callable[[], None] | None = None,
-    field: str = "retrieval.index",
-) -> None:
-    get_analyzer(analyzer)  # an unknown name raises before anything is written
-    if _is_built(index_dir, corpus_sha256, analyzer):
-        return
-    check_writable(index_dir.parent, corpus, field)
-    with _writing(index_dir.parent, corpus, field), _exclusively(index_dir):
-        if _is_built(index_dir, corpus_sha256, analyzer):
-            return
-        temporary = index_dir.parent / f".{index_dir.name}.{uuid.uuid4().hex}"
-        temporary.mkdir()
-        try:
-            _write_index(corpus, temporary, analyzer, corpus_sha256, on_passage)
-            _move_into_place(temporary, index_dir, corpus_sha256, analyzer)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+def _folder_name(corpus_sha256: str, analyzer: str) -> str:
+    key = f"{_LAYOUT}/{_VERSION}/{corpus_sha256}"
+    return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
+    manifest = Manifest.read(index_dir)
+    return manifest is not None and manifest.fits(corpus_sha256, analyzer)
 
 
 @contextmanager
 def _writing(folder: Path, corpus: Path, field: str) -> Iterator[None]:
-    """What the file system refuses is a matter of the setting; tantivy says it in a ValueError."""
+    """Report what the file system refuses as a matter of the setting; tantivy wraps it in a ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except SDSearchError as error:
-        reason = _refusal(str(error)) if isinstance(error, RetrievalError) else ""
-        if not reason:
-            raise
-        raise _unwritable(folder, corpus, field, reason) from error
+    except RetrievalError as error:
+        message = str(error)
+        if found := re.search(r"([^':]*) \(os error \d+\)", message):
+            raise _unwritable(folder, corpus, field, found.group(1)) from error
+        if "io::Error" in message:  # tantivy's worker threads do not pass the reason on
+            reason = "the system refused to write, as where a disk is full"
+            raise _unwritable(folder, corpus, field, reason) from error
+        raise
     except OSError as error:
         raise _unwritable(folder, corpus, field, error.strerror or cause_of(error)) from error
-
-
-def _refusal(message: str) -> str:
-    """Why the system would not write, from tantivy's words; empty where they are about something else."""
-    if found := re.search(r"([^':]*) \(os error \d+\)", message):
-        return found.group(1)
-    # Its worker threads do not pass the reason on.
-    return "the system refused to write, as where a disk is full" if "io::Error" in message else ""
 
 
 def _unwritable(folder: Path, corpus: Path, field: str, reason: str) -> ConfigError:
@@ -330,86 +313,44 @@ def _open(index_dir: Path) -> tantivy.Index:
         return tantivy.Index.open(links)  # has opened every file
 
 
-def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
-    manifest = Manifest.read(index_dir)
-    return manifest is not None and manifest.fits(corpus_sha256, analyzer)
-
-
-@contextmanager
-def _exclusively(index_dir: Path) -> Iterator[None]:
-    """Let one process of this machine build while its siblings wait.
-
-    Only saves work: where the file system has no locks, all build and ``_move_into_place`` lets one win.
-    """
-    with (index_dir.parent / f".{index_dir.name}.lock").open("w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _move_into_place(temporary: Path, index_dir: Path, corpus_sha256: str, analyzer: str) -> None:
-    try:
-        os.rename(temporary, index_dir)  # atomic; fails on a folder that is not empty
-    except OSError:
-        if _is_built(index_dir, corpus_sha256, analyzer):
-            return  # another machine was first, with the same content
-        shutil.rmtree(index_dir)
-        os.rename(temporary, index_dir)
-
-
-def _write_index(
-    corpus: Path, folder: Path, analyzer: str, corpus_sha256: str, on_passage: Callable[[], None] | None
-) -> None:
-    num_passages = 0
-    analyze = get_analyzer(analyzer)
-    with _failing_as(f"{folder}: cannot write the index"):
-        writer = tantivy.Index(_schema(), path=str(folder)).writer(heap_size=_heap_bytes(corpus), num_threads=1)
-        try:
-            for row in read_corpus(corpus):
-                writer.add_document(_document(row, analyze(row.contents)))
-                num_passages += 1
-                if on_passage is not None:
-                    on_passage()
-            writer.commit()
-        finally:
-            # Joins the writer's threads, which would go on writing into a folder that is being moved or removed.
-            writer.wait_merging_threads()
-    if sha256_of_corpus(corpus) != corpus_sha256:
-        raise DataError(f"{corpus}: changed while it was being indexed; start again")
-    manifest = Manifest(
-        layout=_LAYOUT,
-        analyzer=analyzer,
-        corpus_sha256=corpus_sha256,
-        num_passages=num_passages,
-        tantivy_version=_tantivy_version(),
-    )
-    (folder / _MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    mode = (folder / _MANIFEST).stat().st_mode
-    for file in folder.iterdir():
-        file.chmod(mode)  # some are tantivy's temporary files, which other users may not even read
-
-
-def _schema() -> tantivy.Schema:
+def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str, on_passage: Callable[[], None]) -> None:
     builder = tantivy.SchemaBuilder()
     # Bytes are stored without being indexed; tantivy has no such text field.
     builder.add_bytes_field("passage_id", stored=True)
     builder.add_bytes_field("contents", stored=True)
     # The terms are ours already: tantivy only splits them at the spaces that we put between them.
     builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
-    return builder.build()
-
-
-def _document(row: CorpusRow, terms: Sequence[str]) -> tantivy.Document:
-    document = tantivy.Document()
-    document.add_bytes("passage_id", row.id.encode())
-    document.add_bytes("contents", row.contents.encode())
-    document.add_text("terms", " ".join(terms))
-    return document
-
-
-def _heap_bytes(corpus: Path) -> int:
     # A writer whose heap is full starts another segment, and equal scores then come in segment order, not corpus order.
-    num_bytes = corpus.stat().st_size
-    if corpus.suffix in {".gz", ".parquet"}:
-        num_bytes *= _COMPRESSION
-    return min(max(3 * num_bytes, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)
+    text_bytes = corpus.stat().st_size * (_COMPRESSION if corpus.suffix in {".gz", ".parquet"} else 1)
+    heap_size = min(max(3 * text_bytes, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)
+    num_passages, analyze = 0, ANALYZERS[analyzer]
+    with _failing_as(f"{folder}: cannot write the index"):
+        writer = tantivy.Index(builder.build(), path=str(folder)).writer(heap_size=heap_size, num_threads=1)
+        try:
+            for row in read_corpus(corpus):
+                document = tantivy.Document()
+                document.add_bytes("passage_id", row.id.encode())
+                document.add_bytes("contents", row.contents.encode())
+                document.add_text("terms", " ".join(analyze(row.contents)))
+                writer.add_document(document)
+                num_passages += 1
+                on_passage()
+            writer.commit()
+        finally:
+            # Joins the writer's threads, which would go on writing into a folder that is being moved or removed.
+            writer.wait_merging_threads()
+    if sha256_of_corpus(corpus) != corpus_sha256:
+        raise DataError(f"{corpus}: changed while it was being indexed; start again")
+    manifest = Manifest.model_validate(
+        {
+            "layout": _LAYOUT,
+            "analyzer": analyzer,
+            "corpus_sha256": corpus_sha256,
+            "num_passages": num_passages,
+            "tantivy_version": _VERSION,
+        }
+    )
+    write_file(folder / _MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    mode = (folder / _MANIFEST).stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(mode)  # some are tantivy's temporary files, which other users may not even read

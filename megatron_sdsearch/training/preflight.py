@@ -24,7 +24,7 @@ from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.model.weight_table import EMBEDDING
 from megatron_sdsearch.records import Question
-from megatron_sdsearch.retrieval.encoder_folder import read_encoder_settings
+from megatron_sdsearch.retrieval.encoder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
 from megatron_sdsearch.rollout.checks import own_server_problems, prompt_problems
 from megatron_sdsearch.rollout.episode import ObservationWriter
@@ -239,7 +239,7 @@ def _retrieval_problems(retrieval: RetrievalConfig) -> list[ConfigError]:
 
 async def _make_client(elastic: ElasticsearchConfig) -> None:
     try:
-        from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
+        from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
     except ModuleNotFoundError as error:
         raise client_is_missing(error) from error
-    await connect(elastic, Credentials.of(elastic)).close()  # opens no connection
+    await ElasticsearchClient(elastic, read_credentials(elastic)).api.close()  # has opened no connection

@@ -1,14 +1,14 @@
-"""The search engine of a run, by its section: the one place that knows all of them."""
+"""The search engine of a run, by its section: the one module that knows all of them."""
 
 from __future__ import annotations
 
-from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig
+from megatron_sdsearch.config import RetrievalConfig
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.batching import CountsSearches
-from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
-from megatron_sdsearch.retrieval.replay import ReplayRetriever, replay_counts, with_replay_async
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.http import RetrieveServerBackend
+from megatron_sdsearch.retrieval.replay import ReplayRetriever, open_with_replay
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_root
 
 
@@ -22,7 +22,7 @@ async def open_retriever(config: RetrievalConfig) -> Retriever:
         DataError: the corpus has a bad row.
         RetrievalError: the engine is down.
     """
-    return await with_replay_async(config.replay, lambda: _open_engine(config))
+    return await open_with_replay(config.replay, lambda: _open_engine(config))
 
 
 def take_counts(retriever: Retriever) -> dict[str, int]:
@@ -31,38 +31,37 @@ def take_counts(retriever: Retriever) -> dict[str, int]:
     Evaluations and probes search through the same retriever, so their searches are in the next step's counts. Every
     rank of a run gets the same names, and the numbers add up over ranks.
     """
-    engine: object = retriever.engine if isinstance(retriever, ReplayRetriever) else retriever
-    counts = replay_counts(retriever)
-    if isinstance(engine, CountsSearches):
-        counts |= {names.RETRIEVAL_PREFIX + name: value for name, value in engine.take_counts().to_dict().items()}
+    counts: dict[str, int] = {}
+    engine: Retriever | None = retriever
+    if isinstance(retriever, ReplayRetriever):
+        counts |= retriever.take_counts()
+        engine = retriever.engine
+    if isinstance(engine, BatchedRetriever):
+        counts |= {names.RETRIEVAL_PREFIX + name: value for name, value in engine.take_counts().items()}
     return counts
 
 
 async def _open_engine(config: RetrievalConfig) -> Retriever:
-    if config.engine == "elasticsearch":
-        return await _open_elastic(config.elasticsearch)
+    if config.engine == "tantivy":
+        assert config.corpus is not None  # RetrievalConfig has checked it
+        return TantivyRetriever.open_or_build(config.corpus, config.analyzer, index_root(config.corpus, config.index))
     if config.engine == "http":
-        return await RetrieveServerRetriever.open(config.http)
-    assert config.corpus is not None  # RetrievalConfig has checked it
-    return TantivyRetriever.open_or_build(config.corpus, config.analyzer, index_root(config.corpus, config.index))
-
-
-async def _open_elastic(config: ElasticsearchConfig) -> Retriever:
+        return BatchedRetriever(await RetrieveServerBackend.open(config.http), config.http)
     try:
-        from megatron_sdsearch.retrieval.elastic import ElasticRetriever
+        from megatron_sdsearch.retrieval.elasticsearch import ElasticsearchBackend
     except ModuleNotFoundError as error:
         raise client_is_missing(error) from error
-    if config.mode == "bm25" or config.encoder is None:
-        return await ElasticRetriever.open(config)
-    from megatron_sdsearch.retrieval.folder_encoder import (
-        FolderEncoder,  # torch and transformers, for dense search alone
-    )
+    elastic, encoder = config.elasticsearch, None
+    if elastic.mode != "bm25" and elastic.encoder is not None:
+        # torch and transformers, for dense search alone
+        from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
-    return await ElasticRetriever.open(config, FolderEncoder.from_folder(config.encoder))
+        encoder = FolderEncoder(elastic.encoder)
+    return BatchedRetriever(await ElasticsearchBackend.open(elastic, encoder), elastic)
 
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:
-    """What it means that ``retrieval.elastic*`` cannot be imported."""
+    """What it means that ``retrieval.elasticsearch*`` cannot be imported."""
     return ConfigError(
         "retrieval.engine",
         f"elasticsearch, and {error.name} is not installed",

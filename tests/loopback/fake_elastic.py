@@ -44,8 +44,7 @@ class FakeElastic:
         meta: of its mapping.
         bodies: of all _msearch requests, in order, as lists of lines.
         refuses: queries that it cannot parse.
-        has_rrf: else the retriever is refused as an unlicensed cluster does it.
-        is_dead: answers nobody.
+        is_dead: answers no request.
     """
 
     def __init__(self, passages: Mapping[str, str] = PASSAGES, *, tls: ssl.SSLContext | None = None) -> None:
@@ -63,7 +62,6 @@ class FakeElastic:
         self.properties: Json = {"contents": {"type": "text"}, "vector": {"type": "dense_vector", "dims": 2}}
         self.meta: Json = {}
         self.bodies: list[list[Json]] = []
-        self.has_rrf = True
         self.delay_s = 0.0
         self.is_dead = False
         self.num_open = self.most_open = 0
@@ -198,11 +196,6 @@ class FakeElastic:
 
     def _one(self, body: Json) -> Json:
         size = body["size"]
-        if "retriever" in body:
-            if not self.has_rrf:
-                reason = "current license is non-compliant for [Reciprocal Rank Fusion (RRF)]"
-                return error_body(403, "security_exception", reason)
-            return self._answer(Counter(self.passages), size)
         if "knn" in body:  # the highest number is nearest to everything
             return self._answer(Counter({p: i + 1 for i, p in enumerate(self.passages)}), size)
         text = body["query"]["match"]["contents"]["query"]

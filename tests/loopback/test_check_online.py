@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.retrieval.elastic_connection import CLIENT_MAJOR
+from megatron_sdsearch.retrieval.elasticsearch_client import CLIENT_MAJOR
 from megatron_sdsearch.retrieval.server import InThreads
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
 from megatron_sdsearch.training.own_servers import start_servers, supervise
@@ -87,7 +87,7 @@ def test_a_cluster_that_is_not_there_is_found(tiny: TinyRun, unused_url: str) ->
 
 
 def test_what_the_cluster_lacks_is_found(tiny: TinyRun, cluster: FakeElastic) -> None:
-    assert "nothing is not there" in only(tiny.found(*elastic(cluster.url, "nothing"), is_online=True)).problem
+    assert "no such index [nothing]" in only(tiny.found(*elastic(cluster.url, "nothing"), is_online=True)).problem
     cluster.version = f"{CLIENT_MAJOR - 1}.19.0"
     finding = only(tiny.found(*elastic(cluster.url), is_online=True))
     assert (finding.severity, finding.field) == ("warning", "retrieval.elasticsearch.urls")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.replay_store import ReplayStore
+from megatron_sdsearch.retrieval.replay import ReplayStore
 
 ROOT = Path(__file__).parents[2]
 NUM_QUERIES = 150
@@ -19,15 +19,15 @@ WRITER = """
 import sys
 from pathlib import Path
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.replay_store import ReplayStore
+from megatron_sdsearch.retrieval.replay import ReplayStore
 
 path, name, num_queries = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 sys.stdin.readline()
-store = ReplayStore.open(path, max_bytes=1 << 30)
+store = ReplayStore(path)
 for number in range(num_queries):
     passage = Passage(passage_id=name, contents="text " * 2000, score=number / 3)
     kept = store.put("engine", f"query {number}", 3, [passage])
-    print(number, kept.passages[0].passage_id, flush=True)
+    print(number, kept[0].passage_id, flush=True)
 store.close()
 """
 
@@ -53,8 +53,7 @@ def test_processes_that_create_and_write_one_store_agree_on_every_answer(tmp_pat
     assert [writer.returncode for writer in writers] == [0] * 4
     assert said[0].count("\n") == NUM_QUERIES
     assert said[1:] == said[:1] * 3, "whoever was first, all were given the same"
-    store = ReplayStore.open_readonly(path)
-    assert store.num_entries() == NUM_QUERIES
+    store = ReplayStore(path, is_readonly=True)
     for line in said[0].splitlines():
         number, name = line.split()
         expected = Passage(passage_id=name, contents="text " * 2000, score=int(number) / 3)
@@ -76,11 +75,11 @@ def test_a_killed_writer_leaves_a_store_that_opens_with_all_that_was_stored(tmp_
         finally:
             writer.kill()
             writer.communicate(timeout=LIMIT_S)
-        store = ReplayStore.open(path, max_bytes=1 << 30)
+        store = ReplayStore(path)
         for number in range(last + 1):
             answer = store.get("engine", f"query {number}", 3)
             assert answer == (Passage(passage_id="a", contents="text " * 2000, score=number / 3),)
-        assert store.put("engine", f"after {last}", 3, []).passages == ()
+        assert store.put("engine", f"after {last}", 3, []) == ()
         store.close()
     database = sqlite3.connect(path)
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -24,7 +24,8 @@ from megatron_sdsearch.config import RetrieveServerConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalDownError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.http import RetrieveServerRetriever
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.http import RetrieveServerBackend
 from megatron_sdsearch.retrieval.server import InThreads, create_app, listen, new_server
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
@@ -145,7 +146,7 @@ def test_no_queries_and_no_hits_are_answers(url: str) -> None:
         ([1], "body: "),
     ],
 )
-def test_wrong_requests_are_told_what_is_wrong(url: str, body: object, words: str) -> None:
+def test_wrong_requests_are_answered_with_what_is_wrong(url: str, body: object, words: str) -> None:
     response = requests.post(url, json=body)
     assert response.status_code == 422
     assert response.json()["detail"].startswith(words)
@@ -187,7 +188,7 @@ def searched(config: RetrieveServerConfig, queries: Sequence[str], top_k: int = 
     """Passages, or the error, of each query, all asked at the same time."""
 
     async def run() -> list[Any]:
-        retriever = await RetrieveServerRetriever.open(config)
+        retriever = BatchedRetriever(await RetrieveServerBackend.open(config), config)
         try:
             searches = (retriever.search(query, top_k=top_k) for query in queries)
             return list(await asyncio.gather(*searches, return_exceptions=True))
@@ -208,7 +209,8 @@ def test_client_and_server_give_what_the_index_gives(url: str, index_dir: Path) 
 
 def test_fingerprint_names_url_and_index(url: str, index_dir: Path) -> None:
     async def run() -> None:
-        retriever = await RetrieveServerRetriever.open(config_of(url))
+        config = config_of(url)
+        retriever = BatchedRetriever(await RetrieveServerBackend.open(config), config)
         assert retriever.fingerprint == f"http/{url}/{TantivyRetriever.open(index_dir).fingerprint}"
         assert retriever.num_passages == 3
         await retriever.close()
@@ -338,7 +340,7 @@ def test_what_passes_is_tried_again(reply: Reply) -> None:
     [
         (status(500, "CUDA error"), "after 2 attempts: HTTP 500: CUDA error"),
         (dropped, "after 2 attempts: no connection: Server disconnected"),
-        (hanging, "; last: no answer within 0.5 s"),
+        (hanging, "after 2 attempts: no answer within 0.5 s"),
         (status(404, "no such route"), "after 1 attempt: HTTP 404: no such route"),
         (status(422, "w" * 500 + " topk?"), "w topk?"),  # the reason of a long answer may come last
         (status(422, "topk?"), "after 1 attempt: HTTP 422: topk?"),
@@ -368,14 +370,14 @@ def test_a_malformed_entry_is_not_its_neighbours_fault() -> None:
     assert "an item is no document: 5" in str(bad)
 
 
-def test_a_server_that_answers_nobody_ends_the_run() -> None:
+def test_a_server_that_answers_no_query_ends_the_run() -> None:
     with Foreign(status(502, "bad gateway")).running() as url:
         (error,) = searched(config_of(url, max_attempts=50, down_timeout_s=0.5), ["a"])
     assert type(error) is RetrievalDownError
     assert "HTTP 502: bad gateway" in str(error)
 
 
-def test_opening_finds_out_that_nobody_is_there() -> None:
+def test_opening_finds_out_that_no_server_is_there() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/retrieve"
@@ -403,14 +405,16 @@ def test_credentials_are_sent_and_never_shown() -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/retrieve"
-        retriever = await RetrieveServerRetriever.open(config_of(url, username="me", password="hunter2-secret"))
+        config = config_of(url, username="me", password="hunter2-secret")
+        backend = await RetrieveServerBackend.open(config)
+        retriever = BatchedRetriever(backend, config)
         try:
             with pytest.raises(RetrievalError) as caught:
                 await retriever.search("a", top_k=1)
         finally:
             await retriever.close()
             await runner.cleanup()
-        return "".join(traceback.format_exception(caught.value)) + repr(vars(retriever)["_searches"])
+        return "".join(traceback.format_exception(caught.value)) + repr(vars(retriever)) + repr(backend._credentials)
 
     shown = asyncio.run(run())
     assert "HTTP 403: refused: Basic *** of me:***" in shown
@@ -432,7 +436,7 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tools.serve_retriever", *arguments]
 
 
-def test_the_tool_serves_until_it_is_told_to_end(index_dir: Path) -> None:
+def test_the_tool_serves_until_it_is_asked_to_end(index_dir: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(index_dir), "--port", "0")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -460,14 +464,14 @@ def test_the_tool_names_what_is_wrong(index_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} is no index's folder; ")
-    for flags, told in (
+    for flags, message in (
         (("--port", "99999"), "--port: 99999 is no port"),
         (("--host", "nohost.invalid"), "--host: nohost.invalid is no address here"),
     ):
         command = serve_command("--engine", "tantivy", "--index", str(index_dir), *flags)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
-        assert told in done.stderr.splitlines()[-1]
+        assert message in done.stderr.splitlines()[-1]
 
 
 def test_searches_run_beside_each_other(index_dir: Path) -> None:

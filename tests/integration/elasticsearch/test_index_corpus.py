@@ -31,19 +31,26 @@ from aiohttp import web
 
 from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
-from megatron_sdsearch.retrieval.bulk_index import LoadReport, LoadSettings, RejectFile, index_corpus, survey_corpus
-from megatron_sdsearch.retrieval.elastic import ElasticRetriever
-from megatron_sdsearch.retrieval.elastic_connection import Credentials, connect
-from megatron_sdsearch.retrieval.elastic_corpus import Cluster, IndexSettings
-from megatron_sdsearch.retrieval.encoder import Vectors
-from megatron_sdsearch.retrieval.encoder_folder import Similarity
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.credentials import Credentials
+from megatron_sdsearch.retrieval.elasticsearch import ElasticsearchBackend
+from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
+from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
+from megatron_sdsearch.retrieval.elasticsearch_load import (
+    CorpusLoader,
+    LoadReport,
+    LoadSettings,
+    RejectFile,
+    scan_corpus,
+)
+from megatron_sdsearch.retrieval.encoder import Similarity, Vectors
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import serve
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[3]
 NUM_PASSAGES = 60
-SETTINGS = LoadSettings(num_workers=3, chunk_passages=5, marker_interval_s=0.01)
+SETTINGS = LoadSettings(num_workers=3, chunk_passages=5, marker_interval_s=0.01, retry_limit_s=20.0)
 
 
 def call(url: str, method: str = "GET", body: Json | None = None) -> Any:
@@ -93,26 +100,25 @@ def load(
     corpus: Path,
     settings: LoadSettings = SETTINGS,
     *,
-    patience_s: float = 20.0,
     encoder: Any = None,
     on_progress: Callable[[int], None] = lambda num_done: None,
     **index: Any,
 ) -> LoadReport:
     async def run() -> LoadReport:
-        config, credentials = ElasticsearchConfig(urls=(url,), timeout_s=10.0), Credentials()
+        client = ElasticsearchClient(ElasticsearchConfig(urls=(url,), timeout_s=10.0), Credentials())
         if encoder is not None:
             index.update(encoder=encoder.fingerprint, num_dims=encoder.num_dims)
-        async with connect(config, credentials) as client:
-            return await index_corpus(
-                corpus,
-                survey_corpus(corpus),
-                Cluster(client, credentials, url=url, patience_s=patience_s),
-                IndexSettings(name="wiki", **index),
-                settings,
+        async with client.api:
+            return await CorpusLoader(
+                corpus=corpus,
+                scan=scan_corpus(corpus),
+                client=client,
+                index_settings=IndexSettings(name="wiki", **index),
+                settings=settings,
                 rejects=RejectFile(corpus.with_name("rejects.jsonl")),
                 encoder=encoder,
                 on_progress=on_progress,
-            )
+            ).run()
 
     return asyncio.run(run())
 
@@ -149,7 +155,7 @@ def test_load_restores_settings_and_is_found_by_the_retriever(node: str, corpus:
 
     async def search() -> list[tuple[str, float]]:
         config = ElasticsearchConfig(urls=(node,), index="wiki")
-        retriever = await ElasticRetriever.open(config)
+        retriever = BatchedRetriever(await ElasticsearchBackend.open(config), config)
         try:
             return [(hit.passage_id, hit.score) for hit in await retriever.search("canal number 17", top_k=1)]
         finally:
@@ -182,7 +188,7 @@ def test_a_name_that_is_an_index_is_refused_before_anything_is_loaded(node: str,
     assert only_index(node) == "wiki"
 
 
-def test_an_index_of_somebody_else_is_left_alone(node: str, corpus: Path) -> None:
+def test_an_index_of_another_tool_is_left_alone(node: str, corpus: Path) -> None:
     name = load(node, corpus).index
     call(f"{node}/{name}", "DELETE")
     call(f"{node}/{name}", "PUT", {})
@@ -196,12 +202,14 @@ def test_an_index_of_somebody_else_is_left_alone(node: str, corpus: Path) -> Non
 
 _KILLED = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from tests.integration.elasticsearch.test_index_corpus import SETTINGS, load
 def at(num_done):
     if num_done >= int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-load(sys.argv[1], Path(sys.argv[2]), on_progress=at)
+# Small chunks: what is done may jump ahead by what other workers have sent meanwhile.
+load(sys.argv[1], Path(sys.argv[2]), replace(SETTINGS, chunk_passages=1), on_progress=at)
 """
 
 
@@ -262,7 +270,7 @@ def test_what_is_lost_or_altered_behind_our_back_is_found(node: str, corpus: Pat
 
 
 class Proxy:
-    """Passes requests on, and breaks bulk requests as it is told to.
+    """Passes requests on, and breaks bulk requests on demand.
 
     Attributes:
         faults: taken from the left, one per bulk request; None breaks nothing. ``always`` is for all of them.
@@ -379,16 +387,23 @@ def test_passing_failures_cost_nothing(proxy: tuple[Proxy, str], node: str, corp
     assert_loaded(node, corpus)
 
 
-def test_requests_that_are_too_large_are_halved(proxy: tuple[Proxy, str], node: str, corpus: Path) -> None:
+def test_requests_that_are_too_large_say_how_to_make_them_smaller(
+    proxy: tuple[Proxy, str], node: str, corpus: Path
+) -> None:
     between, url = proxy
     between.max_items = 7
-    report = load(url, corpus, replace(SETTINGS, chunk_passages=30))
-    assert report.num_created == NUM_PASSAGES
+    with pytest.raises(RetrievalError, match=r"bulk request: HTTP 413: too large; send less .*--chunk of index_corpus"):
+        load(url, corpus, replace(SETTINGS, chunk_passages=30))
+    load(url, corpus, replace(SETTINGS, chunk_passages=30, chunk_bytes=400))
     assert_loaded(node, corpus)
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("401", "HTTP 401: security_exception: injected"), ("429", "failing for")]
+    ("fault", "words"),
+    [
+        ("401", r"it refuses no credentials \(HTTP 401: security_exception: injected\)"),
+        ("429", "failing for"),
+    ],
 )
 def test_lasting_failures_end_it_and_it_can_go_on(
     proxy: tuple[Proxy, str], node: str, corpus: Path, fault: str, words: str
@@ -397,7 +412,7 @@ def test_lasting_failures_end_it_and_it_can_go_on(
     load_before = [None, None, None]
     between.faults.extend([*load_before, *[fault] * 1000])
     with pytest.raises(RetrievalError, match=rf"bulk request: {words}"):
-        load(url, corpus, patience_s=0.5)
+        load(url, corpus, replace(SETTINGS, retry_limit_s=0.5))
     assert call(f"{node}/wiki/_count") is None
     between.faults.clear()
     report = load(url, corpus)
@@ -448,7 +463,7 @@ def test_vectors_are_found_by_the_encoders_queries(node: str, corpus: Path) -> N
 
     async def search() -> list[tuple[str, float]]:
         config = ElasticsearchConfig(urls=(node,), index="wiki", mode="dense")
-        retriever = await ElasticRetriever.open(config, Encoder())
+        retriever = BatchedRetriever(await ElasticsearchBackend.open(config, Encoder()), config)
         try:
             queries = (contents_of(corpus)[passage_id] for passage_id in ("p0", "p33", "p59"))
             hits = [(await retriever.search(query, top_k=2))[0] for query in queries]
@@ -493,7 +508,7 @@ def test_the_tool_loads_a_compressed_shuffled_corpus(node: str, corpus: Path, tm
     assert_loaded(node, corpus)
 
 
-def test_the_tool_says_that_nobody_answers(corpus: Path, tmp_path: Path) -> None:
+def test_the_tool_says_that_no_cluster_answers(corpus: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     common = (str(corpus), "--to", "elasticsearch", "--url", url)

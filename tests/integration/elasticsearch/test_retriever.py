@@ -14,10 +14,9 @@ import pytest
 from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
 from megatron_sdsearch.records import Passage
-from megatron_sdsearch.retrieval.elastic import ElasticRetriever
-from megatron_sdsearch.retrieval.elastic_query import QueryPlan, fuse
-from megatron_sdsearch.retrieval.encoder import Vectors
-from megatron_sdsearch.retrieval.encoder_folder import Similarity
+from megatron_sdsearch.retrieval.batched import BatchedRetriever
+from megatron_sdsearch.retrieval.elasticsearch import ElasticsearchBackend, fuse
+from megatron_sdsearch.retrieval.encoder import Similarity, Vectors
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from tests.integration.elasticsearch.conftest import Node
 
@@ -67,10 +66,11 @@ def index(node: Node) -> str:
     return node.index(_documents(), PROPERTIES)
 
 
-def on(node: Node, index: str, talk: Callable[[ElasticRetriever], Awaitable[Any]], **settings: Any) -> Any:
+def on(node: Node, index: str, talk: Callable[[BatchedRetriever], Awaitable[Any]], **settings: Any) -> Any:
     async def run() -> Any:
         config = ElasticsearchConfig.model_validate({"urls": [node.url], "index": index, **settings})
-        retriever = await ElasticRetriever.open(config, AngleEncoder() if "encoder" in settings else None)
+        encoder = AngleEncoder() if "encoder" in settings else None
+        retriever = BatchedRetriever(await ElasticsearchBackend.open(config, encoder), config)
         try:
             return await talk(retriever)
         finally:
@@ -80,7 +80,7 @@ def on(node: Node, index: str, talk: Callable[[ElasticRetriever], Awaitable[Any]
 
 
 def ask(node: Node, index: str, queries: Sequence[str], top_k: int = 5, **settings: Any) -> list[Sequence[Passage]]:
-    async def talk(retriever: ElasticRetriever) -> list[Sequence[Passage]]:
+    async def talk(retriever: BatchedRetriever) -> list[Sequence[Passage]]:
         return list(await asyncio.gather(*(retriever.search(q, top_k=top_k) for q in queries)))
 
     found: list[Sequence[Passage]] = on(node, index, talk, **settings)
@@ -108,16 +108,12 @@ def test_title_and_text_add_up(node: Node, index: str) -> None:
     assert both[0].contents.startswith('"Oslo')
 
 
-def test_global_frequencies_are_taken(node: Node, index: str) -> None:
-    assert ask(node, index, QUERIES[:2], dfs=True) == ask(node, index, QUERIES[:2])
-
-
 @pytest.mark.parametrize(
     "query",
     ['"', '\\', "a/b (c) [d] {e} ~2 ^3 *:* OR AND NOT -x +y", "contents:capital", '{"match_all": {}}', "\x00\n\r\u2028",
      "\ud800 half a pair", "x" * 10_000, "word " * 5_000, "北京 🙂"],
 )  # fmt: skip
-def test_whatever_a_model_writes_is_words_and_harms_nobody(node: Node, index: str, query: str) -> None:
+def test_whatever_a_model_writes_is_text_and_harms_no_other_query(node: Node, index: str, query: str) -> None:
     strange, usual = ask(node, index, [query, "old bridge"])
     assert isinstance(strange, list)
     assert usual
@@ -136,17 +132,17 @@ def test_nearest_vectors(node: Node, index: str) -> None:
     assert [{p.passage_id for p in passages} for passages in found] == [{"p49", "p50", "p51"}, {"p99", "p100", "p101"}]
 
 
-def test_the_servers_fusion_is_ours(node: Node, index: str) -> None:
-    async def both(retriever: ElasticRetriever) -> tuple[Sequence[Passage], Sequence[Passage]]:
-        server = await retriever.search("old bridge 0.25", top_k=8)
-        assert retriever._plan.is_fused_by_server
-        retriever._plan = retriever._plan_with(is_fused_by_server=False)
-        return server, await retriever.search("old bridge 0.25", top_k=8)
-
-    server, client = on(node, index, both, mode="hybrid", encoder="unused")
-    assert [p.score for p in server] == pytest.approx([p.score for p in client])
-    assert server[0].contents == client[0].contents
-    assert {p.passage_id for p in server if p.score > server[-1].score} == {
+def test_ranks_are_fused(node: Node, index: str) -> None:
+    """As the server's own rrf retriever fuses them."""
+    knn = {"field": "vector", "query_vector": [np.cos(np.pi / 4), np.sin(np.pi / 4), 0.0], "k": 50}
+    match = {"standard": {"query": {"match": {"contents": "old bridge 0.25"}}}}
+    lists = [match, {"knn": knn | {"num_candidates": 500}}]
+    retriever = {"rrf": {"retrievers": lists, "rank_constant": 60, "rank_window_size": 50}}
+    server = node.client.search(index=index, size=8, retriever=retriever)["hits"]["hits"]
+    (client,) = ask(node, index, ["old bridge 0.25"], top_k=8, mode="hybrid", encoder="unused")
+    assert [hit["_score"] for hit in server] == pytest.approx([p.score for p in client])
+    assert server[0]["_source"]["contents"] == client[0].contents
+    assert {hit["_id"] for hit in server if hit["_score"] > server[-1]["_score"]} == {
         p.passage_id for p in client if p.score > client[-1].score
     }
 
@@ -161,14 +157,14 @@ def test_fusion_by_hand() -> None:
 def test_one_search_that_the_server_cannot_parse_fails_alone(
     node: Node, index: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = QueryPlan.bodies
+    real = ElasticsearchBackend.bodies
 
-    def bodies(self: QueryPlan, query: str, vector: Any, top_k: int) -> list[dict[str, Any]]:
+    def bodies(self: ElasticsearchBackend, query: str, vector: Any, top_k: int) -> list[dict[str, Any]]:
         return [{"query": {"no_such_query": {}}}] if query == "bad" else real(self, query, vector, top_k)
 
-    monkeypatch.setattr(QueryPlan, "bodies", bodies)
+    monkeypatch.setattr(ElasticsearchBackend, "bodies", bodies)
 
-    async def talk(retriever: ElasticRetriever) -> list[Any]:
+    async def talk(retriever: BatchedRetriever) -> list[Any]:
         return await asyncio.gather(
             *(retriever.search(q, top_k=2) for q in ("bad", "old bridge")), return_exceptions=True
         )
@@ -190,7 +186,7 @@ def test_an_alias_stands_for_its_index_and_for_one_alone(node: Node, index: str)
         on(node, "two", _fingerprint)
 
 
-async def _fingerprint(retriever: ElasticRetriever) -> str:
+async def _fingerprint(retriever: BatchedRetriever) -> str:
     return retriever.fingerprint
 
 
@@ -212,7 +208,7 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
         ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
-        (PROPERTIES, _documents()[:1], {"index": "absent"}, "absent is not there"),
+        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index is not there .*absent"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],
             {"mode": "dense", "encoder": "unused"}, "makes vectors of 3",

@@ -45,7 +45,7 @@ def test_rows_come_in_file_order_and_blank_lines_are_skipped(tmp_path: Path) -> 
         ('{"id": "a", "contents": "again"}', "id: 'a' stands twice"),
     ],
 )
-def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, line: str, complaint: str) -> None:
+def test_bad_row_names_file_line_field_and_fix(tmp_path: Path, line: str, complaint: str) -> None:
     path = write(tmp_path, f'{{"id": "a", "contents": "A"}}\n\n{line}\n')
     with pytest.raises(DataError) as caught:
         list(read_corpus(path))
@@ -160,7 +160,7 @@ def test_a_file_of_another_kind_is_called_what_it_is_even_where_rejects_are_left
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=complaint):
-        list(read_corpus(tmp_path / name, lambda place, problem: None))
+        list(read_corpus(tmp_path / name, lambda position, problem: None))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -188,12 +188,12 @@ def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
             list(read_corpus(tmp_path / name))
 
 
-def test_rejects_are_told_and_left_out(tmp_path: Path) -> None:
+def test_rejects_are_reported_and_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, '{"id": "a", "contents": "A"}\nnonsense\n{"id": "a", "contents": "B"}\n')
     rejects: list[tuple[str, str]] = []
-    rows = list(read_corpus(path, lambda place, problem: rejects.append((place, problem))))
+    rows = list(read_corpus(path, lambda position, problem: rejects.append((position, problem))))
     assert [row.contents for row in rows] == ["A"]
-    assert [place for place, _ in rejects] == [f"{path}:2", f"{path}:3"]
+    assert [position for position, _ in rejects] == [f"{path}:2", f"{path}:3"]
     assert rejects[0][1].startswith("row: Invalid JSON")
     assert rejects[1][1] == "id: 'a' stands twice; give each passage an id of its own"
 
@@ -202,7 +202,7 @@ def test_rejects_are_told_and_left_out(tmp_path: Path) -> None:
 def test_ids_are_distinct_as_text(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"id": i, "contents": "x"}) + "\n" for i in [*ids, "last"]), encoding="utf-8")
-    rows = [row.id for row in read_corpus(path, lambda place, problem: None)]
+    rows = [row.id for row in read_corpus(path, lambda position, problem: None)]
     assert rows == list(dict.fromkeys([*ids, "last"]))
 
 

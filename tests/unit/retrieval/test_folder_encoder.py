@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.retrieval.encoder_folder import E5_MAX_TOKENS, read_encoder_settings
+from megatron_sdsearch.retrieval.encoder import E5_MAX_TOKENS, read_encoder_settings
 from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 from tests.unit.conftest import train_tokenizer
 
@@ -43,7 +43,7 @@ def _by_formula(folder: Path, text: str) -> torch.Tensor:
 
 
 def test_vectors_follow_the_formula_whatever_shares_their_batch(folder: Path) -> None:
-    encoder = FolderEncoder.from_folder(folder)
+    encoder = FolderEncoder(folder)
     assert encoder.num_dims == 16
     for prefix, encode in (("query: ", encoder.encode_queries), ("passage: ", encoder.encode_passages)):
         expected = torch.stack([_by_formula(folder, prefix + text) for text in TEXTS]).numpy()
@@ -54,19 +54,19 @@ def test_vectors_follow_the_formula_whatever_shares_their_batch(folder: Path) ->
 
 
 def test_the_fingerprint_is_that_of_the_weights(folder: Path, tmp_path: Path) -> None:
-    first = FolderEncoder.from_folder(folder).fingerprint
-    assert FolderEncoder.from_folder(folder).fingerprint == first
+    first = FolderEncoder(folder).fingerprint
+    assert FolderEncoder(folder).fingerprint == first
     model = BertModel.from_pretrained(folder)
     with torch.no_grad():
         model.embeddings.word_embeddings.weight[0, 0] += 1
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    assert FolderEncoder.from_folder(tmp_path).fingerprint != first
+    assert FolderEncoder(tmp_path).fingerprint != first
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"elasticsearch.encoder: .* holds no model"):
-        FolderEncoder.from_folder(tmp_path)
+        FolderEncoder(tmp_path)
 
 
 # Module files
@@ -120,7 +120,7 @@ def rows(vectors: list[torch.Tensor]) -> Any:
 
 
 def test_cls_pooling_prompts_and_length_are_the_folders_own(folder: Path, tmp_path: Path) -> None:
-    encoder = FolderEncoder.from_folder(with_modules(folder, tmp_path / "cls"))
+    encoder = FolderEncoder(with_modules(folder, tmp_path / "cls"))
     for prompt, encode in (("Represent this: ", encoder.encode_queries), ("", encoder.encode_passages)):
         first = [hidden_of(folder, prompt + text, 64)[0] for text in TEXTS]
         np.testing.assert_allclose(encode(TEXTS), rows([vector / vector.norm() for vector in first]), atol=1e-5)
@@ -138,7 +138,7 @@ def test_of_a_tokenizer_that_pads_on_the_left_the_first_token_is_one_of_the_text
     assert num_pads > 0
     with torch.no_grad():
         first = AutoModel.from_pretrained(target).eval()(**inputs).last_hidden_state[0, num_pads]
-    found = FolderEncoder.from_folder(target).encode_passages(texts)[0]
+    found = FolderEncoder(target).encode_passages(texts)[0]
     np.testing.assert_allclose(found, (first / first.norm()).numpy(), atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_without_normalize_vectors_keep_their_length(
 ) -> None:
     prompts = {"prompts": PROMPTS, "similarity_fn_name": similarity}
     target = with_modules(folder, tmp_path / "raw", [TRANSFORMER, POOLING], MEAN, prompts)
-    encoder = FolderEncoder.from_folder(target)
+    encoder = FolderEncoder(target)
     expected = rows([hidden_of(folder, text, 64).mean(dim=0) for text in TEXTS])
     np.testing.assert_allclose(encoder.encode_passages(TEXTS), expected, atol=1e-5)
     assert not np.allclose(np.linalg.norm(expected, axis=1), 1.0, atol=0.1)
@@ -156,8 +156,8 @@ def test_without_normalize_vectors_keep_their_length(
 
 
 def test_texts_are_lower_cased_and_stripped_where_the_folder_says_so(folder: Path, tmp_path: Path) -> None:
-    plain = FolderEncoder.from_folder(with_modules(folder, tmp_path / "plain"))
-    lower = FolderEncoder.from_folder(with_modules(folder, tmp_path / "lower", transformer={"do_lower_case": True}))
+    plain = FolderEncoder(with_modules(folder, tmp_path / "plain"))
+    lower = FolderEncoder(with_modules(folder, tmp_path / "lower", transformer={"do_lower_case": True}))
     assert not np.allclose(plain.encode_passages(["LISBON"]), plain.encode_passages(["lisbon"]))
     np.testing.assert_array_equal(lower.encode_passages([" LISBON\n"]), plain.encode_passages(["lisbon"]))
 
@@ -188,7 +188,7 @@ def test_an_e5_folder_of_the_hub_keeps_its_prompts(
     for name, is_warned in (("e5-base-v2", False), ("gte-base", True)):
         caplog.clear()
         target = with_modules(folder, tmp_path / name, pooling=MEAN, prompts={})
-        encoder = FolderEncoder.from_folder(target)
+        encoder = FolderEncoder(target)
         assert ("names no prompts: E5's are used" in caplog.text) == is_warned
         mean = [hidden_of(folder, f"query: {text}", 64).mean(dim=0) for text in TEXTS]
         np.testing.assert_allclose(encoder.encode_queries(TEXTS), rows([v / v.norm() for v in mean]), atol=1e-5)
@@ -201,7 +201,7 @@ def test_newer_files_name_the_pooling(folder: Path, tmp_path: Path) -> None:
         folder, tmp_path / "newer", modules, newer, transformer={"transformer_task": "feature-extraction"}
     )
     old = with_modules(folder, tmp_path / "old")
-    first, second = (FolderEncoder.from_folder(path).encode_passages(TEXTS) for path in (target, old))
+    first, second = (FolderEncoder(path).encode_passages(TEXTS) for path in (target, old))
     np.testing.assert_array_equal(first, second)
 
 
@@ -210,8 +210,8 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
     shutil.copytree(folder, target / "0_Transformer")
     (target / "config.json").unlink()
     shutil.move(target / "sentence_bert_config.json", target / "0_Transformer")
-    expected = FolderEncoder.from_folder(with_modules(folder, tmp_path / "new")).encode_queries(TEXTS)
-    np.testing.assert_array_equal(FolderEncoder.from_folder(target).encode_queries(TEXTS), expected)
+    expected = FolderEncoder(with_modules(folder, tmp_path / "new")).encode_queries(TEXTS)
+    np.testing.assert_array_equal(FolderEncoder(target).encode_queries(TEXTS), expected)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_what_is_not_supported_is_refused_by_file_and_value(
 ) -> None:
     target = with_modules(folder, tmp_path / "x", **changes)
     with pytest.raises(ConfigError, match=rf"^--encoder: .*{problem}"):
-        FolderEncoder.from_folder(target, "--encoder")
+        FolderEncoder(target, "--encoder")
 
 
 def test_a_file_that_is_no_json_is_named(folder: Path, tmp_path: Path) -> None:
@@ -257,9 +257,9 @@ def test_the_fingerprint_is_also_that_of_pooling_prompts_and_length(folder: Path
         with_modules(folder, tmp_path / "prompts", prompts={"prompts": {"query": "q: "}}),
         with_modules(folder, tmp_path / "length", transformer={"max_seq_length": 32}),
     ]
-    assert len({FolderEncoder.from_folder(path).fingerprint for path in folders}) == 5
-    assert FolderEncoder.from_folder(shutil.copytree(folders[1], tmp_path / "copy")).fingerprint == (
-        FolderEncoder.from_folder(folders[1]).fingerprint
+    assert len({FolderEncoder(path).fingerprint for path in folders}) == 5
+    assert FolderEncoder(shutil.copytree(folders[1], tmp_path / "copy")).fingerprint == (
+        FolderEncoder(folders[1]).fingerprint
     )
 
 
@@ -269,10 +269,10 @@ def test_weights_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) ->
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ConfigError, match=r"the weights in .* lack encoder\.layer\.2\..* and 15 more; fetch"):
-        FolderEncoder.from_folder(target, "--encoder")
+        FolderEncoder(target, "--encoder")
     (target / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ConfigError, match="holds no model"):
-        FolderEncoder.from_folder(target, "--encoder")
+        FolderEncoder(target, "--encoder")
 
 
 def test_a_model_of_few_positions_is_cut_there(folder: Path, tmp_path: Path) -> None:
@@ -282,4 +282,4 @@ def test_a_model_of_few_positions_is_cut_there(folder: Path, tmp_path: Path) -> 
     )  # fmt: skip
     train_tokenizer().save_pretrained(tmp_path)
     BertModel(config).save_pretrained(tmp_path)
-    assert FolderEncoder.from_folder(tmp_path).encode_passages([TEXTS[2]]).shape == (1, 16)
+    assert FolderEncoder(tmp_path).encode_passages([TEXTS[2]]).shape == (1, 16)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,36 +16,28 @@ from megatron_sdsearch.config import ReplayConfig, RetrievalConfig, file_problem
 from megatron_sdsearch.errors import ConfigError, RetrievalError, raise_problems
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.replay import (
-    EVICTIONS,
-    HITS,
-    MISSES,
-    ReplayRetriever,
-    replay_counts,
-    with_replay,
-    with_replay_async,
-)
-from megatron_sdsearch.retrieval.replay_store import ReplayStore
+from megatron_sdsearch.retrieval.replay import HITS, MISSES, ReplayRetriever, ReplayStore, open_with_replay
 from megatron_sdsearch.training.retrievers import open_retriever
 from tests.unit.fakes import DictRetriever
 
-MB = 1 << 20
 LISBON = Passage(passage_id="p1", contents='"Lisbon"\nCapital of Portugal.', score=0.1 + 0.2)
 PORTO = Passage(passage_id="p2", contents='"Porto"\nNot the capital.', score=1e-300)
 
 
-def never() -> Retriever:
+async def never() -> Retriever:
     raise AssertionError("the engine was opened")
 
 
-def settings(folder: Path, mode: str, **more: object) -> ReplayConfig:
-    return ReplayConfig.model_validate({"mode": mode, "store": folder / "replay.db", **more})
+def with_replay(config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]]) -> Retriever:
+    return asyncio.run(open_with_replay(config, open_engine))
 
 
-def recording(folder: Path, engine: Retriever, **more: object) -> ReplayRetriever:
-    retriever = with_replay(settings(folder, "cache", **more), lambda: engine)
-    assert isinstance(retriever, ReplayRetriever)
-    return retriever
+def settings(folder: Path, mode: str) -> ReplayConfig:
+    return ReplayConfig.model_validate({"mode": mode, "store": folder / "replay.db"})
+
+
+def recording(folder: Path, engine: Retriever) -> ReplayRetriever:
+    return ReplayRetriever(ReplayStore(folder / "replay.db"), engine=engine)
 
 
 def ask(retriever: Retriever, *queries: str, top_k: int = 3) -> list[Sequence[Passage]]:
@@ -92,34 +83,21 @@ def test_a_miss_names_the_query_and_says_how_to_record_it(tmp_path: Path) -> Non
         assert "run once with retrieval.replay.mode=cache" in message
 
 
-def test_off_is_the_engine_itself(tmp_path: Path) -> None:
-    engine = DictRetriever()
-    assert with_replay(ReplayConfig(), lambda: engine) is engine
-    assert replay_counts(engine) == {}
+@pytest.mark.parametrize("mode", ["off", "cache"])
+def test_off_is_the_engine_itself_and_cache_stands_before_it(tmp_path: Path, mode: str) -> None:
+    engine = DictRetriever({"capital": (LISBON,)})
 
+    async def open_engine() -> Retriever:
+        return engine
 
-def test_an_engine_that_has_to_be_awaited_is_wrapped_the_same_way(tmp_path: Path) -> None:
-    async def run() -> None:
-        engine = DictRetriever({"capital": (LISBON,)})
-
-        async def open_engine() -> Retriever:
-            return engine
-
-        assert await with_replay_async(ReplayConfig(), open_engine) is engine
-        retriever = await with_replay_async(settings(tmp_path, "cache"), open_engine)
-        assert isinstance(retriever, ReplayRetriever)
-        assert retriever.engine is engine
-        assert await retriever.search("capital", top_k=3) == (LISBON,)
-        await retriever.close()
-        alone = await with_replay_async(settings(tmp_path, "only"), lambda: pytest.fail("opened"))
-        assert await alone.search("capital", top_k=3) == (LISBON,)
-        await alone.close()
-
-    asyncio.run(run())
+    retriever = with_replay(settings(tmp_path, mode), open_engine)
+    assert (retriever is engine) == (mode == "off")
+    assert mode == "off" or (isinstance(retriever, ReplayRetriever) and retriever.engine is engine)
+    assert ask(retriever, "capital") == [(LISBON,)]
 
 
 def test_an_engine_that_does_not_open_leaves_no_store_open(tmp_path: Path) -> None:
-    def fail() -> Retriever:
+    async def fail() -> Retriever:
         raise RetrievalError("no route")
 
     with pytest.raises(RetrievalError, match="no route"):
@@ -136,7 +114,7 @@ def test_failures_are_not_stored(tmp_path: Path) -> None:
 
 
 class SlowRetriever(DictRetriever):
-    """Answers when it is told to."""
+    """Answers when ``may_answer`` is set."""
 
     def __init__(self, passages: dict[str, Sequence[Passage] | None]) -> None:
         super().__init__(passages)
@@ -171,14 +149,14 @@ def test_identical_queries_in_flight_are_asked_once(tmp_path: Path) -> None:
         engine.may_answer.set()
         assert await asyncio.gather(*asked[1:]) == [(LISBON,)] * 4
         assert engine.queries == ["capital"]
-        assert retriever.take_counts() == {HITS: 4, MISSES: 1, EVICTIONS: 0}
+        assert retriever.take_counts() == {HITS: 4, MISSES: 1}
         assert set(retriever.take_counts().values()) == {0}
         await retriever.close()
 
     asyncio.run(run())
 
 
-def test_a_query_that_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
+def test_a_query_without_waiting_callers_is_given_up(tmp_path: Path) -> None:
     async def run() -> None:
         engine = SlowRetriever({"capital": (LISBON,)})
         retriever = recording(tmp_path, engine)
@@ -194,7 +172,7 @@ def test_a_query_that_nobody_waits_for_is_given_up(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_failure_in_flight_reaches_all_who_wait_and_the_next_asks_again(tmp_path: Path) -> None:
+def test_a_failure_in_flight_reaches_all_callers_and_the_next_asks_again(tmp_path: Path) -> None:
     async def run() -> None:
         engine = SlowRetriever({"capital": None})
         retriever = recording(tmp_path, engine)
@@ -222,11 +200,11 @@ def test_whatever_is_stored_comes_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, query: str, passages: list[Passage], top_k: int, fingerprint: str
 ) -> None:
     path = tmp_path_factory.mktemp("store") / "replay.db"
-    store = ReplayStore.open(path, max_bytes=MB)
+    store = ReplayStore(path)
     assert store.get(fingerprint, query, top_k) is None
-    assert store.put(fingerprint, query, top_k, passages).passages == tuple(passages)
+    assert store.put(fingerprint, query, top_k, passages) == tuple(passages)
     store.close()
-    again = ReplayStore.open_readonly(path)
+    again = ReplayStore(path, is_readonly=True)
     found = again.get(fingerprint, query, top_k)
     again.close()
     assert found == tuple(passages)
@@ -235,73 +213,43 @@ def test_whatever_is_stored_comes_back_bit_for_bit(
 
 def test_the_first_answer_stays_and_is_what_the_second_asker_gets(tmp_path: Path) -> None:
     # Two ranks ask at once, and a cluster's replicas need not agree to the last bit.
-    first, second = (ReplayStore.open(tmp_path / "replay.db", max_bytes=MB) for _ in range(2))
+    first, second = (ReplayStore(tmp_path / "replay.db") for _ in range(2))
     assert first.get("e", "q", 3) is None
     assert second.get("e", "q", 3) is None
-    assert first.put("e", "q", 3, [LISBON]).passages == (LISBON,)
-    assert second.put("e", "q", 3, [PORTO]).passages == (LISBON,)
-    assert second.num_entries() == 1
+    assert first.put("e", "q", 3, [LISBON]) == (LISBON,)
+    assert second.put("e", "q", 3, [PORTO]) == (LISBON,)
     first.close()
     second.close()
-
-
-def test_oldest_entries_go_and_are_counted(tmp_path: Path) -> None:
-    def noise(number: int) -> Passage:
-        return Passage(passage_id=str(number), contents=os.urandom(20_000).hex())
-
-    path = tmp_path / "replay.db"
-    store = ReplayStore.open(path, max_bytes=MB)
-    num_evicted = 0
-    for number in range(200):  # 4 MB
-        num_evicted += store.put("e", f"query {number}", 3, [noise(number)]).num_evicted
-    kept = [number for number in range(200) if store.get("e", f"query {number}", 3)]
-    assert kept == list(range(num_evicted, 200))
-    assert 40 < len(kept) < 60
-    assert store.num_evicted() == num_evicted
-    store.close()
-    assert path.stat().st_size < 1.3 * MB
-    smaller = ReplayStore.open(path, max_bytes=MB // 10)
-    assert smaller.put("e", "another", 3, [noise(0)]).num_evicted == len(kept) - 3
-    assert smaller.put("e", "too large alone", 3, [noise(0)] * 20).num_evicted == 4
-    assert smaller.num_entries() == 1, "the newest stays whatever its size"
-    smaller.close()
-
-
-def test_evictions_are_metrics_and_part_of_the_message_of_a_miss(tmp_path: Path) -> None:
-    big = Passage(passage_id="p", contents=os.urandom(400_000).hex())
-
-    async def run() -> None:
-        retriever = recording(tmp_path, DictRetriever({f"q{i}": (big,) for i in range(4)}), max_mb=1)
-        for i in range(4):
-            await retriever.search(f"q{i}", top_k=3)
-        assert retriever.take_counts() == {HITS: 0, MISSES: 4, EVICTIONS: 2}
-        await retriever.close()
-
-    asyncio.run(run())
-    with pytest.raises(RetrievalError, match=r"2 entries were evicted: raise retrieval\.replay\.max_mb"):
-        ask(with_replay(settings(tmp_path, "only"), never), "q0")
 
 
 class Another(DictRetriever):
     fingerprint = "another"
 
 
-def test_engines_are_kept_apart_and_only_has_to_be_told_which(tmp_path: Path) -> None:
+def test_engines_are_kept_apart_and_only_needs_a_store_of_one(tmp_path: Path) -> None:
     record(tmp_path, {"capital": (LISBON,)}, "capital")
     ask(recording(tmp_path, Another({"capital": (PORTO,)})), "capital")
-    with pytest.raises(ConfigError, match=r"replay\.fingerprint: missing.*knows 2 engines(?s:.*)\n  dict\n  another"):
+    assert ask(recording(tmp_path, DictRetriever()), "capital") == [(LISBON,)]
+    assert ask(recording(tmp_path, Another()), "capital") == [(PORTO,)]
+    with pytest.raises(ConfigError, match=r"replay\.store: .* of 2 engines \(dict, another\); record the one"):
         with_replay(settings(tmp_path, "only"), never)
-    with pytest.raises(ConfigError, match=r"'third' is not in .*; set it to one of\n  dict\n  another"):
-        with_replay(settings(tmp_path, "only", fingerprint="third"), never)
-    chosen = with_replay(settings(tmp_path, "only", fingerprint="another"), never)
-    assert chosen.fingerprint == "another"
-    assert ask(chosen, "capital") == [(PORTO,)]
+
+
+def test_a_store_of_an_earlier_version_with_evictions_is_read_and_written(tmp_path: Path) -> None:
+    """It counted bytes, and let its oldest entries go."""
+    record(tmp_path, {"capital": (LISBON,)}, "capital")
+    database = sqlite3.connect(tmp_path / "replay.db")
+    database.execute("UPDATE totals SET num_bytes = 163, num_evicted = 2")
+    database.commit()
+    database.close()
+    record(tmp_path, {"river": (PORTO,)}, "river")
+    assert ask(with_replay(settings(tmp_path, "only"), never), "capital", "river") == [(LISBON,), (PORTO,)]
 
 
 def test_only_needs_a_store_with_something_in_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"replay\.db does not exist; record it first"):
         with_replay(settings(tmp_path, "only"), never)
-    ReplayStore.open(tmp_path / "replay.db", max_bytes=MB).close()
+    ReplayStore(tmp_path / "replay.db").close()
     with pytest.raises(ConfigError, match=r"is empty; record it first"):
         with_replay(settings(tmp_path, "only"), never)
 
@@ -333,7 +281,7 @@ def test_a_store_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_store_that_fails_is_a_retrieval_error(tmp_path: Path) -> None:
-    store = ReplayStore.open(tmp_path / "replay.db", max_bytes=MB)
+    store = ReplayStore(tmp_path / "replay.db")
     store.close()
     with pytest.raises(RetrievalError, match=r"replay\.db: cannot read the replay store"):
         store.get("e", "q", 3)
@@ -350,7 +298,7 @@ def test_a_closed_store_is_one_file_that_can_be_copied(tmp_path: Path) -> None:
     assert ask(with_replay(settings(elsewhere, "only"), never), "capital") == [(LISBON,)]
 
 
-def test_top_k_below_one_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+def test_top_k_below_one_is_refused_before_the_engine_is_asked(tmp_path: Path) -> None:
     engine = DictRetriever()
     with pytest.raises(ValueError):
         ask(recording(tmp_path, engine), "capital", top_k=0)
@@ -396,3 +344,17 @@ def test_only_checks_for_the_store_instead_of_the_corpus(tmp_path: Path) -> None
         raise_problems(file_problems(config))
     (tmp_path / "replay.db").touch()
     assert list(file_problems(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("retrieval.replay.max_mb=4096", "the store keeps every answer"),
+        ("retrieval.replay.fingerprint=dict", "record each engine into a store of its own"),
+        ("retrieval.elasticsearch.dfs=false", "an index of one shard"),
+    ],
+)
+def test_settings_of_earlier_versions_say_what_to_do_instead(setting: str, fix: str) -> None:
+    config = Path(__file__).parents[3] / "examples/tiny/config.yaml"
+    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: is no setting any more; drop it.*{fix}"):
+        load_config(config, [setting])

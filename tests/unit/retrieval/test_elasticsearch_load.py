@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sdsearch.errors import ConfigError, DataError
-from megatron_sdsearch.retrieval.bulk_index import RejectFile, Watermark, pack, survey_corpus
 from megatron_sdsearch.retrieval.corpus import CorpusRow
-from megatron_sdsearch.retrieval.elastic_corpus import IndexSettings
+from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
+from megatron_sdsearch.retrieval.elasticsearch_load import ContiguousProgress, RejectFile, scan_corpus, to_action
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -28,59 +28,47 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=12), seed=st.integers(0, 9), start=st.integers(0, 3))
-def test_watermark_is_the_end_of_the_gapless_start(sizes: list[int], seed: int, start: int) -> None:
+def test_progress_is_the_end_of_the_gapless_start(sizes: list[int], seed: int, start: int) -> None:
     chunks = [(start + sum(sizes[:i]), start + sum(sizes[: i + 1])) for i in range(len(sizes))]
     random.Random(seed).shuffle(chunks)
-    watermark = Watermark(start, 0)
+    progress = ContiguousProgress(start, 0)
     done = set(range(start))
     for first, end in chunks:
-        watermark.add(first, end, num_rejected=end - first)
+        progress.add(first, end, num_rejected=end - first)
         done |= set(range(first, end))
         gapless = next(i for i in range(len(done) + 1) if i not in done)
-        assert watermark.num_done == gapless
-        assert watermark.num_rejected == gapless - start
-
-
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10), limit=st.integers(50, 300))
-def test_chunks_hold_every_row_once_and_are_small(lengths: list[int], limit: int) -> None:
-    corpus = [CorpusRow(id=f"p{i}", contents="x" * length) for i, length in enumerate(lengths)]
-    chunks = list(pack(7, corpus, [None] * len(corpus), limit))
-    assert [passage_id for chunk in chunks for passage_id in chunk.ids] == [row.id for row in corpus]
-    assert [chunk.first for chunk in chunks] == [7 + sum(len(c.ids) for c in chunks[:i]) for i in range(len(chunks))]
-    for chunk in chunks:
-        assert len(chunk.ids) == len(chunk.lines) > 0
-        assert chunk.num_bytes == sum(map(len, chunk.lines))
-        assert chunk.num_bytes <= limit or len(chunk.ids) == 1
+        assert progress.num_done == gapless
+        assert progress.num_rejected == gapless - start
 
 
 def test_a_document_has_contents_title_text_and_vector() -> None:
-    (chunk,) = pack(0, [CorpusRow(id="a", contents='"Canal"\nwet')], [[0.5, 1.0]], 1000)
-    assert json.loads(chunk.lines[0]) == {
-        "contents": '"Canal"\nwet', "title": "Canal", "text": "wet", "vector": [0.5, 1.0]
-    }  # fmt: skip
+    action = to_action(CorpusRow(id="a", contents='"Canal"\nwet'), [0.5, 1.0])
+    assert (action["_op_type"], action["_id"]) == ("create", "a")
+    assert action["_source"] == {"contents": '"Canal"\nwet', "title": "Canal", "text": "wet", "vector": [0.5, 1.0]}
+    assert "vector" not in to_action(CorpusRow(id="a", contents="b"), None)["_source"]
 
 
-def test_survey_counts_and_draws_the_same_sample_every_time(tmp_path: Path) -> None:
+def test_the_scan_counts_and_draws_the_same_sample_every_time(tmp_path: Path) -> None:
     path = write(tmp_path, rows(1000))
     calls: list[None] = []
-    survey = survey_corpus(path, on_passage=lambda: calls.append(None))
-    assert (survey.num_passages, survey.num_rejected, len(calls)) == (1000, 0, 1000)
-    assert {"p0", "p999"} <= survey.sample.keys()
-    assert 200 <= len(survey.sample) <= 201
-    assert survey.sample["p0"] == '"T0"\ntext 0'
-    assert survey == survey_corpus(path)
-    middle = [int(passage_id[1:]) for passage_id in survey.sample]
+    scan = scan_corpus(path, on_passage=lambda: calls.append(None))
+    assert (scan.num_passages, scan.num_rejected, len(calls)) == (1000, 0, 1000)
+    assert {"p0", "p999"} <= scan.sample.keys()
+    assert 200 <= len(scan.sample) <= 202
+    assert scan.sample["p0"] == '"T0"\ntext 0'
+    assert scan == scan_corpus(path)
+    middle = [int(passage_id[1:]) for passage_id in scan.sample]
     assert 400 < sum(middle) / len(middle) < 600
 
 
-def test_survey_stops_at_a_bad_row_unless_it_may_tell_of_it(tmp_path: Path) -> None:
+def test_the_scan_stops_at_a_bad_row_unless_it_may_report_it(tmp_path: Path) -> None:
     path = write(tmp_path, [*rows(2), {"id": "x"}])
     with pytest.raises(DataError, match=r"corpus\.jsonl:3: contents: Field required; write"):
-        survey_corpus(path)
-    told: list[tuple[str, str]] = []
-    survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))
-    assert (survey.num_passages, survey.num_rejected) == (2, 1)
-    assert told[0][0] == f"{path}:3"
+        scan_corpus(path)
+    reported: list[tuple[str, str]] = []
+    scan = scan_corpus(path, lambda position, reason: reported.append((position, reason)))
+    assert (scan.num_passages, scan.num_rejected) == (2, 1)
+    assert reported[0][0] == f"{path}:3"
 
 
 def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
@@ -88,12 +76,12 @@ def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
     ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
     path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
     with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it"):
-        survey_corpus(path)
-    told: list[tuple[str, str]] = []
-    survey = survey_corpus(path, lambda place, reason: told.append((place, reason)))
-    assert (survey.num_passages, survey.num_rejected) == (2, 2)
-    assert survey.sample.keys() == {ids[0], ids[3]}
-    assert [place for place, _ in told] == [f"{path}:2", f"{path}:3"]
+        scan_corpus(path)
+    reported: list[tuple[str, str]] = []
+    scan = scan_corpus(path, lambda position, reason: reported.append((position, reason)))
+    assert (scan.num_passages, scan.num_rejected) == (2, 2)
+    assert scan.sample.keys() == {ids[0], ids[3]}
+    assert [position for position, _ in reported] == [f"{path}:2", f"{path}:3"]
 
 
 def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
@@ -103,7 +91,7 @@ def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
     rejects.add(row=4, id="d", reason="refused")
     rejects.add(row=9, id="i", reason="refused")
     assert rejects.begin_load(9) == {"d"}
-    rejects.begin_survey()
+    rejects.begin_scan()
     lines = [json.loads(line) for line in rejects.path.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"row": 4, "id": "d", "reason": "refused"}]
     assert rejects.begin_load(0) == set()
@@ -114,7 +102,7 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes\n")
     with pytest.raises(DataError, match=r"notes\.txt: is no file of rejects"):
-        RejectFile(path).begin_survey()
+        RejectFile(path).begin_scan()
     assert path.read_text() == "my notes\n"
 
 

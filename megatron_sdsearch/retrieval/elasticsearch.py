@@ -1,0 +1,225 @@
+"""Search in an Elasticsearch index: BM25, dense (kNN), or both fused by reciprocal ranks.
+
+Owns how a batch of queries becomes one ``_msearch``, and what its answers mean. The index has a text field ``contents``
+(``"Title"\\ntext``) or two, ``title`` and ``text``, and for dense search a ``dense_vector`` field ``vector``; the
+document's ``_id`` is the passage's id.
+
+A query's text is always a value (``match``), never syntax: quotes, slashes and operators that a model writes are text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from megatron_sdsearch.config import ElasticsearchConfig
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.records import Passage
+from megatron_sdsearch.retrieval.analysis import first_tokens
+from megatron_sdsearch.retrieval.batched import Outcome, SearchError, retry
+from megatron_sdsearch.retrieval.elasticsearch_client import SECTION, ElasticsearchClient, read_credentials
+from megatron_sdsearch.retrieval.elasticsearch_index import CONTENTS, TEXT, TITLE, VECTOR, OpenedIndex, open_index
+from megatron_sdsearch.retrieval.encoder import TextEncoder
+
+_log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+_SAMPLE_QUERY = "the name of a country"
+_SAMPLE_SIZE = 100
+"""Documents that are looked at before the first search."""
+
+RRF_CONSTANT = 60
+RRF_WINDOW = 50
+"""Ranks of each list that take part (Cormack et al., SIGIR 2009; Elasticsearch's defaults are 60 and 10)."""
+
+MAX_TERMS = 1000
+"""Clauses of one query: each term is one per field, and a cluster refuses more than max_clause_count, at least 1024."""
+
+
+class ElasticsearchBackend:
+    """A ``SearchBackend`` over one index of a cluster; made by ``open``, on the event loop on which it is used."""
+
+    def __init__(
+        self, client: ElasticsearchClient, config: ElasticsearchConfig, index: OpenedIndex, encoder: TextEncoder | None
+    ) -> None:
+        self.name = f"{client.addresses}/{index.name}"
+        # "local": frequencies are a shard's own. Replay stores know the index under this name.
+        parts = ["elasticsearch", index.fingerprint, config.mode, config.fields, "local"]
+        self.fingerprint = "/".join([*parts, encoder.fingerprint] if encoder is not None else parts)
+        self.num_passages: int | None = index.num_passages
+        self.version_warning = index.version_warning
+        self._client = client
+        self._config = config
+        self._index = index.name
+        self._encoder = encoder
+        self._encoding = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, config: ElasticsearchConfig, encoder: TextEncoder | None = None) -> Self:
+        """Connect, check everything that can be checked, and ask one sample query.
+
+        Args:
+            config: the section.
+            encoder: for ``dense`` and ``hybrid``.
+
+        Raises:
+            ConfigError: a setting does not fit the cluster or the index.
+            RetrievalError: the cluster is down.
+        """
+        if config.mode == "bm25":
+            encoder = None
+        elif encoder is None:
+            raise ConfigError(f"{SECTION}.encoder", f"missing, and mode is {config.mode}", "set it")
+        client = ElasticsearchClient(config, read_credentials(config))
+        try:
+            index = await open_index(client, config, encoder)
+            backend = cls(client, config, index, encoder)
+            await backend._check()
+        except BaseException:
+            await client.api.close()
+            raise
+        _log.info("%s: %d passages, %s", backend.name, index.num_passages, config.mode)
+        return backend
+
+    async def search_batch(self, queries: Sequence[str], top_k: int) -> Sequence[Outcome]:
+        """One ``_msearch``. A query is cut after 1000 terms (500 for two fields): clusters refuse more clauses.
+
+        Raises:
+            SearchError: no query was answered.
+        """
+        vectors: list[list[float] | None] = [None] * len(queries)
+        if self._encoder is not None:
+            async with self._encoding:  # an encoder is for one thread at a time
+                vectors = (await asyncio.to_thread(self._encoder.encode_queries, queries)).tolist()
+        bodies = [self.bodies(query, vector, top_k) for query, vector in zip(queries, vectors, strict=True)]
+        lines = [line for searches in bodies for body in searches for line in ({}, body)]
+        answer = await self._client.try_once(lambda: self._client.api.msearch(searches=lines, index=self._index))
+        responses = answer.body.get("responses") if isinstance(answer.body, dict) else None
+        if not isinstance(responses, list) or 2 * len(responses) != len(lines):
+            raise SearchError("the answer to _msearch lacks responses", is_retryable=True)
+        remaining = iter(responses)
+        return [self._read_outcome([next(remaining) for _ in searches], top_k) for searches in bodies]
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._client.api.close()
+
+    def bodies(self, query: str, vector: Sequence[float] | None, top_k: int) -> list[Json]:
+        """The searches of one query."""
+        if self._config.fields == "contents":
+            match: Json = {"match": {CONTENTS: {"query": first_tokens(query, MAX_TERMS)}}}
+        else:
+            text = first_tokens(query, MAX_TERMS // 2)
+            match = {"multi_match": {"query": text, "fields": [TITLE, TEXT], "type": "most_fields"}}
+        # A shard gives up in time for us to hear of it.
+        common = {"_source": [CONTENTS, TITLE, TEXT], "timeout": f"{max(1, int(800 * self._config.timeout_s))}ms"}
+        if vector is None:
+            return [common | {"size": top_k, "query": match}]
+        num_ranks = top_k if self._config.mode == "dense" else max(RRF_WINDOW, top_k)
+        vector = list(vector)
+        knn = {"field": VECTOR, "query_vector": vector, "k": num_ranks, "num_candidates": max(100, 10 * num_ranks)}
+        if self._config.mode == "dense":
+            return [common | {"size": top_k, "knn": knn}]
+        # Fused here: the server's rrf retriever needs a paid licence.
+        return [common | {"size": num_ranks, "query": match}, common | {"size": num_ranks, "knn": knn}]
+
+    def _read_outcome(self, answers: Sequence[Any], top_k: int) -> Outcome:
+        try:
+            lists = [read_answer(answer, self._client) for answer in answers]
+        except SearchError as failure:
+            return failure
+        return (lists[0] if len(lists) == 1 else fuse(lists))[:top_k]
+
+    async def _check(self) -> None:
+        """A sample query works, and some documents hold text, and no lists, where it is read; searches look at theirs.
+
+        Raises:
+            ConfigError: of the index: a document holds no text.
+            RetrievalError: the cluster does not answer.
+        """
+        search, fields = self._client.api.search, [CONTENTS, TITLE, TEXT]
+
+        async def try_sample_query() -> None:
+            (outcome,) = await self.search_batch([_SAMPLE_QUERY], 1)
+            if isinstance(outcome, SearchError):
+                raise outcome
+
+        try:
+            found = await self._client.ask(lambda: search(index=self._index, size=_SAMPLE_SIZE, source_includes=fields))
+            for hit in found["hits"]["hits"]:
+                read_hit(hit)
+            await retry(try_sample_query, max_attempts=self._config.max_attempts)
+        except SearchError as failure:
+            raise self._client.error_from(failure) from None
+
+
+def read_answer(answer: Any, client: ElasticsearchClient) -> list[Passage]:
+    """Passages of one search of an ``_msearch``.
+
+    A search that timed out or lost a shard answers 200 with whatever it has found: that is a failure here, for fewer
+    hits, or none, would look like an index without them.
+
+    Raises:
+        SearchError: it is no whole answer, or a document has no text.
+    """
+    if not isinstance(answer, Mapping):
+        raise SearchError(f"answer is no object: {str(answer)[:100]}", is_retryable=True)
+    status = int(answer.get("status", 200))
+    if "error" in answer or status >= 300:
+        raise client.failure_from_status(status, answer)
+    shards = answer.get("_shards", {})
+    if shards.get("failed"):
+        failures = shards.get("failures") or [{}]
+        reason = client.reason_of(failures[0].get("reason", {}))
+        raise SearchError(f"{shards['failed']} of {shards.get('total')} shards failed: {reason}", is_retryable=True)
+    if answer.get("timed_out"):
+        raise SearchError("the search timed out on a shard", is_retryable=True)
+    try:
+        return [read_hit(hit) for hit in answer["hits"]["hits"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SearchError(f"answer has no {error}", is_retryable=False) from error
+
+
+def read_hit(hit: Mapping[str, Any]) -> Passage:
+    """The passage of one document: its ``contents``, or made of ``title`` and ``text`` where it has none.
+
+    A mapping says what a field is searched as; a document may still hold a list there, an object, or nothing.
+
+    Raises:
+        SearchError: a document has no text, naming index, document and field.
+    """
+    source = hit.get("_source")
+    document = f"document {hit['_id']!r} of {hit.get('_index', 'the index')}"
+    fix = f"index it with one text in {CONTENTS}, or with one in each of {TITLE} and {TEXT}"
+    if not isinstance(source, Mapping):
+        cause = f"{document} has no _source, which holds its text"
+        raise SearchError(cause, is_retryable=False, setting="index", fix=fix)
+    has_contents = source.get(CONTENTS) is not None or not (TITLE in source or TEXT in source)
+    fields = [CONTENTS] if has_contents else [TITLE, TEXT]
+    for field in fields:
+        value = source.get(field)
+        if isinstance(value, str):
+            continue
+        found = "is missing" if field not in source else f"is {value!r:.40}"
+        cause = f"{document}: {field} {found}, not a text"
+        raise SearchError(cause, is_retryable=False, setting="index", fix=fix)
+    contents = source[CONTENTS] if has_contents else f'"{source[TITLE]}"\n{source[TEXT]}'
+    return Passage(passage_id=str(hit["_id"]), contents=contents, score=float(hit.get("_score") or 0.0))
+
+
+def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
+    """Reciprocal rank fusion: a passage scores the sum of 1 / (60 + rank); ties keep the order of first appearance."""
+    scores: dict[str, float] = {}
+    passages: dict[str, Passage] = {}
+    for ranking in lists:
+        for rank, passage in enumerate(ranking, start=1):
+            scores[passage.passage_id] = scores.get(passage.passage_id, 0.0) + 1 / (RRF_CONSTANT + rank)
+            passages.setdefault(passage.passage_id, passage)
+    best = sorted(scores, key=lambda passage_id: -scores[passage_id])
+    return [
+        Passage(passage_id=passage_id, contents=passages[passage_id].contents, score=scores[passage_id])
+        for passage_id in best
+    ]

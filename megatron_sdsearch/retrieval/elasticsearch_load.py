@@ -1,0 +1,402 @@
+"""A corpus into Elasticsearch: many bulk requests at once, which may be interrupted at any point and begun again.
+
+- A passage's id is its document's, and every passage is *created*: a second attempt finds it there already (409) and
+  changes nothing. So nothing can come in twice, whatever was interrupted, timed out or sent again.
+- The index's name is derived from what it holds, and how far it is loaded stands in its own mapping: the same command
+  on any machine finds both, and goes on from there.
+- The alias only ever points to an index that was loaded whole and verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from elasticsearch.helpers import async_streaming_bulk
+
+from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
+from megatron_sdsearch.files import write_file, writing
+from megatron_sdsearch.retrieval.batched import SearchError
+from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
+from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
+from megatron_sdsearch.retrieval.elasticsearch_index import (
+    CONTENTS,
+    TEXT,
+    TITLE,
+    VECTOR,
+    CorpusIndex,
+    IndexSettings,
+    Marker,
+)
+from megatron_sdsearch.retrieval.encoder import TextEncoder
+
+_SAMPLE_SIZE = 200
+_BAD_DOCUMENT, _CONFLICT = 400, 409
+
+MAX_ID_BYTES = 512
+"""Elasticsearch's limit. It refuses a whole bulk request for one longer id, so such a row is rejected beforehand."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How to load.
+
+    Attributes:
+        num_workers: bulk requests open at one time. With 1, passages arrive in the corpus's order, and so equal
+            scores come in it.
+        chunk_passages: of one request, at most.
+        chunk_bytes: of one request, at most; a longer passage goes alone.
+        retry_limit_s: a request that has failed for so long, with retries, ends the load.
+        marker_interval_s: between two notes of how far it is; after a crash at most so much is sent again.
+        are_rejects_allowed: go on, and publish, without passages that are malformed or refused.
+        is_restart: delete an unfinished index and begin anew.
+        is_merged: into one segment at the end.
+        deletes_old: the indices that the alias pointed to before.
+    """
+
+    num_workers: int = 4
+    chunk_passages: int = 1000
+    chunk_bytes: int = 5 << 20
+    retry_limit_s: float = 600.0
+    marker_interval_s: float = 10.0
+    are_rejects_allowed: bool = False
+    is_restart: bool = False
+    is_merged: bool = False
+    deletes_old: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusScan:
+    """What one pass over a corpus has found.
+
+    Attributes:
+        sha256: of the file's bytes.
+        num_passages: good rows.
+        num_rejected: bad rows.
+        sample: id to contents of some passages, the first and the last among them, the same at every pass.
+    """
+
+    sha256: str
+    num_passages: int
+    num_rejected: int
+    sample: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What was done.
+
+    Attributes:
+        index: physical name; the alias points to it.
+        num_passages: in the index.
+        num_created: by this attempt.
+        num_found: were there already when this attempt sent them.
+        num_skipped: not sent: an earlier attempt had noted them.
+        num_rejected: malformed or refused, over all attempts.
+        old_indices: the alias pointed to them before.
+        are_old_deleted: or kept.
+    """
+
+    index: str
+    num_passages: int
+    num_created: int
+    num_found: int
+    num_skipped: int
+    num_rejected: int
+    old_indices: tuple[str, ...]
+    are_old_deleted: bool
+
+
+class RejectFile:
+    """JSONL of what was left out, with reasons; made by the first reject.
+
+    Lines are ``{"place", "reason"}`` for a malformed row, ``{"row", "id", "reason"}`` for a passage that Elasticsearch
+    refused; ``row`` counts good passages from 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin_scan(self) -> None:
+        """Forget malformed rows: they are about to be found again."""
+        self._keep(lambda reject: "row" in reject)
+
+    def begin_load(self, num_done: int) -> set[str]:
+        """Keep what earlier attempts wrote about the first ``num_done`` passages; return the ids of those."""
+        kept = self._keep(lambda reject: "row" not in reject or int(reject["row"]) < num_done)
+        return {str(reject["id"]) for reject in kept if "row" in reject}
+
+    def add(self, **fields: object) -> None:
+        """Write a line, at once: an interruption loses none.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+    def _keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            rejects = [(line, json.loads(line)) for line in lines]
+            kept = [(line, reject) for line, reject in rejects if is_kept(reject)]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self.path}: is no file of rejects ({error}); delete it, or give another path") from error
+        if not kept:
+            self.path.unlink()
+        elif len(kept) < len(rejects):
+            write_file(self.path, "".join(line for line, _ in kept))
+        return [reject for _, reject in kept]
+
+
+def scan_corpus(
+    corpus: Path,
+    on_reject: Callable[[str, str], None] | None = None,
+    on_passage: Callable[[], None] = lambda: None,
+) -> CorpusScan:
+    """Check every row before anything is sent, count them, and choose the sample that is looked up at the end.
+
+    Args:
+        corpus: of ``read_corpus``.
+        on_reject: called with position and reason of a bad row; without it the first one raises.
+        on_passage: called after each good row.
+
+    Raises:
+        DataError: see ``read_corpus``.
+    """
+    sha256 = sha256_of_corpus(corpus)
+    num_passages = num_rejected = 0
+    ends: list[CorpusRow] = []  # the first and the last
+
+    def count_reject(position: str, problem: str) -> None:
+        nonlocal num_rejected
+        num_rejected += 1
+        assert on_reject is not None  # else read_corpus raises instead
+        on_reject(position, problem)
+
+    def count_rows() -> Iterator[CorpusRow]:
+        nonlocal num_passages
+        for row in read_corpus(corpus, count_reject if on_reject else None, max_id_bytes=MAX_ID_BYTES):
+            num_passages += 1
+            ends[1:] = [row]
+            on_passage()
+            yield row
+
+    # Checksums are as good as a random draw, and need no knowledge of the corpus's size.
+    sample = heapq.nsmallest(_SAMPLE_SIZE, count_rows(), key=lambda row: zlib.crc32(row.id.encode()))
+    return CorpusScan(
+        sha256=sha256,
+        num_passages=num_passages,
+        num_rejected=num_rejected,
+        sample={row.id: row.contents for row in (*ends, *sample)},
+    )
+
+
+class ContiguousProgress:
+    """How many passages from the start are done, when chunks end in any order."""
+
+    def __init__(self, num_done: int, num_rejected: int) -> None:
+        self.num_done = num_done
+        self.num_rejected = num_rejected
+        self._ahead: dict[int, tuple[int, int]] = {}
+
+    def add(self, first: int, end: int, num_rejected: int) -> None:
+        """Passages [first, end) are done."""
+        self._ahead[first] = end, num_rejected
+        while self.num_done in self._ahead:
+            self.num_done, rejected = self._ahead.pop(self.num_done)
+            self.num_rejected += rejected
+
+
+@dataclass(slots=True, kw_only=True)
+class CorpusLoader:
+    """Loads a corpus, once.
+
+    Attributes:
+        corpus: of ``read_corpus``.
+        scan: of this very file.
+        client: of the cluster to load into.
+        index_settings: of the index.
+        settings: of this attempt.
+        rejects: gets the passages that Elasticsearch refuses; those of earlier attempts are kept.
+        encoder: its fingerprint stands in ``index_settings``.
+        on_progress: called with the number of passages that are done, from the corpus's start.
+    """
+
+    corpus: Path
+    scan: CorpusScan
+    client: ElasticsearchClient
+    index_settings: IndexSettings
+    settings: LoadSettings
+    rejects: RejectFile
+    encoder: TextEncoder | None = None
+    on_progress: Callable[[int], None] = lambda num_done: None
+    _index: CorpusIndex = field(init=False)
+    _first_marker: Marker = field(init=False)
+    _progress: ContiguousProgress = field(init=False)
+    _noted_at: float = field(init=False)
+    _encoding: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
+    _rejected_ids: set[str] = field(init=False)
+    _num_created: int = field(init=False, default=0)
+    _num_found: int = field(init=False, default=0)
+
+    async def run(self) -> LoadReport:
+        """Load, verify the index, and point the alias to it; goes on where an earlier attempt was interrupted.
+
+        Raises:
+            ConfigError: the alias's name, or the index's, is taken by something else.
+            DataError: the corpus has changed since the scan.
+            RetrievalError: the cluster failed, refused passages that are not allowed to be left out, or does not hold
+                afterwards what it should.
+        """
+        scan, settings = self.scan, self.settings
+        try:
+            await self.client.try_once(self.client.api.info)  # a wrong address is not waited for
+        except SearchError as failure:
+            fix = "see that the cluster runs and --url is its address (http or https)"
+            raise RetrievalError(f"{self.client.addresses}: first contact: {failure}; {fix}") from None
+        index = self._index = CorpusIndex(self.client, self.index_settings, scan.sha256, settings.retry_limit_s)
+        marker = self._first_marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
+        self._progress = ContiguousProgress(marker.num_done, marker.num_rejected)
+        self._rejected_ids = self.rejects.begin_load(marker.num_done)
+        self.on_progress(marker.num_done)
+        if marker.num_done < scan.num_passages:
+            await self._load()
+        if sha256_of_corpus(self.corpus) != scan.sha256:
+            raise DataError(f"{self.corpus}: changed while it was being indexed; start again")
+        num_refused = self._progress.num_rejected
+        num_rejected = num_refused + scan.num_rejected
+        if num_rejected and not settings.are_rejects_allowed:
+            num_rows = scan.num_passages + scan.num_rejected
+            raise index.error(
+                f"{num_rejected:,} of {num_rows:,} passages were rejected, see {self.rejects.path}; nothing was "
+                "published: fix them, or allow rejects and start again"
+            )
+        await index.open_for_searches(is_merged=settings.is_merged)
+        sample = {each: contents for each, contents in scan.sample.items() if each not in self._rejected_ids}
+        await index.verify(scan.num_passages - num_refused, sample)
+        await index.write_marker(self._marker.model_copy(update={"is_complete": True}))
+        return LoadReport(
+            index=index.name,
+            num_passages=scan.num_passages - num_refused,
+            num_created=self._num_created,
+            num_found=self._num_found,
+            num_skipped=marker.num_done,
+            num_rejected=num_rejected,
+            old_indices=await index.publish(deletes_old=settings.deletes_old),
+            are_old_deleted=settings.deletes_old,
+        )
+
+    @property
+    def _marker(self) -> Marker:
+        """How far it is."""
+        update = {"num_done": self._progress.num_done, "num_rejected": self._progress.num_rejected}
+        return self._first_marker.model_copy(update=update)
+
+    async def _load(self) -> None:
+        """Send everything, and note how far it came, however it ends; raise the error that came first."""
+        chunks = self._chunks()
+        self._noted_at = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self.settings.num_workers):
+                    tasks.create_task(self._work(chunks))
+        except ExceptionGroup as group:
+            first = next((error for error in group.exceptions if isinstance(error, SDSearchError)), group.exceptions[0])
+            raise first from group
+        finally:
+            # The cluster may be what failed; without this note the next attempt only sends a little more.
+            with suppress(RetrievalError, TimeoutError):
+                async with asyncio.timeout(10.0):
+                    await self._index.write_marker(self._marker)
+
+    def _chunks(self) -> Iterator[tuple[int, list[CorpusRow]]]:
+        """Neighbours, and the number of the first; read when a worker asks, so memory does not grow with the corpus."""
+        first = self._progress.num_done
+        # The scan has reported what is left out here.
+        rows = islice(read_corpus(self.corpus, lambda *_: None, max_id_bytes=MAX_ID_BYTES), first, None)
+        while chunk := list(islice(rows, self.settings.chunk_passages)):
+            yield first, chunk
+            first += len(chunk)
+
+    async def _work(self, chunks: Iterator[tuple[int, list[CorpusRow]]]) -> None:
+        """Send chunks until there are no more; the workers share the iterator."""
+        for first, rows in chunks:
+            num_rejected = await self._send(first, rows)
+            self._progress.add(first, first + len(rows), num_rejected)
+            self.on_progress(self._progress.num_done)
+            if time.monotonic() - self._noted_at > self.settings.marker_interval_s:
+                self._noted_at = time.monotonic()
+                await self._index.write_marker(self._marker)
+
+    async def _send(self, first: int, rows: Sequence[CorpusRow]) -> int:
+        """Send rows until each is in or rejected; return the number of the latter."""
+        vectors: list[list[float] | None] = [None] * len(rows)
+        if self.encoder is not None:
+            async with self._encoding:  # an encoder is for one thread at a time
+                encoded = await asyncio.to_thread(self.encoder.encode_passages, [row.contents for row in rows])
+            # As fine as fp32 at length 1, and half the digits.
+            vectors = np.round(encoded.astype(np.float64), 8).tolist()
+        waiting = {n: to_action(row, vector) for n, (row, vector) in enumerate(zip(rows, vectors, strict=True), first)}
+        num_rejected = 0
+
+        async def send_waiting() -> None:
+            nonlocal num_rejected
+            numbers, failure = iter(list(waiting)), None
+            results = async_streaming_bulk(
+                self.client.api,
+                list(waiting.values()),
+                chunk_size=self.settings.chunk_passages,
+                max_chunk_bytes=self.settings.chunk_bytes,
+                raise_on_error=False,
+                index=self._index.name,
+            )
+            async for _, item in results:
+                number, result = next(numbers), item["create"]
+                status = int(result["status"])
+                if status < 300:
+                    self._num_created += 1
+                elif status == _CONFLICT:
+                    self._num_found += 1
+                elif status == _BAD_DOCUMENT:
+                    reason = self.client.failure_from_status(status, result).cause
+                    self.rejects.add(row=number, id=waiting[number]["_id"], reason=reason)
+                    self._rejected_ids.add(waiting[number]["_id"])
+                    num_rejected += 1
+                else:
+                    # What is not about this document (no such index, forbidden) would refuse all others, too.
+                    failure = self.client.failure_from_status(status, result)
+                    continue
+                del waiting[number]
+            if waiting:
+                raise failure or SearchError("fewer answers than passages", is_retryable=True)
+
+        while waiting:
+            num_before = len(waiting)
+            try:
+                await self._index.ask(send_waiting, "bulk request")
+            except RetrievalError:
+                if len(waiting) == num_before:  # else the cluster is slow, not stuck
+                    raise
+        return num_rejected
+
+
+def to_action(row: CorpusRow, vector: Sequence[float] | None) -> dict[str, Any]:
+    """A passage for ``elasticsearch.helpers``."""
+    title, text = row.title_and_text()
+    source: dict[str, Any] = {CONTENTS: row.contents, TITLE: title, TEXT: text}
+    if vector is not None:
+        source[VECTOR] = vector
+    return {"_op_type": "create", "_id": row.id, "_source": source}
