@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 
 from megatron_sdsearch.config import RunConfig, expand_home, load_config
-from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
+from megatron_sdsearch.errors import HEAD_START_S, ConfigError, DataError, SDSearchError
 from megatron_sdsearch.logging import final_table, warnings_of
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-_HEAD_START_S = 5.0
 _FOLLOWED_S = 5
 _INTERRUPTED = 130
 _LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
@@ -226,7 +225,7 @@ def serve(
     def run() -> NoReturn:
         loaded = load_config(config, overrides or [])
         loaded.check_files()
-        from megatron_sdsearch.training.own_servers import serve as run_servers
+        from megatron_sdsearch.sglang.serve import serve as run_servers
 
         run_servers(loaded, host=host, urls_file=urls_file, log_dir=log_dir, index=index)
 
@@ -302,7 +301,7 @@ def _is_first_to_fail() -> bool:
     dist = sys.modules.get("torch.distributed")  # not loaded: a command without torch, or too early to have met
     if dist is None or not dist.is_initialized():
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_HEAD_START_S)
+            time.sleep(HEAD_START_S)
         return True
     try:
         return bool(dist.distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)

@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from megatron_sdsearch.rollout.sglang_api import SGLangServer
+from megatron_sdsearch.rollout.sglang_client import SGLangEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -41,8 +43,6 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
-from megatron_sdsearch.rollout.sglang_api import SGLangServer
-from megatron_sdsearch.rollout.sglang_client import SGLangEngine
 from megatron_sdsearch.rollout.supply import exactly
 from megatron_sdsearch.tokenization.renderer import Renderer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,13 +13,9 @@ from megatron_sdsearch.check.sglang_program import SECTION, check_program, check
 from megatron_sdsearch.check.subject import Subject
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.model.hf_config import read_hf_config
-from megatron_sdsearch.rollout.checks import context_problems, own_server_problems
-from megatron_sdsearch.rollout.server_process import (
-    find_obstacle,
-    read_model_info,
-    read_server_info,
-)
-from megatron_sdsearch.rollout.sglang_servers import check_has_weights, free_ports, no_gpus_left, split_gpus
+from megatron_sdsearch.sglang.api import SGLangServer
+from megatron_sdsearch.sglang.rules import no_gpus_left, own_server_problems, server_problems, split_gpus
+from megatron_sdsearch.sglang.servers import find_obstacle, free_ports
 
 _ANSWER_S = 10.0
 # The supervisor gives these itself; a second one would win.
@@ -48,10 +45,6 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
             f"empty, and the run has {world.num_nodes} nodes: own servers listen on 127.0.0.1 of the first one",
             "let slurm/train.sh start them on nodes of their own (SDSEARCH_SGLANG_NODES), or name yours here",
         )
-    if subject.config.model.hf_dir.is_dir():
-        attempt = Attempt.at(lambda: check_has_weights(subject.config.model.hf_dir))
-        if attempt.error is not None:
-            yield Finding.of(attempt.error, "model.hf_dir")
     if world.has_gpu:
         yield from _gpus(subject, sglang)
     if not world.num_sglang_nodes:
@@ -60,9 +53,8 @@ def _own(subject: Subject, sglang: SGLangConfig) -> Iterator[Finding]:
             yield Finding.error(
                 f"{SECTION}.num_servers", str(ports.error), "end what uses them, or start fewer servers"
             )
-    if (hf_config := subject.hf_config.value) is not None:
-        for problem in own_server_problems(subject.config, hf_config):
-            yield Finding.of(problem, problem.field)
+    for problem in own_server_problems(subject.config, subject.hf_config.value):
+        yield Finding.of(problem, problem.field)
     for flag in sorted(set(flags_of(sglang.arguments)) & set(_OURS)):
         yield Finding.error(
             f"{SECTION}.arguments",
@@ -110,9 +102,9 @@ def _server(subject: Subject, sglang: SGLangConfig, url: str) -> Iterator[Findin
             field, f"{url}/model_info does not answer: {attempt.value}", "start it, or give another address"
         )
         return
-    info = read_model_info(url, _ANSWER_S) or {}
-    yield from _model(subject, url, info)
-    arguments = Attempt.at(lambda: read_server_info(url, _ANSWER_S))
+    server = SGLangServer(url, timeout_s=_ANSWER_S)
+    yield from _model(subject, url, Attempt.at(lambda: asyncio.run(server.call("/model_info"))).value or {})
+    arguments = Attempt.at(lambda: asyncio.run(server.call("/server_info")))
     if arguments.error is not None:
         yield Finding.warning(field, str(arguments.error), "attach to SGLang itself, with no router in between")
     if arguments.value is not None:
@@ -156,28 +148,11 @@ def _same_shape(subject: Subject, url: str, path: Path) -> Iterator[Finding]:
 
 
 def _arguments(subject: Subject, sglang: SGLangConfig, url: str, told: Mapping[str, Any]) -> Iterator[Finding]:
-    tensor = told.get("tp_size")
-    if isinstance(tensor, int) and tensor != sglang.tp_size:
-        yield Finding.error(
-            f"{SECTION}.tp_size", f"{sglang.tp_size}, and {url} runs with --tp-size {tensor}", f"set it to {tensor}"
-        )
-    longest = told.get("max_req_input_len")
-    if isinstance(longest, int):
-        for problem in context_problems(subject.config, url, longest):
-            yield Finding.of(problem, problem.field)
-    else:
+    for problem in server_problems(subject.config, url, dict(told)):
+        yield Finding.of(problem, problem.field)
+    if not isinstance(told.get("max_req_input_len"), int):
         yield Finding.warning(
             f"{SECTION}.urls",
             f"{url} does not tell how long a request it takes (max_req_input_len)",
             "attach to SGLang itself, with no router in between",
-        )
-    if sglang.colocated and told.get("enable_memory_saver") is False:
-        yield Finding.error(
-            f"{SECTION}.colocated", f"true, and {url} would keep its memory", "start it with --enable-memory-saver"
-        )
-    if told.get("skip_tokenizer_init"):
-        yield Finding.error(
-            f"{SECTION}.urls",
-            f"{url} has no tokenizer, and stops are strings",
-            "leave --skip-tokenizer-init out",
         )

@@ -16,8 +16,8 @@ from packaging.version import InvalidVersion, Version
 from megatron_sdsearch.check.findings import Attempt, Finding
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import EngineError
-from megatron_sdsearch.rollout.server_process import own_environment
-from megatron_sdsearch.rollout.sglang_api import OLDEST_VERSION, TESTED_VERSION
+from megatron_sdsearch.sglang.api import OLDEST_VERSION, TESTED_VERSION
+from megatron_sdsearch.sglang.servers import server_environment
 
 SECTION = "rollout.sglang"
 _PROBE_S = 60.0
@@ -58,7 +58,7 @@ def check_program(sglang: SGLangConfig) -> Iterator[Finding]:
 
 def _probe(sglang: SGLangConfig) -> _Installed:
     program = sglang.command[0]
-    environment = own_environment() | sglang.plain_environment
+    environment = server_environment() | sglang.plain_environment
     try:
         done = subprocess.run(
             [program, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_PROBE_S, check=False

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_sdsearch.model.hf_weights import exhaust
+from megatron_sdsearch.model.hf_weights import drain_collective
 
 DEFAULT_SHARD_BYTES = 4 << 30
 # In any format: Llama's and Mistral's own files lie beside transformers'.
@@ -34,7 +34,7 @@ def write_hf_folder(
     Memory holds one shard. ``target`` is replaced as a whole once the new folder is complete.
 
     Args:
-        weights: whole tensors; a collective, which every rank exhausts even when writing fails.
+        weights: whole tensors; a collective, which every rank drains even when writing fails.
         source: the folder that the run started from.
         target: of the new one.
         is_writer: this rank writes.
@@ -45,11 +45,11 @@ def write_hf_folder(
         OSError: on the writer, when the disk is full or the folder may not be written; ``target`` is as before.
     """
     if not is_writer:
-        exhaust(weights, lambda _: None)
+        drain_collective(weights)
         return
     writer = _ShardWriter(_partial(target), shard_bytes)
     with _whole_or_nothing(target):
-        exhaust(weights, writer.add, before=writer.start)
+        drain_collective(weights, writer.add, before=writer.start)
         writer.finish()
         carry_over(source, writer.folder, writer.dtype)
         check(writer.folder)

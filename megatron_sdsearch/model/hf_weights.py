@@ -439,7 +439,7 @@ class SafetensorsFolder:
 
 @torch.no_grad()
 def export_hf_weights(gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors one at a time, the same on every rank. A collective: all ranks must exhaust it."""
+    """Whole Hugging Face tensors one at a time, the same on every rank. A collective: all ranks must drain it."""
     parameters = dict(gpt.named_parameters())
     for place in placements(config, parallel.pp_size):
         pieces: Pieces = []
@@ -448,10 +448,15 @@ def export_hf_weights(gpt: GPTModel, config: PretrainedConfig, parallel: Paralle
         yield from zip(place.hf, _broadcast(pieces, place.stage, parallel), strict=True)
 
 
-def exhaust(stream: Iterable[T], take: Callable[[T], object], *, before: Callable[[], object] = lambda: None) -> None:
+def drain_collective(
+    stream: Iterable[T],
+    take: Callable[[T], object] = lambda _: None,
+    *,
+    before: Callable[[], object] = lambda: None,
+) -> None:
     """``take`` everything of a stream that is a collective.
 
-    When that fails, go through the rest without it, for peers wait in the collectives; then raise.
+    When that fails, drain the stream without it, for peers wait in the collectives; then raise.
 
     Args:
         stream: one of the exports.

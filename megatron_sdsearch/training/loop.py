@@ -29,7 +29,7 @@ from megatron_sdsearch.model.hf_weights import SafetensorsFolder, check_weights
 from megatron_sdsearch.model.safe_load import forbid_pickles
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import Question, TrainBatch
-from megatron_sdsearch.rollout.checks import own_server_problems
+from megatron_sdsearch.sglang.rules import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training import step_metrics
 from megatron_sdsearch.training.policy import Network, Policy, starting_weights

@@ -122,11 +122,11 @@ class Network:
         )
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under their Hugging Face names, on every rank; all ranks must exhaust it."""
+        """Whole tensors under their Hugging Face names, on every rank; all ranks must drain it."""
         return export_hf_weights(self.gpt, self.hf_config, self.parallel)
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of this rank's pipeline stage; all ranks of its tensor-parallel group must exhaust it."""
+        """Whole tensors of this rank's pipeline stage; all ranks of its tensor-parallel group must drain it."""
         return export_stage_weights(self.gpt, self.hf_config, self.parallel)
 
 

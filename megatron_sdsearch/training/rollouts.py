@@ -12,7 +12,6 @@ from typing import TypeVar
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import QuestionSampler, read_questions
-from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.evaluation import require_sampled
 from megatron_sdsearch.hindsight.block import build_hindsight
 from megatron_sdsearch.hindsight.labels import outcomes_of, shown_labels
@@ -103,7 +102,7 @@ class DistributedRollouts:
 
     def rest(self) -> None:
         """No rollouts until the next publish."""
-        self._source.rest()
+        self._source.release_memory()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
         """The step's groups with their hindsight, in the order of their places, on every rank.
@@ -169,11 +168,7 @@ class DistributedRollouts:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         with without_cpu_layer():
-            try:
-                yield
-            except EngineError:
-                self._source.explain()
-                raise
+            yield
 
     def _check(self, losses: Sequence[RolloutLosses]) -> None:
         sum(losses, RolloutLosses()).check(self._config.rollout.max_failed_search_share)

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from megatron_sdsearch.rollout.server_process import read_model_info
-from tests.loopback.test_sglang_servers import FAKE, ROOT, wait_until
+from tests.loopback.test_sglang_servers import FAKE, ROOT, model_info, wait_until
 
 START_LIMIT_S = 120.0  # it imports torch
 LOOKS_S = 3.0  # time for some looks at the folders
@@ -104,7 +103,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def version_of(url: str) -> str | None:
-    info = read_model_info(url, 0.5)
+    info = model_info(url)
     return None if info is None else str(info["weight_version"])
 
 

@@ -73,7 +73,9 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path: Path, line: str, fi
 
 def test_a_row_without_sampled_text_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [json.dumps(ROW | {"spans": [ROW["spans"][1]]})])
-    with pytest.raises(DataError, match=r"d\.jsonl:1: spans: No span is sampled text, so there is nothing to learn; fix"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: spans: No span is sampled text, so there is nothing to learn; fix"
+    ):
         read_demonstrations(path)
 
 
