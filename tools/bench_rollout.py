@@ -1,34 +1,35 @@
-"""Trajectories and tokens per second of a rollout engine under the package's collector, as one JSON object.
+"""Trajectories and tokens per second of a run's rollout engine under the package's collector, as one JSON object.
 
-    python tools/bench_rollout.py --model HF_DIR --questions 16 --group 5 --searches 2
-    python tools/bench_rollout.py --model HF_DIR --url http://10.0.0.7:30000 --concurrency 256
+    python tools/bench_rollout.py CONFIG
+    python tools/bench_rollout.py CONFIG rollout.engine=sglang 'rollout.sglang.urls=["http://10.0.0.7:30000"]'
 
-Measures the embedded engine, or attached servers, which must hold the model whose tokenizer is in ``--model``; it
-starts no server and changes no weights. A random policy searches for nothing. So the engine samples ``--new-tokens``
-per turn, and the last few are overwritten by a query, or in the last turn by an answer: every trajectory makes
-``--searches`` searches, the engine does all of its work, and later turns continue what was sampled.
+Measures the embedded engine, or attached servers, which must hold the model of ``model.hf_dir``; it starts no server
+and changes no weights. A random policy searches for nothing. So the engine samples ``rollout.max_response_tokens`` per
+turn, and the last few are overwritten by a query of random words, or in the last turn by an answer: every trajectory
+makes ``rollout.max_turns`` searches in the run's search engine, the rollout engine does all of its work, and later
+turns continue what was sampled.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.config import RunConfig, parse_config, path_argument
+from megatron_sdsearch.config import RunConfig, load_config, path_argument
 from megatron_sdsearch.data.prompts import get_profile
-from megatron_sdsearch.errors import SDSearchError
+from megatron_sdsearch.data.questions import read_questions
+from megatron_sdsearch.errors import ConfigError, SDSearchError
 from megatron_sdsearch.model.hf_config import load_hf_config
-from megatron_sdsearch.records import Passage, Question, TrajectoryId
+from megatron_sdsearch.records import TrajectoryId
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
@@ -36,10 +37,9 @@ from megatron_sdsearch.rollout.supply import exactly
 from megatron_sdsearch.sglang.api import SGLangServer, call_servers
 from megatron_sdsearch.sglang.engine import SGLangEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
+from megatron_sdsearch.training.retrievers import open_retriever
 
 WORDS = "river mountain author capital painter novel engine island treaty comet harbour opera bridge planet".split()
-OBSERVATION_TOKENS = 64
-PROMPT_TOKENS = 160
 
 
 class ScriptedEngine:
@@ -74,84 +74,47 @@ class ScriptedEngine:
         await self._inner.close()
 
 
-class ScriptedRetriever:
-    """Finds the same passages for every query."""
-
-    fingerprint = "bench"
-
-    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        text = " ".join(WORDS * 3)
-        return [Passage(passage_id=f"p{i}", contents=f'"{WORDS[i % len(WORDS)]}"\n{text}') for i in range(top_k)]
-
-    async def close(self) -> None: ...
-
-
 def main() -> None:
     """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=path_argument, required=True, help="Hugging Face folder")
-    parser.add_argument("--url", action="append", default=[], help="of a server; again for each of several")
-    parser.add_argument("--questions", type=int, default=16, help="per step (default 16)")
-    parser.add_argument("--group", type=int, default=5, help="trajectories per question (default 5)")
-    parser.add_argument("--searches", type=int, default=2, help="per trajectory (default 2)")
-    parser.add_argument("--new-tokens", type=int, default=48, help="per turn (default 48)")
-    parser.add_argument("--concurrency", type=int, default=256, help="requests at a time, per server (default 256)")
+    parser.add_argument("config", type=path_argument, help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data.questions_per_step=16")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one of warm-up (default 3)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as run_dir:
-        try:
-            print(json.dumps(bench(arguments, run_dir)))
-        except SDSearchError as error:
-            sys.exit(f"{type(error).__name__}: {error}")
+    try:
+        print(json.dumps(bench(load_config(arguments.config, arguments.overrides), arguments.steps)))
+    except SDSearchError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
-def bench(arguments: argparse.Namespace, run_dir: str) -> dict[str, object]:
-    longest = PROMPT_TOKENS + (arguments.searches + 1) * (arguments.new_tokens + OBSERVATION_TOKENS)
-    config = parse_config(
-        {
-            "run_dir": run_dir,
-            "model": {"hf_dir": str(arguments.model)},
-            "data": {"train": "none", "prompt_profile": "plain"},
-            "retrieval": {"corpus": "none"},
-            "rollout": {
-                "engine": "sglang" if arguments.url else "embedded",
-                "sglang": {"urls": arguments.url, "max_concurrency": arguments.concurrency},
-                "group_size": arguments.group,
-                "max_turns": arguments.searches,
-                "max_prompt_tokens": PROMPT_TOKENS,
-                "max_response_tokens": arguments.new_tokens,
-                "max_observation_tokens": OBSERVATION_TOKENS,
-                "max_total_tokens": longest,
-            },
-            "train": {"max_tokens_per_microbatch": longest + 4096},
-        }
-    )
-    renderer = Renderer.from_folder(arguments.model, profile=get_profile(config.data.prompt_profile))
+def bench(config: RunConfig, num_steps: int) -> dict[str, object]:
+    """Roll out the first questions of ``data.train`` once for warm-up, then ``num_steps`` times."""
+    data, rollout = config.data, config.rollout
+    renderer = Renderer.from_folder(config.model.hf_dir, profile=get_profile(data.prompt_profile))
     inner, version = make_engine(config, renderer)
-    collector = RolloutCollector(
-        ScriptedEngine(inner, renderer, arguments.searches), ScriptedRetriever(), renderer, config
-    )
-    questions = [
-        Question(question_id=f"bench:{i}", text=f"which {WORDS[i % len(WORDS)]} is number {i}", gold_answers=("x",))
-        for i in range(arguments.questions)
-    ]
+    engine = ScriptedEngine(inner, renderer, rollout.max_turns)
+    if config.retrieval is None:
+        raise ConfigError("retrieval", "missing, and rollouts search", "set it")
+    runner = asyncio.Runner()
+    retriever = runner.run(open_retriever(config.retrieval))
+    collector = RolloutCollector(engine, retriever, renderer, config, runner)
+    questions = read_questions(data.train)[: data.questions_per_step]
     seconds, num_tokens, num_searches = [], 0, 0
     try:
-        for step in range(1 + arguments.steps):
+        for step in range(1 + num_steps):
             start = time.perf_counter()
-            collected = collector.collect(
-                exactly(questions, step=step, group_size=arguments.group), policy_version=version
-            )
+            supply = exactly(questions, step=step, group_size=rollout.group_size)
+            collected = collector.collect(supply, policy_version=version)
             seconds.append(time.perf_counter() - start)
             trajectories = [trajectory for group in collected.groups for trajectory in group.trajectories]
             num_tokens = sum(len(span.token_ids) for t in trajectories for span in t.sampled_spans)
             num_searches = sum(len(t.queries) for t in trajectories)
     finally:
         collector.close()
-    step_s, num_trajectories = statistics.median(seconds[1:]), arguments.questions * arguments.group
+    step_s, num_trajectories = statistics.median(seconds[1:]), len(questions) * rollout.group_size
     return {
-        **vars(arguments),
-        "model": str(arguments.model),
+        "engine": rollout.engine,
+        "trajectories": num_trajectories,
         "trajectories_per_s": round(num_trajectories / step_s, 4),
         "tokens_per_s": round(num_tokens / step_s, 4),
         "s_per_step": round(step_s, 4),
@@ -173,9 +136,8 @@ def make_engine(config: RunConfig, renderer: Renderer) -> tuple[Engine, int]:
     vocab_size = load_hf_config(hf_dir).vocab_size
     # A text, for a server that nothing was published to says "default"; versions are only compared.
     version: int = versions[0]
-    engine = SGLangEngine(
-        sglang.urls, renderer.token_bytes, renderer.eos_ids, vocab_size, longest, sglang, policy_version=version
-    )
+    engine = SGLangEngine(sglang.urls, renderer.token_bytes, renderer.eos_ids, vocab_size, longest, sglang)
+    engine.policy_version = version
     return engine, version
 
 

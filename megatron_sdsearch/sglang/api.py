@@ -133,12 +133,18 @@ def call_servers(
 ) -> list[T]:
     """Do ``work`` on all servers at the same time, and ``meanwhile`` in a thread; for code outside an event loop.
 
+    Args:
+        servers: to call.
+        work: of one server.
+        meanwhile: the trainer's side of what the servers wait for, in a process group with them.
+
     Returns:
         The results, in the order of ``servers``.
 
     Raises:
         EngineError: the failure of one server, once all have answered; refusals come before absences. ``meanwhile`` is
-            then not waited for: what it waits for may never come.
+            then not waited for: what it waits for may never come. Or a RuntimeError of ``meanwhile``, which torch
+            raises for a lost peer and for a timeout.
     """
     beside: Future[None] = Future()
 
@@ -146,6 +152,9 @@ def call_servers(
         try:
             work()
             beside.set_result(None)
+        except RuntimeError as error:
+            urls = ", ".join(server.url for server in servers)
+            beside.set_exception(ServerUnavailableError(f"process group with {urls}: {cause_of(error)}"))
         except Exception as error:  # noqa: BLE001  # raised below
             beside.set_exception(error)
 

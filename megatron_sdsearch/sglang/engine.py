@@ -46,19 +46,16 @@ class PooledServer:
     Attributes:
         api: sends requests to it.
         slots: bounds this rank's open requests.
+        is_usable: new requests may go there.
         last_error: why it was, or is, not usable.
         poll: asks a server that is down whether it can be used again.
     """
 
     api: SGLangServer
     slots: asyncio.Semaphore
+    is_usable: bool = True
     last_error: str = ""
     poll: asyncio.Task[None] | None = None
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether new requests may go there: it is not being polled."""
-        return self.poll is None
 
 
 class SGLangEngine:
@@ -78,7 +75,6 @@ class SGLangEngine:
         vocab_size: of the model; an id outside kills an SGLang server, so it is never sent.
         max_total_tokens: of prompt and new tokens together.
         config: ``request_timeout_s``, ``down_timeout_s`` and ``max_concurrency`` are read.
-        policy_version: of the weights that the servers hold, as ``weight_version`` names it.
         deterministic: see above.
         retry_interval_s: between polls of a server that is down, and the longest pause before a retry.
         raise_root_cause: awaited before an EngineError is raised; may raise one that knows more.
@@ -98,12 +94,11 @@ class SGLangEngine:
         max_total_tokens: int,
         config: SGLangConfig,
         *,
-        policy_version: int = 0,
         deterministic: bool = False,
         retry_interval_s: float = 1.0,
         raise_root_cause: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.policy_version = policy_version
+        self.policy_version = 0
         self.servers = [
             PooledServer(
                 api=SGLangServer(url, timeout_s=config.request_timeout_s),
@@ -123,8 +118,6 @@ class SGLangEngine:
         self._counts: Counter[str] = Counter()
         self._assigned: dict[TrajectoryId, PooledServer] = {}
         self._has_usable = asyncio.Event()
-        self._open: set[asyncio.Task[Generation]] = set()
-        self._is_closed = False
 
     def take_counts(self) -> dict[str, int]:
         """Return what happened since the last call, under names of metrics.
@@ -141,22 +134,12 @@ class SGLangEngine:
 
         Raises:
             EngineError: the request would crash a model or does not fit (nothing was sent); a server refused it; no
-                server was usable for ``down_timeout_s``; several attempts failed; the answer is not an SGLang's, or was
-                decoded with another tokenizer; or the engine was closed.
+                server was usable for ``down_timeout_s``; several attempts failed; or the answer is not an SGLang's,
+                or was decoded with another tokenizer.
         """
         check_request(request, self._vocab_size, self._max_total_tokens)
-        if self._is_closed:
-            raise EngineError("the engine was closed")
-        task = asyncio.create_task(self._generate(request))  # of its own, so that close can end it
-        self._open.add(task)
-        task.add_done_callback(self._open.discard)
         try:
-            return await task
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if caller is not None and not caller.cancelling():  # then only close has ended the task
-                raise EngineError("the engine was closed") from None
-            raise
+            return await self._generate(request)
         except EngineError:
             if self._raise_root_cause is not None:
                 await self._raise_root_cause()
@@ -167,12 +150,7 @@ class SGLangEngine:
         self._assigned.pop(trajectory_id, None)
 
     async def close(self) -> None:
-        """Abort open requests, whose callers get an EngineError, and end polls."""
-        self._is_closed = True
-        open_calls = list(self._open)
-        for call in open_calls:
-            call.cancel()
-        await asyncio.gather(*open_calls, return_exceptions=True)
+        """End polls."""
         polls = [server.poll for server in self.servers if server.poll is not None]
         for poll in polls:
             poll.cancel()
@@ -225,20 +203,17 @@ class SGLangEngine:
         rid = f"sdsearch-{uuid4().hex}"
         try:
             return await server.api.call("/generate", {**payload, "rid": rid})
-        except asyncio.CancelledError:
-            await self._abort(server, rid)
+        except (asyncio.CancelledError, ServerUnavailableError) as error:
+            is_open = True  # the server may still be at work on it
+            if isinstance(error, ServerUnavailableError):
+                is_open = error.is_timeout
+                self._take_down(server, str(error))
+            if is_open:
+                try:
+                    await server.api.send("/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+                except EngineError as failure:
+                    _log.warning("request %s could not be aborted: %s", rid, failure)
             raise
-        except ServerUnavailableError as error:
-            self._take_down(server, str(error))
-            if error.is_timeout:
-                await self._abort(server, rid)
-            raise
-
-    async def _abort(self, server: PooledServer, rid: str) -> None:
-        try:
-            await server.api.send("/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
-        except EngineError as error:
-            _log.warning("request %s could not be aborted: %s", rid, error)
 
     def _version_problem(self, server: PooledServer, answer: Json, version: int) -> str:
         """Why the answer must not be used; empty when it may. ``version`` was current when the request was sent."""
@@ -301,12 +276,22 @@ class SGLangEngine:
 
     @asynccontextmanager
     async def _slot(self, trajectory_id: TrajectoryId) -> AsyncIterator[PooledServer]:
-        """Wait for a usable server's slot: the server of the trajectory's earlier turns as long as that is usable."""
+        """Wait for a slot of a usable server: that of the trajectory's earlier turns as long as it is usable.
+
+        Raises:
+            EngineError: no server has been usable for ``down_timeout_s``.
+        """
         while True:
-            server = self._assign(trajectory_id)
-            if server is None:
-                await self._wait_for_usable()
-                continue
+            while (server := self._assign(trajectory_id)) is None:
+                self._has_usable.clear()
+                try:
+                    await asyncio.wait_for(self._has_usable.wait(), self._down_timeout_s)
+                except TimeoutError:
+                    errors = "; ".join(f"{server.api.url}: {server.last_error}" for server in self.servers)
+                    raise EngineError(
+                        f"none of {len(self.servers)} SGLang servers was usable for {self._down_timeout_s:g} s "
+                        f"(rollout.sglang.down_timeout_s); {errors}"
+                    ) from None
             async with server.slots:
                 if server.is_usable:  # it may have gone down while this call waited for its slot
                     yield server
@@ -326,21 +311,11 @@ class SGLangEngine:
         self._counts["num_moved"] += before is not None
         return server
 
-    async def _wait_for_usable(self) -> None:
-        self._has_usable.clear()
-        try:
-            await asyncio.wait_for(self._has_usable.wait(), self._down_timeout_s)
-        except TimeoutError:
-            errors = "; ".join(f"{server.api.url}: {server.last_error}" for server in self.servers)
-            raise EngineError(
-                f"none of {len(self.servers)} SGLang servers was usable for {self._down_timeout_s:g} s "
-                f"(rollout.sglang.down_timeout_s); {errors}"
-            ) from None
-
     def _take_down(self, server: PooledServer, problem: str) -> None:
         """Send nothing to the server until a poll finds it alive with the current weights, and able to sample."""
         server.last_error = problem
-        if server.poll is None:
+        if server.is_usable:
+            server.is_usable = False
             _log.warning("%s is down: %s", server.api.url, problem)
             server.poll = asyncio.create_task(self._poll_until_usable(server))
 
@@ -358,7 +333,7 @@ class SGLangEngine:
             except EngineError as error:
                 server.last_error = str(error)
         _log.warning("%s is back with weight version %d", server.api.url, self.policy_version)
-        server.poll = None
+        server.is_usable = True
         self._has_usable.set()
 
 

@@ -1,21 +1,30 @@
-"""A publish: pause, send, continue, verify; again when a server was lost on the way."""
+"""A publish: pause, send, continue, verify; again when a server was lost on the way.
+
+Servers are proven to hold what the trainer holds. On CPU exactly: SGLang's hashes of all its tensors, computed here
+while the tensors are sent. On GPUs its hash is a kernel's, so there log-probabilities of a fixed sequence are compared
+instead.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
-from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.batching.packing import pack
+from megatron_sdsearch.config import ObjectiveConfig, RunConfig
 from megatron_sdsearch.errors import ConfigError, EngineError, ServerUnavailableError, StorageError
+from megatron_sdsearch.loss.objective import policy_logprobs
 from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.records import TrainingSample
 from megatron_sdsearch.sglang.api import SGLangServer, call_servers
 from megatron_sdsearch.sglang.servers import ServerSupervisor
-from megatron_sdsearch.sglang.transports import Step, choose_transport
-from megatron_sdsearch.sglang.verify import WeightHashes, verify_hashes, verify_logprobs
+from megatron_sdsearch.sglang.transports import TRANSPORTS, Step, WeightHashes
 
 if TYPE_CHECKING:
     from megatron_sdsearch.training.policy import Network
@@ -23,6 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
+NUM_PROBE_TOKENS = 64
+# Largest difference of one token's log-probability, nats: kernels sum in other orders.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 _MAX_ATTEMPTS = 3
 _POLL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0
@@ -79,11 +91,12 @@ class WeightPublisher:
         parallel: ParallelState,
         supervisor: ServerSupervisor | None = None,
     ) -> None:
-        self.transport = choose_transport(config, parallel)
+        self.transport = TRANSPORTS[config.rollout.sglang.weight_sync](config, parallel)
         self._config = config.rollout.sglang
         self._servers = [SGLangServer(url, timeout_s=self._config.request_timeout_s) for url in urls]
         self._parallel = parallel
         self._supervisor = supervisor
+        self._restart_counts = supervisor.restart_counts if supervisor is not None else dict[str, int]
         self._num_published = 0
         # SGLang's scheduler dies of a request to take back memory that it has not released: for each kind of memory,
         # the servers that still owe it, with their number of restarts then. A restarted one has all of its memory.
@@ -150,8 +163,10 @@ class WeightPublisher:
 
     def _wait_for_servers(self) -> list[str]:
         """Return the urls of servers that answer, on the first rank; waits for the first one."""
+        if not self._parallel.is_main:
+            return []
         deadline = time.monotonic() + self._config.down_timeout_s
-        while self._parallel.is_main:
+        while True:
             servers = self._reachable()
             if self._supervisor is not None:
                 self._supervisor.check()
@@ -161,7 +176,6 @@ class WeightPublisher:
                 all_urls = ", ".join(server.url for server in self._servers)
                 raise EngineError(f"no server has answered for {self._config.down_timeout_s:g} s: {all_urls}")
             time.sleep(_POLL_S)
-        return []
 
     def _reachable(self) -> list[SGLangServer]:
         async def answers(server: SGLangServer) -> bool:
@@ -205,5 +219,85 @@ class WeightPublisher:
 
         call_servers([s for s in servers if owed.get(s.url) == restarts.get(s.url, 0)], resume)
 
-    def _restart_counts(self) -> dict[str, int]:
-        return self._supervisor.restart_counts() if self._supervisor is not None else {}
+
+def verify_hashes(servers: Sequence[SGLangServer], parallel: ParallelState, hashes: WeightHashes) -> None:
+    """Compare SGLang's own hashes of all its tensors with those of what was sent: exact; a collective.
+
+    Args:
+        servers: to ask; those of the first rank count.
+        parallel: ranks of the trainer.
+        hashes: of what this rank has gathered.
+
+    Raises:
+        EngineError: on the first rank: a server holds something else.
+    """
+    expected: dict[str, str] = {}
+    for of_rank in parallel.all_gather_object(hashes.by_name()):  # each pipeline stage may have sent its own
+        expected |= of_rank
+    answers = call_servers(servers, lambda server: server.call("/weights_checker", {"action": "checksum"}))
+    for server, answer in zip(servers, answers, strict=True):
+        held = answer["ranks"][0]["checksums"]
+        wrong = sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name))
+        if wrong:
+            raise EngineError(
+                f"{server.url} does not hold the published weights: {len(wrong)} of {len(expected)} tensors differ, "
+                f"the first is {wrong[0]}"
+            )
+
+
+def verify_logprobs(policy: Network, servers: Sequence[SGLangServer], parallel: ParallelState) -> None:
+    """Compare what servers compute on a fixed sequence, within ``TOLERANCE``. Raises as ``verify_hashes``."""
+    ids = probe_ids(policy.hf_config.vocab_size)
+    expected = trainer_logprobs(policy, ids, parallel)
+    limit = TOLERANCE[next(policy.gpt.parameters()).dtype]
+    request = {
+        "input_ids": ids,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,  # everything afresh: the prefix cache is not asked
+    }
+    answers = call_servers(servers, lambda server: server.call("/generate", request))
+    for server, answer in zip(servers, answers, strict=True):
+        served = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        gap = float(np.abs(np.array(served) - np.array(expected)).max())
+        if not gap <= limit:
+            raise EngineError(
+                f"{server.url} does not hold the published weights: log-probabilities differ by up to {gap:.4g} nats"
+            )
+
+
+def probe_ids(vocab_size: int) -> list[int]:
+    """Return the fixed sequence."""
+    return [int(i) for i in np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, NUM_PROBE_TOKENS)]
+
+
+def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelState) -> list[float]:
+    """Return log-probabilities (nats, temperature 1) of all ids but the first under the policy, on every rank."""
+    array = np.array(ids)
+    is_label = np.arange(len(ids)) < len(ids) - 1
+    sample = TrainingSample(
+        sample_id="probe",
+        token_ids=array,
+        labels=np.append(array[1:], 0),
+        loss_mask=is_label,
+        query_mask=np.zeros(len(ids), dtype=np.bool_),
+        rollout_logprobs=np.zeros(len(ids)),
+        advantage=1.0,
+        prompt_length=1,
+    )
+    batch = pack(
+        [sample],
+        num_ranks=1,  # every replica reads it
+        rank=0,
+        num_minibatches=1,
+        max_tokens=len(ids) + parallel.alignment,
+        alignment=parallel.alignment,
+        equal_lengths=parallel.pp_size > 1,
+        objective=ObjectiveConfig(),
+    )
+    values = policy.collect(
+        batch.minibatches[0].student,
+        lambda logits, part: policy_logprobs(replace(logits, temperature=1.0), part.policy_rows, part.policy_labels),
+    )
+    own = values[0].tolist() if values else None
+    return next(found for found in parallel.all_gather_object(own) if found is not None)

@@ -61,14 +61,13 @@ def serve(config: RunConfig, *, host: str, urls_file: Path, log_dir: Path | None
         ConfigError: the run does not sample from SGLang, or the GPUs do not suffice.
         EngineError: a server did not start, or has used up its restarts.
     """
-    config = _for_this_node(config)
+    config = _for_this_node(config, index)
     sglang = config.rollout.sglang
     supervisor = ServerSupervisor(
         config,
         gpus=visible_gpus(),
         host=host,
         log_dir=log_dir,
-        seed=config.seed + index * sglang.num_servers,
         leaves_first_life_alone=True,  # the trainer gives weights to living servers itself
     )
     weights = config.run_dir / "weights"
@@ -93,7 +92,7 @@ def serve(config: RunConfig, *, host: str, urls_file: Path, log_dir: Path | None
         supervisor.close()
 
 
-def _for_this_node(config: RunConfig) -> RunConfig:
+def _for_this_node(config: RunConfig, index: int) -> RunConfig:
     if not config.samples_from_sglang:
         raise ConfigError("rollout.engine", f"{config.rollout.engine} has no servers", "set rollout.engine=sglang")
     sglang, num_gpus = config.rollout.sglang, len(visible_gpus())
@@ -102,7 +101,8 @@ def _for_this_node(config: RunConfig) -> RunConfig:
         raise ConfigError("rollout.sglang.tp_size", problem, "lower it")
     num_servers = num_gpus // sglang.tp_size if num_gpus else sglang.num_servers
     here = sglang.model_copy(update={"urls": (), "num_servers": num_servers})
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"sglang": here})})
+    rollout = config.rollout.model_copy(update={"sglang": here})
+    return config.model_copy(update={"rollout": rollout, "seed": config.seed + index * num_servers})
 
 
 def _find_folders(root: Path) -> list[tuple[int, Path]]:

@@ -35,6 +35,7 @@ PORTS = range(20_000, 32_000)
 # Seconds. SGLang looks for a SIGTERM every 5 s alone, and has nothing to save: the time to SIGKILL is short.
 POLL_S, INFO_TIMEOUT_S, HANG_S, GRACE_S = 1.0, 5.0, 60.0, 1.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+_NUM_LOG_LINES = 20
 # Torchrun's variables for its workers: a server that reads them would join the trainer's rendezvous, not its own.
 _TORCHRUN_NAMES = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE "
@@ -102,7 +103,10 @@ class SupervisedServer:
                     at_start = " at its start (see rollout.sglang.command and .arguments)"
                     when = f" (restarts: {self.num_restarts})" if self.has_served.is_set() else at_start
                     failure = f"SGLang server {self.index} ({self.url}) {cause}{when}; {self.log} ends with:\n"
-                    self.failure = failure + read_tail(self.log, begin=self._log_begin)
+                    with self.log.open("rb") as stream:
+                        stream.seek(max(self._log_begin, stream.seek(0, os.SEEK_END) - 1000 * _NUM_LOG_LINES))
+                        lines = stream.read().decode(errors="replace").splitlines()
+                    self.failure = failure + "\n".join(lines[-_NUM_LOG_LINES:])
                     return
                 delay = min(FIRST_BACKOFF_S * 2**self.num_restarts, MAX_BACKOFF_S)
                 self.num_restarts += 1
@@ -122,7 +126,23 @@ class SupervisedServer:
                 return None
             shown = shown_command(self.command)
             self._note(f"start, restart {self.num_restarts} of {self.config.max_restarts}: {shown}")
-            process = self._guardian = self._start_guardian()
+            with self.log.open("ab") as stream:
+                process = self._guardian = subprocess.Popen(
+                    [sys.executable, "-P", guardian.__file__],  # -P: beside it lie modules that only look importable
+                    stdin=subprocess.PIPE,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C at the terminal is for the trainer
+                )
+            request = {
+                "command": list(self.command),
+                "environment": server_environment() | self.environment,  # others can read arguments
+                "owner": os.getpid(),
+                "grace_s": GRACE_S,
+            }
+            assert process.stdin is not None
+            with process.stdin as pipe:
+                pipe.write(json.dumps(request).encode())
         cause = self._watch(process)
         process.terminate()
         try:
@@ -130,26 +150,6 @@ class SupervisedServer:
         except subprocess.TimeoutExpired:
             raise EngineError(f"processes below {process.pid} do not end on SIGKILL") from None
         return cause
-
-    def _start_guardian(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-P", guardian.__file__],  # -P: beside it lie modules that only look importable
-                stdin=subprocess.PIPE,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C at the terminal is for the trainer
-            )
-        request = {
-            "command": list(self.command),
-            "environment": server_environment() | self.environment,  # others can read arguments
-            "owner": os.getpid(),
-            "grace_s": GRACE_S,
-        }
-        assert process.stdin is not None
-        with process.stdin as pipe:
-            pipe.write(json.dumps(request).encode())
-        return process
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str | None:
         """Wait until the server breaks, and return how; None when the end was asked for."""
@@ -213,7 +213,6 @@ class ServerSupervisor:
         gpus: Sequence[str] = (),
         host: str = "127.0.0.1",
         log_dir: Path | None = None,
-        seed: int | None = None,
         leaves_first_life_alone: bool = False,
     ) -> None:
         """Prepare the servers; nothing starts yet.
@@ -224,8 +223,6 @@ class ServerSupervisor:
                 GPU is assigned.
             host: address that servers listen on and that every rank reaches.
             log_dir: ``server_{i}.log`` goes here, appended over restarts; ``run_dir/logs`` by default.
-            seed: server i samples with ``seed + i``, of which 32 bits count: SGLang seeds numpy with it. The run's by
-                default.
             leaves_first_life_alone: load published weights into restarted servers only; for a process that watches the
                 weights folder, and would otherwise load it at the same time as the trainer does.
 
@@ -244,8 +241,8 @@ class ServerSupervisor:
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(free_ports(sglang.num_servers, host)):
             flags = ["--model-path", str(config.model.hf_dir.resolve()), "--host", host, "--port", str(port)]
-            first_seed = config.seed if seed is None else seed
-            flags += ["--random-seed", str((first_seed + index) % 2**32), "--dtype", config.model.dtype]
+            # SGLang seeds numpy with it, which takes 32 bits.
+            flags += ["--random-seed", str((config.seed + index) % 2**32), "--dtype", config.model.dtype]
             environment = sglang.plain_environment
             if shares[index]:
                 flags += ["--tp-size", str(sglang.tp_size)]
@@ -354,26 +351,20 @@ def find_obstacle(url: str, timeout_s: float) -> str:
     Raises:
         ConfigError: waiting is of no use: the host has no address, or something else than SGLang answers.
     """
-    fix = "give the url of an SGLang server"
     try:
         asyncio.run(SGLangServer(url, timeout_s=timeout_s).call("/model_info"))
+        return ""
     except ServerRefusedError as error:
-        raise ConfigError("rollout.sglang.urls", f"{url}/model_info answers HTTP {error.status}", fix) from error
+        problem = f"{url}/model_info answers HTTP {error.status}"
     except ServerUnavailableError as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
-            raise ConfigError("rollout.sglang.urls", f"{url}/model_info does not answer with JSON", fix) from error
-        if isinstance(cause, aiohttp.ClientConnectorDNSError) and cause.errno == socket.EAI_NONAME:
-            raise ConfigError("rollout.sglang.urls", f"{url}: {cause.strerror}", fix) from error
-        return str(error).removeprefix(f"{url}/model_info: ")
-    return ""
-
-
-def read_tail(log: Path, *, begin: int = 0, num_lines: int = 20) -> str:
-    """Return the log's last lines, of those from byte ``begin`` on."""
-    with log.open("rb") as stream:
-        stream.seek(max(begin, stream.seek(0, os.SEEK_END) - 1000 * num_lines))
-        return "\n".join(stream.read().decode(errors="replace").splitlines()[-num_lines:])
+            problem = f"{url}/model_info does not answer with JSON"
+        elif isinstance(cause, aiohttp.ClientConnectorDNSError) and cause.errno == socket.EAI_NONAME:
+            problem = f"{url}: {cause.strerror}"
+        else:
+            return str(error).removeprefix(f"{url}/model_info: ")
+    raise ConfigError("rollout.sglang.urls", problem, "give the url of an SGLang server")
 
 
 def server_environment() -> dict[str, str]:

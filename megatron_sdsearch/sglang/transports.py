@@ -6,7 +6,9 @@ All send whole tensors under Hugging Face names, gathered one at a time: no serv
 from __future__ import annotations
 
 import base64
+import hashlib
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,19 +26,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
-from megatron_sdsearch.config import RunConfig, SGLangConfig
-from megatron_sdsearch.errors import ServerUnavailableError, cause_of
+from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.model.hf_weights import drain_collective
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.sglang.api import SGLangServer, call_servers
-from megatron_sdsearch.sglang.verify import WeightHashes
 
 if TYPE_CHECKING:
     from megatron_sdsearch.training.policy import Network
 
 NamedTensor = tuple[str, Tensor]
 Step = Callable[[], None]
+_VOCAB_MULTIPLE = 64  # rows that SGLang pads its vocabulary tables to, with zeros
+_FUSED = ((re.compile(r"\.[qkv]_proj\."), ".qkv_proj."), (re.compile(r"\.(gate|up)_proj\."), ".gate_up_proj."))
 
 
 class Transport:
@@ -136,7 +138,11 @@ class DistributedTransport(Transport):
     stages. A group is kept for as long as the same servers answer and nothing fails.
     """
 
-    _group: WeightGroup | None = None
+    # This rank is its first member, and behind it come all tensor-parallel ranks of all servers. Servers leave a group
+    # when they end; after a failure it is not destroyed by name, for its members may hang.
+    _group: dist.ProcessGroup | None = None
+    _group_name = ""
+    _group_urls: Sequence[str] = ()
 
     def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
         """Send stage after stage: the version comes with the last bucket, and only if all before it have arrived."""
@@ -161,114 +167,104 @@ class DistributedTransport(Transport):
         def prepare() -> None:
             if stage == 0:
                 call_servers(servers, SGLangServer.begin_weight_update)
-            urls = [server.url for server in servers]
-            if self._group is None or self._group.urls != urls:
-                self._group = WeightGroup(servers, self._config.rollout.sglang, parallel.device)
+            if self._group is None or self._group_urls != [server.url for server in servers]:
+                self._join(servers)
 
-        def broadcast(bucket: Bucket) -> None:
-            assert self._group is not None  # prepare came first
-            self._group.broadcast(bucket, _last_fields(version, is_last=bucket.is_last and parallel.is_last_stage))
-
-        drain_collective(buckets(weights, self.bucket_bytes), broadcast, before=prepare)
+        drain_collective(
+            buckets(weights, self.bucket_bytes),
+            lambda bucket: self._broadcast(servers, bucket, version),
+            before=prepare,
+        )
         if parallel.is_last_stage:
             call_servers(servers, SGLangServer.end_weight_update)
 
-
-class WeightGroup:
-    """This rank as the first member, and behind it every tensor-parallel rank of every server.
-
-    Servers leave a group when they end; one that failed is not destroyed by name, for its members may hang.
-
-    Args:
-        servers: that join.
-        config: ``tp_size``, the members per server, and ``request_timeout_s``, of joining and of each broadcast.
-        device: where broadcast tensors lie.
-
-    Attributes:
-        urls: of its servers, in rank order.
-
-    Raises:
-        EngineError: a server did not join.
-    """
-
-    def __init__(self, servers: Sequence[SGLangServer], config: SGLangConfig, device: torch.device) -> None:
-        self.urls = [server.url for server in servers]
-        self._servers = servers
-        self._name = f"sdsearch-{uuid4().hex[:12]}"  # unique, also to the servers
-        self._world_size = 1 + len(servers) * config.tp_size
-        self._timeout = timedelta(seconds=config.request_timeout_s)
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
-        self._group: dist.ProcessGroup | None = None
-        host = _own_address(self.urls)
-        store = TCPStore(host, 0, self._world_size, is_master=True, timeout=self._timeout, wait_for_workers=False)
-        request = {
-            "master_address": host,
-            "master_port": store.port,
-            "world_size": self._world_size,
-            "group_name": self._name,
-            "backend": self._backend,
-        }
-        offsets = {url: 1 + index * config.tp_size for index, url in enumerate(self.urls)}
-        call_servers(
-            servers,
-            lambda server: server.call("/init_weights_update_group", request | {"rank_offset": offsets[server.url]}),
-            meanwhile=lambda: self._join(store),
-        )
-
-    def broadcast(self, bucket: Bucket, fields: dict[str, object]) -> None:
-        """Send one bucket to all servers, with further fields of the request.
-
-        Raises:
-            EngineError: a server refused it, or is gone.
-        """
+    def _broadcast(self, servers: Sequence[SGLangServer], bucket: Bucket, version: int) -> None:
         flat = bucket.flat()
-        request = {
+        body = {
             "names": [name for name, _ in bucket.tensors],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.tensors],
             "shapes": [list(tensor.shape) for _, tensor in bucket.tensors],
-            "group_name": self._name,
+            "group_name": self._group_name,
             "load_format": "flattened_bucket",
-            **fields,
+            **_last_fields(version, is_last=bucket.is_last and self._parallel.is_last_stage),
         }
 
         def send() -> None:
-            try:
-                dist.broadcast(flat, src=0, group=self._group)
-                if flat.is_cuda:
-                    torch.cuda.synchronize(flat.device)
-            except RuntimeError as error:  # what torch raises for a lost peer and for a timeout
-                message = f"broadcast of weights to {', '.join(self.urls)}: {cause_of(error)}"
-                raise ServerUnavailableError(message) from error
+            dist.broadcast(flat, src=0, group=self._group)
+            if flat.is_cuda:
+                torch.cuda.synchronize(flat.device)
 
-        call_servers(
-            self._servers,
-            lambda server: server.call("/update_weights_from_distributed", request),
-            meanwhile=send,
-        )
+        call_servers(servers, lambda server: server.call("/update_weights_from_distributed", body), meanwhile=send)
 
-    def _join(self, store: TCPStore) -> None:
-        # A group beside the default one: no public call makes it. The server does the same, with the same prefix
-        # (sglang/srt/utils/common.py, init_custom_process_group, 0.5.23), or the members would not find each other.
-        try:
+    def _join(self, servers: Sequence[SGLangServer]) -> None:
+        tp_size = self._config.rollout.sglang.tp_size
+        timeout = timedelta(seconds=self._config.rollout.sglang.request_timeout_s)
+        name = f"sdsearch-{uuid4().hex[:12]}"  # unique, also to the servers
+        urls, world_size = [server.url for server in servers], 1 + len(servers) * tp_size
+        backend, host = "nccl" if self._parallel.device.type == "cuda" else "gloo", _own_address(urls)
+        store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        body = {
+            "master_address": host,
+            "master_port": store.port,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        ranks = {url: {"rank_offset": 1 + index * tp_size} for index, url in enumerate(urls)}
+
+        def join() -> None:
+            # A group beside the default one: no public call makes it. The server does the same, with the same prefix
+            # (sglang/srt/utils/common.py, init_custom_process_group, 0.5.23), or the members would not find each other.
             group, _ = distributed_c10d._new_process_group_helper(
-                self._world_size,
+                world_size,
                 0,
                 [],
-                distributed_c10d.Backend(self._backend),
-                PrefixStore(self._name, store),
-                group_name=distributed_c10d.GroupName(self._name),
-                timeout=self._timeout,
+                distributed_c10d.Backend(backend),
+                PrefixStore(name, store),
+                group_name=distributed_c10d.GroupName(name),
+                timeout=timeout,
             )
-        except RuntimeError as error:
-            raise ServerUnavailableError(f"weight group with {', '.join(self.urls)}: {cause_of(error)}") from error
-        distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world_size)}
-        self._group = group
+            distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+            self._group, self._group_name, self._group_urls = group, name, urls
+
+        route = "/init_weights_update_group"
+        call_servers(servers, lambda server: server.call(route, body | ranks[server.url]), meanwhile=join)
 
 
-def choose_transport(config: RunConfig, parallel: ParallelState) -> Transport:
-    """Return the transport that ``rollout.sglang.weight_sync`` names."""
-    transports = {"disk": DiskTransport, "tensor": TensorTransport, "distributed": DistributedTransport}
-    return transports[config.rollout.sglang.weight_sync](config, parallel)
+TRANSPORTS = {"disk": DiskTransport, "tensor": TensorTransport, "distributed": DistributedTransport}
+"""By ``rollout.sglang.weight_sync``."""
+
+
+class WeightHashes:
+    """Hashes of SGLang's tensors, taken from Hugging Face tensors that pass by.
+
+    SHA-256 of the bytes, its first 8 bytes in hexadecimal (sglang/srt/managers/mm_utils.py:899, 0.5.23). SGLang joins
+    q, k, v and gate, up by rows, in this order, which is the order of the stream.
+
+    Attributes:
+        is_needed: else streams pass by untouched.
+    """
+
+    def __init__(self, *, is_needed: bool) -> None:
+        self.is_needed = is_needed
+        self._hashes: dict[str, hashlib._Hash] = {}
+
+    def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass a stream on, and add its tensors."""
+        for name, tensor in weights:
+            if self.is_needed:
+                fused = name
+                for pattern, replacement in _FUSED:
+                    fused = pattern.sub(replacement, fused)
+                digest = self._hashes.setdefault(fused, hashlib.sha256())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                    digest.update(bytes(-len(tensor) % _VOCAB_MULTIPLE * tensor[0].nbytes))
+            yield name, tensor
+
+    def by_name(self) -> dict[str, str]:
+        """Return the hash of each of SGLang's tensors."""
+        return {name: digest.hexdigest()[:16] for name, digest in self._hashes.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

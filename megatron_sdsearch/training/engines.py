@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,27 +21,19 @@ from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.policy import Network
 
 
+@dataclass(kw_only=True)
 class PolicyEngine:
     """An engine that samples from the policy. Every rank has one; all methods are collectives.
 
-    Args:
-        engine: see below.
-        publisher: of servers; None where the engine holds the weights itself.
-        supervisor: of servers, on the first rank.
-
     Attributes:
         engine: for this rank's rollouts; what collects with it closes it.
+        publisher: of servers; None where the engine holds the weights itself.
+        supervisor: of servers, on the first rank.
     """
 
-    def __init__(
-        self,
-        engine: EmbeddedEngine | SGLangEngine,
-        publisher: WeightPublisher | None = None,
-        supervisor: ServerSupervisor | None = None,
-    ) -> None:
-        self.engine = engine
-        self._publisher = publisher
-        self._supervisor = supervisor
+    engine: EmbeddedEngine | SGLangEngine
+    publisher: WeightPublisher | None = None
+    supervisor: ServerSupervisor | None = None
 
     def publish(self, policy: Network, version: int) -> None:
         """Let the engine sample from exactly this policy, and call it ``version``.
@@ -50,14 +43,14 @@ class PolicyEngine:
         """
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.load_weights(policy.hf_weights(), version)
-        if self._publisher is not None:
-            self._publisher.publish(policy, version)
+        if self.publisher is not None:
+            self.publisher.publish(policy, version)
             self.engine.policy_version = version
 
     def release_memory(self) -> None:
         """Let colocated servers give their memory up: nothing is sampled until the next publish."""
-        if self._publisher is not None:
-            self._publisher.release_memory()
+        if self.publisher is not None:
+            self.publisher.release_memory()
 
     def take_counts(self) -> dict[str, int]:
         """Return what happened on this rank since the last call, under names of metrics; adds up over ranks.
@@ -66,13 +59,13 @@ class PolicyEngine:
         """
         if not isinstance(self.engine, SGLangEngine):
             return {}
-        restarts = sum(self._supervisor.restart_counts().values()) if self._supervisor is not None else 0
+        restarts = sum(self.supervisor.restart_counts().values()) if self.supervisor is not None else 0
         return self.engine.take_counts() | {"engine/num_restarts": restarts}
 
     def close(self) -> None:
         """End own servers."""
-        if self._supervisor is not None:
-            self._supervisor.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
 
 
 def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> PolicyEngine:
@@ -86,7 +79,7 @@ def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState)
     if config.rollout.engine == "embedded":
         dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(parallel.device).eval()
-        return PolicyEngine(EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, longest))
+        return PolicyEngine(engine=EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, longest))
     sglang = config.rollout.sglang
     supervisor: ServerSupervisor | None = None
 
@@ -116,4 +109,5 @@ def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState)
         deterministic=parallel.device.type == "cuda",
         raise_root_cause=raise_root_cause,
     )
-    return PolicyEngine(engine, WeightPublisher(config, urls, parallel, supervisor), supervisor)
+    publisher = WeightPublisher(config, urls, parallel, supervisor)
+    return PolicyEngine(engine=engine, publisher=publisher, supervisor=supervisor)

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.sglang.publish import WeightPublisher, run_on_all_ranks
-from megatron_sdsearch.sglang.verify import probe_ids, trainer_logprobs
+from megatron_sdsearch.sglang.publish import WeightPublisher, probe_ids, run_on_all_ranks, trainer_logprobs
 from megatron_sdsearch.training.policy import Network
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import VOCAB_SIZE, make_config, make_model

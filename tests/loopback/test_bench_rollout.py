@@ -14,11 +14,12 @@ from transformers import AutoConfig
 
 from tests.loopback import fake_sglang
 from tests.loopback.fake_sglang import FakeSGLang, running_in_thread
-from tests.unit.check.tiny_run import save_model
+from tests.unit.check.tiny_run import TinyRun, save_model
 from tools.bench_rollout import main
 
 Bench = Callable[..., dict[str, Any]]
-SIZES = ["--questions", "2", "--group", "3", "--searches", "2", "--new-tokens", "40", "--steps", "1"]
+SIZES = ["data.questions_per_step=2", "rollout.group_size=3", "rollout.max_response_tokens=40", "rollout.max_turns=2"]
+LENGTHS = ["rollout.max_observation_tokens=64", "rollout.max_total_tokens=500", "train.max_tokens_per_microbatch=1024"]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+def bench(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
     """Run it with arguments, and read the one line that it prints."""
+    config = TinyRun(tmp_path, model).config
 
-    def run(*arguments: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["bench_rollout.py", *SIZES, "--model", str(model), *arguments])
+    def run(*overrides: str) -> dict[str, Any]:
+        command = ["bench_rollout.py", str(config), *SIZES, *LENGTHS, *overrides, "--steps", "1"]
+        monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
         main()
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -54,7 +57,7 @@ def assert_is_consistent(found: dict[str, Any]) -> None:
 
 def serve(stack: ExitStack, *versions: str) -> tuple[list[FakeSGLang], list[str]]:
     fakes = [stack.enter_context(running_in_thread(FakeSGLang(version=version))) for version in versions]
-    return fakes, [argument for fake in fakes for argument in ("--url", fake.url)]
+    return fakes, ["rollout.engine=sglang", f"rollout.sglang.urls={[fake.url for fake in fakes]}"]
 
 
 def test_the_embedded_engine(bench: Bench) -> None:
@@ -66,8 +69,8 @@ def test_attached_servers_whatever_version_they_hold(
     bench: Bench, stack: ExitStack, model: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     monkeypatch.setattr(fake_sglang, "VOCAB_SIZE", AutoConfig.from_pretrained(model).vocab_size)
-    fakes, urls = serve(stack, version, version)
-    assert_is_consistent(bench(*urls))
+    fakes, overrides = serve(stack, version, version)
+    assert_is_consistent(bench(*overrides))
     assert sum(len(fake.requests) for fake in fakes) == 2 * 6 * 3  # warm-up and step, trajectories, turns
     for fake in fakes:
         assert fake.requests
@@ -75,6 +78,6 @@ def test_attached_servers_whatever_version_they_hold(
 
 
 def test_servers_with_different_weights_are_refused(bench: Bench, stack: ExitStack) -> None:
-    _, urls = serve(stack, "1", "2")
+    _, overrides = serve(stack, "1", "2")
     with pytest.raises(SystemExit, match=r"different weights: versions \['1', '2'\]"):
-        bench(*urls)
+        bench(*overrides)

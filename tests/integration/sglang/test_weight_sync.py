@@ -14,9 +14,8 @@ from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.sglang.api import SGLangServer, call_servers
-from megatron_sdsearch.sglang.publish import WeightPublisher, run_on_all_ranks
-from megatron_sdsearch.sglang.transports import buckets
-from megatron_sdsearch.sglang.verify import WeightHashes, verify_hashes, verify_logprobs
+from megatron_sdsearch.sglang.publish import WeightPublisher, run_on_all_ranks, verify_hashes, verify_logprobs
+from megatron_sdsearch.sglang.transports import WeightHashes, buckets
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.teacher import HindsightTeacher
 from megatron_sdsearch.training.updates import Learner, pack_samples

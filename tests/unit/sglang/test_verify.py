@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from megatron_sdsearch.sglang.verify import WeightHashes, probe_ids
+from megatron_sdsearch.sglang.publish import probe_ids
+from megatron_sdsearch.sglang.transports import WeightHashes
 from tests.loopback.fake_weights import FakeWeights
 
 
