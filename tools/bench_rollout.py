@@ -136,8 +136,8 @@ def make_engine(config: RunConfig, renderer: Renderer) -> tuple[Engine, int]:
     vocab_size = load_hf_config(hf_dir).vocab_size
     # A text, for a server that nothing was published to says "default"; versions are only compared.
     version: int = versions[0]
-    engine = SGLangEngine(sglang.urls, renderer.token_bytes, renderer.eos_ids, vocab_size, longest, sglang)
-    engine.policy_version = version
+    tokens, eos_ids = renderer.token_bytes, renderer.eos_ids
+    engine = SGLangEngine(sglang.urls, tokens, eos_ids, vocab_size, longest, sglang, policy_version=version)
     return engine, version
 
 

@@ -15,7 +15,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 from uuid import uuid4
 
@@ -58,6 +58,7 @@ class PooledServer:
     poll: asyncio.Task[None] | None = None
 
 
+@dataclass(eq=False, repr=False)
 class SGLangEngine:
     """Samples from servers that hold the policy's weights; implements ``Engine``.
 
@@ -68,52 +69,41 @@ class SGLangEngine:
     ``deterministic`` a seed made of (seed, trajectory, position) is sent along, which SGLang honours on GPUs under
     ``--enable-deterministic-inference`` and ignores on a CPU.
 
-    Args:
+    Attributes:
         urls: of the servers, ``http://host:port``.
         token_bytes: of the model's tokenizer, for stop strings.
         eos_ids: ids that end a generation; the server's own end it, too.
         vocab_size: of the model; an id outside kills an SGLang server, so it is never sent.
         max_total_tokens: of prompt and new tokens together.
         config: ``request_timeout_s``, ``down_timeout_s`` and ``max_concurrency`` are read.
+        policy_version: assigned after each publish. Nothing else is returned from then on: a server that does not hold
+            it goes down at its first answer and is used again once it does.
         deterministic: see above.
         retry_interval_s: between polls of a server that is down, and the longest pause before a retry.
         raise_root_cause: awaited before an EngineError is raised; may raise one that knows more.
-
-    Attributes:
-        policy_version: assigned after each publish. Nothing else is returned from then on: a server that does not hold
-            it goes down at its first answer and is used again once it does.
         servers: in the order of the urls.
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        token_bytes: TokenBytes,
-        eos_ids: Collection[int],
-        vocab_size: int,
-        max_total_tokens: int,
-        config: SGLangConfig,
-        *,
-        deterministic: bool = False,
-        retry_interval_s: float = 1.0,
-        raise_root_cause: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        self.policy_version = 0
+    urls: Sequence[str]
+    token_bytes: TokenBytes
+    eos_ids: Collection[int]
+    vocab_size: int
+    max_total_tokens: int
+    config: SGLangConfig
+    _: KW_ONLY
+    policy_version: int = 0
+    deterministic: bool = False
+    retry_interval_s: float = 1.0
+    raise_root_cause: Callable[[], Awaitable[None]] | None = None
+
+    def __post_init__(self) -> None:
         self.servers = [
             PooledServer(
-                api=SGLangServer(url, timeout_s=config.request_timeout_s),
-                slots=asyncio.Semaphore(config.max_concurrency),
+                api=SGLangServer(url, timeout_s=self.config.request_timeout_s),
+                slots=asyncio.Semaphore(self.config.max_concurrency),
             )
-            for url in urls
+            for url in self.urls
         ]
-        self._token_bytes = token_bytes
-        self._eos_ids = frozenset(eos_ids)
-        self._vocab_size = vocab_size
-        self._max_total_tokens = max_total_tokens
-        self._down_timeout_s = config.down_timeout_s
-        self._deterministic = deterministic
-        self._retry_interval_s = retry_interval_s
-        self._raise_root_cause = raise_root_cause
         self._random = random.Random()  # not the global one, which is seeded for the run
         self._counts: Counter[str] = Counter()
         self._assigned: dict[TrajectoryId, PooledServer] = {}
@@ -137,12 +127,12 @@ class SGLangEngine:
                 server was usable for ``down_timeout_s``; several attempts failed; or the answer is not an SGLang's,
                 or was decoded with another tokenizer.
         """
-        check_request(request, self._vocab_size, self._max_total_tokens)
+        check_request(request, self.vocab_size, self.max_total_tokens)
         try:
             return await self._generate(request)
         except EngineError:
-            if self._raise_root_cause is not None:
-                await self._raise_root_cause()
+            if self.raise_root_cause is not None:
+                await self.raise_root_cause()
             raise
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
@@ -164,7 +154,7 @@ class SGLangEngine:
         for attempt in range(_MAX_ATTEMPTS):
             if attempt:
                 self._counts["num_retries"] += 1
-                longest = min(_FIRST_BACKOFF_S * float(2 ** (attempt - 1)), self._retry_interval_s)
+                longest = min(_FIRST_BACKOFF_S * float(2 ** (attempt - 1)), self.retry_interval_s)
                 await asyncio.sleep(longest * self._random.uniform(0.5, 1.0))  # what failed together comes back apart
             async with self._slot(request.trajectory_id) as server:
                 version = self.policy_version
@@ -189,12 +179,12 @@ class SGLangEngine:
             "top_p": params.top_p,
             "max_new_tokens": params.max_new_tokens,
             "stop": list(params.stop),
-            "stop_token_ids": sorted(self._eos_ids),
+            "stop_token_ids": sorted(self.eos_ids),
             "no_stop_trim": True,
             "skip_special_tokens": False,
             **_NEUTRAL,
         }
-        if self._deterministic:
+        if self.deterministic:
             sampling["sampling_seed"] = sampling_seed(request)
         return {"input_ids": list(request.prompt_ids), "sampling_params": sampling, "return_logprob": True}
 
@@ -257,9 +247,9 @@ class SGLangEngine:
         """How many ids belong to the generation, and what ends it: our own bytes decide, the server looks at text."""
         matcher = StopMatcher(request.params.stop)
         for length, token_id in enumerate(token_ids, 1):
-            if matcher.push(self._token_bytes[token_id]):
+            if matcher.push(self.token_bytes[token_id]):
                 return length, "stop"
-            if token_id in self._eos_ids:
+            if token_id in self.eos_ids:
                 return length, "eos"
             if length == request.params.max_new_tokens:
                 return length, "length"
@@ -285,11 +275,11 @@ class SGLangEngine:
             while (server := self._assign(trajectory_id)) is None:
                 self._has_usable.clear()
                 try:
-                    await asyncio.wait_for(self._has_usable.wait(), self._down_timeout_s)
+                    await asyncio.wait_for(self._has_usable.wait(), self.config.down_timeout_s)
                 except TimeoutError:
                     errors = "; ".join(f"{server.api.url}: {server.last_error}" for server in self.servers)
                     raise EngineError(
-                        f"none of {len(self.servers)} SGLang servers was usable for {self._down_timeout_s:g} s "
+                        f"none of {len(self.servers)} SGLang servers was usable for {self.config.down_timeout_s:g} s "
                         f"(rollout.sglang.down_timeout_s); {errors}"
                     ) from None
             async with server.slots:
@@ -321,7 +311,7 @@ class SGLangEngine:
 
     async def _poll_until_usable(self, server: PooledServer) -> None:
         while True:
-            await asyncio.sleep(self._retry_interval_s)
+            await asyncio.sleep(self.retry_interval_s)
             try:
                 info = await server.api.call("/model_info", timeout_s=_POLL_TIMEOUT_S)  # answers while paused, too
                 version = str(info.get("weight_version"))

@@ -104,6 +104,6 @@ def _context_problems(config: RunConfig, server: str, max_req_input_len: int) ->
 
 def _number_of_flag(arguments: Sequence[str], name: str) -> int | None:
     """Return the number given with a flag; None without one, or where it is not a number."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    value = words[words.index(name) + 1 :][:1] if name in words else []
+    parts = [part for argument in arguments for part in argument.split("=", 1)]
+    value = parts[parts.index(name) + 1 :][:1] if name in parts else []
     return int(value[0]) if value and value[0].isdecimal() else None

@@ -68,11 +68,11 @@ class ServerUnderTest:
 
 
 async def check_server_info_tells_version_and_arguments(tested: ServerUnderTest) -> None:
-    told = await tested.server.call("/server_info")
-    assert Version(told["version"]) >= Version(OLDEST_VERSION)
-    assert told["tp_size"] == 1
-    assert told["context_length"] is None or told["context_length"] > 0
-    assert told["max_req_input_len"] > 0
+    info = await tested.server.call("/server_info")
+    assert Version(info["version"]) >= Version(OLDEST_VERSION)
+    assert info["tp_size"] == 1
+    assert info["context_length"] is None or info["context_length"] > 0
+    assert info["max_req_input_len"] > 0
     assert (await tested.server.call("/model_info"))["is_generation"] is True
 
 

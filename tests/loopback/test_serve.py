@@ -145,7 +145,7 @@ def test_usr1_ends_neither_server_nor_program(folder: Path) -> None:
     assert node.process.wait(30.0) == 0
 
 
-def test_used_up_restarts_end_the_program_with_the_servers_words(folder: Path) -> None:
+def test_used_up_restarts_end_the_program_with_the_servers_message(folder: Path) -> None:
     node = Node(folder, "rollout.sglang.max_restarts=0")
     node.url()
     os.kill(node.server, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The routes of one server, and how its failures are told apart."""
+"""Requests to servers, and which of their failures count as refused and which as unavailable."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def test_a_4xx_is_refused_with_the_servers_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [("500", "HTTP 500.*illegal memory"), ("garbage", "not a JSON object: <html>bad"), ("drop", "/generate: ")],
 )
-def test_failures_are_unavailable(fault: Fault, words: str) -> None:
+def test_failures_are_unavailable(fault: Fault, message: str) -> None:
     fake = FakeSGLang()
     fake.faults.append(fault)
 
     async def talk(server: SGLangServer) -> None:
-        with pytest.raises(ServerUnavailableError, match=words) as info:
+        with pytest.raises(ServerUnavailableError, match=message) as info:
             await server.call("/generate", REQUEST)
         assert not info.value.is_timeout
 

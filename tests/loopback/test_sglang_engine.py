@@ -43,8 +43,7 @@ def make_engine(fakes: Sequence[FakeSGLang], *, eos_ids: Sequence[int] = (EOS_ID
     names = SGLangConfig.model_fields
     config = {"request_timeout_s": 5.0, "down_timeout_s": 5.0}
     config |= {name: settings.pop(name) for name in list(settings) if name in names}
-    version = settings.pop("policy_version", 0)
-    engine = SGLangEngine(
+    return SGLangEngine(
         [fake.url for fake in fakes],
         ToyTokenBytes(),
         eos_ids,
@@ -53,8 +52,6 @@ def make_engine(fakes: Sequence[FakeSGLang], *, eos_ids: Sequence[int] = (EOS_ID
         SGLangConfig.model_validate(config),
         **{"retry_interval_s": 0.03, **settings},
     )
-    engine.policy_version = version
-    return engine
 
 
 def on(fakes: Sequence[FakeSGLang], talk: Callable[[SGLangEngine], Awaitable[None]], **settings: Any) -> None:
@@ -161,7 +158,7 @@ def test_a_seed_is_sent_when_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"),
+    ("ask", "message"),
     [
         (request(prompt=(1, VOCAB_SIZE)), "token id 200 is outside"),
         (request(prompt=(1, -1)), "token id -1 is outside"),
@@ -169,11 +166,11 @@ def test_a_seed_is_sent_when_asked_for() -> None:
         (request(count=498), "exceed 500"),
     ],
 )
-def test_what_would_crash_a_server_is_never_sent(ask: GenerationRequest, words: str) -> None:
+def test_what_would_crash_a_server_is_never_sent(ask: GenerationRequest, message: str) -> None:
     fake = FakeSGLang()
 
     async def talk(engine: SGLangEngine) -> None:
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError, match=message):
             await engine.generate(ask)
         assert fake.requests == []
 
@@ -595,7 +592,7 @@ def test_an_engine_that_was_never_used_closes() -> None:
 
 
 def test_the_event_loop_may_rest() -> None:
-    """Between calls nobody notices that a server closes an idle connection: so there must be none."""
+    """Between calls it goes unnoticed that a server closes an idle connection: so there must be none."""
     with running_in_thread(FakeSGLang()) as fake, asyncio.Runner() as runner:
         engine = make_engine([fake])
         for _ in range(3):

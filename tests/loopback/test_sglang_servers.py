@@ -194,7 +194,7 @@ def test_without_a_folder_a_restarted_server_stays_at_its_old_version(supervisor
 
 
 def test_a_server_that_is_ahead_is_left_alone(supervisors: Supervisors) -> None:
-    """A publish reaches servers before the supervisor is told of it."""
+    """A publish reaches servers before the supervisor hears of it."""
     supervisor = supervisors.make()
     supervisor.start()
     supervisor.set_weights(supervisors.weights, 7)
@@ -315,11 +315,11 @@ def test_an_attached_server_that_is_not_there_is_said_at_once_and_waited_for(
     supervisors: Supervisors, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = supervisors.make(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
-    words = r"http://127\.0\.0\.1:9/model_info does not answer: .*Connection refused"
-    with pytest.raises(EngineError, match=words + r".*rollout\.sglang\.urls"):
+    message = r"http://127\.0\.0\.1:9/model_info does not answer: .*Connection refused"
+    with pytest.raises(EngineError, match=message + r".*rollout\.sglang\.urls"):
         missing.start()
     (record,) = caplog.records
-    assert re.match(words + r"; waiting up to 0\.2 s", record.getMessage())
+    assert re.match(message + r"; waiting up to 0\.2 s", record.getMessage())
 
 
 @pytest.mark.parametrize(

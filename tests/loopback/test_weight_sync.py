@@ -194,17 +194,19 @@ def test_a_server_lost_in_mid_publish_is_left_out_of_the_next_attempt(trainer: T
         tensor += 1
     trainer.publish(publisher, 3)
     trainer.assert_holds(fakes[0], 3)
-    assert routes(fakes[1])[-1] == UPDATES[sync], "nobody has called it again"
+    assert routes(fakes[1])[-1] == UPDATES[sync], "it was not called again"
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-def test_a_refused_update_is_an_error_with_the_servers_words_after_three_attempts(trainer: Trainer, sync: str) -> None:
+def test_a_refused_update_is_an_error_with_the_servers_message_after_three_attempts(
+    trainer: Trainer, sync: str
+) -> None:
     fakes = trainer.serve(2)
     fakes[1].replies[UPDATES[sync]] = {"success": False, "message": "the shapes do not fit"}
     with pytest.raises(EngineError) as caught:
         trainer.publish(trainer.publisher(sync, fakes, verify_every=0, request_timeout_s=2.0), 2)
-    words = f"version 2 could not be published: {fakes[1].url}{UPDATES[sync]}: the shapes do not fit"
-    assert str(caught.value) == words
+    message = f"version 2 could not be published: {fakes[1].url}{UPDATES[sync]}: the shapes do not fit"
+    assert str(caught.value) == message
     # Told apart from distributed's later buckets, which the refusal of the first one keeps from being sent.
     assert len(bodies(fakes[1], UPDATES[sync])) == 3
 
@@ -217,7 +219,9 @@ def test_what_is_refused_once_is_sent_again_whole(trainer: Trainer, sync: str) -
     for fake in fakes:
         trainer.assert_holds(fake, 2)
         groups = [body["group_name"] for body in bodies(fake, "/init_weights_update_group")]
-        assert len(set(groups)) == (2 if sync == "distributed" else 0), "nobody knows who is still in the first one"
+        assert len(set(groups)) == (2 if sync == "distributed" else 0), (
+            "it is not known which servers are still in the first one"
+        )
 
 
 def test_a_folder_that_was_loaded_and_refused_is_given_again_and_proven(trainer: Trainer) -> None:
@@ -259,7 +263,7 @@ def test_another_refusal_to_open_a_session_is_passed_on(trainer: Trainer) -> Non
 
 def test_no_server_within_the_limit_is_an_error_that_names_them(trainer: Trainer) -> None:
     fakes = [FakeSGLang(), FakeSGLang()]
-    fakes[0].port, fakes[1].port = 9, 19  # nobody listens there
+    fakes[0].port, fakes[1].port = 9, 19  # nothing listens there
     publisher = trainer.publisher("tensor", fakes, down_timeout_s=0.3)
     start = time.monotonic()
     with pytest.raises(EngineError, match=r"no server has answered for 0\.3 s: http://127\.0\.0\.1:9, .*:19"):

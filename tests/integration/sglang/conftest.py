@@ -132,6 +132,7 @@ def serving(model: Path, log_dir: Path, num_servers: int) -> Iterator[Servers]:
             "retrieval": {"corpus": "none"},
             "rollout": {
                 "engine": "sglang",
+                "max_total_tokens": 4000,  # the model has 4096 positions
                 "sglang": {"num_servers": num_servers, "command": list(COMMAND), "start_timeout_s": 400.0},
             },
         }
