@@ -93,8 +93,8 @@ def bench(config: RunConfig, num_steps: int) -> dict[str, object]:
     renderer = Renderer.from_folder(config.model.hf_dir, profile=get_profile(data.prompt_profile))
     inner, version = make_engine(config, renderer)
     engine = ScriptedEngine(inner, renderer, rollout.max_turns)
-    if config.retrieval is None:
-        raise ConfigError("retrieval", "missing, and rollouts search", "set it")
+    if config.retrieval is None or data.train is None:
+        raise ConfigError("train.mode", "has no rollouts", "take a configuration of reinforcement learning")
     runner = asyncio.Runner()
     retriever = runner.run(open_retriever(config.retrieval))
     collector = RolloutCollector(engine, retriever, renderer, config, runner)

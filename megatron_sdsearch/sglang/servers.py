@@ -201,9 +201,9 @@ class SupervisedServer:
 
 
 class ServerSupervisor:
-    """The servers of one run: started here, or attached when ``config.urls`` is given.
+    """The servers of one run: started here, or attached when ``rollout.sglang.urls`` is given.
 
-    Whatever way this process ends, SIGKILL included, its servers end within about ``grace_s`` (`guardian`).
+    Whatever way this process ends, SIGKILL included, its servers end within about ``GRACE_S`` (`guardian`).
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class PolicyEngine:
         """
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.load_weights(policy.hf_weights(), version)
-        if self.publisher is not None:
+        elif self.publisher is not None:
             self.publisher.publish(policy, version)
             self.engine.policy_version = version
 
