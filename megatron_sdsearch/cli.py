@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 
 from megatron_sdsearch.config import RunConfig, expand_home, file_problems, load_config
-from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, raise_problems
+from megatron_sdsearch.errors import HEAD_START_S, ConfigError, DataError, SDSearchError, raise_problems
 from megatron_sdsearch.logging import final_table, idle_step_warnings
 from megatron_sdsearch.logging.metrics import read_metrics
 from megatron_sdsearch.training.run_lock import check_run_dir
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-_HEAD_START_S = 5.0
 _FOLLOWED_S = 5
 _INTERRUPTED = 130
 _LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
@@ -214,7 +213,7 @@ def serve(
     """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
     loaded = load_config(config, overrides or [])
     raise_problems(file_problems(loaded))
-    from megatron_sdsearch.training.own_servers import serve as run_servers
+    from megatron_sdsearch.sglang.serve import serve as run_servers
 
     run_servers(loaded, host=host, urls_file=urls_file, log_dir=log_dir, index=index)
 
@@ -280,7 +279,7 @@ def _is_first_to_fail() -> bool:
     dist = sys.modules.get("torch.distributed")  # not loaded: a command without torch, or too early to have met
     if dist is None or not dist.is_initialized():
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(_HEAD_START_S)
+            time.sleep(HEAD_START_S)
         return True
     try:
         return bool(dist.distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)

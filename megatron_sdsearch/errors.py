@@ -17,6 +17,9 @@ SDSearchError
 
 from collections.abc import Iterable
 
+HEAD_START_S = 5.0
+"""Seconds that other ranks wait before they report a failure of which rank 0 may know the cause."""
+
 
 class SDSearchError(Exception):
     """Base of all errors raised on purpose; its text is one message for the person at the terminal."""

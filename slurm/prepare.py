@@ -23,7 +23,7 @@ from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
 
 STARTS_FILE = "slurm_starts.json"
-# Below the ports of SGLang servers (`sglang_servers.PORTS`), and below those of outgoing connections.
+# Below the ports of SGLang servers (`sglang.servers.PORTS`), and below those of outgoing connections.
 RENDEZVOUS_PORTS = range(10_000, 20_000)
 
 

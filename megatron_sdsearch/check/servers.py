@@ -18,9 +18,9 @@ from megatron_sdsearch.model.hf_config import read_hf_config
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, check_writable, find_built, index_root
-from megatron_sdsearch.rollout.checks import server_problems
-from megatron_sdsearch.rollout.server_process import find_obstacle, read_model_info, read_server_info
-from megatron_sdsearch.rollout.sglang_servers import free_ports
+from megatron_sdsearch.sglang.api import SGLangServer
+from megatron_sdsearch.sglang.rules import server_problems
+from megatron_sdsearch.sglang.servers import find_obstacle, free_ports
 from megatron_sdsearch.training.preflight import attempt
 from megatron_sdsearch.training.retrievers import open_retriever
 
@@ -138,10 +138,12 @@ def _attached(run: RunUnderTest, url: str) -> Iterator[Finding]:
     if problems:
         yield from errors(problems)
         return
-    yield from errors(_model_problems(run, url, read_model_info(url, _ANSWER_S) or {}))
+    server = SGLangServer(url, timeout_s=_ANSWER_S)
+    served = attempt(lambda: asyncio.run(server.call("/model_info")), field, [])
+    yield from errors(_model_problems(run, url, served or {}))
     fix = "attach to SGLang itself, with no router in between"
     try:
-        info = read_server_info(url, _ANSWER_S)
+        info = asyncio.run(server.call("/server_info"))
     except EngineError as error:
         yield warning(field, str(error), fix)
         return

@@ -45,7 +45,7 @@ def write_hf_folder(
         OSError: on the writer, when the disk is full or the folder may not be written; ``target`` is as before.
     """
     if not is_writer:
-        drain_collective(weights, lambda _: None)
+        drain_collective(weights)
         return
     with replacing_folder(target) as partial:
         writer = _ShardWriter(partial, shard_bytes)

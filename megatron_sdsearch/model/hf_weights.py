@@ -253,7 +253,10 @@ def _gather(
 
 
 def drain_collective(
-    stream: Iterable[T], take: Callable[[T], object], *, before: Callable[[], object] = lambda: None
+    stream: Iterable[T],
+    take: Callable[[T], object] = lambda _: None,
+    *,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Take every item of a stream that is a collective, even when that fails: peers wait in the collectives.
 

@@ -254,7 +254,7 @@ def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
 
 
 def _publish(rank: _Rank) -> dict[str, int]:
-    """The largest tensor, gathered; two buckets, being filled and sent (``weight_sync/buckets.py``)."""
+    """The largest tensor, gathered; two buckets, being filled and under way (``sglang/transports.py``)."""
     sglang = rank.config.rollout.sglang
     whole = rank.shape.vocab * rank.shape.hidden * rank.element
     buckets = 0 if sglang.weight_sync == "disk" else 2 * sglang.weight_bucket_mb * 2**20

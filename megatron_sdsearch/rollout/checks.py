@@ -4,27 +4,20 @@ server, and models that an engine would run wrongly.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.prompts import PromptProfile
 from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.rollout.engine import GenerationRequest
-from megatron_sdsearch.rollout.sglang_api import OLDEST_VERSION, TESTED_VERSION
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from megatron_sdsearch.tokenization.renderer import Renderer
 
 _SAMPLE_SIZE = 200
-CONTEXT_RESERVE = 6
-"""Tokens of its context that an SGLang server keeps from a prompt and the token after it: ``max_req_input_len`` is the
-context, or what fits its cache, less so many, and a prompt must be shorter still (tp_worker.py and utils.py, 0.5.23).
-The last two tokens of the context are never sampled."""
 
 
 def prompt_lengths(questions: Sequence[Question], renderer: Renderer, profile: PromptProfile) -> dict[str, int]:
@@ -55,66 +48,6 @@ def prompt_problems(
         f"{min(lengths)} tokens: none of their trajectories would begin",
         f"set it to at least {max(lengths)}",
     )
-
-
-def context_problems(config: RunConfig, where: str, max_req_input_len: int) -> Iterator[ConfigError]:
-    """Whether an SGLang server takes the run's longest request.
-
-    The last turn's prompt may be one token shorter than ``rollout.max_total_tokens``, and a server refuses a prompt of
-    ``max_req_input_len`` tokens: the one must not exceed the other.
-
-    Args:
-        config: of the run.
-        where: the server, for the message.
-        max_req_input_len: as ``/server_info`` says it.
-    """
-    longest, settings = config.longest_rollout
-    if longest > max_req_input_len:
-        yield ConfigError(
-            "rollout.max_total_tokens",
-            f"{settings} makes requests of up to {longest} tokens, and {where} takes {max_req_input_len} "
-            f"(max_req_input_len, {CONTEXT_RESERVE} less than its context or its cache)",
-            f"lower it to {config.rollout.max_total_tokens - longest + max_req_input_len}, or start the server with "
-            "more (--context-length, --mem-fraction-static)",
-        )
-
-
-def server_problems(config: RunConfig, url: str, info: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """List the settings that an SGLang server's /server_info contradicts."""
-    sglang, field = config.rollout.sglang, "rollout.sglang.urls"
-    tp_size, limit, version = info.get("tp_size"), info.get("max_req_input_len"), str(info.get("version"))
-    if isinstance(tp_size, int) and tp_size != sglang.tp_size:
-        problem = f"{sglang.tp_size}, and {url} runs with --tp-size {tp_size}"
-        yield ConfigError("rollout.sglang.tp_size", problem, f"set it to {tp_size}")
-    if isinstance(limit, int):
-        yield from context_problems(config, url, limit)
-    if sglang.colocated and info.get("enable_memory_saver") is False:
-        problem = f"true, and {url} would keep its memory"
-        yield ConfigError("rollout.sglang.colocated", problem, "start it with --enable-memory-saver")
-    if info.get("skip_tokenizer_init"):
-        yield ConfigError(field, f"{url} has no tokenizer, and stops are strings", "leave --skip-tokenizer-init out")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    if numbers and numbers < tuple(int(number) for number in OLDEST_VERSION.split(".")):
-        problem = f"{url} is SGLang {version}, older than {OLDEST_VERSION}"
-        yield ConfigError(field, problem, f"use {TESTED_VERSION}")
-
-
-def own_server_problems(config: RunConfig, hf_config: PretrainedConfig) -> Iterator[ConfigError]:
-    """The same of servers that are not started yet, by their flags and the model's positions; none of attached ones."""
-    sglang = config.rollout.sglang
-    if not config.samples_from_sglang or sglang.urls:
-        return
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    context = _flag(sglang.arguments, "--context-length") or positions
-    if context is not None:
-        yield from context_problems(config, "a server that it starts", context - CONTEXT_RESERVE)
-
-
-def _flag(arguments: Sequence[str], name: str) -> int | None:
-    """The number given with a flag; None without one, or where it is no number."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    value = words[words.index(name) + 1 :][:1] if name in words else []
-    return int(value[0]) if value and value[0].isdecimal() else None
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_total_tokens: int) -> None:

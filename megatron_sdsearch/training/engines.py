@@ -2,164 +2,112 @@
 
 from __future__ import annotations
 
-import time
-from typing import Protocol
+import asyncio
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.config import RunConfig
+from megatron_sdsearch.errors import HEAD_START_S
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
-from megatron_sdsearch.rollout.engine import Engine
-from megatron_sdsearch.rollout.sglang_client import SGLangEngine
+from megatron_sdsearch.sglang.engine import SGLangEngine
+from megatron_sdsearch.sglang.publish import WeightPublisher, run_on_all_ranks
+from megatron_sdsearch.sglang.serve import gpus_beside_trainer
+from megatron_sdsearch.sglang.servers import ServerSupervisor
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.own_servers import gpus_beside_trainer, start_servers, supervise
 from megatron_sdsearch.training.policy import Network
-from megatron_sdsearch.training.weight_sync.agreement import together
-from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
-
-Counts = dict[str, int]
-_HEAD_START_S = 5.0
 
 
-class PolicyEngine(Protocol):
-    """An engine that samples from the policy. Every rank has one; all methods are called on all ranks together.
+@dataclass(kw_only=True)
+class PolicyEngine:
+    """An engine that samples from the policy. Every rank has one; all methods are collectives.
 
     Attributes:
-        engine: for this rank's rollouts; whoever collects with it closes it.
+        engine: for this rank's rollouts; what collects with it closes it.
+        publisher: of servers; None where the engine holds the weights itself.
+        supervisor: of servers, on the first rank.
     """
 
-    engine: Engine
+    engine: EmbeddedEngine | SGLangEngine
+    publisher: WeightPublisher | None = None
+    supervisor: ServerSupervisor | None = None
 
     def publish(self, policy: Network, version: int) -> None:
-        """After it the engine samples from exactly this policy, and calls it ``version``.
+        """Let the engine sample from exactly this policy, and call it ``version``.
 
         Raises:
             EngineError: on every rank, when that cannot be.
         """
-        ...
+        if isinstance(self.engine, EmbeddedEngine):
+            self.engine.load_weights(policy.hf_weights(), version)
+        elif self.publisher is not None:
+            self.publisher.publish(policy, version)
+            self.engine.policy_version = version
 
-    def rest(self) -> None:
-        """Nothing is sampled until the next publish."""
-        ...
+    def release_memory(self) -> None:
+        """Let colocated servers give their memory up: nothing is sampled until the next publish."""
+        if self.publisher is not None:
+            self.publisher.release_memory()
 
-    def explain(self) -> None:
-        """The engine has failed on this rank, which may know better than the engine why; called by that rank alone.
+    def take_counts(self) -> dict[str, int]:
+        """Return what happened on this rank since the last call, under names of metrics; adds up over ranks.
 
-        Raises:
-            EngineError: the cause.
+        Restarts are counted from the start of the run, on the first rank.
         """
-        ...
-
-    def take_counts(self) -> Counts:
-        """What happened on this rank since the last call, under names of metrics; adds up over ranks."""
-        ...
+        if not isinstance(self.engine, SGLangEngine):
+            return {}
+        restarts = sum(self.supervisor.restart_counts().values()) if self.supervisor is not None else 0
+        return self.engine.take_counts() | {"engine/num_restarts": restarts}
 
     def close(self) -> None:
-        """End what was started, but for ``engine``."""
-        ...
+        """End own servers."""
+        if self.supervisor is not None:
+            self.supervisor.close()
 
 
 def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> PolicyEngine:
-    """The engine that ``rollout.engine`` names, ready for the first publish.
+    """Start the engine that ``rollout.engine`` names, ready for the first publish.
 
     Raises:
-        EngineError: on every rank: servers do not start, or do not answer.
+        EngineError, ConfigError: on every rank: servers do not start, do not answer, or do not fit the run.
     """
+    hf_config = load_hf_config(config.model.hf_dir)
+    longest = config.longest_rollout.num_tokens
     if config.rollout.engine == "embedded":
-        return EmbeddedPolicyEngine(config, renderer, parallel)
-    return SGLangPolicyEngine(config, renderer, parallel)
-
-
-class EmbeddedPolicyEngine:
-    """A transformers model in this very process. Implements ``PolicyEngine``."""
-
-    def __init__(self, config: RunConfig, renderer: Renderer, parallel: ParallelState) -> None:
         dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
-        model = AutoModelForCausalLM.from_config(load_hf_config(config.model.hf_dir), dtype=dtype)
-        model.to(parallel.device).eval()
-        self._embedded = EmbeddedEngine(
-            model, renderer.token_bytes, renderer.eos_ids, config.longest_rollout.num_tokens
-        )
-        self.engine: Engine = self._embedded
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(parallel.device).eval()
+        return PolicyEngine(engine=EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, longest))
+    sglang = config.rollout.sglang
+    supervisor: ServerSupervisor | None = None
 
-    def publish(self, policy: Network, version: int) -> None:
-        """Copy whole tensors, one at a time."""
-        self._embedded.load_weights(policy.hf_weights(), version)
+    def start_servers() -> tuple[str, ...]:
+        nonlocal supervisor
+        if not parallel.is_main:
+            return ()
+        supervisor = ServerSupervisor(config, gpus=gpus_beside_trainer(sglang))
+        supervisor.start()
+        return supervisor.urls
 
-    def rest(self) -> None:
-        """Nothing to give back."""
-
-    def explain(self) -> None:
-        """The engine has said it all."""
-
-    def take_counts(self) -> Counts:
-        """Nothing to count."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing was started."""
-
-
-class SGLangPolicyEngine:
-    """SGLang servers, started by the first rank or somebody else's. Implements ``PolicyEngine``."""
-
-    def __init__(self, config: RunConfig, renderer: Renderer, parallel: ParallelState) -> None:
-        sglang = config.rollout.sglang
-        self._parallel = parallel
-        self._is_colocated = sglang.colocated
-        gpus = gpus_beside_trainer(sglang)
-        self._supervisor = supervise(config, gpus=gpus) if parallel.is_main else None
-        supervisor = self._supervisor
-        together(parallel, lambda: start_servers(supervisor, config) if supervisor is not None else None)
-        urls = next(u for u in parallel.all_gather_object(supervisor.urls if supervisor is not None else ()) if u)
-        self._client = SGLangEngine(
-            urls,
-            renderer.token_bytes,
-            renderer.eos_ids,
-            load_hf_config(config.model.hf_dir).vocab_size,
-            config.longest_rollout.num_tokens,
-            sglang,
-            deterministic=parallel.device.type == "cuda",
-        )
-        self.engine: Engine = self._client
-        self._publisher = WeightPublisher(urls, choose_transport(config, parallel), parallel, sglang, supervisor)
-
-    def publish(self, policy: Network, version: int) -> None:
-        """See ``WeightPublisher``."""
-        if self._is_colocated:
-            torch.cuda.empty_cache()  # what torch keeps for itself, servers cannot take back
-        self._publisher.publish(policy, version)
-        self._client.set_policy_version(version)
-
-    def rest(self) -> None:
-        """Colocated servers give their memory up."""
-        self._publisher.release_memory()
-
-    def explain(self) -> None:
-        """The first rank has the servers' logs; the others let it speak first, for it starves when they do."""
-        if self._supervisor is not None:
-            self._supervisor.check()
+    async def raise_root_cause() -> None:
+        # Rank 0 has the servers' logs, so the others wait for it to report first.
+        if supervisor is not None:
+            supervisor.check()
         else:
-            time.sleep(_HEAD_START_S)
+            await asyncio.sleep(HEAD_START_S)
 
-    def take_counts(self) -> Counts:
-        """Retries and moves of this rank's client; restarts so far, by the first rank."""
-        stats = self._client.take_stats()
-        counts = {
-            "engine/num_retries": stats.num_retries,
-            "engine/num_moved": stats.num_moved,
-            "engine/num_wrong_version": stats.num_wrong_version,
-            "engine/num_prompt_tokens": sum(server.num_prompt_tokens for server in stats.servers),
-            "engine/num_cached_tokens": sum(server.num_cached_tokens for server in stats.servers),
-        }
-        restarts = sum(self._supervisor.snapshot().values()) if self._supervisor is not None else 0
-        return counts | {"engine/num_restarts": restarts}
-
-    def close(self) -> None:
-        """Close the publisher's connections, and end own servers."""
-        self._publisher.close()
-        if self._supervisor is not None:
-            self._supervisor.close()
+    urls = run_on_all_ranks(parallel, start_servers)[0]
+    engine = SGLangEngine(
+        urls,
+        renderer.token_bytes,
+        renderer.eos_ids,
+        hf_config.vocab_size,
+        longest,
+        sglang,
+        deterministic=parallel.device.type == "cuda",
+        raise_root_cause=raise_root_cause,
+    )
+    publisher = WeightPublisher(config, urls, parallel, supervisor)
+    return PolicyEngine(engine=engine, publisher=publisher, supervisor=supervisor)

@@ -26,9 +26,9 @@ from megatron_sdsearch.model.weight_table import EMBEDDING
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.retrieval.encoder import read_encoder_settings
 from megatron_sdsearch.retrieval.http import check_url
-from megatron_sdsearch.rollout.checks import own_server_problems, prompt_problems
+from megatron_sdsearch.rollout.checks import prompt_problems
 from megatron_sdsearch.rollout.episode import ObservationWriter
-from megatron_sdsearch.rollout.sglang_servers import check_has_weights
+from megatron_sdsearch.sglang.rules import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import parse_action
 from megatron_sdsearch.training.retrievers import client_is_missing
@@ -165,8 +165,6 @@ def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[Con
         attempt(check_folder, "model.hf_dir", problems)
     elif (megatron_dir / ".metadata").exists():
         attempt(lambda: check_megatron(megatron_dir), "model.megatron_dir", problems)
-    if config.samples_from_sglang and not config.rollout.sglang.urls and megatron_dir is not None:
-        attempt(lambda: check_has_weights(hf_dir), "model.hf_dir", problems)
     return problems
 
 

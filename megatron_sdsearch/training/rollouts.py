@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler
-from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.evaluation.metrics import require_sampled
 from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHits, compare_query_hits, summarize_hits
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
@@ -78,7 +77,7 @@ class DistributedRollouts:
 
     def release_memory(self) -> None:
         """Let colocated servers release their memory: no rollouts until the next publish."""
-        self._source.rest()
+        self._source.release_memory()
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
         """Roll out the groups of a step (0-based).
@@ -155,11 +154,7 @@ class DistributedRollouts:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         with without_cpu_layer():
-            try:
-                yield
-            except EngineError:
-                self._source.explain()
-                raise
+            yield
 
     def _warn_of_long_prompts(self, groups: Sequence[RolloutGroup], what: str) -> None:
         """Warn the first time that prompts are too long."""

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import megatron_sdsearch.training.rollouts
-from megatron_sdsearch.config import ParallelConfig
+from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import CollectionCounts, Question
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.engines import EmbeddedPolicyEngine
+from megatron_sdsearch.training.engines import PolicyEngine, start_engine
 from megatron_sdsearch.training.policy import Network
 from megatron_sdsearch.training.rollouts import DistributedRollouts
 from tests.distributed.launch import run_distributed
@@ -58,7 +58,7 @@ def server_worker(
     sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     parallel = ParallelState.initialize(sizes, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_sdsearch.training.rollouts, "start_engine", EmbeddedPolicyEngine)
+        patch.setattr(megatron_sdsearch.training.rollouts, "start_engine", _start_embedded)
         rollouts = _rollouts(parallel, folder, REFILLED | SERVERS, sizes)
         evaluated = [[str(t.trajectory_id) for t in g.trajectories] for g in rollouts.evaluate(POOL[:3], step=STEP)]
         is_client = rollouts._retriever is not None
@@ -66,6 +66,11 @@ def server_worker(
             patch.setattr(rollouts._source, "engine", None)  # which a rank that does not roll out never asks
         outcome = _outcome(rollouts)
     return parallel.tp_rank == parallel.pp_rank == 0, is_client, outcome, evaluated
+
+
+def _start_embedded(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> PolicyEngine:
+    rollout = config.rollout.model_copy(update={"engine": "embedded"})
+    return start_engine(config.model_copy(update={"rollout": rollout}), renderer, parallel)
 
 
 def _refusals(rollouts: DistributedRollouts) -> list[str]:

@@ -1,4 +1,4 @@
-"""Weights from sharded trainers to fake servers: whole and verified on every layout, and failures are everybody's."""
+"""Weights from sharded trainers to fake servers: whole and verified on every layout; a failure reaches all ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.parallel.groups import ParallelState
+from megatron_sdsearch.sglang.publish import WeightPublisher, probe_ids, run_on_all_ranks, trainer_logprobs
 from megatron_sdsearch.training.policy import Network
-from megatron_sdsearch.training.weight_sync.agreement import together
-from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
-from megatron_sdsearch.training.weight_sync.verify import probe_ids, trainer_logprobs
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import VOCAB_SIZE, make_config, make_model
 from tests.loopback.fake_sglang import FakeSGLang, running_in_thread
@@ -29,8 +27,8 @@ from tests.loopback.fake_weights import FakeWeights
 
 SYNCS = ["disk", "tensor", "distributed"]
 Layout = dict[str, object]
-ON_TWO: list[Layout] = [{"tensor": 2}, {"pipeline": 2}, {}]
-ON_FOUR: list[Layout] = [{"tensor": 2, "pipeline": 2}]
+ON_TWO: list[Layout] = [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}, {}]
+ON_FOUR: list[Layout] = [{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +53,12 @@ class Run:
 
     def publish(self, urls: list[str], version: int) -> str:
         """What it failed with, if it did."""
-        sglang = self.config.rollout.sglang
-        transport = choose_transport(self.config, self.parallel)
-        for name in ("_bucket_bytes", "_shard_bytes"):
-            if hasattr(transport, name):
-                setattr(transport, name, 50_000)  # the setting's unit is MiB, of which the model has one
-        publisher = WeightPublisher(urls, transport, self.parallel, sglang)
+        publisher = WeightPublisher(self.config, urls, self.parallel)
+        publisher.transport.bucket_bytes = 50_000  # the setting's unit is MiB, of which the model has one
         try:
             publisher.publish(self.network, version)
         except EngineError as error:
             return str(error)
-        finally:
-            publisher.close()
         return ""
 
     def end(self) -> None:
@@ -177,7 +169,7 @@ def test_each_stage_sends_its_own_layers(folder: Path, fakes: list[FakeSGLang]) 
 
 
 def lose_a_server(rank: int, world_size: int, folder: Path, urls: list[str], sync: str) -> tuple[str, str]:
-    run = Run(folder / "tied", folder, {"pipeline": 2}, weight_sync=sync)
+    run = Run(folder / "tied", folder, {"pipeline_model_parallel_size": 2}, weight_sync=sync)
     return run.publish(urls, 1), run.publish([*urls, "http://127.0.0.1:9"], 2)
 
 
@@ -191,16 +183,10 @@ def test_a_server_lost_on_the_way_costs_no_rank_its_step(folder: Path, fakes: li
 
 
 def fail(rank: int, world_size: int, folder: Path, urls: list[str]) -> dict[str, str]:
-    run = Run(folder / "tied", folder, {"pipeline": 2}, weight_sync="tensor", down_timeout_s=0.2)
-    found = {"refused": run.publish(urls, 1), "nobody": run.publish(["http://127.0.0.1:9"], 1)}
-    blocked = folder / "blocked"
-    config = run.config.model_copy(update={"run_dir": blocked})
-    disk = choose_transport(_with_sync(config, "disk"), run.parallel)
-    publisher = WeightPublisher(urls, disk, run.parallel, config.rollout.sglang)
-    with pytest.raises(EngineError) as caught:
-        publisher.publish(run.network, 1)
-    publisher.close()
-    found["disk"] = str(caught.value)
+    run = Run(folder / "tied", folder, {"pipeline_model_parallel_size": 2}, weight_sync="tensor", down_timeout_s=0.2)
+    found = {"refused": run.publish(urls, 1), "unreachable": run.publish(["http://127.0.0.1:9"], 1)}
+    run.config = _with_sync(run.config.model_copy(update={"run_dir": folder / "blocked"}), "disk")
+    found["disk"] = run.publish(urls, 1)
     found["agreement"] = _agree(rank, run.parallel)
     run.end()
     return found
@@ -212,42 +198,38 @@ def _with_sync(config: Any, sync: str) -> Any:
 
 
 def _agree(rank: int, parallel: ParallelState) -> str:
-    """Failures of one rank, of all alike, of a call inside; and what is no failure of a server is passed on."""
+    """Failures of one rank, of all, of all alike; and a wrong setting stays one."""
 
-    def work(failing: set[int], words: str = "rank {} is out") -> None:
+    def work(failing: set[int], message: str) -> None:
         if rank in failing:
-            raise OSError(words.format(rank))
+            raise OSError(message.format(rank))
 
-    told = []
-    for failing, words in (({1}, "rank {} is out"), ({0, 1}, "rank {} is out"), ({0, 1}, "no server")):
+    messages = []
+    for failing, message in (({1}, "rank {} is out"), ({0, 1}, "rank {} is out"), ({0, 1}, "no server")):
         with pytest.raises(EngineError) as caught:
-            together(parallel, partial(work, failing, words))
-        told.append(str(caught.value))
-    with pytest.raises(EngineError) as caught:
-        together(parallel, lambda: together(parallel, lambda: work({0})))
-    told.append(str(caught.value))
-    together(parallel, lambda: work(set()))
+            run_on_all_ranks(parallel, partial(work, failing, message))
+        messages.append(str(caught.value))
+    assert run_on_all_ranks(parallel, lambda: rank) == [0, 1]
 
     def mistake() -> None:
         raise ConfigError("a", "is wrong", "fix it")
 
     with pytest.raises(ConfigError):
-        together(parallel, mistake)
-    return " | ".join(told)
+        run_on_all_ranks(parallel, mistake)
+    return " | ".join(messages)
 
 
-def test_a_failure_of_one_rank_is_everybodys_with_its_words(folder: Path, fakes: list[FakeSGLang]) -> None:
+def test_a_failure_of_one_rank_is_raised_on_all_with_its_message(folder: Path, fakes: list[FakeSGLang]) -> None:
     fakes[1].replies["/update_weights_from_tensor"] = {"success": False, "message": "no room"}
     (folder / "blocked").write_text("a file where the run's folder should be")
     first, second = run_distributed(fail, 2, folder, [fake.url for fake in fakes])
     assert first == second
     refusal = f"{fakes[1].url}/update_weights_from_tensor: no room"
     assert first["refused"] == f"version 1 could not be published: rank 0: {refusal}"
-    assert first["nobody"] == "rank 0: no server has answered for 0.2 s: http://127.0.0.1:9"
+    assert first["unreachable"] == "rank 0: no server has answered for 0.2 s: http://127.0.0.1:9"
     assert "rank 0: [Errno 20] Not a directory" in first["disk"]
     assert first["agreement"].split(" | ") == [
         "rank 1: rank 1 is out",
         "rank 0: rank 0 is out; rank 1: rank 1 is out",
         "no server",
-        "rank 0: rank 0 is out",
     ]

@@ -112,7 +112,7 @@ class FakeSGLang:
         self.faults: deque[Fault] = deque()
         self.always: Fault | None = None
         self.replies: dict[str, Json] = {}  # sent with status 200 by a control route that would answer otherwise
-        self.model_info: Json = {}  # told by /model_info beside the rest
+        self.model_info: Json = {}  # further fields of /model_info
         self.server_info: Json = {"version": "0.5.23", "tp_size": 1, "context_length": None}
         self.is_without_info = False  # no /server_info, as behind a router
         self.is_sick = False  # /health_generate fails
@@ -182,7 +182,7 @@ class FakeSGLang:
         self._running.clear()
 
     async def come_back(self, version: str | None = None) -> None:
-        """A new start: with the weights of its first one, unless somebody has brought it to ``version``."""
+        """A new start: with the weights of its first one, or with those that make it ``version``."""
         self.weights, self.version = self._first_state
         if version is not None:
             self.version = version
@@ -297,8 +297,8 @@ class FakeSGLang:
 
     async def _model_info(self, http: web.Request) -> web.Response:
         self.calls.append(("/model_info", {}))
-        told = {"model_path": "toy", "is_generation": True, "weight_version": self.version}
-        return web.json_response(told | self.model_info)
+        info = {"model_path": "toy", "is_generation": True, "weight_version": self.version}
+        return web.json_response(info | self.model_info)
 
     async def _server_info(self, http: web.Request) -> web.Response:
         self.calls.append(("/server_info", {}))

@@ -16,7 +16,7 @@ from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.elasticsearch_client import CLIENT_MAJOR
 from megatron_sdsearch.retrieval.server import InThreads
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
-from megatron_sdsearch.training.own_servers import start_servers, supervise
+from megatron_sdsearch.sglang.servers import ServerSupervisor
 from tests.loopback import fake_elastic, fake_sglang
 from tests.loopback.fake_elastic import ALIAS, FakeElastic
 from tests.loopback.fake_sglang import FakeSGLang
@@ -170,7 +170,7 @@ def test_a_server_that_does_not_fit_is_found(
     if about == "server_info":
         config = load_config(tiny.config, sglang(server.url))
         with pytest.raises(ConfigError, match=re.escape(finding.problem)):
-            start_servers(supervise(config, gpus=()), config)
+            ServerSupervisor(config).start()
 
 
 def test_a_server_that_does_not_tell_what_it_takes_is_a_warning(tiny: TinyRun, server: FakeSGLang) -> None:
@@ -189,11 +189,11 @@ def test_training_refuses_a_short_context_as_the_check_does(
     config = load_config(tiny.config, overrides)
     server.context_length = longest + 6
     assert tiny.found(*overrides, is_online=True) == []
-    start_servers(supervise(config, gpus=()), config)
+    ServerSupervisor(config).start()
     server.context_length = longest + 5
     finding = only(tiny.found(*overrides, is_online=True))
     with pytest.raises(ConfigError) as caught:
-        start_servers(supervise(config, gpus=()), config)
+        ServerSupervisor(config).start()
     assert (finding.severity, finding.field) == ("error", "rollout.max_total_tokens")
     assert (caught.value.field, caught.value.problem, caught.value.fix) == (
         finding.field,
@@ -208,7 +208,7 @@ def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(
 ) -> None:
     server.is_without_info = True
     config = load_config(tiny.config, sglang(server.url))
-    start_servers(supervise(config, gpus=()), config)
+    ServerSupervisor(config).start()
     assert "/server_info" in caplog.text
     assert "longest request is not known" in caplog.text
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from megatron_sdsearch.rollout.server_process import read_model_info
-from tests.loopback.test_sglang_servers import FAKE, ROOT, wait_until
+from tests.loopback.test_sglang_servers import FAKE, ROOT, model_info, wait_until
 
 START_LIMIT_S = 120.0  # it imports torch
 LOOKS_S = 3.0  # time for some looks at the folders
@@ -104,7 +103,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def version_of(url: str) -> str | None:
-    info = read_model_info(url, 0.5)
+    info = model_info(url)
     return None if info is None else str(info["weight_version"])
 
 
@@ -146,7 +145,7 @@ def test_usr1_ends_neither_server_nor_program(folder: Path) -> None:
     assert node.process.wait(30.0) == 0
 
 
-def test_used_up_restarts_end_the_program_with_the_servers_words(folder: Path) -> None:
+def test_used_up_restarts_end_the_program_with_the_servers_message(folder: Path) -> None:
     node = Node(folder, "rollout.sglang.max_restarts=0")
     node.url()
     os.kill(node.server, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,50 +19,56 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.config import RunConfig, parse_config
 from megatron_sdsearch.errors import ConfigError, EngineError
-from megatron_sdsearch.rollout.server_process import load_weights, read_model_info
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
-from megatron_sdsearch.rollout.supervised_server import Patience
+from megatron_sdsearch.sglang import servers
+from megatron_sdsearch.sglang.api import Json, SGLangServer
+from megatron_sdsearch.sglang.servers import ServerSupervisor
 from tests.loopback.fake_server_process import segment_names
 
 FAKE = Path(__file__).with_name("fake_server_process.py")
 ROOT = Path(__file__).parents[2]
 TORCHRUN_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
-IMPATIENT = Patience(poll_s=0.05, answer_s=0.5, hang_s=1.0, backoff_s=0.05, max_backoff_s=0.2, grace_s=0.5)
+SHORT_LIMITS = {
+    "POLL_S": 0.05,
+    "INFO_TIMEOUT_S": 0.5,
+    "HANG_S": 1.0,
+    "FIRST_BACKOFF_S": 0.05,
+    "MAX_BACKOFF_S": 0.2,
+    "GRACE_S": 0.5,
+}
 
 
-class World:
+class Supervisors:
     """A folder of one test, and the supervisors that it made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.weights = folder / "weights"
         self.weights.mkdir()
-        self.supervisors: list[ServerSupervisor] = []
+        (folder / "model.safetensors").touch()
+        self.made: list[ServerSupervisor] = []
 
-    def config(self, **settings: object) -> SGLangConfig:
+    def settings(self, **settings: object) -> dict[str, object]:
         faults = {name: str(value) for name, value in settings.items() if name.startswith("FAKE_")}
-        rest = {name: value for name, value in settings.items() if name not in faults}
+        others = {name: value for name, value in settings.items() if name not in faults}
         environment = {"FAKE_STATE": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **faults}
-        defaults = {"command": (sys.executable, str(FAKE)), "start_timeout_s": 20.0, "environment": environment}
-        return SGLangConfig.model_validate(defaults | rest)
+        sglang = {"command": [sys.executable, str(FAKE)], "start_timeout_s": 20.0, "environment": environment}
+        return {
+            "run_dir": str(self.folder / "run"),
+            "seed": 2**32 + 5,
+            "model": {"hf_dir": str(self.folder)},
+            "data": {"train": "none"},
+            "retrieval": {"corpus": "none"},
+            "rollout": {"engine": "sglang", "sglang": sglang | others},
+        }
 
-    def config_json(self, **settings: object) -> str:
-        """For another process: a dump of its own would hide the environment."""
-        config = self.config(**settings)
-        return json.dumps(config.model_dump(mode="json") | {"environment": config.plain_environment})
+    def config(self, **settings: object) -> RunConfig:
+        return parse_config(self.settings(**settings))
 
-    def supervise(self, *, gpus: Sequence[str] = (), **settings: object) -> ServerSupervisor:
-        supervisor = ServerSupervisor(
-            self.config(**settings),
-            model_path=self.folder,
-            log_dir=self.folder / "logs",
-            seed=2**32 + 5,
-            gpus=gpus,
-            patience=IMPATIENT,
-        )
-        self.supervisors.append(supervisor)
+    def make(self, *, gpus: Sequence[str] = (), **settings: object) -> ServerSupervisor:
+        supervisor = ServerSupervisor(self.config(**settings), gpus=gpus, log_dir=self.folder / "logs")
+        self.made.append(supervisor)
         return supervisor
 
     @property
@@ -89,12 +96,14 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    for supervisor in world.supervisors:
+def supervisors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisors]:
+    for name, value in SHORT_LIMITS.items():
+        monkeypatch.setattr(servers, name, value)
+    supervisors = Supervisors(tmp_path)
+    yield supervisors
+    for supervisor in supervisors.made:
         supervisor.close()
-    assert world.leftovers() == []
+    assert supervisors.leftovers() == []
 
 
 def wait_until(is_reached: Callable[[], bool], limit_s: float = 15.0) -> None:
@@ -104,102 +113,109 @@ def wait_until(is_reached: Callable[[], bool], limit_s: float = 15.0) -> None:
         time.sleep(0.02)
 
 
+def model_info(url: str) -> Json | None:
+    try:
+        return asyncio.run(SGLangServer(url, timeout_s=0.5).call("/model_info"))
+    except EngineError:
+        return None
+
+
 def version(supervisor: ServerSupervisor) -> str | None:
-    info = read_model_info(supervisor.urls[0], 0.5)
+    info = model_info(supervisor.urls[0])
     return None if info is None else str(info["weight_version"])
 
 
 def restarts(supervisor: ServerSupervisor) -> int:
-    return sum(supervisor.snapshot().values())
+    return sum(supervisor.restart_counts().values())
 
 
 def test_starts_servers_with_their_flags_and_without_torchruns_environment(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    supervisors: Supervisors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in TORCHRUN_NAMES:
         monkeypatch.setenv(name, "1")
-    supervisor = world.supervise(num_servers=2, tp_size=2, gpus=["4", "5", "6", "7"])
+    supervisor = supervisors.make(num_servers=2, tp_size=2, gpus=["4", "5", "6", "7"])
     supervisor.start()
-    assert [read_model_info(url, 1.0) for url in supervisor.urls] == [
-        {"weight_version": "default", "model_path": ""}
-    ] * 2
+    assert [model_info(url) for url in supervisor.urls] == [{"weight_version": "default", "model_path": ""}] * 2
     for index, url in enumerate(supervisor.urls):
-        log = (world.folder / "logs" / f"server_{index}.log").read_text().splitlines()
+        log = (supervisors.folder / "logs" / f"server_{index}.log").read_text().splitlines()
         flags = next(line for line in log if line.startswith("arguments"))
         port = url.rsplit(":", 1)[1]
-        address = f"--host 127.0.0.1 --port {port}"
-        assert flags == f"arguments --model-path {world.folder} {address} --random-seed {5 + index} --tp-size 2"
+        given = f"--model-path {supervisors.folder} --host 127.0.0.1 --port {port} --random-seed {5 + index}"
+        assert flags == f"arguments {given} --dtype float32 --tp-size 2"
         environment = json.loads(next(line[11:] for line in log if line.startswith("environment")))
         assert environment["CUDA_VISIBLE_DEVICES"] == ("4,5", "6,7")[index]
         assert not {*TORCHRUN_NAMES} & set(environment)
     assert restarts(supervisor) == 0
     supervisor.check()
-    assert len(world.leftovers()) == 8  # so that the fixture's look for leftovers can find some
+    assert len(supervisors.leftovers()) == 8  # so that the fixture's look for leftovers can find some
     supervisor.close()
-    assert world.leftovers() == []
+    assert supervisors.leftovers() == []
 
 
-def test_too_few_gpus_is_a_wrong_setting(world: World) -> None:
+def test_too_few_gpus_is_a_wrong_setting(supervisors: Supervisors) -> None:
     with pytest.raises(ConfigError, match=r"2 servers x 2 GPUs are more than the 3 given"):
-        world.supervise(num_servers=2, tp_size=2, gpus=["0", "1", "2"])
+        supervisors.make(num_servers=2, tp_size=2, gpus=["0", "1", "2"])
     with pytest.raises(ConfigError, match=r"1 servers x 2 GPUs are more than the 0 given"):
-        world.supervise(tp_size=2)
+        supervisors.make(tp_size=2)
 
 
-def test_death_is_followed_by_a_restart_that_announces_only_the_published_version(world: World) -> None:
-    supervisor = world.supervise()
+def test_death_is_followed_by_a_restart_that_announces_only_the_published_version(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make()
     supervisor.start()
-    supervisor.set_weights(world.weights, 3)
+    supervisor.set_weights(supervisors.weights, 3)
     wait_until(lambda: version(supervisor) == "3")  # a server that is behind is brought up, restarted or not
-    seen = len(world.events)
-    world.kill_server()
+    seen = len(supervisors.events)
+    supervisors.kill_server()
     wait_until(lambda: restarts(supervisor) == 1)
     wait_until(lambda: version(supervisor) == "3")
-    assert [event for event in world.events[seen:] if event in ("start", "version 3") or "loaded" in event][:3] == [
+    assert [event for event in supervisors.events[seen:] if event in ("start", "version 3") or "loaded" in event][
+        :3
+    ] == [
         "start",
-        f"loaded {world.weights}",
+        f"loaded {supervisors.weights}",
         "version 3",
     ]
-    assert "exit code 137" in world.log
-    assert world.log.count("supervisor: start") == 2
+    assert "exit code 137" in supervisors.log
+    assert supervisors.log.count("supervisor: start") == 2
     supervisor.check()
 
 
-def test_without_a_folder_a_restarted_server_stays_at_its_old_version(world: World) -> None:
-    supervisor = world.supervise()
+def test_without_a_folder_a_restarted_server_stays_at_its_old_version(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make()
     supervisor.start()
     supervisor.set_weights(None, 3)
-    world.kill_server()
+    supervisors.kill_server()
     wait_until(lambda: restarts(supervisor) == 1 and version(supervisor) is not None)
     time.sleep(0.3)
     assert version(supervisor) == "default"
-    supervisor.set_weights(world.weights, 4)
+    supervisor.set_weights(supervisors.weights, 4)
     wait_until(lambda: version(supervisor) == "4")
 
 
-def test_a_server_that_is_ahead_is_left_alone(world: World) -> None:
-    """A publish reaches servers before the supervisor is told of it."""
-    supervisor = world.supervise()
+def test_a_server_that_is_ahead_is_left_alone(supervisors: Supervisors) -> None:
+    """A publish reaches servers before the supervisor hears of it."""
+    supervisor = supervisors.make()
     supervisor.start()
-    supervisor.set_weights(world.weights, 7)
+    supervisor.set_weights(supervisors.weights, 7)
     wait_until(lambda: version(supervisor) == "7")
-    supervisor.set_weights(world.folder, 6)
+    supervisor.set_weights(supervisors.folder, 6)
     time.sleep(1.0)  # looks every 0.05 s, and a load takes 0.3 s
     assert version(supervisor) == "7"
-    assert f"loaded {world.folder}" not in world.events
+    assert f"loaded {supervisors.folder}" not in supervisors.events
 
 
-def test_a_hanging_server_is_restarted(world: World) -> None:
-    supervisor = world.supervise(FAKE_HANG_AFTER_S=0.5, FAKE_IGNORE_SIGTERM=1)
+def test_a_hanging_server_is_restarted(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(FAKE_HANG_AFTER_S=0.5, FAKE_IGNORE_SIGTERM=1)
     supervisor.start()
-    supervisor.set_weights(world.weights, 2)
+    supervisor.set_weights(supervisors.weights, 2)
     wait_until(lambda: restarts(supervisor) == 1)
     wait_until(lambda: version(supervisor) == "2")
-    assert "does not answer /model_info since 1 s" in world.log
+    assert "does not answer /model_info since 1 s" in supervisors.log
 
 
-def test_used_up_restarts_are_an_error_with_the_end_of_the_log(world: World) -> None:
-    supervisor = world.supervise(FAKE_DIE_AFTER_S=0.4, max_restarts=1)
+def test_used_up_restarts_are_an_error_with_the_end_of_the_log(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(FAKE_DIE_AFTER_S=0.4, max_restarts=1)
     supervisor.start()
 
     def is_over() -> bool:
@@ -215,57 +231,57 @@ def test_used_up_restarts_are_an_error_with_the_end_of_the_log(world: World) -> 
     ):
         supervisor.check()
     assert restarts(supervisor) == 1
-    assert world.events.count("start") == 2
+    assert supervisors.events.count("start") == 2
 
 
-def test_weights_that_cannot_be_loaded_count_as_a_death(world: World) -> None:
-    supervisor = world.supervise(max_restarts=0)
+def test_weights_that_cannot_be_loaded_count_as_a_death(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(max_restarts=0)
     supervisor.start()
-    supervisor.set_weights(world.folder / "missing", 1)
-    with pytest.raises(EngineError, match=r"loading .*missing failed: 400 .*no such folder"):
+    supervisor.set_weights(supervisors.folder / "missing", 1)
+    with pytest.raises(EngineError, match=r"loading .*missing failed: .*HTTP 400: .*no such folder"):
         wait_until(lambda: supervisor.check() is not None)  # type: ignore[func-returns-value]
 
 
-def test_a_refused_load_that_hit_a_newer_publish_ends_in_a_restart(world: World) -> None:
+def test_a_refused_load_that_hit_a_newer_publish_ends_in_a_restart(supervisors: Supervisors) -> None:
     """Else it would serve the folder's older weights under the newer version, and every client would believe it."""
-    newer = world.folder / "newer"
+    newer = supervisors.folder / "newer"
     newer.mkdir()
-    supervisor = world.supervise(FAKE_LOADS_AND_REFUSES=world.weights)
+    supervisor = supervisors.make(FAKE_LOADS_AND_REFUSES=supervisors.weights)
     supervisor.start()
-    supervisor.set_weights(world.weights, 1)
-    wait_until(lambda: f"loading {world.weights}" in world.events)
-    load_weights(supervisor.urls[0], newer, 2, 5.0)  # the trainer's own
+    supervisor.set_weights(supervisors.weights, 1)
+    wait_until(lambda: f"loading {supervisors.weights}" in supervisors.events)
+    asyncio.run(SGLangServer(supervisor.urls[0]).load_folder(str(newer), "2"))  # the trainer's own
     supervisor.set_weights(newer, 2)
     wait_until(lambda: restarts(supervisor) == 1)
     wait_until(lambda: version(supervisor) == "2")
-    info = read_model_info(supervisor.urls[0], 0.5)
+    info = model_info(supervisor.urls[0])
     assert info is not None
     assert info["model_path"] == str(newer)
 
 
-def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again(world: World) -> None:
-    supervisor = world.supervise(num_servers=2, FAKE_DIE_AT_START=6)  # the second one's seed
+def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(num_servers=2, FAKE_DIE_AT_START=6)  # the second one's seed
     begin = time.monotonic()
     with pytest.raises(
         EngineError, match=r"(?s)server 1 .*exit code 1 at its start .*arguments.*unknown flag --frobnicate"
     ):
         supervisor.start()
     assert time.monotonic() - begin < 10
-    assert world.events.count("start") <= 2
-    assert world.leftovers() == []  # the first one neither
+    assert supervisors.events.count("start") <= 2
+    assert supervisors.leftovers() == []  # the first one neither
 
 
-def test_a_command_that_cannot_be_started_is_reported_at_once(world: World) -> None:
-    program = world.folder / "no_program"
+def test_a_command_that_cannot_be_started_is_reported_at_once(supervisors: Supervisors) -> None:
+    program = supervisors.folder / "no_program"
     program.write_text("#!/no/such/interpreter\n")
     program.chmod(0o755)
-    supervisor = world.supervise(command=(str(program),), num_servers=2)
+    supervisor = supervisors.make(command=(str(program),), num_servers=2)
     with pytest.raises(EngineError, match=r"(?s)exit code 127 at its start.*cannot start .*no_program: .*No such file"):
         supervisor.start()
 
 
-def test_all_servers_that_are_lost_are_named(world: World) -> None:
-    supervisor = world.supervise(num_servers=2, FAKE_DIE_AFTER_S=0.4, max_restarts=0)
+def test_all_servers_that_are_lost_are_named(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(num_servers=2, FAKE_DIE_AFTER_S=0.4, max_restarts=0)
     with suppress(EngineError):  # the first one to die may do so before the second one serves
         supervisor.start()
 
@@ -279,38 +295,38 @@ def test_all_servers_that_are_lost_are_named(world: World) -> None:
     wait_until(are_named)
 
 
-def test_a_server_that_does_not_serve_in_time_is_reported(world: World) -> None:
-    supervisor = world.supervise(command=(sys.executable, "-c", "import time; time.sleep(60)"), start_timeout_s=0.5)
+def test_a_server_that_does_not_serve_in_time_is_reported(supervisors: Supervisors) -> None:
+    supervisor = supervisors.make(command=(sys.executable, "-c", "import time; time.sleep(60)"), start_timeout_s=0.5)
     with pytest.raises(EngineError, match=r"does not answer /model_info since 0\.5 s at its start"):
         supervisor.start()
 
 
-def test_attached_servers_are_waited_for_and_left_alone(world: World) -> None:
-    own = world.supervise()
+def test_attached_servers_are_waited_for_and_left_alone(supervisors: Supervisors) -> None:
+    own = supervisors.make()
     own.start()
-    attached = world.supervise(urls=own.urls)
+    attached = supervisors.make(urls=own.urls)
     attached.start()
-    assert (attached.urls, attached.snapshot()) == (own.urls, {})
+    assert (attached.urls, attached.restart_counts()) == (own.urls, {})
     attached.close()
     assert version(own) == "default"
 
 
 def test_an_attached_server_that_is_not_there_is_said_at_once_and_waited_for(
-    world: World, caplog: pytest.LogCaptureFixture
+    supervisors: Supervisors, caplog: pytest.LogCaptureFixture
 ) -> None:
-    missing = world.supervise(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
-    words = r"http://127\.0\.0\.1:9/model_info does not answer: .*Connection refused"
-    with pytest.raises(EngineError, match=words + r".*rollout\.sglang\.urls"):
+    missing = supervisors.make(urls=("http://127.0.0.1:9",), start_timeout_s=0.2)
+    message = r"http://127\.0\.0\.1:9/model_info does not answer: .*Connection refused"
+    with pytest.raises(EngineError, match=message + r".*rollout\.sglang\.urls"):
         missing.start()
     (record,) = caplog.records
-    assert re.match(words + r"; waiting up to 0\.2 s", record.getMessage())
+    assert re.match(message + r"; waiting up to 0\.2 s", record.getMessage())
 
 
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [(b"HTTP/1.0 404 Not Found\r\n\r\n", "answers HTTP 404"), (b"HTTP/1.0 200 OK\r\n\r\n<p>", "not answer with JSON")],
 )
-def test_something_else_than_sglang_is_not_waited_for(world: World, answer: bytes, problem: str) -> None:
+def test_something_else_than_sglang_is_not_waited_for(supervisors: Supervisors, answer: bytes, problem: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
@@ -322,51 +338,47 @@ def test_something_else_than_sglang_is_not_waited_for(world: World, answer: byte
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(ConfigError, match=f"rollout.sglang.urls: {url}/model_info .*{problem}"):
-            world.supervise(urls=(url,)).start()
+            supervisors.make(urls=(url,)).start()
         thread.join()
 
 
 OWNER = """
-import sys, time
-from pathlib import Path
-from megatron_sdsearch.config import SGLangConfig
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
-from megatron_sdsearch.rollout.supervised_server import Patience
-supervisor = ServerSupervisor(
-    SGLangConfig.model_validate_json(sys.argv[1]),
-    model_path=Path(sys.argv[2]), log_dir=Path(sys.argv[2]) / "logs", patience=Patience(poll_s=0.05, grace_s=0.5),
-)
+import json, sys, time
+from megatron_sdsearch.config import parse_config
+from megatron_sdsearch.sglang import servers
+servers.POLL_S, servers.GRACE_S = 0.05, 0.5
+supervisor = servers.ServerSupervisor(parse_config(json.loads(sys.argv[1])))
 supervisor.start()
 print("serving", flush=True)
-if sys.argv[3] == "return":
+if sys.argv[2] == "return":
     sys.exit()
 time.sleep(600)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, None])
-def test_servers_end_with_their_owner_however_it_ends(world: World, number: signal.Signals | None) -> None:
+def test_servers_end_with_their_owner_however_it_ends(supervisors: Supervisors, number: signal.Signals | None) -> None:
     """None: it returns without a close."""
-    config = world.config_json(num_servers=2, FAKE_IGNORE_SIGTERM=1)
-    command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay" if number else "return"]
+    config = json.dumps(supervisors.settings(num_servers=2, FAKE_IGNORE_SIGTERM=1))
+    command = [sys.executable, "-c", OWNER, config, "stay" if number else "return"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "serving\n"
         if number is not None:
-            assert len(world.leftovers()) == 8
+            assert len(supervisors.leftovers()) == 8
             owner.send_signal(number)
         owner.wait(10)
-    wait_until(lambda: world.leftovers() == [], limit_s=5.0)
+    wait_until(lambda: supervisors.leftovers() == [], limit_s=5.0)
 
 
-def test_ctrl_c_during_the_start_ends_the_servers(world: World) -> None:
-    config = world.config_json(command=(sys.executable, "-c", "import time; time.sleep(600)"))
-    command = [sys.executable, "-c", OWNER, config, str(world.folder), "stay"]
+def test_ctrl_c_during_the_start_ends_the_servers(supervisors: Supervisors) -> None:
+    config = json.dumps(supervisors.settings(command=[sys.executable, "-c", "import time; time.sleep(600)"]))
+    command = [sys.executable, "-c", OWNER, config, "stay"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as owner:
-        wait_until(lambda: len(world.leftovers()) == 1)
+        wait_until(lambda: len(supervisors.leftovers()) == 1)
         os.killpg(owner.pid, signal.SIGINT)  # as a terminal does
         _, errors = owner.communicate(timeout=10)
     assert "KeyboardInterrupt" in errors
-    wait_until(lambda: world.leftovers() == [], limit_s=5.0)
+    wait_until(lambda: supervisors.leftovers() == [], limit_s=5.0)

@@ -16,14 +16,11 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.config import SGLangConfig
+from megatron_sdsearch.config import parse_config
 from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.training.weight_sync import publisher as publisher_module
-from megatron_sdsearch.training.weight_sync.disk import DiskTransport
-from megatron_sdsearch.training.weight_sync.distributed import DistributedTransport
-from megatron_sdsearch.training.weight_sync.publisher import Transport, WeightPublisher
-from megatron_sdsearch.training.weight_sync.tensor import TensorTransport
+from megatron_sdsearch.sglang import publish as publish_module
+from megatron_sdsearch.sglang.publish import WeightPublisher
 from tests.distributed.oracle import make_model
 from tests.loopback.fake_sglang import FakeSGLang, running_in_thread
 from tests.loopback.fake_weights import FakeWeights
@@ -78,19 +75,19 @@ class Trainer:
         supervisor: Any = None,
         **config: Any,
     ) -> WeightPublisher:
-        settings = SGLangConfig(**{"request_timeout_s": 5.0, "down_timeout_s": 5.0, **config})
-        publisher = WeightPublisher(
-            [fake.url for fake in fakes], self.transport(sync, bucket_bytes), parallel(), settings, supervisor
+        timeouts = {"request_timeout_s": 5.0, "down_timeout_s": 5.0}
+        run = parse_config(
+            {
+                "run_dir": str(self.folder),
+                "model": {"hf_dir": str(self.source)},
+                "data": {"train": "none"},
+                "retrieval": {"corpus": "none"},
+                "rollout": {"engine": "sglang", "sglang": {**timeouts, "weight_sync": sync, **config}},
+            }
         )
-        self._stack.callback(publisher.close)
+        publisher = WeightPublisher(run, [fake.url for fake in fakes], parallel(), supervisor)
+        publisher.transport.bucket_bytes = bucket_bytes  # the setting's unit is MiB, of which the model has one
         return publisher
-
-    def transport(self, sync: str, bucket_bytes: int) -> Transport:
-        if sync == "disk":
-            return DiskTransport(self.folder / "weights", self.source, parallel(), bucket_bytes)
-        if sync == "tensor":
-            return TensorTransport(parallel(), bucket_bytes, 1)
-        return DistributedTransport(parallel(), bucket_bytes, 1, 3.0)
 
     def publish(self, publisher: WeightPublisher, version: int) -> None:
         publisher.publish(self.policy, version)  # type: ignore[arg-type]
@@ -124,7 +121,7 @@ def parallel() -> ParallelState:
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(publisher_module, "_POLL_S", 0.05)
+    monkeypatch.setattr(publish_module, "_POLL_S", 0.05)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
@@ -197,17 +194,19 @@ def test_a_server_lost_in_mid_publish_is_left_out_of_the_next_attempt(trainer: T
         tensor += 1
     trainer.publish(publisher, 3)
     trainer.assert_holds(fakes[0], 3)
-    assert routes(fakes[1])[-1] == UPDATES[sync], "nobody has called it again"
+    assert routes(fakes[1])[-1] == UPDATES[sync], "it was not called again"
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-def test_a_refused_update_is_an_error_with_the_servers_words_after_three_attempts(trainer: Trainer, sync: str) -> None:
+def test_a_refused_update_is_an_error_with_the_servers_message_after_three_attempts(
+    trainer: Trainer, sync: str
+) -> None:
     fakes = trainer.serve(2)
     fakes[1].replies[UPDATES[sync]] = {"success": False, "message": "the shapes do not fit"}
     with pytest.raises(EngineError) as caught:
         trainer.publish(trainer.publisher(sync, fakes, verify_every=0, request_timeout_s=2.0), 2)
-    words = f"version 2 could not be published: {fakes[1].url}{UPDATES[sync]}: the shapes do not fit"
-    assert str(caught.value) == words
+    message = f"version 2 could not be published: {fakes[1].url}{UPDATES[sync]}: the shapes do not fit"
+    assert str(caught.value) == message
     # Told apart from distributed's later buckets, which the refusal of the first one keeps from being sent.
     assert len(bodies(fakes[1], UPDATES[sync])) == 3
 
@@ -220,7 +219,9 @@ def test_what_is_refused_once_is_sent_again_whole(trainer: Trainer, sync: str) -
     for fake in fakes:
         trainer.assert_holds(fake, 2)
         groups = [body["group_name"] for body in bodies(fake, "/init_weights_update_group")]
-        assert len(set(groups)) == (2 if sync == "distributed" else 0), "nobody knows who is still in the first one"
+        assert len(set(groups)) == (2 if sync == "distributed" else 0), (
+            "it is not known which servers are still in the first one"
+        )
 
 
 def test_a_folder_that_was_loaded_and_refused_is_given_again_and_proven(trainer: Trainer) -> None:
@@ -262,7 +263,7 @@ def test_another_refusal_to_open_a_session_is_passed_on(trainer: Trainer) -> Non
 
 def test_no_server_within_the_limit_is_an_error_that_names_them(trainer: Trainer) -> None:
     fakes = [FakeSGLang(), FakeSGLang()]
-    fakes[0].port, fakes[1].port = 9, 19  # nobody listens there
+    fakes[0].port, fakes[1].port = 9, 19  # nothing listens there
     publisher = trainer.publisher("tensor", fakes, down_timeout_s=0.3)
     start = time.monotonic()
     with pytest.raises(EngineError, match=r"no server has answered for 0\.3 s: http://127\.0\.0\.1:9, .*:19"):
@@ -276,7 +277,7 @@ def test_a_supervisor_that_has_given_up_ends_the_publish_at_once(trainer: Traine
 
     fake = FakeSGLang()
     fake.port = 9
-    supervisor = SimpleNamespace(check=check, snapshot=dict)
+    supervisor = SimpleNamespace(check=check, restart_counts=dict)
     with pytest.raises(EngineError, match=r"^SGLang server 0 has used up its restarts$"):
         trainer.publish(trainer.publisher("tensor", [fake], supervisor=supervisor, down_timeout_s=60.0), 1)
 
@@ -304,13 +305,13 @@ def test_publishes_are_verified_as_often_as_asked(trainer: Trainer, every: int, 
 
 
 @pytest.mark.parametrize("sync", SYNCS)
-def test_restarted_servers_are_told_of_a_folder_only_where_there_is_one(trainer: Trainer, sync: str) -> None:
-    told: list[tuple[Path | None, int]] = []
+def test_restarted_servers_get_a_folder_only_where_there_is_one(trainer: Trainer, sync: str) -> None:
+    published: list[tuple[Path | None, int]] = []
     supervisor = SimpleNamespace(
-        check=lambda: None, snapshot=dict, set_weights=lambda path, version: told.append((path, version))
+        check=lambda: None, restart_counts=dict, set_weights=lambda path, version: published.append((path, version))
     )
     trainer.publish(trainer.publisher(sync, trainer.serve(1), supervisor=supervisor), 3)
-    assert told == [(trainer.folder / "weights/v000003" if sync == "disk" else None, 3)]
+    assert published == [(trainer.folder / "weights/v000003" if sync == "disk" else None, 3)]
 
 
 # Colocated servers
@@ -321,7 +322,7 @@ class Lives:
 
     def __init__(self) -> None:
         self.restarts: dict[str, int] = {}
-        self.snapshot: Callable[[], dict[str, int]] = lambda: dict(self.restarts)
+        self.restart_counts: Callable[[], dict[str, int]] = lambda: dict(self.restarts)
 
     def check(self) -> None: ...
 

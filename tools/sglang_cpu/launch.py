@@ -16,7 +16,7 @@ FLAGS = (
     "--dtype=float32",
     "--attention-backend=torch_native",
     "--disable-overlap-schedule",  # there is no second stream to overlap with
-    "--skip-server-warmup",  # a generation nobody asked for
+    "--skip-server-warmup",  # a generation that no request asked for
     "--sleep-on-idle",  # the scheduler otherwise keeps one core busy for ever
     "--mem-fraction-static=0.1",  # of the machine's memory; the token pool below is far smaller
     "--max-total-tokens=16384",

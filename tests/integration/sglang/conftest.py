@@ -6,6 +6,7 @@ environment comes from `make test-sglang`.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import time
@@ -20,10 +21,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_sdsearch.config import SGLangConfig
-from megatron_sdsearch.rollout.server_process import read_model_info
-from megatron_sdsearch.rollout.sglang_servers import ServerSupervisor
-from megatron_sdsearch.rollout.supervised_server import Patience
+from megatron_sdsearch.config import parse_config
+from megatron_sdsearch.errors import EngineError
+from megatron_sdsearch.sglang.api import SGLangServer
+from megatron_sdsearch.sglang.servers import ServerSupervisor
 from tests.unit.conftest import train_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -123,8 +124,20 @@ def save_models(folder: Path, *, is_tied: bool) -> tuple[Path, Path]:
 @contextmanager
 def serving(model: Path, log_dir: Path, num_servers: int) -> Iterator[Servers]:
     """Servers that start from a model; at the end nothing of them may be left."""
-    config = SGLangConfig(num_servers=num_servers, command=COMMAND, start_timeout_s=400.0)
-    supervisor = ServerSupervisor(config, model_path=model, log_dir=log_dir, patience=Patience(poll_s=0.2))
+    config = parse_config(
+        {
+            "run_dir": str(log_dir / "run"),
+            "model": {"hf_dir": str(model), "dtype": "float32"},
+            "data": {"train": "none"},
+            "retrieval": {"corpus": "none"},
+            "rollout": {
+                "engine": "sglang",
+                "max_total_tokens": 4000,  # the model has 4096 positions
+                "sglang": {"num_servers": num_servers, "command": list(COMMAND), "start_timeout_s": 400.0},
+            },
+        }
+    )
+    supervisor = ServerSupervisor(config, log_dir=log_dir)
     servers = Servers(supervisor)
     supervisor.start()
     try:
@@ -159,14 +172,16 @@ def servers(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def untied_servers(untied_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """One, for a running server takes no other architecture. Nobody gives its supervisor weights: it reloads none."""
+    """One, for a running server takes no other architecture. Its supervisor gets no weights, and reloads none."""
     with serving(untied_models[0], tmp_path_factory.mktemp("logs"), 1) as servers:
         yield servers
 
 
 def weight_version(url: str) -> str | None:
-    info = read_model_info(url, 5.0)
-    return None if info is None else str(info["weight_version"])
+    try:
+        return str(asyncio.run(SGLangServer(url, timeout_s=5.0).call("/model_info"))["weight_version"])
+    except EngineError:
+        return None
 
 
 def wait_until(is_reached: Callable[[], bool], limit_s: float, supervisor: ServerSupervisor) -> None:

@@ -40,12 +40,12 @@ def test_a_killed_server_comes_back_with_the_published_weights(servers: Servers,
     url = servers.urls[1]
     version = servers.load(models[1])
     old, old_segments = servers.main_process(url), servers.segments()
-    before = servers.supervisor.snapshot()
+    before = servers.supervisor.restart_counts()
     seen: set[str | None] = set()
 
     def is_back() -> bool:
         seen.add(weight_version(url))
-        return str(version) in seen and servers.supervisor.snapshot()[url] == before[url] + 1
+        return str(version) in seen and servers.supervisor.restart_counts()[url] == before[url] + 1
 
     old.send_signal(signal.SIGKILL)
     old.wait(10)
@@ -53,7 +53,7 @@ def test_a_killed_server_comes_back_with_the_published_weights(servers: Servers,
     wait_until(is_back, 400.0, servers.supervisor)
     assert seen <= {None, "default", str(version)}
     assert_equals_transformers(url, models[1], 0.0)
-    assert servers.supervisor.snapshot() == before | {url: before[url] + 1}
+    assert servers.supervisor.restart_counts() == before | {url: before[url] + 1}
     gone = old_segments - servers.segments()
     assert len(gone) >= 2  # its load snapshot, a semaphore
     assert [segment for segment in gone if segment.exists()] == []

@@ -13,20 +13,17 @@ from megatron_sdsearch.errors import EngineError
 from megatron_sdsearch.logging import PhaseTimer
 from megatron_sdsearch.model.hf_folder import write_hf_folder
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.rollout.sglang_api import SGLangServer
+from megatron_sdsearch.sglang.api import SGLangServer, call_servers
+from megatron_sdsearch.sglang.publish import WeightPublisher, run_on_all_ranks, verify_hashes, verify_logprobs
+from megatron_sdsearch.sglang.transports import WeightHashes, buckets
 from megatron_sdsearch.training.policy import Policy
 from megatron_sdsearch.training.updates import pack_samples, run_updates
-from megatron_sdsearch.training.weight_sync.agreement import together
-from megatron_sdsearch.training.weight_sync.buckets import buckets
-from megatron_sdsearch.training.weight_sync.fleet import ServerFleet
-from megatron_sdsearch.training.weight_sync.publisher import WeightPublisher, choose_transport
-from megatron_sdsearch.training.weight_sync.verify import verify_hashes, verify_logprobs
 from tests.distributed.launch import run_distributed
 from tests.distributed.oracle import make_config, make_samples
 from tests.integration.sglang.conftest import Servers, assert_equals_transformers, weight_version
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for the servers
-TP, PP = {"tensor": 2}, {"pipeline": 2}
+TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +66,7 @@ class Trainer:
         config = case.config
         self.parallel = ParallelState.initialize(config.parallel, seed=1)
         self.policy = Policy(config, self.parallel)
-        transport = choose_transport(config, self.parallel)
-        self.publisher = WeightPublisher(case.urls, transport, self.parallel, config.rollout.sglang)
+        self.publisher = WeightPublisher(config, case.urls, self.parallel)
         self._config = config
 
     def learn(self) -> None:
@@ -83,13 +79,11 @@ def publish_twice(_rank: int, _world_size: int, case: Case) -> int:
     trainer = Trainer(case)
     trainer.publisher.publish(trainer.policy, case.version)
     trainer.learn()
-    fleet = ServerFleet(case.urls, timeout_s=60.0)
+    servers = [SGLangServer(url) for url in case.urls]
     if trainer.parallel.is_main:
-        fleet.call(case.urls, be_interrupted)
+        call_servers(servers, be_interrupted)
     trainer.publisher.publish(trainer.policy, case.version + 1)
-    verify_logprobs(trainer.policy, fleet, case.urls, trainer.parallel)
-    fleet.close()
-    trainer.publisher.close()
+    verify_logprobs(trainer.policy, servers, trainer.parallel)
     weights, target = trainer.policy.hf_weights(), case.folder / "new"
     write_hf_folder(weights, case.model, target, is_writer=trainer.parallel.is_main)
     return len(list(buckets(trainer.policy.hf_weights(), case.config.rollout.sglang.weight_bucket_mb << 20)))
@@ -97,7 +91,7 @@ def publish_twice(_rank: int, _world_size: int, case: Case) -> int:
 
 async def be_interrupted(server: SGLangServer) -> None:
     """What a publish leaves behind when another server dies half-way, or its trainer does."""
-    await server.pause("abort")
+    await server.send("/pause_generation", {"mode": "abort"})
     await server.begin_weight_update()
 
 
@@ -107,21 +101,20 @@ def publish_and_be_deceived(_rank: int, _world_size: int, case: Case, other_mode
     parallel = trainer.parallel
     trainer.publisher.publish(trainer.policy, case.version)
     if parallel.is_main:
-        asyncio.run(_load(case.urls[-1], other_model, case.version))
-    fleet = ServerFleet(case.urls, timeout_s=60.0)
-    words = []
-    for look in (verify_hashes, verify_logprobs):
+        asyncio.run(SGLangServer(case.urls[-1]).load_folder(str(other_model), str(case.version)))
+    servers = [SGLangServer(url) for url in case.urls]
+    hashes = WeightHashes(is_needed=True)
+    for _ in hashes.watch(trainer.policy.hf_weights()):
+        pass
+    messages = []
+    for verify in (
+        lambda: verify_hashes(servers, parallel, hashes),
+        lambda: verify_logprobs(trainer.policy, servers, parallel),
+    ):
         with pytest.raises(EngineError) as info:
-            together(parallel, lambda look=look: look(trainer.policy, fleet, case.urls, parallel))  # type: ignore[misc]
-        words.append(str(info.value))
-    fleet.close()
-    trainer.publisher.close()
-    return words
-
-
-async def _load(url: str, folder: Path, version: int) -> None:
-    async with SGLangServer.connect(url) as server:
-        await server.update_weights_from_disk(str(folder), str(version))
+            run_on_all_ranks(parallel, verify)
+        messages.append(str(info.value))
+    return messages
 
 
 def assert_published(servers: Servers, model: Path, folder: Path, layout: dict[str, int], weight_sync: str) -> None:
@@ -158,8 +151,8 @@ def test_a_server_with_other_weights_under_the_right_version_is_found_out(
 ) -> None:
     version = servers.next_version()
     case = Case(urls=servers.urls, model=models[0], folder=tmp_path, version=version, layout=TP, weight_sync="tensor")
-    for words in run_distributed(publish_and_be_deceived, 2, case, models[1]):
-        for said, what in zip(words, ("tensors differ", "log-probabilities differ"), strict=True):
-            assert f"{servers.urls[1]} does not hold the published weights" in said
-            assert what in said
+    for messages in run_distributed(publish_and_be_deceived, 2, case, models[1]):
+        for message, what in zip(messages, ("tensors differ", "log-probabilities differ"), strict=True):
+            assert f"{servers.urls[1]} does not hold the published weights" in message
+            assert what in message
     assert weight_version(servers.urls[1]) == str(version)

@@ -7,7 +7,6 @@ moves in the KV cache. They are here to be imported only: a call raises. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn
 
 __version__ = "0.0.0+importonly"
@@ -25,11 +24,8 @@ _NAMES = (
 )
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_args: object, **_kwargs: object) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name}: this build for CPUs has no kernels")
-
-    return refuse
+def _refuse(*_args: object, **_kwargs: object) -> NoReturn:
+    raise NotImplementedError("this sgl_kernel for CPUs has no kernels")
 
 
-globals().update({name: _refusal(name) for name in _NAMES})
+globals().update(dict.fromkeys(_NAMES, _refuse))

@@ -14,7 +14,8 @@ from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import EngineError, ServerRefusedError
 from megatron_sdsearch.records import TrajectoryId
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest, SamplingParams
-from megatron_sdsearch.rollout.sglang_client import SGLangEngine, sampling_seed
+from megatron_sdsearch.sglang.api import SGLangServer
+from megatron_sdsearch.sglang.engine import SGLangEngine, sampling_seed
 from megatron_sdsearch.tokenization.spans import TokenBytes
 from tests.loopback.fake_sglang import (
     EOS_ID,
@@ -157,7 +158,7 @@ def test_a_seed_is_sent_when_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"),
+    ("ask", "message"),
     [
         (request(prompt=(1, VOCAB_SIZE)), "token id 200 is outside"),
         (request(prompt=(1, -1)), "token id -1 is outside"),
@@ -165,11 +166,11 @@ def test_a_seed_is_sent_when_asked_for() -> None:
         (request(count=498), "exceed 500"),
     ],
 )
-def test_what_would_crash_a_server_is_never_sent(ask: GenerationRequest, words: str) -> None:
+def test_what_would_crash_a_server_is_never_sent(ask: GenerationRequest, message: str) -> None:
     fake = FakeSGLang()
 
     async def talk(engine: SGLangEngine) -> None:
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError, match=message):
             await engine.generate(ask)
         assert fake.requests == []
 
@@ -255,7 +256,7 @@ def test_what_failed_is_sent_again(fault: Fault) -> None:
         assert generation.token_ids == expected()
         assert len(fake.requests) == 3
         assert len({body["rid"] for body in fake.requests}) == 3
-        assert engine.take_stats().num_retries == 2
+        assert engine.take_counts()["engine/num_retries"] == 2
 
     on([fake], talk)
 
@@ -295,20 +296,14 @@ def test_a_hung_server_is_left_and_comes_back_when_it_samples() -> None:
         assert {answer.token_ids for answer in answers} == {expected()}
         assert routes(hung).count("/abort_request") == 2
         await until(lambda: routes(hung).count("/health_generate") >= 2)
-        assert not engine.take_stats().servers[0].is_usable
+        assert not engine.servers[0].is_usable
         hung.always, hung.is_sick = None, False
-        await until(lambda: engine.take_stats().servers[0].is_usable)
-        num_proofs = routes(hung).count("/health_generate")
-        for fake in (hung, other):  # a failure that is none of hanging needs no such proof
-            fake.faults.append("500")
-        await asyncio.gather(*(engine.generate(request(i)) for i in range(10, 14)))
-        await until(lambda: engine.take_stats().servers[0].is_usable)
-        assert routes(hung).count("/health_generate") == num_proofs
+        await until(lambda: engine.servers[0].is_usable)
 
     on([hung, other], talk, request_timeout_s=0.4)
 
 
-def test_who_waits_for_a_slot_of_a_hung_server_moves_on() -> None:
+def test_a_call_that_waits_for_a_slot_of_a_hung_server_moves_on() -> None:
     hung, other = FakeSGLang(), FakeSGLang()
     hung.always, hung.is_sick = "hang", True
 
@@ -328,7 +323,7 @@ def test_another_version_is_never_returned() -> None:
 
     async def talk(engine: SGLangEngine) -> None:
         task = asyncio.create_task(engine.generate(request()))
-        await until(lambda: not engine.take_stats().servers[0].is_usable)
+        await until(lambda: not engine.servers[0].is_usable)
         await asyncio.sleep(0.1)
         assert not task.done()
         assert len(fake.requests) == 1
@@ -348,7 +343,7 @@ def test_a_mixed_generation_is_sampled_anew() -> None:
     async def talk(engine: SGLangEngine) -> None:
         task = asyncio.create_task(engine.generate(request()))
         await until(lambda: fake.version == "1")
-        engine.set_policy_version(1)
+        engine.policy_version = 1
         generation = await task
         assert generation == Generation(
             token_ids=expected(weights=1),
@@ -356,8 +351,8 @@ def test_a_mixed_generation_is_sampled_anew() -> None:
             finish_reason="length",
             policy_version=1,
         )
-        stats = engine.take_stats()
-        assert (stats.num_wrong_version, stats.num_retries) == (1, 1)
+        counts = engine.take_counts()
+        assert (counts["engine/num_wrong_version"], counts["engine/num_retries"]) == (1, 1)
         assert "/model_info" not in routes(fake)  # it holds the right weights and never went down
 
     on([fake], talk)
@@ -370,9 +365,9 @@ def test_a_mixed_generation_is_noticed_without_spans_too() -> None:
     async def talk(engine: SGLangEngine) -> None:
         task = asyncio.create_task(engine.generate(request()))
         await until(lambda: fake.version == "1")
-        engine.set_policy_version(1)
+        engine.policy_version = 1
         assert (await task).token_ids == expected(weights=1)
-        assert engine.take_stats().num_wrong_version == 1
+        assert engine.take_counts()["engine/num_wrong_version"] == 1
 
     on([fake], talk)
 
@@ -383,11 +378,11 @@ def test_the_version_of_a_publish_counts_from_then_on() -> None:
     async def talk(engine: SGLangEngine) -> None:
         assert (await engine.generate(request())).policy_version == 0
         fake.hold(3, "3")
-        engine.set_policy_version(3)
+        engine.policy_version = 3
         generation = await engine.generate(request())
         assert (generation.policy_version, generation.token_ids) == (3, expected(weights=3))
         assert engine.policy_version == 3
-        assert engine.take_stats().num_wrong_version == 0
+        assert engine.take_counts()["engine/num_wrong_version"] == 0
 
     on([fake], talk)
 
@@ -403,13 +398,13 @@ def test_turns_of_a_trajectory_go_to_one_server() -> None:
         for _ in range(3):
             for number, prompt in prompts.items():
                 prompt += (await engine.generate(request(number, prompt))).token_ids
-        stats = engine.take_stats()
-        assert [server.num_requests for server in stats.servers] == [9, 9, 9]  # three trajectories each
+        counts = engine.take_counts()
+        assert [len(fake.requests) for fake in fakes] == [9, 9, 9]  # three trajectories each
         # The first turns share a prompt; of each later turn all but the last token was seen.
-        assert all(server.num_cached_tokens >= 3 * (9 - 1) + 3 * (15 - 1) for server in stats.servers)
-        assert [server.num_prompt_tokens for server in stats.servers] == [3 * (3 + 9 + 15)] * 3
-        assert (stats.num_moved, stats.num_retries) == (0, 0)
-        assert [server.num_requests for server in engine.take_stats().servers] == [0, 0, 0]
+        assert counts["engine/num_cached_tokens"] >= 3 * (3 * (9 - 1) + 3 * (15 - 1))
+        assert counts["engine/num_prompt_tokens"] == 3 * 3 * (3 + 9 + 15)
+        assert (counts["engine/num_moved"], counts["engine/num_retries"]) == (0, 0)
+        assert set(engine.take_counts().values()) == {0}
 
     on(fakes, talk)
 
@@ -470,10 +465,10 @@ def test_death_of_one_of_two_servers(max_concurrency: int) -> None:
         await fakes[0].die()
         results = await asyncio.gather(*tasks)
         assert results == [_whole(number, 4) for number in range(64)]
-        stats = engine.take_stats()
-        assert stats.num_moved == 32  # nobody had got to the last turn
-        assert not stats.servers[0].is_usable
-        assert sum(server.num_requests for server in stats.servers) == 64 * 4 + stats.num_retries
+        counts = engine.take_counts()
+        assert counts["engine/num_moved"] == 32  # none had got to the last turn
+        assert not engine.servers[0].is_usable
+        assert sum(len(fake.requests) for fake in fakes) <= 64 * 4 + counts["engine/num_retries"]
 
     on(fakes, talk, max_concurrency=max_concurrency)
 
@@ -520,7 +515,7 @@ def test_a_restarted_server_is_used_only_with_the_current_weights() -> None:
         await engine.generate(request())
         await fake.die()
         task = asyncio.create_task(engine.generate(request()))
-        await until(lambda: not engine.take_stats().servers[0].is_usable)
+        await until(lambda: not engine.servers[0].is_usable)
         num_before = len(fake.requests)
         await fake.come_back()
         await asyncio.sleep(0.15)
@@ -573,48 +568,31 @@ def test_a_callers_own_deadline_is_a_timeout_and_no_error_of_the_engine() -> Non
     on([fake], talk)
 
 
-def test_close_ends_open_calls() -> None:
-    fake = FakeSGLang()
-    fake.always = "hang"
-
-    async def talk(engine: SGLangEngine) -> None:
-        calls = [asyncio.create_task(engine.generate(request(i))) for i in range(3)]  # one sent, two waiting
-        await until(lambda: fake.num_running == 1)
-        await engine.close()
-        for result in await asyncio.gather(*calls, return_exceptions=True):
-            assert isinstance(result, EngineError)
-            assert str(result) == "the engine was closed"
-        assert routes(fake) == ["/abort_request"]
-        with pytest.raises(EngineError, match="was closed"):
-            await engine.generate(request())
-        assert asyncio.all_tasks() - {asyncio.current_task()} - fake.tasks == set()
-
-    on([fake], talk, max_concurrency=1)
-
-
 def test_close_ends_polls() -> None:
     fake = FakeSGLang()
 
     async def talk(engine: SGLangEngine) -> None:
         await fake.die()
         call = asyncio.create_task(engine.generate(request()))
-        await until(lambda: not engine.take_stats().servers[0].is_usable)
-        await engine.close()
-        with pytest.raises(EngineError, match="was closed"):
+        await until(lambda: not engine.servers[0].is_usable)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await call
+        await engine.close()
+        assert asyncio.all_tasks() - {asyncio.current_task()} - fake.tasks == set()
 
     on([fake], talk)
 
 
 def test_an_engine_that_was_never_used_closes() -> None:
     async def talk(engine: SGLangEngine) -> None:
-        assert engine.take_stats().servers[0].is_usable
+        assert engine.servers[0].is_usable
 
     on([FakeSGLang()], talk)
 
 
 def test_the_event_loop_may_rest() -> None:
-    """Between calls nobody notices that a server closes an idle connection: so there must be none."""
+    """Between calls it goes unnoticed that a server closes an idle connection: so there must be none."""
     with running_in_thread(FakeSGLang()) as fake, asyncio.Runner() as runner:
         engine = make_engine([fake])
         for _ in range(3):
@@ -623,7 +601,26 @@ def test_the_event_loop_may_rest() -> None:
         runner.run(engine.close())
 
 
-@pytest.mark.parametrize("urls", [(), ("http://a:1", "http://a:1/"), ("a:1",)])
-def test_wrong_urls(urls: tuple[str, ...]) -> None:
-    with pytest.raises(EngineError, match="url"):
-        SGLangEngine(urls, ToyTokenBytes(), (), VOCAB_SIZE, 500, SGLangConfig())
+def test_what_knows_the_cause_of_a_failure_speaks_first() -> None:
+    async def raise_root_cause() -> None:
+        raise EngineError("SGLang server 0 has used up its restarts")
+
+    async def talk(engine: SGLangEngine) -> None:
+        with pytest.raises(EngineError, match=r"^SGLang server 0 has used up its restarts$"):
+            await engine.generate(request())
+
+    on([FakeSGLang(version="default")], talk, down_timeout_s=0.2, raise_root_cause=raise_root_cause)
+
+
+@pytest.mark.parametrize("reply", [{}, {"meta_info": {}}, {"meta_info": {"finish_reason": None}}])
+def test_an_answer_of_another_shape_is_an_error(reply: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call(_server: SGLangServer, route: str, _body: Any) -> dict[str, Any]:
+        assert route == "/generate"
+        return reply
+
+    async def talk(engine: SGLangEngine) -> None:
+        monkeypatch.setattr(SGLangServer, "call", call)
+        with pytest.raises(EngineError, match="is it an SGLang server"):
+            await engine.generate(request())
+
+    on([FakeSGLang()], talk)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdsearch.training.weight_sync.buckets import Bucket, buckets, serialize
+from megatron_sdsearch.sglang.transports import Bucket, buckets, serialize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_sdsearch.config import SGLangConfig
 from megatron_sdsearch.errors import ConfigError
-from megatron_sdsearch.training.own_servers import gpus_beside_trainer
+from megatron_sdsearch.sglang.serve import gpus_beside_trainer
 
 
 def node(monkeypatch: pytest.MonkeyPatch, *, gpus: int, trainers: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from megatron_sdsearch.training.weight_sync.verify import expected_hashes, probe_ids
+from megatron_sdsearch.sglang.publish import probe_ids
+from megatron_sdsearch.sglang.transports import WeightHashes
 from tests.loopback.fake_weights import FakeWeights
 
 
@@ -31,6 +32,14 @@ def model_weights(family: str, *, is_tied: bool, vocab_size: int = 101) -> dict[
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def hashes_of(weights: dict[str, Tensor]) -> dict[str, str]:
+    hashes = WeightHashes(is_needed=True)
+    passed = list(hashes.watch(weights.items()))
+    assert all(tensor is weights[name] for name, tensor in passed)
+    assert [name for name, _ in passed] == list(weights)
+    return hashes.by_name()
+
+
 def served(weights: dict[str, Tensor]) -> dict[str, str]:
     fake = FakeWeights()
     fake.tensors = weights
@@ -42,13 +51,13 @@ def served(weights: dict[str, Tensor]) -> dict[str, str]:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_hashes_are_those_of_sglangs_tensors(family: str, is_tied: bool, vocab_size: int) -> None:
     weights = model_weights(family, is_tied=is_tied, vocab_size=vocab_size)
-    assert expected_hashes(weights.items()) == served(weights)
+    assert hashes_of(weights) == served(weights)
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
-    assert expected_hashes(halves.items()) == served(halves)
+    assert hashes_of(halves) == served(halves)
 
 
 def test_fused_tensors_have_one_name_each() -> None:
-    names = expected_hashes(model_weights("qwen2", is_tied=True).items()).keys()
+    names = hashes_of(model_weights("qwen2", is_tied=True)).keys()
     layer = "model.layers.1."
     assert {name.removeprefix(layer) for name in names if name.startswith(layer)} == {
         "input_layernorm.weight",
@@ -64,11 +73,11 @@ def test_fused_tensors_have_one_name_each() -> None:
 
 def test_a_change_of_any_tensor_changes_one_hash() -> None:
     weights = model_weights("qwen2", is_tied=False)
-    before = expected_hashes(weights.items())
+    before = hashes_of(weights)
     for name, tensor in weights.items():
         changed = tensor.clone()
         changed.view(-1)[-1] += 1
-        after = expected_hashes((weights | {name: changed}).items())
+        after = hashes_of(weights | {name: changed})
         assert sum(before[other] != after[other] for other in before) == 1, name
 
 
