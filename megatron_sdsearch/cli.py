@@ -127,7 +127,7 @@ def report(
 
 
 @command
-def check(
+def check(  # noqa: PLR0913 (one parameter per option of the command)
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     online: Annotated[bool, typer.Option("--online", help="Ask the search engine and SGLang servers, too.")] = False,

@@ -25,7 +25,7 @@ LARGE_GAP = 0.1
 _MAX_LOG_RATIO = 20.0
 
 
-def grpo_loss(
+def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
     policy_logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,

@@ -234,7 +234,7 @@ def test_a_search_r1_row_that_contradicts_itself_or_hides_its_question_is_refuse
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
             "is a git LFS pointer, .*; fetch the file with",
         ),
-        (b"<!DOCTYPE html>\n<html>", "is an HTML or XML page, .*; download the file itself"),
+        (b"<!DOCTYPE html>\n<html>", "is an HTML or XML page, .*; fetch the file itself"),
         (json.dumps(OWN).encode("utf-16"), "is text in UTF-16, .*; convert it: iconv"),
         (b"id,question,answer\n1,who?,me\n", "is comma-separated text .*; write each row as a JSON object"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sdsearch.batching.samples import build_samples, teacher_sequences
-from megatron_sdsearch.config import HindsightConfig, ObjectiveConfig
+from megatron_sdsearch.config import HindsightConfig, ObjectiveConfig, parse_config
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.errors import AlignmentError, ConfigError
 from megatron_sdsearch.hindsight.block import build_hindsight
@@ -157,4 +157,12 @@ def test_prompts_whose_ranges_overlap_or_leave_a_token_out_are_refused() -> None
 @pytest.mark.parametrize("setting", [{"siblings": "own"}, {"labels": "none"}, {"drop_leaks": True}])
 def test_settings_of_siblings_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"hindsight\.\w+: .*, and content=documents shows no siblings; leave it at"):
-        HindsightConfig(content="documents", **setting)
+        parse_config(
+            {
+                "run_dir": "run",
+                "model": {"hf_dir": "model"},
+                "data": {"train": "train.jsonl"},
+                "retrieval": {"corpus": "corpus.jsonl"},
+                "hindsight": {"content": "documents", **setting},
+            }
+        )
