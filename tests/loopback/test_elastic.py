@@ -372,7 +372,6 @@ def test_no_secret_is_ever_shown(changes: dict[str, str], caplog: pytest.LogCapt
         ({"urls": []}, "urls"),
         ({"urls": ["127.0.0.1:9200"]}, "urls"),
         ({"urls": ["https://host"]}, "urls"),
-        ({"urls": ["https://elastic:hunter2@host:9200"]}, "urls"),
         ({"urls": ["http://host:9200"], "ca_file": "ca.pem"}, "ca_file"),
         ({"urls": ["https://host:9200"], "ca_file": "/nowhere/ca.pem"}, "ca_file"),
     ],
@@ -381,7 +380,6 @@ def test_an_address_that_cannot_be_is_refused_before_any_request(changes: dict[s
     with pytest.raises(ConfigError) as caught:
         ElasticsearchClient(ElasticsearchConfig.model_validate(changes), Credentials())
     assert caught.value.field == f"retrieval.elasticsearch.{field}"
-    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["a2V5\n", " a2V5", "a2V5 ", "kéy", ""])
