@@ -210,7 +210,7 @@ def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(
     config = load_config(tiny.config, sglang(server.url))
     ServerSupervisor(config).start()
     assert "/server_info" in caplog.text
-    assert "longest request is not known" in caplog.text
+    assert "cannot check whether the server accepts the run's longest request" in caplog.text
 
 
 def test_a_server_of_another_model_is_found_by_its_shape(
@@ -230,4 +230,4 @@ def test_another_kind_of_server_is_found(tiny: TinyRun) -> None:
     index = TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
     with serving(InThreads(index)) as url:
         finding = only(tiny.found(*sglang(url.removesuffix("/retrieve")), is_online=True))
-    assert "answers HTTP 404" in finding.problem
+    assert "returns HTTP 404" in finding.problem

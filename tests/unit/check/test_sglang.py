@@ -23,4 +23,4 @@ def test_servers_need_weights_to_start_from(tiny: TinyRun) -> None:
     checkpoint.mkdir()
     (checkpoint / ".metadata").write_text("")
     problems = [finding.problem for finding in tiny.found(*OWN, f"model.megatron_dir={checkpoint}")]
-    assert any("holds no weights, and servers start from it" in problem for problem in problems)
+    assert any("holds no weights, and SGLang servers start from it" in problem for problem in problems)

@@ -224,7 +224,7 @@ def test_end_of_sequence_and_length(
     [
         ([3, 10_000], 1, "token id 10000 is outside the model's vocabulary"),
         ([3, -1], 1, "token id -1 is outside"),
-        ([3] * 500, 13, "500 prompt tokens \\+ 13 to sample exceed 512"),
+        ([3] * 500, 13, "500 prompt tokens \\+ 13 tokens to sample exceed 512"),
         ([], 1, "0 prompt tokens"),
         ([3], 0, "0 to sample"),
     ],
@@ -237,7 +237,7 @@ def test_requests_that_do_not_fit_are_refused(
 
 
 def test_one_request_at_a_time_per_trajectory(build: Callable[..., EmbeddedEngine]) -> None:
-    with pytest.raises(EngineError, match="already being generated"):
+    with pytest.raises(EngineError, match="a request is already open"):
         _run(build(), [_request("a", [5, 6]), _request("a", [5, 6])])
 
 
