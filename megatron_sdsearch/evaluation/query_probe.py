@@ -101,9 +101,50 @@ async def compare_query_hits(
         RetrievalDownError: the search engine is down.
     """
     assert config.retrieval is not None  # RunConfig has checked it
-    comparer = _Comparer(engine, retriever, renderer, config, config.retrieval.top_k)
+    seed, top_k, rollout = config.seed, config.retrieval.top_k, config.rollout
+    params = SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_new_tokens=rollout.max_response_tokens,
+        stop=(SEARCH_END,),
+    )
+
+    async def hits(turn: _Turn, prompt: tuple[int, ...], sibling: int) -> bool | None:
+        trajectory_id = TrajectoryId(
+            step=-1 - turn.trajectory_id.step, question_id=turn.trajectory_id.question_id, sibling=sibling
+        )
+        prompt_ids = prompt + turn.response_ids
+        request = GenerationRequest(trajectory_id=trajectory_id, seed=seed, prompt_ids=prompt_ids, params=params)
+        try:
+            generation = await engine.generate(request)
+        except EngineError:
+            return None
+        finally:
+            await engine.release(trajectory_id)
+        if generation.finish_reason == "abort":
+            return None
+        # Parsed as in rollouts, together with the opening of its span.
+        parsed = parse_action(renderer.token_bytes.lookup(turn.opening_ids + generation.token_ids))
+        if parsed.action is not Action.SEARCH or not parsed.argument:
+            return False
+        try:
+            passages = await retriever.search(parsed.argument, top_k=top_k)
+        except RetrievalDownError:
+            raise
+        except RetrievalError:
+            return None
+        return any(passage.passage_id in turn.wanted for passage in passages)
+
+    async def compare(turn: _Turn) -> TurnHits | None:
+        student, teacher = await asyncio.gather(
+            hits(turn, turn.student_prompt, 2 * turn.number), hits(turn, turn.teacher_prompt, 2 * turn.number + 1)
+        )
+        if student is None or teacher is None:
+            return None
+        return TurnHits(student=student, teacher=teacher, is_mixed=turn.is_mixed)
+
     turns = [turn for group, blocks in groups for turn in _search_turns(group, blocks)]
-    return await asyncio.gather(*map(comparer.compare, turns))
+    return await asyncio.gather(*map(compare, turns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,61 +195,6 @@ def _search_turns(group: RolloutGroup, blocks: Sequence[HindsightBlock]) -> Iter
                 )
                 number += 1
             before += span.token_ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Comparer:
-    """Samples and searches the queries of a turn."""
-
-    engine: Engine
-    retriever: Retriever
-    renderer: Renderer
-    config: RunConfig
-    top_k: int
-
-    async def compare(self, turn: _Turn) -> TurnHits | None:
-        """Compare both queries of one turn; None if an engine or a search failed."""
-        student, teacher = await asyncio.gather(
-            self._hits(turn, turn.student_prompt, 2 * turn.number),
-            self._hits(turn, turn.teacher_prompt, 2 * turn.number + 1),
-        )
-        if student is None or teacher is None:
-            return None
-        return TurnHits(student=student, teacher=teacher, is_mixed=turn.is_mixed)
-
-    async def _hits(self, turn: _Turn, prompt: tuple[int, ...], sibling: int) -> bool | None:
-        """Return whether the query sampled after ``prompt`` hits; None if an engine or a search failed."""
-        question_id, step = turn.trajectory_id.question_id, -1 - turn.trajectory_id.step
-        trajectory_id = TrajectoryId(step=step, question_id=question_id, sibling=sibling)
-        rollout, prompt_ids = self.config.rollout, prompt + turn.response_ids
-        params = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_new_tokens=rollout.max_response_tokens,
-            stop=(SEARCH_END,),
-        )
-        request = GenerationRequest(
-            trajectory_id=trajectory_id, seed=self.config.seed, prompt_ids=prompt_ids, params=params
-        )
-        try:
-            generation = await self.engine.generate(request)
-        except EngineError:
-            return None
-        finally:
-            await self.engine.release(trajectory_id)
-        if generation.finish_reason == "abort":
-            return None
-        # Parsed as in rollouts, together with the opening of its span.
-        parsed = parse_action(self.renderer.token_bytes.lookup(turn.opening_ids + generation.token_ids))
-        if parsed.action is not Action.SEARCH or not parsed.argument:
-            return False
-        try:
-            passages = await self.retriever.search(parsed.argument, top_k=self.top_k)
-        except RetrievalDownError:
-            raise
-        except RetrievalError:
-            return None
-        return any(passage.passage_id in turn.wanted for passage in passages)
 
 
 def _mean(hits: Sequence[bool]) -> float | None:

@@ -70,7 +70,7 @@ class RolloutCollector:
         top_k, seed = config.retrieval.top_k, config.seed
         self._episodes = EpisodeRunner(engine, retriever, renderer, profile, config.rollout, top_k=top_k, seed=seed)
         self._engine = engine
-        self._retriever = retriever
+        self.retriever = retriever
         self._config = config
         self._runner = runner or asyncio.Runner()
         self._is_closed = False
@@ -112,7 +112,7 @@ class RolloutCollector:
             try:
                 self._runner.run(self._engine.close())
             finally:
-                self._runner.run(self._retriever.close())
+                self._runner.run(self.retriever.close())
 
     async def _fill(self, slot: Slot, is_greedy: bool, lost: LostTrajectories) -> tuple[RolloutGroup, int]:
         """Return the slot's first group with contrast, else its last one, and the number of discarded groups.

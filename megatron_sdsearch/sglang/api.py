@@ -90,7 +90,7 @@ class SGLangServer:
             raise ServerRefusedError(f"{self.url}{route}: {str(answer.get('message', answer))[:_MAX_QUOTED]}", 200)
         return answer
 
-    async def load_folder(self, path: str, version: str, *, timeout_s: float | None = None) -> None:
+    async def load_folder(self, path: str, version: str) -> None:
         """Load a Hugging Face folder that the server sees under the same path, as weight version ``version``.
 
         After a refusal the server's weights are unknown although it reports the old version: it loads first, then
@@ -98,7 +98,7 @@ class SGLangServer:
         ``flush_cache_after_weight_update``). Send it weights again before using its tokens.
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": True}
-        await self.call("/update_weights_from_disk", body, timeout_s=timeout_s)
+        await self.call("/update_weights_from_disk", body)
 
     async def begin_weight_update(self) -> None:
         """Open the session of tensor and distributed updates; servers before 0.5.21 have none and answer 404.

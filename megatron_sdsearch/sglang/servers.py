@@ -378,15 +378,22 @@ def _is_of_torchrun(variable: str) -> bool:
     return variable in _TORCHRUN_NAMES or variable.startswith("TORCHELASTIC_")
 
 
-def free_ports(num_ports: int, host: str) -> list[int]:
+def free_ports(num_ports: int, host: str, candidates: Sequence[int] = ()) -> list[int]:
     """Find ports of ``host`` that are free now.
 
+    Args:
+        num_ports: to find.
+        host: to bind to.
+        candidates: tried in this order; some of ``PORTS`` by default.
+
     Raises:
-        EngineError: too few ports are free.
+        EngineError: too few candidates are free.
     """
     found: list[int] = []
     failure: OSError | None = None
-    for port in random.SystemRandom().sample(PORTS, k=num_ports + 100):
+    for port in candidates or random.SystemRandom().sample(PORTS, k=num_ports + 100):
+        if len(found) == num_ports:
+            return found
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
             try:
@@ -395,5 +402,5 @@ def free_ports(num_ports: int, host: str) -> list[int]:
             except OSError as error:
                 failure = error
     if len(found) < num_ports:
-        raise EngineError(f"fewer than {num_ports} free ports on {host} within {PORTS.start}-{PORTS.stop}: {failure}")
-    return found[:num_ports]
+        raise EngineError(f"fewer than {num_ports} free ports on {host or 'this host'}: {failure}")
+    return found

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -222,10 +223,6 @@ def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     merged: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name.endswith("_max"):
-                merged[name] = max(merged[name], value)
-            else:
-                merged[name] += value
+            combine = max if name.endswith("_max") else operator.add
+            merged[name] = combine(merged[name], value) if name in merged else value
     return merged

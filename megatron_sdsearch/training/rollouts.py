@@ -15,7 +15,6 @@ from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHit
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrajectoryStatus
-from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.rollout.requests import Slot, one_group_each, plan_step, rollout_ranks
@@ -62,15 +61,14 @@ class DistributedRollouts:
         self._config = config
         self._parallel = parallel
         self._ranks = rollout_ranks(config, parallel.world_size)
-        self._retriever: Retriever | None = None
         self._collector: RolloutCollector | None = None
         self._has_warned_of_prompts = False
         runner = asyncio.Runner()
         if parallel.rank in self._ranks:
-            self._retriever = runner.run(open_retriever(config.retrieval))  # before servers start: it fails faster
+            retriever = runner.run(open_retriever(config.retrieval))  # before servers start: it fails faster
         self.source = start_engine(config, renderer, parallel)
-        if self._retriever is not None:
-            self._collector = RolloutCollector(self.source.engine, self._retriever, renderer, config, runner)
+        if parallel.rank in self._ranks:
+            self._collector = RolloutCollector(self.source.engine, retriever, renderer, config, runner)
 
     def collect(self, questions: QuestionSampler, *, step: int) -> StepRollouts:
         """Roll out the groups of a step (0-based).
@@ -83,8 +81,8 @@ class DistributedRollouts:
         slots = plan_step(questions, self._config.rollout, step=step)
         groups, num_refilled = self._roll_out(slots, f"step {step + 1}", policy_version=step)
         own = self.source.take_counts()
-        if self._retriever is not None:
-            own |= take_counts(self._retriever)
+        if self._collector is not None:
+            own |= take_counts(self._collector.retriever)
         engine_counts: dict[str, int] = {}
         for counts in self._parallel.all_gather_object(own):
             engine_counts |= {name: engine_counts.get(name, 0) + value for name, value in counts.items()}
@@ -107,8 +105,8 @@ class DistributedRollouts:
             groups: of one step, each with its hindsight; the same on every rank.
         """
         turns: list[TurnHits | None] = []
-        if self._collector is not None and self._retriever is not None:
-            engines = self.source.engine, self._retriever
+        if self._collector is not None:
+            engines = self.source.engine, self._collector.retriever
             work = compare_query_hits(self._share(groups), *engines, self._renderer, self._config)
             with without_cpu_layer():
                 turns = self._collector.run(work)

@@ -94,19 +94,15 @@ class StopRequest:
         if not self._received:
             self._received, self._received_at = name, now
             self._to_announce.put(name)
-        elif self._is_second_request(name, now - self._received_at):
+        # A terminal sends one SIGINT for each Ctrl-C. Under torchrun only torchrun receives it: it passes the first one
+        # on, and sends SIGTERM after the second.
+        elif now - self._received_at > SAME_REQUEST_S or (
+            self._received == "SIGINT" and (not self._is_under_torchrun or name == "SIGTERM")
+        ):
             if 1 in self._terminals:
                 os.write(1, _SHOW_CURSOR)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-    def _is_second_request(self, name: str, seconds: float) -> bool:
-        """Return whether a signal, ``seconds`` after the first one, is a new request rather than a repetition."""
-        # A terminal sends one SIGINT for each Ctrl-C. Under torchrun only torchrun receives it: it passes the first one
-        # on, and sends SIGTERM after the second.
-        if self._received == "SIGINT" and (not self._is_under_torchrun or name == "SIGTERM"):
-            return True
-        return seconds > SAME_REQUEST_S
 
     def _announce(self) -> None:
         if name := self._to_announce.get():

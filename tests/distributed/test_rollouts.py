@@ -61,7 +61,7 @@ def server_worker(
         patch.setattr(megatron_sdsearch.training.rollouts, "start_engine", _start_embedded)
         rollouts = _rollouts(parallel, folder, REFILLED | SERVERS, sizes)
         evaluated = [[str(t.trajectory_id) for t in g.trajectories] for g in rollouts.evaluate(POOL[:3], step=STEP)]
-        is_client = rollouts._retriever is not None
+        is_client = rollouts._collector is not None
         if not is_client:
             patch.setattr(rollouts.source, "engine", None)  # which a rank that does not roll out never asks
         outcome = _outcome(rollouts)

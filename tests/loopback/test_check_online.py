@@ -154,7 +154,7 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, unused
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
         ("server_info", {"tp_size": 2}, "rollout.sglang.tp_size", "runs with --tp-size 2"),
-        ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "takes 299 (max_req_input_len"),
+        ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "accepts 299 (max_req_input_len"),
         ("server_info", {"skip_tokenizer_init": True}, "rollout.sglang.urls", "has no tokenizer"),
         ("model_info", {"model_type": "llama"}, "rollout.sglang.urls", "serves a llama, the policy is a qwen2"),
         ("model_info", {"is_generation": False}, "rollout.sglang.urls", "an embedding model"),
