@@ -100,7 +100,7 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
     if num_starts > max_stalled:
         raise TrainingError(
             f"job {job} has started {max_stalled} times at step {step} and saved nothing after it, so it is not "
-            "requeued again; run it longer (sbatch --time), save more often (checkpoint.every), or give it more time to "
+            "requeued; run it longer (sbatch --time), save more often (checkpoint.every), or give it more time to "
             "save (sbatch --signal=B:USR1@SECONDS)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)

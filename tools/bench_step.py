@@ -6,7 +6,7 @@ A step publishes the weights of a model of 3 layers x 96 to the engine, samples 
 and takes one GRPO update on all of them. With ``--query-tokens N`` the first N sampled tokens count as a query, which
 adds the teacher pass and the JSD. Starts its own processes; writes only to a temporary folder.
 
-With ``--trl PYTHON``, an interpreter with trl and datasets, TRL's GRPO trainer does the same work before and after, with
+With ``--trl PYTHON``, an interpreter with trl and datasets, TRL's GRPO trainer does the same work before and after, on
 as many threads as there are ranks; the smaller of its two medians is reported.
 """
 

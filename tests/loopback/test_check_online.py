@@ -200,7 +200,7 @@ def test_training_refuses_a_short_context_as_the_check_does(
         finding.problem,
         finding.fix,
     )
-    assert caught.value.fix.startswith("lower it to 299, or start the server with more")
+    assert caught.value.fix.startswith("lower it to 299, or start the server with a larger context")
 
 
 def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(

@@ -1,8 +1,8 @@
 """Start a real SGLang server on a CPU: ``.sglang/venv/bin/python tools/sglang_cpu/launch.py --model-path DIR``.
 
-Adds what a CPU needs: flags, environment, two missing operator schemas. Further flags of SGLang may follow; the last one
-wins. All computation is SGLang's own. The ``sgl_kernel`` beside this file is found because Python puts a script's folder
-first on its path.
+Adds what a CPU needs: flags, environment, two missing operator schemas. Further flags of SGLang may follow and win. All
+computation is SGLang's own. The ``sgl_kernel`` beside this file is found because Python puts a script's folder first on
+its path.
 """
 
 from __future__ import annotations
