@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
@@ -50,7 +51,8 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         raise_problems(allocation_problems(config, allocation))
         roles = assign_roles(config, allocation)
-        if has_errors(arguments.config, arguments.overrides, allocation, roles.ranks_per_node):
+        allocation = replace(allocation, ranks_per_node=roles.ranks_per_node)
+        if has_errors(arguments.config, arguments.overrides, allocation):
             return 2
         step = count_start(config.run_dir, arguments.job, arguments.restart, arguments.max_stalled_starts)
         first = arguments.job % len(RENDEZVOUS_PORTS)  # differs between jobs on a shared node
@@ -66,18 +68,12 @@ def main() -> int:
     return 0
 
 
-def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, ranks_per_node: int) -> bool:
+def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation) -> bool:
     """Print errors and warnings of ``check --online`` to standard error, one per line; return whether there are errors.
 
     Contacts the search engine with the run's own client and time limits, but no servers that are not running yet.
     """
-    options = ClusterOptions(
-        device="gpu" if allocation.gpus_per_node else "cpu",
-        num_nodes=allocation.num_nodes,
-        gpus_per_node=allocation.gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        num_sglang_nodes=allocation.num_sglang_nodes,
-    )
+    options = ClusterOptions(device="gpu" if allocation.gpus_per_node else "cpu", **asdict(allocation))
     report = run_checks(config, overrides, options=options, is_online=True)
     for finding in report.findings:
         if finding.severity is not Severity.NOTE:

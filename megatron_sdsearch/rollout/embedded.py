@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FinishReason = Literal["stop", "eos", "length"]
+_Prefill = tuple[int, int, tuple[int, ...]]  # slot, start, new ids
 _MAX_PREFILL_TOKENS = 8192  # padded tokens per forward pass; limits its mask and activations
 
 
@@ -69,22 +70,16 @@ class EmbeddedEngine:
         token_bytes: of the model's tokenizer, for stop strings.
         eos_ids: ids that end a generation.
         max_total_tokens: of prompt and new tokens together.
-        policy_version: of the model's initial weights.
 
     Attributes:
-        policy_version: of the current weights.
+        policy_version: of the current weights; 0 for the model's initial ones.
 
     Raises:
         EngineError: the model's attention or number of positions is not supported.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        token_bytes: TokenBytes,
-        eos_ids: Collection[int],
-        max_total_tokens: int,
-        policy_version: int = 0,
+        self, model: PreTrainedModel, token_bytes: TokenBytes, eos_ids: Collection[int], max_total_tokens: int
     ) -> None:
         check_model(model, max_total_tokens)
         self._model = model
@@ -92,7 +87,7 @@ class EmbeddedEngine:
         self._token_bytes = token_bytes
         self._eos_ids = frozenset(eos_ids)
         self._max_total_tokens = max_total_tokens
-        self.policy_version = policy_version
+        self.policy_version = 0
         self._has_whole_weights = True
         self._cache = SlotCache()
         self._waiting: list[_Row] = []
@@ -291,11 +286,9 @@ class EmbeddedEngine:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
 
-def _batch_prefills(
-    prefills: Sequence[tuple[int, int, tuple[int, ...]]],
-) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
-    """Group (slot, start, new ids) of similar lengths, each group within the padded-token budget or a single row."""
-    part: list[tuple[int, int, tuple[int, ...]]] = []
+def _batch_prefills(prefills: Sequence[_Prefill]) -> Iterator[list[_Prefill]]:
+    """Group prefills of similar lengths, each group within the padded-token budget or a single row."""
+    part: list[_Prefill] = []
     for prefill in sorted(prefills, key=lambda prefill: len(prefill[2])):
         if part and (len(part) + 1) * len(prefill[2]) > _MAX_PREFILL_TOKENS:
             yield part

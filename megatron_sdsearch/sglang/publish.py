@@ -160,7 +160,7 @@ class WeightPublisher:
         return [*steps, verify] if is_verified else steps
 
     def _wait_for_servers(self) -> list[str]:
-        """On the first rank, wait until a server answers and return the urls of all that do."""
+        """Wait until a server answers; return the urls of all that do, on the first rank only."""
         if not self._parallel.is_main:
             return []
         deadline = time.monotonic() + self._config.down_timeout_s

@@ -140,7 +140,7 @@ class SupervisedServer:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is meant for the trainer
                 )
-            inherited = {name: value for name, value in os.environ.items() if not _is_of_torchrun(name)}
+            inherited = {name: value for name, value in os.environ.items() if not _is_torchrun_variable(name)}
             request = {
                 "command": list(self.command),
                 "environment": inherited | self.environment,  # not as arguments, which other users can read
@@ -374,8 +374,8 @@ def find_obstacle(url: str, timeout_s: float) -> str:
     raise ConfigError("rollout.sglang.urls", problem, "set it to the url of an SGLang server")
 
 
-def _is_of_torchrun(variable: str) -> bool:
-    return variable in _TORCHRUN_NAMES or variable.startswith("TORCHELASTIC_")
+def _is_torchrun_variable(name: str) -> bool:
+    return name in _TORCHRUN_NAMES or name.startswith("TORCHELASTIC_")
 
 
 def free_ports(num_ports: int, host: str, candidates: Sequence[int] = ()) -> list[int]:

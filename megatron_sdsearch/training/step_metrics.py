@@ -15,6 +15,8 @@ from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import StepRollouts
 
 Values = dict[str, float | int]
+# Fields of RolloutStats that are metrics under another name.
+_METRIC_NAMES = {"hit": "hit_rate", "searches_per_question": "num_searches", "mean_response_tokens": "response_tokens"}
 
 
 def measure_step(
@@ -101,17 +103,7 @@ def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def measure_rollouts(groups: Sequence[RolloutGroup], prefix: str) -> Values:
     """Measure rollouts: counts and status shares of all trajectories, means over those that were not lost."""
-    summary = summarize(groups)
-    known = {
-        "num_trajectories": summary.num_trajectories,
-        "num_lost": summary.num_lost,
-        "num_prompt_too_long": summary.num_prompt_too_long,
-        "num_eos_without_action": summary.num_eos_without_action,
-        "em": summary.em,
-        "f1": summary.f1,
-        "hit_rate": summary.hit,
-        "num_searches": summary.searches_per_question,
-        "response_tokens": summary.mean_response_tokens,
-    }
-    values: Values = {f"{prefix}status/{status.value}": share for status, share in summary.status_shares.items()}
-    return values | {prefix + name: value for name, value in known.items() if value is not None}
+    stats = summarize(groups).to_dict()
+    del stats["num_questions"]
+    values: Values = {f"{prefix}status/{status.value}": share for status, share in stats.pop("status_shares").items()}
+    return values | {prefix + _METRIC_NAMES.get(name, name): value for name, value in stats.items()}
