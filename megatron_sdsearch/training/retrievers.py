@@ -1,4 +1,4 @@
-"""The search engine of a run, by its section: the one module that knows all of them."""
+"""Opens the search engine of a run: the only module that imports all engines."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_ro
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
-    """The configured engine, checked and ready, behind the store of ``retrieval.replay`` or replaced by it.
+    """Open the configured engine, behind the store of ``retrieval.replay`` or replaced by it.
 
-    To be used on the event loop on which it is opened.
+    Use it only on the event loop on which it was opened.
 
     Raises:
-        ConfigError: a setting does not fit the engine, or its client is not installed.
+        ConfigError: a setting does not fit the engine, or its client package is not installed.
         DataError: the corpus has a bad row.
         RetrievalError: the engine is down.
     """
@@ -26,10 +26,10 @@ async def open_retriever(config: RetrievalConfig) -> Retriever:
 
 
 def take_counts(retriever: Retriever) -> dict[str, int]:
-    """What happened since the last call, under names of metrics: of the replay store, and of a remote engine.
+    """Return the counts of the replay store and of a remote engine since the last call, by metric name.
 
-    Evaluations and probes search through the same retriever, so their searches are in the next step's counts. Every
-    rank of a run gets the same names, and the numbers add up over ranks.
+    Evaluations and probes use the same retriever, so their searches are in the next step's counts. All ranks of a run
+    get the same names; the numbers add up over ranks.
     """
     counts: dict[str, int] = {}
     engine: Retriever | None = retriever
@@ -53,7 +53,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
         raise client_is_missing(error) from error
     elastic, encoder = config.elasticsearch, None
     if elastic.mode != "bm25" and elastic.encoder is not None:
-        # torch and transformers, for dense search alone
+        # loads torch and transformers, which only dense search needs
         from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
         encoder = FolderEncoder(elastic.encoder)
@@ -61,9 +61,9 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
 
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:
-    """What it means that ``retrieval.elasticsearch*`` cannot be imported."""
+    """Return the error for a failed import of ``retrieval.elasticsearch*``."""
     return ConfigError(
         "retrieval.engine",
-        f"elasticsearch, and {error.name} is not installed",
-        "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version",
+        f"elasticsearch, but {error.name} is not installed",
+        "pip install 'megatron-sdsearch[elasticsearch]', in the cluster's major version",
     )
