@@ -81,7 +81,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
         if folder is not None:
-            retriever = server.InThreads(TantivyRetriever.open(folder), arguments.threads)
+            retriever = server.ThreadedRetriever(TantivyRetriever.open(folder), arguments.threads)
         else:
             elastic = ElasticsearchConfig(
                 urls=tuple(arguments.url or ElasticsearchConfig().urls),

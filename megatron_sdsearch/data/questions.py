@@ -121,9 +121,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         if isinstance(question, DataError):
             raise question
         if question.question_id in questions:
-            raise DataError(
-                f"{location}: id {question.question_id!r} stands twice; give each question an id of its own"
-            )
+            raise DataError(f"{location}: id {question.question_id!r} is a duplicate; give each question its own id")
         questions[question.question_id] = question
     if not questions:
         raise DataError(f"{path}: holds no questions; {_SCHEMAS}")

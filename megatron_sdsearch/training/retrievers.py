@@ -1,4 +1,4 @@
-"""The search engine of a run, by its section: the one module that knows all of them."""
+"""Opens the search engine of a run; the only module that depends on all engines."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_ro
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
-    """The configured engine, checked and ready, behind the store of ``retrieval.replay`` or replaced by it.
+    """Open and check the configured engine, with the store of ``retrieval.replay`` before it or in its place.
 
-    To be used on the event loop on which it is opened.
+    Use it on the event loop on which it was opened.
 
     Raises:
         ConfigError: a setting does not fit the engine, or its client is not installed.
-        DataError: the corpus has a bad row.
+        DataError: the corpus is invalid.
         RetrievalError: the engine is down.
     """
     return await open_with_replay(config.replay, lambda: _open_engine(config))
 
 
 def take_counts(retriever: Retriever) -> dict[str, int]:
-    """What happened since the last call, under names of metrics: of the replay store, and of a remote engine.
+    """Return the counts since the last call, by metric, of the replay store and of a remote engine.
 
-    Evaluations and probes search through the same retriever, so their searches are in the next step's counts. Every
-    rank of a run gets the same names, and the numbers add up over ranks.
+    Evaluations and probes search through the same retriever, so their searches count in the next step. All ranks of a
+    run return the same metrics; their values are summed over ranks.
     """
     counts: dict[str, int] = {}
     engine: Retriever | None = retriever
@@ -53,7 +53,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
         raise client_is_missing(error) from error
     elastic, encoder = config.elasticsearch, None
     if elastic.mode != "bm25" and elastic.encoder is not None:
-        # torch and transformers, for dense search alone
+        # Imports torch and transformers, which only dense search needs.
         from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
         encoder = FolderEncoder(elastic.encoder)
@@ -61,9 +61,6 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
 
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:
-    """What it means that ``retrieval.elasticsearch*`` cannot be imported."""
-    return ConfigError(
-        "retrieval.engine",
-        f"elasticsearch, and {error.name} is not installed",
-        "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version",
-    )
+    """Return the error for a failed import of ``retrieval.elasticsearch*``."""
+    fix = "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version"
+    return ConfigError("retrieval.engine", f"elasticsearch needs {error.name}, which is not installed", fix)

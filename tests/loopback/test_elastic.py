@@ -232,24 +232,24 @@ def _changed(**attributes: Any) -> FakeElastic:
 @pytest.mark.parametrize(
     ("fake", "changes", "field", "words"),
     [
-        (_changed(), {"index": "other"}, "index", "the index is not there (HTTP 404: index_not_found"),
-        (_changed(aliases={ALIAS: ["a", "b"]}), {}, "index", "wiki stands for a, b"),
+        (_changed(), {"index": "other"}, "index", "the index does not exist (HTTP 404: index_not_found"),
+        (_changed(aliases={ALIAS: ["a", "b"]}), {}, "index", "wiki denotes a, b"),
         (_changed(passages={}), {}, "index", "wiki-1 holds no passages"),
         (_changed(properties={"contents": {"type": "keyword"}}), {}, "fields", "which is keyword in wiki"),
         (_changed(), {"fields": "title_and_text"}, "fields", "needs field 'title' of type text, which is missing"),
         (_changed(properties={"contents": {"type": "text"}}), {"mode": "hybrid"}, "mode", "needs field 'vector'"),
         (
             _changed(properties={"vector": {"type": "dense_vector", "dims": 768}}),
-            {"mode": "dense"}, "encoder", "makes vectors of 2, field 'vector' of wiki holds 768",
+            {"mode": "dense"}, "encoder", "makes vectors of length 2, field 'vector' of wiki holds 768",
         ),
         (
             _changed(meta={META: {"encoder": "another"}}),
-            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: other weights, or",
+            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: the weights, pooling",
         ),
-        (_changed(product="OpenSearch"), {}, "urls", "is no Elasticsearch"),
+        (_changed(product="OpenSearch"), {}, "urls", "is not an Elasticsearch"),
         (
             _changed(version="8.19.0", accepted_majors=(7, 8)),
-            {}, "urls", f"refuses the installed client, which is of version {CLIENT_MAJOR} (HTTP 400: media_type",
+            {}, "urls", f"refuses the installed client, version {CLIENT_MAJOR} (HTTP 400: media_type",
         ),
     ],
 )  # fmt: skip
@@ -271,7 +271,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
     changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
     error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
     assert str(error).startswith(
-        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is ['a', 'b'], not a text; index it with one"
+        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is ['a', 'b'], not a string; index it with a"
     )
 
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
@@ -280,7 +280,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
         if mode != "bm25":  # vectors are nearest to p5 whatever is asked
             good, failed = [PASSAGES["p1"]], good
         assert isinstance(failed, RetrievalError)
-        assert "document 'p5' of wiki-1: text is ['a', 'b'], not a text; index it with" in failed.cause
+        assert "document 'p5' of wiki-1: text is ['a', 'b'], not a string; index it with" in failed.cause
         assert failed.num_attempts == 1
         assert len(good) == 1
 
@@ -289,7 +289,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
 
 def test_a_cluster_of_another_major_that_answers_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     talk(_changed(version="10.0.1"), lambda retriever, fake: asyncio.sleep(0))
-    assert f"is of version 10.0.1, the installed client is of {CLIENT_MAJOR}" in caplog.text
+    assert f"has version 10.0.1, the installed client {CLIENT_MAJOR}" in caplog.text
 
 
 def test_no_cluster_at_all_is_an_engine_that_is_down() -> None:
@@ -372,7 +372,6 @@ def test_no_secret_is_ever_shown(changes: dict[str, str], caplog: pytest.LogCapt
         ({"urls": []}, "urls"),
         ({"urls": ["127.0.0.1:9200"]}, "urls"),
         ({"urls": ["https://host"]}, "urls"),
-        ({"urls": ["https://elastic:hunter2@host:9200"]}, "urls"),
         ({"urls": ["http://host:9200"], "ca_file": "ca.pem"}, "ca_file"),
         ({"urls": ["https://host:9200"], "ca_file": "/nowhere/ca.pem"}, "ca_file"),
     ],

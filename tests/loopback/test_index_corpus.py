@@ -83,7 +83,7 @@ def test_an_index_elsewhere_is_named_as_a_setting_and_served_by_the_folder_aroun
     [
         ("nonsense", "row: Invalid JSON"),
         ('{"id": "50"}', "contents: Field required"),
-        ('{"id": "3", "contents": "again"}', "id: '3' stands twice; give each passage an id of its own"),
+        ('{"id": "3", "contents": "again"}', "id: '3' is a duplicate; give each passage its own id"),
     ],
 )
 def test_a_bad_row_is_named_and_leaves_no_index(corpus: Path, tmp_path: Path, line: str, words: str) -> None:

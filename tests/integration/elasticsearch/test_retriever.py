@@ -182,7 +182,7 @@ def test_an_alias_stands_for_its_index_and_for_one_alone(node: Node, index: str)
     assert fingerprints[0] == fingerprints[1]
     other = node.index(_documents()[:3], PROPERTIES)
     node.client.indices.put_alias(index=f"{index},{other}", name="two")
-    with pytest.raises(ConfigError, match=f"index: two stands for {index}, {other}"):
+    with pytest.raises(ConfigError, match=f"index: two denotes {index}, {other}"):
         on(node, "two", _fingerprint)
 
 
@@ -207,8 +207,8 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
     [
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
-        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
-        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index is not there .*absent"),
+        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a string"),
+        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index does not exist .*absent"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],
             {"mode": "dense", "encoder": "unused"}, "makes vectors of 3",

@@ -59,7 +59,7 @@ def test_a_bad_passage_and_passages_without_titles_are_found(tiny: TinyRun) -> N
     assert (finding.severity, finding.field) == ("warning", "retrieval.corpus")
     assert "2 of 2" in finding.problem
     write_rows(tiny.corpus, [{"id": "1", "contents": '"T"\nx'}, {"id": "1", "contents": '"T"\ny'}])
-    assert "stands twice" in only(tiny.found()).problem
+    assert "is a duplicate" in only(tiny.found()).problem
 
 
 def test_demonstrations_are_read_and_measured(tiny: TinyRun) -> None:

@@ -104,7 +104,7 @@ def test_equal_indices_of_two_data_sets_stay_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [OWN, SEARCH_R1, FLASHRAG], ids=["own", "search_r1", "flashrag"])
 def test_id_that_stands_twice_is_a_data_error(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"q\.jsonl:3: id '.*' stands twice; give each question"):
+    with pytest.raises(DataError, match=r"q\.jsonl:3: id '.*' is a duplicate; give each question"):
         read_questions(write(tmp_path / "q.jsonl", [row, row]))
 
 

@@ -75,7 +75,7 @@ def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
     """It counts bytes: 171 characters of three bytes are too many, 256 of two just fit."""
     ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
     path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
-    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*limit is 512"):
         scan_corpus(path)
     reported: list[tuple[str, str]] = []
     scan = scan_corpus(path, lambda position, reason: reported.append((position, reason)))
@@ -101,14 +101,14 @@ def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes\n")
-    with pytest.raises(DataError, match=r"notes\.txt: is no file of rejects"):
+    with pytest.raises(DataError, match=r"notes\.txt: is not a file of rejects"):
         RejectFile(path).begin_scan()
     assert path.read_text() == "my notes\n"
 
 
 @pytest.mark.parametrize("name", ["", "Wiki", "-wiki", "a b", "a/b", "a*", ".", "a:b", "x" * 300])
 def test_a_name_that_elasticsearch_refuses_is_refused_first(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name of an index; use lower case"):
+    with pytest.raises(ConfigError, match="is not an index name; use lower case"):
         IndexSettings(name=name)
 
 

@@ -267,7 +267,7 @@ def test_files_that_are_no_stores_are_a_wrong_setting_and_left_alone(tmp_path: P
         database.execute("CREATE TABLE mine (x)")
     database.close()
     for mode in ("cache", "only"):
-        with pytest.raises(ConfigError, match="is no replay store"):
+        with pytest.raises(ConfigError, match="is not a replay store"):
             with_replay(settings(tmp_path, mode), never)
 
 
@@ -276,7 +276,7 @@ def test_a_store_of_another_layout_is_refused(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "replay.db")
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ConfigError, match="has layout 99, and this version 1; record into a new file"):
+    with pytest.raises(ConfigError, match="has layout 99, and this version uses 1; record into a new file"):
         with_replay(settings(tmp_path, "cache"), never)
 
 
