@@ -463,9 +463,9 @@ def test_the_tool_names_what_is_wrong(index_dir: Path, tmp_path: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(tmp_path), "--port", "0")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} is no index's folder; ")
+    assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} holds no index; ")
     for flags, message in (
-        (("--port", "99999"), "--port: 99999 is no port"),
+        (("--port", "99999"), "--port: 99999 is not a port"),
         (("--host", "nohost.invalid"), "--host: nohost.invalid is not an address of this machine"),
     ):
         command = serve_command("--engine", "tantivy", "--index", str(index_dir), *flags)

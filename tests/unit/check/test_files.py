@@ -153,7 +153,7 @@ def test_a_tokenizer_that_cannot_be_used_is_found(tiny: TinyRun) -> None:
     (tiny.model / "tokenizer.json").write_text("{")
     assert "the tokenizer cannot be read" in only(tiny.found()).problem
     (tiny.model / "tokenizer.json").unlink()
-    assert "no tokenizer.json there" in only(tiny.found()).problem
+    assert "contains no tokenizer.json" in only(tiny.found()).problem
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_found(tiny: TinyRun) -> None:

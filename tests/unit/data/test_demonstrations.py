@@ -102,7 +102,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [])
-    with pytest.raises(DataError, match=r"d\.jsonl holds no demonstration: write at least one row"):
+    with pytest.raises(DataError, match=r"d\.jsonl holds no demonstrations; write at least one row"):
         read_demonstrations(path)
 
 
@@ -163,6 +163,6 @@ def test_demonstrations_that_never_act_are_refused() -> None:
     spans = [{"kind": "sampled", "text": "<query> a </query>"}]
     rows = [Demonstration.model_validate({"demonstration_id": "d", "prompt": "p", "spans": spans})]
     with pytest.raises(
-        ConfigError, match=r"^train\.demonstrations: none writes </search> or </answer>, such as '<query>"
+        ConfigError, match=r"^train\.demonstrations: none contains </search> or </answer>, for example '<query>"
     ):
         check_profile(rows, get_profile("plain"))

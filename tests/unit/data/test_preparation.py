@@ -225,7 +225,7 @@ def test_a_folder_of_other_things_is_never_replaced(flashrag: Path, tmp_path: Pa
     write_prepared(run(flashrag, heldout_per_dataset=0), DEFAULTS, tmp_path / "out", "jsonl")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "train.jsonl", "test.jsonl"}
     (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(ConfigError, match=r"--out: .* holds other things than prepared questions; give a new folder"):
+    with pytest.raises(ConfigError, match=r"--out: .* holds files other than prepared questions; give a new folder"):
         write_prepared(run(flashrag), DEFAULTS, tmp_path / "out", "parquet")
     assert not list(tmp_path.glob(".out*"))
 
@@ -266,10 +266,10 @@ def test_a_missing_column_is_named(search_r1: Path, column: str) -> None:
 
 def test_a_missing_data_set_is_an_error_that_lists_those_that_exist(flashrag: Path, search_r1: Path) -> None:
     there = "hotpotqa/dev, hotpotqa/train, nq/dev, nq/test, nq/train"
-    with pytest.raises(DataError, match=rf"squad: no question of it in a split train; there is {there}: name one"):
+    with pytest.raises(DataError, match=rf"squad: no questions in a split train; found {there}: choose one"):
         run(flashrag, train=("squad",))
     with pytest.raises(
-        DataError, match="popqa: no question of it in a split test or dev or train; there is hotpotqa/te"
+        DataError, match="popqa: no questions in a split test or dev or train; found hotpotqa/te"
     ):
         run(search_r1, test=("popqa",))
 

@@ -206,7 +206,7 @@ def test_search_r1s_question_is_its_field_or_what_its_user_asks(
         (ASKED_ELSEWHERE | {"prompt": [{"role": "system", "content": "who built it?"}]}, "prompt: has no user message"),
         (
             SEARCH_R1 | prompt("Be.", "Answer with <answer>. who built it?"),
-            "prompt: has no 'Question:', so where its question begins",
+            "prompt: has 'Question:' 0 times instead of once, so the start",
         ),
         (SEARCH_R1 | prompt("Be.", "Question: Who made Question: Time?"), "prompt: has 'Question:' 2 times"),
         (SEARCH_R1 | prompt("Be.", "Question: who?\nUse <search>."), "prompt: several lines follow 'Question:'"),

@@ -228,7 +228,7 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
         ({"transformer": {"transformer_task": "fill-mask"}}, "sets transformer_task to 'fill-mask'"),
         ({"transformer": {"max_seq_length": 4096}}, "max_seq_length is 4096 in .*, the model's limit 512"),
         ({"transformer": {"max_seq_length": "64"}}, "sets max_seq_length to '64'"),
-        ({"prompts": {"prompts": {"query": 1}}}, "holds prompts that are no texts"),
+        ({"prompts": {"prompts": {"query": 1}}}, "holds prompts that are not strings"),
         ({"prompts": {"prompts": PROMPTS, "similarity_fn_name": "manhattan"}}, "compares vectors by 'manhattan'"),
         ({"prompts": {"prompts": PROMPTS, "truncate_dim": 8}}, "sets truncate_dim to 8"),
     ],

@@ -57,7 +57,7 @@ def test_tags_that_would_vanish_are_refused_by_name(tokenizer: PreTrainedTokeniz
     spoilt = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     spoilt.add_special_tokens({"additional_special_tokens": ["<refine>", "</think>\n", "<other>"]})
     TokenBytes(spoilt)  # another profile's
-    with pytest.raises(DataError, match="</think>\n, <refine>: a special token of the tokenizer vanishes"):
+    with pytest.raises(DataError, match="</think>\n, <refine>: special tokens of the tokenizer vanish"):
         TokenBytes(spoilt, ["<refine>", "</refine>", "</think>"])
 
 
