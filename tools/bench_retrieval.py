@@ -146,12 +146,11 @@ async def measure(config: RetrievalConfig, queries: Sequence[str], arguments: ar
         elapsed, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     finally:
         await retriever.close()
-    report |= {"num_failed": num_failed, "num_empty": num_empty}
-    report |= {"queries_per_s": round(len(latencies) / elapsed, 1)}
-    report |= {"cpu_ms_per_query": round(1000 * cpu_s / len(queries), 3)}
+    report |= {"num_failed": num_failed, "num_empty": num_empty, "queries_per_s": round(len(latencies) / elapsed, 1)}
+    report["cpu_ms_per_query"] = round(1000 * cpu_s / len(queries), 3)
     for percent in (50, 95, 99):
-        milliseconds = round(1000 * float(np.percentile(latencies, percent)), 3) if latencies else None
-        report[f"p{percent}_ms"] = milliseconds
+        seconds = float(np.percentile(latencies, percent)) if latencies else None
+        report[f"p{percent}_ms"] = None if seconds is None else round(1000 * seconds, 3)
     return report
 
 

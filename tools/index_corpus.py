@@ -141,12 +141,12 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
         display.advance,
     )
     display.show()
-    config = ElasticsearchConfig(
-        urls=tuple(arguments.url or ElasticsearchConfig().urls),
-        ca_file=arguments.ca_file,
-        timeout_s=arguments.timeout,
-        max_requests=arguments.num_workers + 1,
-    )
+    connection = {
+        "ca_file": arguments.ca_file,
+        "timeout_s": arguments.timeout,
+        "max_requests": arguments.num_workers + 1,
+    }
+    config = ElasticsearchConfig.model_validate(connection | ({"urls": arguments.url} if arguments.url else {}))
     encoder = None
     if arguments.encoder is not None:
         from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder

@@ -50,7 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--port", type=int, default=8000, help="default 8000; 0 takes any free port")
     add("--topk", type=int, default=3, help="for requests without topk (default 3)")
     add("--threads", type=int, help="of tantivy (default: one per core)")
-    add("--url", action="append", help="of an Elasticsearch node; may be repeated")
+    add(
+        "--url",
+        action="append",
+        dest="urls",
+        default=argparse.SUPPRESS,
+        help="of an Elasticsearch node; may be repeated",
+    )
     add("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
     add("--fields", choices=("contents", "title_and_text"), default="contents", help="searched by BM25")
     add("--encoder", metavar="DIR", type=path_argument, help="text encoder, for dense and hybrid")
@@ -82,14 +88,10 @@ async def serve(arguments: argparse.Namespace) -> None:
         if folder is not None:
             retriever = server.ThreadedRetriever(TantivyRetriever.open(folder), arguments.threads)
         else:
-            elastic = ElasticsearchConfig(
-                urls=tuple(arguments.url or ElasticsearchConfig().urls),
-                index=arguments.index,
-                mode=arguments.mode,
-                fields=arguments.fields,
-                encoder=arguments.encoder,
-                ca_file=arguments.ca_file,
-            )
+            settings = {
+                name: value for name, value in vars(arguments).items() if name in ElasticsearchConfig.model_fields
+            }
+            elastic = ElasticsearchConfig.model_validate(settings)
             retriever = await open_retriever(RetrievalConfig(engine="elasticsearch", elasticsearch=elastic))
         app = server.create_app(
             retriever, engine=arguments.engine, num_passages=retriever.num_passages, default_top_k=arguments.topk

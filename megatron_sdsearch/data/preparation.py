@@ -367,7 +367,13 @@ def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, 
                 "from_split": prepared.origins[split],
                 "sha256": _sha256(path),
             }
-        manifest = {"layout": _LAYOUT, "settings": asdict(settings), "files": files, **_findings(prepared)}
+        manifest: dict[str, Any] = {"layout": _LAYOUT, "settings": asdict(settings), "files": files}
+        manifest["sources"] = [
+            {"source": file.source, "file": file.name, "num_questions": number, "sha256": _sha256(file.path)}
+            for file, number in prepared.files.items()
+        ]
+        manifest |= {"num_bad_rows": prepared.num_bad_rows, "num_dropped": prepared.num_dropped}
+        manifest |= {"duplicates": _pairs(prepared.duplicates), "leaks": _pairs(prepared.leaks)}
         text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
         replace_folder(partial, folder)
@@ -378,20 +384,10 @@ def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, 
     return folder / MANIFEST
 
 
-def _findings(prepared: Prepared) -> dict[str, Any]:
-    """Return the other entries of the manifest: sources, bad rows, duplicates, leaks."""
-    findings: dict[str, Any] = {
-        "sources": [
-            {"source": file.source, "file": file.name, "num_questions": number, "sha256": _sha256(file.path)}
-            for file, number in prepared.files.items()
-        ],
-        "num_bad_rows": prepared.num_bad_rows,
-        "num_dropped": prepared.num_dropped,
-    }
-    for name, same_as in (("duplicates", prepared.duplicates), ("leaks", prepared.leaks)):
-        by_kind = Counter(f"{a.rpartition(':')[0]} of {b.rpartition(':')[0]}" for a, b in same_as.items())
-        findings[name] = {"num": len(same_as), "by_kind": dict(sorted(by_kind.items())), "same_as": dict(same_as)}
-    return findings
+def _pairs(same_as: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest entry of questions that have the text of another one."""
+    by_kind = Counter(f"{a.rpartition(':')[0]} of {b.rpartition(':')[0]}" for a, b in same_as.items())
+    return {"num": len(same_as), "by_kind": dict(sorted(by_kind.items())), "same_as": dict(same_as)}
 
 
 def _sha256(path: Path) -> str:

@@ -141,12 +141,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     # Parquet fills absent columns with nulls.
                     yield f"{path}: row {number}", {name: value for name, value in row.items() if value is not None}
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's errors about damaged pages have none
+            raise _unreadable(path, error) from error
         raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
-    except OSError as error:
-        if error.errno is None:  # pyarrow reports damaged pages this way
-            raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
-        raise _unreadable(path, error) from error
 
 
 def _parse(position: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_bytes: int | None) -> CorpusRow:

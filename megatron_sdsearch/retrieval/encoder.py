@@ -8,6 +8,7 @@ than the model was trained for. This module loads no model, so that ``check`` ca
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,27 +30,12 @@ E5_MAX_TOKENS = 256
 _MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _QUERY_NAMES, _PASSAGE_NAMES = ("query",), ("document", "passage", "corpus")
 # Flags of older files; newer ones have pooling_mode.
-_POOLING_SWITCHES = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+_POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 # Unsupported settings that change vectors, with the values that have no effect.
 _NEUTRAL: dict[str, dict[str, Any]] = {
-    _TRANSFORMER: {
-        "transformer_task": "feature-extraction",
-        "processing_kwargs": {},
-        "query_length": None,
-        "document_length": None,
-        "query_expansion": None,
-    },
-    "Normalize's config.json": {
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    },
+    _TRANSFORMER: {"transformer_task": "feature-extraction", "processing_kwargs": {}}
+    | dict.fromkeys(("query_length", "document_length", "query_expansion")),
+    "Normalize's config.json": dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding"),
     _PROMPTS: {"truncate_dim": None, "suffix": ""},
 }
 
@@ -80,7 +66,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSettings:
-    """How a text becomes a vector.
+    """Settings that turn a text into a vector.
 
     Attributes:
         model_dir: holds weights and tokenizer.
@@ -206,7 +192,8 @@ class _ModuleFiles:
 
     def read_pooling(self, path: Path) -> Literal["cls", "mean"]:
         found = self.read(path)
-        given = found.get("pooling_mode") or [m for key, m in _POOLING_SWITCHES.items() if found.get(key)] or "mean"
+        flags = [flag for flag in _POOLING_FLAGS if found.get(f"pooling_mode_{flag}")]
+        given = found.get("pooling_mode") or [re.sub("_tokens?$", "", flag) for flag in flags] or "mean"
         modes = [given] if isinstance(given, str) else list(given)
         file = str(path.relative_to(self.folder))
         if modes not in (["cls"], ["mean"]):

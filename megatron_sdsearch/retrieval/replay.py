@@ -181,7 +181,6 @@ class ReplayStore:
 
     def __init__(self, path: Path, *, is_readonly: bool = False) -> None:
         self.path = path
-        self._ids: dict[str, int] = {}
         if is_readonly and not path.is_file():
             raise ConfigError(_FIELD, f"{path} does not exist", "record it first: run with retrieval.replay.mode=cache")
         # A reader writes to files beside the database, unless it declares that no process writes (immutable).
@@ -212,8 +211,9 @@ class ReplayStore:
         """Return the stored answer, which may be empty; ``None`` if there is none."""
         with self._failing_as("read"):
             row = self._connection.execute(
-                "SELECT passages FROM answers WHERE query = ? AND top_k = ? AND fingerprint = ?",
-                (_encode_query(query), top_k, self._id_of(fingerprint)),
+                "SELECT passages FROM answers WHERE query = ? AND top_k = ? "
+                "AND fingerprint = (SELECT id FROM fingerprints WHERE name = ?)",
+                (_encode_query(query), top_k, fingerprint),
             ).fetchone()
         return None if row is None else _decode(row[0])
 
@@ -270,14 +270,6 @@ class ReplayStore:
                 time.sleep(0.01)
             else:
                 return
-
-    def _id_of(self, fingerprint: str) -> int | None:
-        if fingerprint not in self._ids:
-            row = self._connection.execute("SELECT id FROM fingerprints WHERE name = ?", (fingerprint,)).fetchone()
-            if row is None:
-                return None
-            self._ids[fingerprint] = row[0]
-        return self._ids[fingerprint]
 
     @contextmanager
     def _failing_as(self, action: str) -> Iterator[None]:

@@ -107,7 +107,7 @@ class Renderer:
 
     @property
     def has_template(self) -> bool:
-        """Whether prompts use a chat template; without one they are the raw text."""
+        """True if prompts use a chat template; without one they are the raw text."""
         return self._tokenizer.chat_template is not None
 
     def prompt_ids(self, user_text: str) -> tuple[int, ...]:

@@ -31,11 +31,8 @@ def take_counts(retriever: Retriever) -> dict[str, int]:
     Evaluations and probes search through the same retriever, so their searches count in the next step. All ranks of a
     run return the same metrics; their values are summed over ranks.
     """
-    counts: dict[str, int] = {}
-    engine: Retriever | None = retriever
-    if isinstance(retriever, ReplayRetriever):
-        counts |= retriever.take_counts()
-        engine = retriever.engine
+    counts = retriever.take_counts() if isinstance(retriever, ReplayRetriever) else {}
+    engine = retriever.engine if isinstance(retriever, ReplayRetriever) else retriever
     if isinstance(engine, BatchedRetriever):
         counts |= {names.RETRIEVAL_PREFIX + name: value for name, value in engine.take_counts().items()}
     return counts

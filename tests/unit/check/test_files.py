@@ -189,7 +189,7 @@ def test_a_tag_of_the_profile_that_would_vanish_is_found(tiny: TinyRun) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<documents>"]})
     tokenizer.save_pretrained(tiny.model)
     assert tiny.found() == []
-    assert "<documents>: a special token" in tiny.found("data.prompt_profile=autorefine")[0].problem
+    assert "<documents>: special tokens" in tiny.found("data.prompt_profile=autorefine")[0].problem
 
 
 def test_an_end_of_sequence_that_only_the_model_knows_is_found(tiny: TinyRun) -> None:

@@ -268,9 +268,7 @@ def test_a_missing_data_set_is_an_error_that_lists_those_that_exist(flashrag: Pa
     there = "hotpotqa/dev, hotpotqa/train, nq/dev, nq/test, nq/train"
     with pytest.raises(DataError, match=rf"squad: no questions in a split train; found {there}: choose one"):
         run(flashrag, train=("squad",))
-    with pytest.raises(
-        DataError, match="popqa: no questions in a split test or dev or train; found hotpotqa/te"
-    ):
+    with pytest.raises(DataError, match="popqa: no questions in a split test or dev or train; found hotpotqa/te"):
         run(search_r1, test=("popqa",))
 
 
