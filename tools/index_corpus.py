@@ -31,7 +31,7 @@ from typing import Any
 from megatron_sdsearch.config import ElasticsearchConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, StorageError
 from megatron_sdsearch.retrieval.corpus import sha256_of_corpus
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root, folder_name
 
 LINE_EVERY_S = 10.0
 
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     corpus, analyzer = arguments.corpus, arguments.analyzer
-    out = arguments.out or TantivyRetriever.default_dir(corpus, analyzer)
+    out = arguments.out or default_root(corpus) / folder_name(sha256_of_corpus(corpus), analyzer)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         # Building replaces the folder, which must not lose anything else.
         manifest = Manifest.read(out)

@@ -90,7 +90,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     files = [file for source in arguments.sources for file in find_question_files(source, settings)]
     bad_rows: list[BadRow] = []
     try:
-        prepared = prepare(files, settings, bad_rows, on_file=show_file)
+        prepared = prepare(
+            files, settings, bad_rows, on_file=lambda name, n: print(f"read {name}: {n:,} rows", file=sys.stderr)
+        )
     finally:
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
     for name, split in prepared.origins.get("test", {}).items():
@@ -115,10 +117,6 @@ def list_bad_rows(path: Path, bad_rows: list[BadRow]) -> None:
         rows = ({"place": bad_row.location, "reason": bad_row.reason} for bad_row in bad_rows)
         write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(bad_rows)} bad rows are listed in {path}", file=sys.stderr)
-
-
-def show_file(name: str, num_rows: int) -> None:
-    print(f"read {name}: {num_rows:,} rows", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

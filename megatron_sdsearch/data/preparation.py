@@ -36,7 +36,6 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "dev", "test")
 #: A benchmark's questions are in the first of these splits that exists (Search-R1, qa_search_test_merge.py).
 TEST_SPLITS = ("test", "dev", "train")
-FileFormat = Literal["parquet", "jsonl"]
 _DEV_SPLITS = ("dev", "test", "train")
 _SUFFIXES = (".jsonl", ".parquet")
 _HUB = "hub"
@@ -336,7 +335,9 @@ def check_target(folder: Path) -> None:
         raise ConfigError("--out", f"{folder} holds files other than prepared questions", "give a new folder")
 
 
-def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, file_format: FileFormat) -> Path:
+def write_prepared(
+    prepared: Prepared, settings: PrepareSettings, folder: Path, file_format: Literal["parquet", "jsonl"]
+) -> Path:
     """Write one file per split in our own schema, and the manifest; replaces an earlier preparation.
 
     The folder appears as a whole, and the same input gives the same bytes (parquet: with the same pyarrow).

@@ -149,17 +149,16 @@ def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield location and content of each row; a ``DataError`` if the line is not JSON."""
     try:
-        lines = path.open("rb")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                location = f"{path}:{number}"
+                try:
+                    if line.strip():
+                        yield location, json.loads(line)
+                except ValueError as error:  # not JSON, or not UTF-8
+                    yield location, DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            location = f"{path}:{number}"
-            try:
-                if line.strip():
-                    yield location, json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                yield location, DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -93,16 +93,13 @@ ANALYZERS: dict[str, Analyzer] = {"standard": analyze_standard, "english": analy
 
 def first_tokens(text: str, count: int) -> str:
     """Cut ``text`` after its ``count``-th token of the ``standard`` analyzer, if it has more."""
-    ends = (match.end() for match in _pattern_for(text).finditer(text))
+    pattern = _ASCII_TOKEN if text.isascii() else _TOKEN
+    ends = (match.end() for match in pattern.finditer(text))
     return text[: next(islice(ends, count - 1, None), len(text))]
 
 
-def _pattern_for(text: str) -> re.Pattern[str] | regex.Pattern[str]:
-    return _ASCII_TOKEN if text.isascii() else _TOKEN
-
-
 def _tokens(text: str) -> Iterator[str]:
-    pattern = _pattern_for(text)
+    pattern = _ASCII_TOKEN if text.isascii() else _TOKEN
     for match in pattern.finditer(text):
         token = match.group()
         if len(token) <= MAX_TOKEN_LENGTH:

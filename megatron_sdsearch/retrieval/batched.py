@@ -38,7 +38,6 @@ T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 10.0
 _REQUESTS_OF_AN_OUTAGE = 5
 """Consecutive requests without an answered query that begin an outage."""
-_SHOWN_QUERY = 200  # characters
 
 
 @dataclass(eq=False)
@@ -201,7 +200,13 @@ class BatchedRetriever:
         finally:
             self._searches.discard(search)
             if not self._searches:
-                self._become_idle()
+                for request in self._requests:
+                    request.cancel()
+                self._open_batches.clear()
+                # Idle time does not count towards down_timeout_s.
+                now = asyncio.get_running_loop().time()
+                if self._failing_since is not None and now - self._failing_since < self._config.down_timeout_s:
+                    self._failing_since = None
 
     async def close(self) -> None:
         """End all requests; queries that still wait raise RetrievalError."""
@@ -226,7 +231,7 @@ class BatchedRetriever:
                 return outcome
             num_counted += not self.is_in_outage
             if not outcome.is_retryable or num_counted >= self._config.max_attempts:
-                shown = repr(query if len(query) <= _SHOWN_QUERY else query[:_SHOWN_QUERY] + "...")
+                shown = repr(query if len(query) <= 200 else query[:200] + "...")
                 times = f"{num_attempts} attempt{'s' * (num_attempts != 1)}"
                 raise RetrievalError(
                     f"{self.backend.name}: search for {shown} failed after {times}: {outcome}",
@@ -323,12 +328,3 @@ class BatchedRetriever:
             self._counts["num_outages"] += 1
             _log.warning("%s: outage, searches wait: %s", self.backend.name, self._last_cause)
         return outcomes
-
-    def _become_idle(self) -> None:
-        """End requests that no query waits for, and do not count the idle time towards ``down_timeout_s``."""
-        for request in self._requests:
-            request.cancel()
-        self._open_batches.clear()
-        now = asyncio.get_running_loop().time()
-        if self._failing_since is not None and now - self._failing_since < self._config.down_timeout_s:
-            self._failing_since = None

@@ -42,11 +42,7 @@ class CorpusRow(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    id: Annotated[
-        str,
-        StringConstraints(min_length=1),
-        BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    ]
+    id: Annotated[str, StringConstraints(min_length=1), BeforeValidator(lambda v: str(v) if type(v) is int else v)]
     contents: Annotated[str, StringConstraints(min_length=1)]
 
     @model_validator(mode="before")
@@ -65,9 +61,7 @@ class CorpusRow(BaseModel):
     def title_and_text(self) -> tuple[str, str]:
         """Return the first line without its quotes, and the other lines; a passage of one line has no title."""
         title, newline, text = self.contents.partition("\n")
-        if not newline:
-            return "", self.contents
-        return bare_title(title), text
+        return (bare_title(title), text) if newline else ("", self.contents)
 
 
 def read_corpus(

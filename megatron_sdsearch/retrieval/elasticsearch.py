@@ -212,11 +212,9 @@ def read_hit(hit: Mapping[str, Any]) -> Passage:
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
     """Fuse rankings: a passage scores the sum of 1 / (60 + rank); ties keep the order of first appearance."""
-    scores: dict[str, float] = {}
-    passages: dict[str, Passage] = {}
+    fused: dict[str, Passage] = {}
     for ranking in lists:
         for rank, passage in enumerate(ranking, start=1):
-            scores[passage.passage_id] = scores.get(passage.passage_id, 0.0) + 1 / (RRF_CONSTANT + rank)
-            passages.setdefault(passage.passage_id, passage)
-    best = sorted(scores, key=lambda passage_id: -scores[passage_id])
-    return [replace(passages[passage_id], score=scores[passage_id]) for passage_id in best]
+            known = fused.get(passage.passage_id, replace(passage, score=0.0))
+            fused[passage.passage_id] = replace(known, score=known.score + 1 / (RRF_CONSTANT + rank))
+    return sorted(fused.values(), key=lambda passage: -passage.score)

@@ -34,7 +34,7 @@ class ElasticsearchClient:
     Opens no connection until the first request.
 
     Args:
-        config: addresses and certificate; ``max_attempts`` is the default of ``send``.
+        config: addresses and certificate; ``max_attempts`` of ``send``.
         credentials: from ``read_credentials``.
 
     Attributes:
@@ -88,16 +88,13 @@ class ElasticsearchClient:
             failure = self._failure_from(error)
         raise failure  # not chained: the client's own error may hold the header with the secret
 
-    async def send(
-        self, request: Callable[[], Awaitable[T]], *, max_attempts: float | None = None, limit_s: float = float("inf")
-    ) -> T:
-        """Send a request, with retries of transient failures, and return the response.
+    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request, with at most ``max_attempts``, and return the response.
 
         Raises:
             SearchError: the last failure.
         """
-        attempts = self._max_attempts if max_attempts is None else max_attempts
-        return await retry(lambda: self.send_once(request), max_attempts=attempts, limit_s=limit_s)
+        return await retry(lambda: self.send_once(request), max_attempts=self._max_attempts)
 
     def error_from(self, failure: SearchError) -> ConfigError | RetrievalError:
         """Convert a failure of the checks before the first search to an error."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_sdsearch.config import ElasticsearchConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
-from megatron_sdsearch.retrieval.batched import SearchError
+from megatron_sdsearch.retrieval.batched import SearchError, retry
+from megatron_sdsearch.retrieval.corpus import CorpusRow
 from megatron_sdsearch.retrieval.elasticsearch_client import CLIENT_MAJOR, SECTION, ElasticsearchClient
 from megatron_sdsearch.retrieval.encoder import Similarity, TextEncoder
 
@@ -135,6 +136,15 @@ class IndexSettings:
         }
 
 
+def to_action(row: CorpusRow, vector: Sequence[float] | None) -> dict[str, Any]:
+    """Return the ``create`` action of a passage for ``elasticsearch.helpers``."""
+    title, text = row.title_and_text()
+    source: dict[str, Any] = {CONTENTS: row.contents, TITLE: title, TEXT: text}
+    if vector is not None:
+        source[VECTOR] = vector
+    return {"_op_type": "create", "_id": row.id, "_source": source}
+
+
 class CorpusIndex:
     """The index of one corpus during loading, and its alias.
 
@@ -160,7 +170,7 @@ class CorpusIndex:
             RetrievalError: it was refused, or failed for longer than the limit.
         """
         try:
-            return await self.client.send(request, max_attempts=float("inf"), limit_s=self._retry_limit_s)
+            return await retry(lambda: self.client.send_once(request), limit_s=self._retry_limit_s)
         except SearchError as failure:
             lasting = f"failing for {self._retry_limit_s:g} s: " if failure.is_retryable else ""
             raise self.error(f"{action}: {lasting}{failure}") from None
@@ -307,13 +317,13 @@ async def open_index(
     except SearchError as failure:
         raise client.error_from(failure) from None
     # Clusters reject a client one major version newer, and accept one that is one older.
-    version, version_warning = str(info["version"]["number"]), ""
+    version, warning = str(info["version"]["number"]), ""
     if version.split(".")[0] != str(CLIENT_MAJOR):
-        version_warning = (
+        warning = (
             f"{client.addresses} has version {version}, the installed client {CLIENT_MAJOR}: it answers, but the major "
             "versions should be equal"
         )
-        _log.warning("%s", version_warning)
+        _log.warning("%s", warning)
     settings, mappings = index["settings"]["index"], index["mappings"]
     _check_fields(config, mappings.get("properties", {}), encoder)
     if encoder is not None:
@@ -328,16 +338,14 @@ async def open_index(
         for copy in copies
         if copy.get("routing", {}).get("primary") and "seq_no" in copy
     )
-    fingerprint = (
+    parts = (
         str(info.get("cluster_uuid")),
         settings["uuid"],
         _digest([[settings.get(each) for each in _RANKING], mappings]),
         str(num_passages),
         _digest(generation) if generation else "-",
     )
-    return OpenedIndex(
-        name=name, fingerprint="/".join(fingerprint), num_passages=num_passages, version_warning=version_warning
-    )
+    return OpenedIndex(name=name, fingerprint="/".join(parts), num_passages=num_passages, version_warning=warning)
 
 
 def _check_fields(config: ElasticsearchConfig, properties: dict[str, Any], encoder: TextEncoder | None) -> None:

@@ -27,17 +27,9 @@ from elasticsearch.helpers import async_streaming_bulk
 from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
 from megatron_sdsearch.files import write_file, writing
 from megatron_sdsearch.retrieval.batched import SearchError
-from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
+from megatron_sdsearch.retrieval.corpus import CorpusRow, OnReject, read_corpus, sha256_of_corpus
 from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
-from megatron_sdsearch.retrieval.elasticsearch_index import (
-    CONTENTS,
-    TEXT,
-    TITLE,
-    VECTOR,
-    CorpusIndex,
-    IndexSettings,
-    Marker,
-)
+from megatron_sdsearch.retrieval.elasticsearch_index import CorpusIndex, IndexSettings, Marker, to_action
 from megatron_sdsearch.retrieval.encoder import TextEncoder
 
 _SAMPLE_SIZE = 200
@@ -162,9 +154,7 @@ class RejectFile:
 
 
 def scan_corpus(
-    corpus: Path,
-    on_reject: Callable[[str, str], None] | None = None,
-    on_passage: Callable[[], None] = lambda: None,
+    corpus: Path, on_reject: OnReject | None = None, on_passage: Callable[[], None] = lambda: None
 ) -> CorpusScan:
     """Check and count all rows before anything is sent, and choose the sample for the final verification.
 
@@ -195,29 +185,25 @@ def scan_corpus(
             yield row
 
     # Smallest checksums: a uniform sample that does not depend on the corpus size.
-    sample = heapq.nsmallest(_SAMPLE_SIZE, count_rows(), key=lambda row: zlib.crc32(row.id.encode()))
-    return CorpusScan(
-        sha256=sha256,
-        num_passages=num_passages,
-        num_rejected=num_rejected,
-        sample={row.id: row.contents for row in (*ends, *sample)},
-    )
+    rows = heapq.nsmallest(_SAMPLE_SIZE, count_rows(), key=lambda row: zlib.crc32(row.id.encode()))
+    sample = {row.id: row.contents for row in (*ends, *rows)}
+    return CorpusScan(sha256=sha256, num_passages=num_passages, num_rejected=num_rejected, sample=sample)
 
 
 class ContiguousProgress:
-    """Counts the passages done from the start, while chunks end in any order."""
+    """Counts the passages done from the start, in a marker, while chunks end in any order."""
 
-    def __init__(self, num_done: int, num_rejected: int) -> None:
-        self.num_done = num_done
-        self.num_rejected = num_rejected
+    def __init__(self, marker: Marker) -> None:
+        self.marker = marker
         self._ahead: dict[int, tuple[int, int]] = {}
 
     def add(self, first: int, end: int, num_rejected: int) -> None:
         """Mark passages [first, end) as done."""
         self._ahead[first] = end, num_rejected
-        while self.num_done in self._ahead:
-            self.num_done, rejected = self._ahead.pop(self.num_done)
-            self.num_rejected += rejected
+        while self.marker.num_done in self._ahead:
+            num_done, rejected = self._ahead.pop(self.marker.num_done)
+            update = {"num_done": num_done, "num_rejected": self.marker.num_rejected + rejected}
+            self.marker = self.marker.model_copy(update=update)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -244,7 +230,6 @@ class CorpusLoader:
     encoder: TextEncoder | None = None
     on_progress: Callable[[int], None] = lambda num_done: None
     _index: CorpusIndex = field(init=False)
-    _first_marker: Marker = field(init=False)
     _progress: ContiguousProgress = field(init=False)
     _noted_at: float = field(init=False)
     _encoding: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
@@ -268,15 +253,15 @@ class CorpusLoader:
             fix = "check that the cluster runs and --url is its address (http or https)"
             raise RetrievalError(f"{self.client.addresses}: first contact: {failure}; {fix}") from None
         index = self._index = CorpusIndex(self.client, self.index_settings, scan.sha256, settings.retry_limit_s)
-        marker = self._first_marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
-        self._progress = ContiguousProgress(marker.num_done, marker.num_rejected)
+        marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
+        self._progress = ContiguousProgress(marker)
         self._rejected_ids = self.rejects.begin_load(marker.num_done)
         self.on_progress(marker.num_done)
         if marker.num_done < scan.num_passages:
             await self._load()
         if sha256_of_corpus(self.corpus) != scan.sha256:
             raise DataError(f"{self.corpus}: changed while it was being indexed; start again")
-        num_refused = self._progress.num_rejected
+        num_refused = self._progress.marker.num_rejected
         num_rejected = num_refused + scan.num_rejected
         if num_rejected and not settings.are_rejects_allowed:
             num_rows = scan.num_passages + scan.num_rejected
@@ -287,7 +272,7 @@ class CorpusLoader:
         await index.open_for_searches(is_merged=settings.is_merged)
         sample = {each: contents for each, contents in scan.sample.items() if each not in self._rejected_ids}
         await index.verify(scan.num_passages - num_refused, sample)
-        await index.write_marker(self._marker.model_copy(update={"is_complete": True}))
+        await index.write_marker(self._progress.marker.model_copy(update={"is_complete": True}))
         return LoadReport(
             index=index.name,
             num_passages=scan.num_passages - num_refused,
@@ -298,12 +283,6 @@ class CorpusLoader:
             old_indices=await index.publish(deletes_old=settings.deletes_old),
             are_old_deleted=settings.deletes_old,
         )
-
-    @property
-    def _marker(self) -> Marker:
-        """The progress so far."""
-        update = {"num_done": self._progress.num_done, "num_rejected": self._progress.num_rejected}
-        return self._first_marker.model_copy(update=update)
 
     async def _load(self) -> None:
         """Send all chunks, and store the progress however it ends; raise the first error."""
@@ -320,11 +299,11 @@ class CorpusLoader:
             # The cluster itself may have failed; without this update the next attempt only sends a little more.
             with suppress(RetrievalError, TimeoutError):
                 async with asyncio.timeout(10.0):
-                    await self._index.write_marker(self._marker)
+                    await self._index.write_marker(self._progress.marker)
 
     def _chunks(self) -> Iterator[tuple[int, list[CorpusRow]]]:
         """Yield chunks of rows and the number of their first row, lazily: memory does not grow with the corpus."""
-        first = self._progress.num_done
+        first = self._progress.marker.num_done
         # Invalid rows were reported by the scan.
         rows = islice(read_corpus(self.corpus, lambda *_: None, max_id_bytes=MAX_ID_BYTES), first, None)
         while chunk := list(islice(rows, self.settings.chunk_passages)):
@@ -336,10 +315,10 @@ class CorpusLoader:
         for first, rows in chunks:
             num_rejected = await self._send(first, rows)
             self._progress.add(first, first + len(rows), num_rejected)
-            self.on_progress(self._progress.num_done)
+            self.on_progress(self._progress.marker.num_done)
             if time.monotonic() - self._noted_at > self.settings.marker_interval_s:
                 self._noted_at = time.monotonic()
-                await self._index.write_marker(self._marker)
+                await self._index.write_marker(self._progress.marker)
 
     async def _send(self, first: int, rows: Sequence[CorpusRow]) -> int:
         """Send rows until each is indexed or rejected; return the number of rejects."""
@@ -391,12 +370,3 @@ class CorpusLoader:
                 if len(waiting) == num_before:  # otherwise the cluster is slow but makes progress
                     raise
         return num_rejected
-
-
-def to_action(row: CorpusRow, vector: Sequence[float] | None) -> dict[str, Any]:
-    """Return the ``create`` action of a passage for ``elasticsearch.helpers``."""
-    title, text = row.title_and_text()
-    source: dict[str, Any] = {CONTENTS: row.contents, TITLE: title, TEXT: text}
-    if vector is not None:
-        source[VECTOR] = vector
-    return {"_op_type": "create", "_id": row.id, "_source": source}

@@ -165,14 +165,9 @@ class TantivyRetriever:
         corpus_sha256 = sha256_of_corpus(corpus)
         index_dir = find_built(index_root, corpus_sha256, analyzer)
         if index_dir is None:
-            index_dir = index_root / _folder_name(corpus_sha256, analyzer)
+            index_dir = index_root / folder_name(corpus_sha256, analyzer)
             cls.build(corpus, index_dir, analyzer)
         return cls.open(index_dir)
-
-    @staticmethod
-    def default_dir(corpus: Path, analyzer: str) -> Path:
-        """Return the default folder of a corpus's index: beside the corpus, named after content and analyzer."""
-        return default_root(corpus) / _folder_name(sha256_of_corpus(corpus), analyzer)
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """Return passages, best first, by BM25 (k1 = 1.2, b = 0.75, scores with the factor k1 + 1 as in Elasticsearch).
@@ -257,11 +252,12 @@ def find_indices(folder: Path) -> list[Path]:
 
 def find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
     """Find a matching index in ``index_root``, or itself; the default folder name first, others sorted."""
-    folders = (index_root / _folder_name(corpus_sha256, analyzer), *find_indices(index_root))
+    folders = (index_root / folder_name(corpus_sha256, analyzer), *find_indices(index_root))
     return next((path for path in folders if _is_built(path, corpus_sha256, analyzer)), None)
 
 
-def _folder_name(corpus_sha256: str, analyzer: str) -> str:
+def folder_name(corpus_sha256: str, analyzer: str) -> str:
+    """Return the default folder name of an index: the analyzer and a hash of the content."""
     key = f"{_LAYOUT}/{_VERSION}/{corpus_sha256}"
     return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 

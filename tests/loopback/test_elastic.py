@@ -90,7 +90,7 @@ def test_a_wave_is_one_request_to_the_index_behind_the_alias() -> None:
     talk(FakeElastic(), what)
 
 
-def test_nothing_found_is_empty_and_white_space_is_not_asked() -> None:
+def test_no_hits_are_empty_and_blank_queries_are_not_sent() -> None:
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
         assert list(await retriever.search("nowhere", top_k=2)) == []
         num_before = len(fake.bodies)
@@ -176,7 +176,7 @@ def test_a_restart_of_the_cluster_costs_time_and_no_query() -> None:
     talk(FakeElastic(), what, max_attempts=30, max_requests=2, down_timeout_s=30.0)
 
 
-def test_a_cluster_that_stays_down_is_said_once_and_in_time() -> None:
+def test_a_lasting_outage_is_reported_once_and_in_time() -> None:
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
         await fake.stop()
         loop = asyncio.get_running_loop()
@@ -266,7 +266,7 @@ def test_a_setting_that_does_not_fit_is_named_at_open(
 
 @pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
 def test_documents_without_text_are_refused_by_name(mode: str) -> None:
-    """At open where they are among those looked at; later in the search that meets one, and in no other."""
+    """At open if they are in the sample; otherwise by the searches that find them."""
     bad = {"title": "Lisbon", "text": ["a", "b"]}
     changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
     error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
@@ -342,7 +342,7 @@ def test_credentials_come_from_the_settings_or_the_environment(
     "changes", [{"api_key": SECRET}, {"username": "elastic", "password": SECRET}], ids=["key", "basic"]
 )
 def test_no_secret_is_ever_shown(changes: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """At open and in mid-run, with everything logged and a server that echoes the header that it refuses."""
+    """At open and later, with full logging and a server that echoes the header that it rejects."""
     fake = _changed(authorization=None)
     shown = [repr(config_of(fake, **changes)), str(config_of(fake, **changes).model_dump(mode="json"))]
 
@@ -426,7 +426,7 @@ def test_without_its_authority_it_is_refused_and_the_field_named(certificate: tu
     assert "self-signed certificate" in str(error) or "self signed certificate" in str(error)
 
 
-def test_a_file_that_is_no_certificate_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_certificate_is_reported(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
     config = ElasticsearchConfig(urls=("https://host:9200",), ca_file=tmp_path / "ca.pem")
     with pytest.raises(ConfigError, match=r"ca_file: .* holds no certificate"):

@@ -73,7 +73,7 @@ def config_of(url: str, **settings: Any) -> RetrieveServerConfig:
 
 
 class Scripted:
-    """A Retriever whose answers, and failures, are given."""
+    """A Retriever with given answers and failures."""
 
     fingerprint = "scripted"
 
@@ -355,7 +355,7 @@ def test_what_passes_is_tried_again(reply: Reply) -> None:
         (json_reply({"result": [[{"document": {"contents": ""}, "score": "1"}]]}), "is not a finite number"),
     ],
 )
-def test_failures_are_errors_with_words(reply: Reply, words: str) -> None:
+def test_failures_are_errors_with_a_reason(reply: Reply, words: str) -> None:
     with Foreign(reply).running() as url:
         (error,) = searched(config_of(url, timeout_s=0.5 if reply is hanging else 5.0, max_attempts=2), ["who?"])
     assert type(error) is RetrievalError
@@ -363,7 +363,7 @@ def test_failures_are_errors_with_words(reply: Reply, words: str) -> None:
     assert words in str(error)
 
 
-def test_a_malformed_entry_is_not_its_neighbours_fault() -> None:
+def test_a_malformed_entry_affects_only_its_query() -> None:
     with Foreign(json_reply({"result": [[{"id": "1", "contents": "x"}], [5]]})).running() as url:
         good, bad = searched(config_of(url), ["a", "b"])
     assert [passage.passage_id for passage in good] == ["1"]
@@ -385,7 +385,7 @@ def test_opening_finds_out_that_no_server_is_there() -> None:
         searched(config_of(url), ["a"])
 
 
-def test_a_server_that_hangs_is_said_to_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_server_is_reported_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sdsearch.retrieval.http._HEALTH_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"http://127.0.0.1:{mute.getsockname()[1]}"
@@ -436,7 +436,7 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tools.serve_retriever", *arguments]
 
 
-def test_the_tool_serves_until_it_is_asked_to_end(index_dir: Path) -> None:
+def test_the_tool_serves_until_a_signal(index_dir: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(index_dir), "--port", "0")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -69,7 +69,7 @@ def call(url: str, method: str = "GET", body: Json | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a node of this module's own, whose indices each test deletes."""
+    """The address of a node for this module; each test deletes its indices."""
     with serve(tmp_path_factory.mktemp("noida")) as url:
         yield url
 
@@ -274,7 +274,7 @@ class Proxy:
 
     Attributes:
         faults: taken from the left, one per bulk request; None breaks nothing. ``always`` is for all of them.
-        refused: ids whose documents are refused as malformed.
+        refused: ids of documents that are refused as malformed.
         max_items: a larger request is a 413.
         num_bulks: so far.
         max_open: most bulk requests that were open at one time.
@@ -381,7 +381,7 @@ def test_passing_failures_cost_nothing(proxy: tuple[Proxy, str], node: str, corp
     between.faults.extend(faults)
     report = load(url, corpus)
     assert report.num_created + report.num_found == NUM_PASSAGES
-    assert report.num_found == 5  # of the chunk whose answer was lost
+    assert report.num_found == 5  # of the chunk with the lost response
     assert between.num_bulks == 12 + len(faults)
     assert between.max_open <= SETTINGS.num_workers
     assert_loaded(node, corpus)

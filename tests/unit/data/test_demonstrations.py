@@ -144,7 +144,7 @@ def test_a_file_that_is_not_there_is_one_message(tmp_path: Path) -> None:
 
 
 def test_search_results_are_demonstrated_between_the_profiles_tags() -> None:
-    """With others the policy would learn to read tags that no rollout shows, without a word of it."""
+    """Otherwise the policy would silently learn tags that no rollout shows."""
     observation = {"kind": "observation", "text": "\n\n<information>Doc 1(Title: a) b\n</information>\n\n"}
     notice = {"kind": "observation", "text": "\nThat was no valid action.\n"}
     sampled = {"kind": "sampled", "text": "<search> a </search>"}

@@ -46,7 +46,7 @@ def test_single_files_take_their_split_from_their_name(tmp_path: Path) -> None:
         ("valid_500.parquet", r"SOURCE: .*valid_500\.parquet is not named train, dev, test"),
     ],
 )
-def test_a_wrong_place_is_one_error(tmp_path: Path, name: str, complaint: str) -> None:
+def test_a_wrong_source_is_one_error(tmp_path: Path, name: str, complaint: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "valid_500.parquet").touch()
     with pytest.raises(ConfigError, match=complaint):
@@ -55,7 +55,7 @@ def test_a_wrong_place_is_one_error(tmp_path: Path, name: str, complaint: str) -
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What huggingface_hub leaves behind: snapshots of links to files that are named after their content."""
+    """Create huggingface_hub's cache: snapshots of links to files named after their content."""
     repository = tmp_path / "datasets--RUC-NLPIR--FlashRAG_datasets"
     snapshot = published.write_both(repository / "snapshots" / COMMIT)
     (repository / "blobs").mkdir()

@@ -1,4 +1,4 @@
-"""What a document of an index that others made must hold to be shown."""
+"""Tests of reading documents from indices not made by index_corpus."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_index_that_keeps_no_source_is_named() -> None:
         answer_of(None)
 
 
-def test_a_secret_that_a_long_answer_is_cut_in_is_struck_out_whole() -> None:
+def test_a_secret_at_the_cut_of_a_long_answer_is_masked() -> None:
     """Cutting first would leave its beginning; so would white space that is folded before."""
     for length in range(150, 210):
         shown = client(("me", "hunter2  secret")).reason_of("x" * length + "hunter2  secret" + "y" * 500)

@@ -263,7 +263,7 @@ def test_the_fingerprint_is_also_that_of_pooling_prompts_and_length(folder: Path
     )
 
 
-def test_weights_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     """transformers would draw what is missing at random."""
     target = Path(shutil.copytree(folder, tmp_path / "x"))
     config = json.loads((target / "config.json").read_text())

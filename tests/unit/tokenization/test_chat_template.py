@@ -88,7 +88,7 @@ def test_arguments_without_arguments_and_without_a_template_are_refused() -> Non
         (CLOSED, r"does not open the assistant's turn.*writes '<\|im_start\|>assistant\\n' before"),
     ],
 )
-def test_a_template_that_fails_is_one_error_in_its_own_words(template: str, reason: str, tmp_path: Path) -> None:
+def test_a_failing_template_is_one_error_with_its_own_message(template: str, reason: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)

@@ -78,7 +78,7 @@ def test_from_folder_adds_the_generation_configs_eos(tokenizer: PreTrainedTokeni
     assert renderer.prompt_ids("hi") == Renderer(tokenizer).prompt_ids("hi")
 
 
-def test_a_missing_tokenizer_names_the_folder_and_the_mend(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_names_folder_and_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: contains no tokenizer.json; give a Hugging Face folder"):
         Renderer.from_folder(tmp_path / "nowhere")
 
@@ -100,7 +100,7 @@ spelling_controls = st.lists(
 
 
 def with_controls(**flags: bool) -> PreTrainedTokenizerFast:
-    """As Qwen's: added tokens that are not special."""
+    """Like Qwen's: added tokens that are not special."""
     tokenizer = train_tokenizer()
     tokenizer.add_tokens(
         [AddedToken(name, special=False, **{"normalized": False, **flags}) for name in [*CONTROLS, *OWN_TAGS]]
