@@ -6,7 +6,7 @@
 CORPUS is JSONL ({"id", "contents"}, as in Search-R1's wiki-18, or {"id", "title", "text"}), the same gzipped (.gz), or
 parquet with these columns. Every row is checked before anything is written.
 
-tantivy: the index appears as a whole. The default folder is beside the corpus, where training looks for it; for any
+tantivy: the index is created atomically. The default folder is beside the corpus, where training looks for it; for any
 other folder set retrieval.index=DIR in training.
 
 Elasticsearch: loads NAME-<hash of the content>, verifies it by count and sample, and points the alias NAME to it. After

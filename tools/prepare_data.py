@@ -11,7 +11,7 @@ SOURCE is a folder or a file in one of the two published layouts, or the Hugging
 
 OUT gets train, heldout and test (parquet or JSONL, {question_id, text, gold_answers, dataset, gold_passage_ids}) and
 manifest.json: sources, counts, checksums, duplicates, training questions that also occur in heldout or test. Ids are
-dataset:split:index. The same input gives the same bytes. OUT appears as a whole.
+dataset:split:index. The same input gives the same bytes. OUT is replaced as a whole.
 
 Invalid rows are listed in OUT-bad-rows.jsonl, and are an error above --max-bad-rows.
 

@@ -340,7 +340,7 @@ def write_prepared(
 ) -> Path:
     """Write one file per split in our own schema, and the manifest; replaces an earlier preparation.
 
-    The folder appears as a whole, and the same input gives the same bytes (parquet: with the same pyarrow).
+    The folder is replaced as a whole, and the same input gives the same bytes (parquet: with the same pyarrow).
 
     Returns:
         Path of the manifest.

@@ -84,7 +84,7 @@ class PromptProfile:
     def tags(self) -> frozenset[str]:
         """All tags that the policy reads or writes.
 
-        A profile without instructions is for models that were trained on the tags before: it includes all of theirs.
+        A profile without instructions is for models already trained on the tags: it includes all of them.
         """
         fixed = (self.instructions or _TAUGHT_TAGS, self.observation("").strip(), self.invalid_action_notice)
         return frozenset(tag for text in fixed for tag in _TAG.findall(text))

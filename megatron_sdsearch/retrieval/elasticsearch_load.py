@@ -36,7 +36,7 @@ _SAMPLE_SIZE = 200
 _BAD_DOCUMENT, _CONFLICT = 400, 409
 
 MAX_ID_BYTES = 512
-"""Elasticsearch's limit. A longer id fails the whole bulk request, so such rows are rejected before."""
+"""Elasticsearch's limit. A longer id fails the whole bulk request, so such rows are rejected beforehand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

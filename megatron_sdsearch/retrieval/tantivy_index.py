@@ -98,7 +98,7 @@ class TantivyRetriever:
     ) -> None:
         """Build the index of a corpus in ``index_dir``, unless it is there already.
 
-        The index appears as a whole, and any number of processes may call this at the same time.
+        The index is created atomically, and any number of processes may call this at the same time.
 
         Args:
             corpus: see ``corpus.read_corpus``.

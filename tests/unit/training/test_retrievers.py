@@ -44,7 +44,7 @@ async def open_remote() -> Retriever:
 def counts_after(
     config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]], *queries: str
 ) -> list[dict[str, int]]:
-    """The counts are those of the searches."""
+    """Search, then return the results of two calls of take_counts."""
 
     async def run() -> list[dict[str, int]]:
         retriever = await open_with_replay(config, open_engine)
