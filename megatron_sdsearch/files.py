@@ -72,7 +72,7 @@ def replace_folder(partial: Path, target: Path) -> None:
         target.rename(old)
     try:
         partial.rename(target)
-    except OSError:
+    except BaseException:  # also Ctrl-C between the two renames
         if old.exists():
             old.rename(target)
         raise

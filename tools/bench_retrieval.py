@@ -1,13 +1,13 @@
-"""Queries per second and latencies of a search engine, as one JSON object; for tantivy what its index costs, too.
+"""Measure queries per second and latencies of a search engine, and tantivy's index; print one JSON object.
 
     python tools/bench_retrieval.py --engine tantivy --passages 100000
     python tools/bench_retrieval.py --engine elasticsearch --url https://es:9200 --index wiki-18 --queries queries.txt
     python tools/bench_retrieval.py --engine http --url http://127.0.0.1:8000/retrieve --queries queries.txt
 
-The engine is opened as a training run opens it, and asked by ``--concurrency`` coroutines of one process, as a rank
-asks. CPU times are this process's, and hold on a busy machine too. tantivy gets made-up passages of about 100 words:
-Zipf's law over the words of The World Factbook (real ones, the rare tail compounded of two); queries are 4 to 8 words
-of a passage that was drawn the same way. Credentials come from the environment, see docs/retrieval.md.
+The engine is opened as in a training run, and used by ``--concurrency`` coroutines of one process, like a rank. CPU
+times are those of this process, and valid on a busy machine too. tantivy gets generated passages of about 100 words,
+drawn by Zipf's law from the words of The World Factbook (the rare tail combines two words); queries are 4 to 8 words of
+a passage drawn the same way. Credentials come from the environment; see docs/retrieval.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NUM_WARM_UP = 50
 
 
 class Prose:
-    """An endless supply of passages and queries; the same for the same seed."""
+    """Generates passages and queries, deterministically by seed."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ class Prose:
         self._cumulative = np.cumsum(weights / weights.sum())
 
     def write_corpus(self, path: Path, num_passages: int) -> None:
-        """JSONL of passages, each ``"Title"\\ntext``."""
+        """Write passages ``"Title"\\ntext`` as JSONL."""
         with path.open("w", encoding="utf-8") as file:
             for start in range(0, num_passages, CHUNK):
                 for number, words in enumerate(self._draw(min(CHUNK, num_passages - start)), start):
@@ -63,7 +63,7 @@ class Prose:
                     file.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
 
     def queries(self, number: int) -> list[str]:
-        """Queries, each of words that stand in one passage."""
+        """Generate queries, each of words from one passage."""
         lengths, passages = self._generator.integers(4, 9, number), self._draw(number)
         return [
             " ".join(self._generator.choice(words, size=length, replace=False))
@@ -79,7 +79,7 @@ class Prose:
 
 
 def main() -> None:
-    """Open the engine, ask, report."""
+    """Open the engine, measure, and report."""
     arguments = parse_arguments()
     prose = Prose(arguments.seed)
     queries = read_queries(arguments.queries) if arguments.queries else prose.queries(arguments.num_queries)
@@ -111,7 +111,7 @@ def read_queries(path: Path) -> list[str]:
 
 
 async def measure(config: RetrievalConfig, queries: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:
-    """Build times and sizes of tantivy, then the queries by ``--concurrency`` coroutines."""
+    """Measure tantivy's build time and size, then the queries from ``--concurrency`` coroutines."""
     report: dict[str, object] = {"num_queries": len(queries), "top_k": arguments.top_k}
     start, cpu_start = time.perf_counter(), time.process_time()
     retriever = await open_retriever(config)
@@ -146,12 +146,11 @@ async def measure(config: RetrievalConfig, queries: Sequence[str], arguments: ar
         elapsed, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     finally:
         await retriever.close()
-    report |= {"num_failed": num_failed, "num_empty": num_empty}
-    report |= {"queries_per_s": round(len(latencies) / elapsed, 1)}
-    report |= {"cpu_ms_per_query": round(1000 * cpu_s / len(queries), 3)}
+    report |= {"num_failed": num_failed, "num_empty": num_empty, "queries_per_s": round(len(latencies) / elapsed, 1)}
+    report["cpu_ms_per_query"] = round(1000 * cpu_s / len(queries), 3)
     for percent in (50, 95, 99):
-        milliseconds = round(1000 * float(np.percentile(latencies, percent)), 3) if latencies else None
-        report[f"p{percent}_ms"] = milliseconds
+        seconds = float(np.percentile(latencies, percent)) if latencies else None
+        report[f"p{percent}_ms"] = None if seconds is None else round(1000 * seconds, 3)
     return report
 
 
@@ -161,13 +160,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--analyzer", choices=("standard", "english"), default="standard", help="of tantivy")
     parser.add_argument("--url", help="of the cluster, or of /retrieve")
     parser.add_argument("--index", default="wiki-18", help="of the cluster (default wiki-18)")
-    parser.add_argument("--queries", type=path_argument, help="one per line; made up by default")
+    parser.add_argument("--queries", type=path_argument, help="one per line; generated by default")
     numbers = {
-        "passages": (10_000, "made-up passages, for tantivy"),
-        "num-queries": (1_000, "made-up queries"),
-        "concurrency": (16, "queries at one time"),
+        "passages": (10_000, "generated passages, for tantivy"),
+        "num-queries": (1_000, "generated queries"),
+        "concurrency": (16, "concurrent queries"),
         "top-k": (3, "passages per query"),
-        "seed": (1, "of what is made up"),
+        "seed": (1, "of the generated text"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")

@@ -1,4 +1,4 @@
-"""Index a corpus, for tantivy (in process) or for Elasticsearch, and print one JSON object about it.
+"""Index a corpus for tantivy (in process) or Elasticsearch, and print one JSON object about the index.
 
     python tools/index_corpus.py data/wiki-18.jsonl.gz --to tantivy --analyzer english
     python tools/index_corpus.py data/wiki-18.jsonl.gz --to elasticsearch --url http://127.0.0.1:9200 --index wiki-18
@@ -6,14 +6,14 @@
 CORPUS is JSONL ({"id", "contents"}, as in Search-R1's wiki-18, or {"id", "title", "text"}), the same gzipped (.gz), or
 parquet with these columns. Every row is checked before anything is written.
 
-tantivy: the index appears whole or not at all. Without --out it goes where training looks for it, beside the corpus;
-so does every folder given as --out there. For one elsewhere give training retrieval.index=DIR.
+tantivy: the index is created atomically. The default folder is beside the corpus, where training looks for it; for any
+other folder set retrieval.index=DIR in training.
 
-Elasticsearch: loads NAME-<hash of the content> and points the alias NAME to it at the end, after having counted and
-looked up samples. Interrupted? The same command goes on where it was. Credentials come from ELASTICSEARCH_API_KEY, or
-from ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD.
+Elasticsearch: loads NAME-<hash of the content>, verifies it by count and sample, and points the alias NAME to it. After
+an interruption the same command continues. Credentials come from ELASTICSEARCH_API_KEY, or from ELASTICSEARCH_USERNAME
+and ELASTICSEARCH_PASSWORD.
 
-Exit codes: 0 done; 1 it failed; 2 the corpus or the command is wrong; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 the corpus or the command is invalid; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ import json
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError, StorageError
 from megatron_sdsearch.retrieval.corpus import sha256_of_corpus
-from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root
+from megatron_sdsearch.retrieval.tantivy_index import Manifest, TantivyRetriever, default_root, folder_name
 
 LINE_EVERY_S = 10.0
 
 
 def main() -> None:
-    """Do it, and turn an error of ours into one message and an exit code."""
+    """Index the corpus; errors of this package become one message and an exit code."""
     arguments = parse_arguments()
-    # Ended by a batch system: the same cleaning up as after Ctrl-C.
+    # A batch system ends the process with SIGTERM: clean up as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = to_tantivy(arguments) if arguments.to == "tantivy" else to_elasticsearch(arguments)
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError | DataError | StorageError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to continue", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(report))
 
@@ -59,48 +59,51 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--analyzer", choices=("standard", "english"), default="standard")
     add = parser.add_argument_group("tantivy").add_argument
     add("--out", metavar="DIR", type=path_argument, help="folder of the index (default: where training looks)")
-    add("--replace", action="store_true", help="DIR holds the index of something else: replace it")
+    add("--replace", action="store_true", help="replace the index of another corpus or analyzer in DIR")
     add = parser.add_argument_group("Elasticsearch").add_argument
     add("--url", action="append", help="of a node; may be repeated (default http://127.0.0.1:9200)")
     add("--index", metavar="NAME", help="alias")
     add("--shards", type=int, default=1, help="default 1: BM25 counts terms per shard, so only one shard gives the "
-        "scores of one whole corpus; take more for speed over tens of millions of passages")  # fmt: skip
+        "scores of the whole corpus; more are faster over tens of millions of passages")  # fmt: skip
     add("--replicas", type=int, default=1, help="once loaded (default 1)")
-    add("--workers", type=int, default=4, help="bulk requests open at one time (default 4); with 1, passages of equal "
-        "score rank in the corpus's order")  # fmt: skip
-    add("--chunk", type=int, default=1000, help="passages of one request (default 1000)")
-    add("--timeout", type=float, default=120.0, help="seconds of one request (default 120)")
-    add("--patience", type=float, default=600.0, help="seconds that a request may go on failing, with retries, before "
-        "everything ends (default 600)")  # fmt: skip
-    add("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
+    add("--workers", type=int, default=4, dest="num_workers", help="concurrent bulk requests (default 4); with 1, "
+        "passages of equal score rank in corpus order")  # fmt: skip
+    add("--chunk", type=int, default=1000, dest="chunk_passages", help="passages per request (default 1000)")
+    add("--timeout", type=float, default=120.0, help="seconds per request (default 120)")
+    add("--patience", type=float, default=600.0, dest="retry_limit_s", help="seconds that a request may fail, with "
+        "retries, before the load ends (default 600)")  # fmt: skip
+    add("--ca-file", type=path_argument, help="CA certificate that signed the cluster's")
     add("--encoder", metavar="DIR", type=path_argument, help="folder of a text encoder: adds a dense_vector to each "
         "passage")  # fmt: skip
-    add("--merge", action="store_true", help="into one segment at the end: smaller and quicker")
+    add("--merge", action="store_true", dest="is_merged", help="merge into one segment at the end: smaller and faster")
     add("--rejects", metavar="FILE", type=path_argument, help="default rejects-NAME.jsonl")
-    add("--allow-rejects", action="store_true", help="leave out malformed rows and refused passages")
-    add("--restart", action="store_true", help="delete an unfinished index and begin anew")
-    add("--delete-old", action="store_true", help="delete the indices that NAME pointed to before")
+    add("--allow-rejects", action="store_true", dest="are_rejects_allowed", help="leave out malformed rows and refused "
+        "passages")  # fmt: skip
+    add("--restart", action="store_true", dest="is_restart", help="delete an incomplete index and start over")
+    add("--delete-old", action="store_true", dest="deletes_old", help="delete the indices that NAME pointed to before")
     arguments = parser.parse_args()
     if arguments.to == "elasticsearch" and not arguments.index:
         parser.error("--to elasticsearch needs --index NAME")
-    if arguments.to == "tantivy" and arguments.allow_rejects:
+    if arguments.to == "tantivy" and arguments.are_rejects_allowed:
         parser.error("--allow-rejects is for Elasticsearch: training reads the corpus itself, fix its rows")
-    for name in ("workers", "chunk", "timeout", "patience"):
+    options = {"workers": "num_workers", "chunk": "chunk_passages", "timeout": "timeout", "patience": "retry_limit_s"}
+    for option, name in options.items():
         if getattr(arguments, name) <= 0:
-            parser.error(f"--{name} must be positive")
+            parser.error(f"--{option} must be positive")
     return arguments
 
 
 def to_tantivy(arguments: argparse.Namespace) -> dict[str, Any]:
     corpus, analyzer = arguments.corpus, arguments.analyzer
-    out = arguments.out or TantivyRetriever.default_dir(corpus, analyzer)
+    out = arguments.out or default_root(corpus) / folder_name(sha256_of_corpus(corpus), analyzer)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        # Building replaces the folder: nothing may be lost by it.
+        # Building replaces the folder, which must not lose anything else.
         manifest = Manifest.read(out)
         if manifest is None or any(path.is_dir() for path in out.iterdir()):
-            raise ConfigError("--out", f"{out} holds other things than an index", "give a new folder")
+            raise ConfigError("--out", f"{out} holds files other than an index", "give a new folder")
         if not arguments.replace and not manifest.fits(sha256_of_corpus(corpus), analyzer):
-            raise ConfigError("--out", f"{out} is the index of something else", "give a new folder, or --replace")
+            problem = f"{out} is the index of another corpus or analyzer"
+            raise ConfigError("--out", problem, "give a new folder, or --replace")
     display = Display("indexed")
     TantivyRetriever.build(corpus, out, analyzer, display.advance, field="--out")
     display.show()
@@ -124,37 +127,26 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
     from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
 
-    # Wrong names are refused before the corpus is read.
-    index_settings = IndexSettings(
-        name=arguments.index,
-        analyzer=arguments.analyzer,
-        num_shards=arguments.shards,
-        num_replicas=arguments.replicas,
-    )
-    settings = load.LoadSettings(
-        num_workers=arguments.workers,
-        chunk_passages=arguments.chunk,
-        retry_limit_s=arguments.patience,
-        are_rejects_allowed=arguments.allow_rejects,
-        is_restart=arguments.restart,
-        is_merged=arguments.merge,
-        deletes_old=arguments.delete_old,
-    )
+    # Invalid names are refused before the corpus is read.
+    shards = {"num_shards": arguments.shards, "num_replicas": arguments.replicas}
+    index_settings = IndexSettings(name=arguments.index, analyzer=arguments.analyzer, **shards)
+    names = {field.name for field in fields(load.LoadSettings)} & vars(arguments).keys()
+    settings = load.LoadSettings(**{name: getattr(arguments, name) for name in names})
     rejects = load.RejectFile(arguments.rejects or Path(f"rejects-{arguments.index}.jsonl"))
     rejects.begin_scan()
     display = Display("checked")
     scan = load.scan_corpus(
         arguments.corpus,
-        (lambda position, reason: rejects.add(place=position, reason=reason)) if arguments.allow_rejects else None,
+        (lambda position, reason: rejects.add(place=position, reason=reason)) if settings.are_rejects_allowed else None,
         display.advance,
     )
     display.show()
-    config = ElasticsearchConfig(
-        urls=tuple(arguments.url or ElasticsearchConfig().urls),
-        ca_file=arguments.ca_file,
-        timeout_s=arguments.timeout,
-        max_requests=arguments.workers + 1,
-    )
+    connection = {
+        "ca_file": arguments.ca_file,
+        "timeout_s": arguments.timeout,
+        "max_requests": arguments.num_workers + 1,
+    }
+    config = ElasticsearchConfig.model_validate(connection | ({"urls": arguments.url} if arguments.url else {}))
     encoder = None
     if arguments.encoder is not None:
         from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
@@ -186,11 +178,11 @@ def to_elasticsearch(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Display:
-    """Passages, rate and time left on standard error, in a line now and then.
+    """Prints progress, rate and remaining time to standard error every few seconds.
 
     Args:
-        verb: what is being done to passages.
-        total: how many there are, if known.
+        verb: what is done with the passages.
+        total: their number, if known.
     """
 
     def __init__(self, verb: str, total: int | None = None) -> None:
@@ -200,15 +192,15 @@ class Display:
         self._start = self._shown_at = time.monotonic()
 
     def advance(self) -> None:
-        """Count one more passage; quick."""
+        """Count one more passage, cheaply."""
         self._count += 1
         if self._count % 512 == 0:
             self.reach(self._count)
 
     def reach(self, count: int) -> None:
-        """Note that so many passages are done."""
+        """Set the number of passages done."""
         if self._first is None:
-            self._first = count  # an earlier attempt's are not part of this one's rate
+            self._first = count  # those of an earlier attempt do not count for the rate
         self._count = count
         if time.monotonic() - self._shown_at >= LINE_EVERY_S:
             self._shown_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Make the question files of a run from published data sets, and print one JSON object about them.
+"""Create the question files of a run from published data sets, and print one JSON object about them.
 
     python tools/prepare_data.py hub --out data/nq_hotpotqa
     python tools/prepare_data.py downloads/FlashRAG_datasets --out data/nq_hotpotqa
@@ -10,12 +10,12 @@ SOURCE is a folder or a file in one of the two published layouts, or the Hugging
     Search-R1   <split>.parquet, rows {data_source, prompt, reward_model, extra_info[, question]}
 
 OUT gets train, heldout and test (parquet or JSONL, {question_id, text, gold_answers, dataset, gold_passage_ids}) and
-manifest.json: sources, counts, checksums, duplicates, questions of train that are asked in heldout or test. Ids are
-dataset:split:index. The same input gives the same bytes. OUT appears whole or not at all.
+manifest.json: sources, counts, checksums, duplicates, training questions that also occur in heldout or test. Ids are
+dataset:split:index. The same input gives the same bytes. OUT is replaced as a whole.
 
-Rows that are no question are listed in OUT-bad-rows.jsonl, and are an error above --max-bad-rows.
+Invalid rows are listed in OUT-bad-rows.jsonl, and are an error above --max-bad-rows.
 
-Exit codes: 0 done; 1 it failed; 2 the data or the command is wrong; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 the data or the command is invalid; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from megatron_sdsearch.files import write_file
 
 
 def main() -> None:
-    """Prepare the files; an error of this package becomes one message and an exit code."""
+    """Prepare the files; errors of this package become one message and an exit code."""
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -62,18 +62,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("sources", metavar="SOURCE", nargs="+", help="folder, file, or hub[:OWNER/NAME][@REVISION]")
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the question files")
     parser.add_argument("--train", nargs="+", default=defaults.train, help="data sets, in this order (nq hotpotqa)")
-    parser.add_argument("--test", nargs="+", default=defaults.test, help="benchmarks (nq hotpotqa): of each the test "
+    parser.add_argument("--test", nargs="+", default=defaults.test, help="benchmarks (nq hotpotqa), each from its test "
                         "split, else dev, else train")  # fmt: skip
     parser.add_argument("--heldout", type=int, default=defaults.heldout_per_dataset, dest="heldout_per_dataset",
                         metavar="N", help="questions of each benchmark for evaluation during training (default 500; "
                         "0: none)")  # fmt: skip
     parser.add_argument("--heldout-from", choices=("dev", "test"), default=defaults.heldout_from, help="split that "
-                        "they are drawn from (default dev; test where there is none)")  # fmt: skip
+                        "they are drawn from (default dev; test if there is none)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the draw (default 1)")
     parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet", help="default parquet")
     parser.add_argument("--max-bad-rows", type=int, default=0, help="left out; more are an error (default 0)")
-    parser.add_argument("--drop-duplicates", action="store_true", help="keep the first of train's of one text")
-    parser.add_argument("--drop-leaks", action="store_true", help="leave out of train what heldout or test ask, too")
+    parser.add_argument("--drop-duplicates", action="store_true", help="remove repeated questions from train")
+    parser.add_argument("--drop-leaks", action="store_true", help="remove questions of heldout or test from train")
     arguments = parser.parse_args()
     for option, number in (("--heldout", arguments.heldout_per_dataset), ("--max-bad-rows", arguments.max_bad_rows)):
         if number < 0:
@@ -90,12 +90,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     files = [file for source in arguments.sources for file in find_question_files(source, settings)]
     bad_rows: list[BadRow] = []
     try:
-        prepared = prepare(files, settings, bad_rows, on_file=show_file)
+        prepared = prepare(
+            files, settings, bad_rows, on_file=lambda name, n: print(f"read {name}: {n:,} rows", file=sys.stderr)
+        )
     finally:
         list_bad_rows(arguments.out.with_name(f"{arguments.out.name}-bad-rows.jsonl"), bad_rows)
     for name, split in prepared.origins.get("test", {}).items():
         if split == "train":
-            print(f"{name} has neither test nor dev: its training questions are asked as a test", file=sys.stderr)
+            print(f"{name} has neither test nor dev: its training questions are used as test", file=sys.stderr)
     manifest = write_prepared(prepared, settings, arguments.out, arguments.format)
     return {
         "manifest": str(manifest),
@@ -108,17 +110,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_bad_rows(path: Path, bad_rows: list[BadRow]) -> None:
-    """Write them to a file; the list of an earlier call is removed."""
+    """Write the bad rows to a file; removes the list of an earlier call."""
     path.unlink(missing_ok=True)
     if bad_rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = ({"place": bad_row.location, "reason": bad_row.reason} for bad_row in bad_rows)
         write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{len(bad_rows)} bad rows are listed in {path}", file=sys.stderr)
-
-
-def show_file(name: str, num_rows: int) -> None:
-    print(f"read {name}: {num_rows:,} rows", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

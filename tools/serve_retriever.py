@@ -1,13 +1,13 @@
-"""Serve an index by Search-R1's /retrieve contract; works with the trainers of Search-R1, AutoRefine and this project.
+"""Serve an index with Search-R1's /retrieve protocol, for the trainers of Search-R1, AutoRefine and this project.
 
     python tools/serve_retriever.py --engine tantivy --index data/index/wiki --port 8000
     python tools/serve_retriever.py --engine elasticsearch --url http://127.0.0.1:9200 --index wiki-18 --port 8000
 
-Listens on 127.0.0.1 alone unless --host says otherwise: there is no authentication. Prints one line of JSON with the
-URL once it answers, and ends at SIGINT or SIGTERM. Elasticsearch's credentials come from ELASTICSEARCH_API_KEY, or from
+There is no authentication: it listens on 127.0.0.1 by default; see --host. Prints one line of JSON with the URL when it
+is ready, and ends at SIGINT or SIGTERM. Elasticsearch's credentials come from ELASTICSEARCH_API_KEY, or from
 ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD.
 
-Exit codes: 0 ended; 1 it failed; 2 the command is wrong.
+Exit codes: 0 ended; 1 failed; 2 the command is invalid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_sdsearch.training.retrievers import open_retriever
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again at its end
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn re-raises it when it ends
     try:
         asyncio.run(serve(arguments))
     except SDSearchError as error:
@@ -44,20 +44,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--engine", choices=("tantivy", "elasticsearch"), required=True)
-    add("--index", required=True, help="tantivy: its folder, or the one that holds it alone; elasticsearch: name of an "
-        "index or alias")  # fmt: skip
-    add("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets everybody in")
-    add("--port", type=int, default=8000, help="default 8000; 0 takes any")
-    add("--topk", type=int, default=3, help="for requests that name none (default 3)")
+    add("--index", required=True, help="tantivy: its folder, or one that holds only this index; elasticsearch: name of "
+        "an index or alias")  # fmt: skip
+    add("--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 accepts connections from any machine")
+    add("--port", type=int, default=8000, help="default 8000; 0 takes any free port")
+    add("--topk", type=int, default=3, help="for requests without topk (default 3)")
     add("--threads", type=int, help="of tantivy (default: one per core)")
-    add("--url", action="append", help="of an Elasticsearch node; may be repeated")
+    add(
+        "--url",
+        action="append",
+        dest="urls",
+        default=argparse.SUPPRESS,
+        help="of an Elasticsearch node; may be repeated",
+    )
     add("--mode", choices=("bm25", "dense", "hybrid"), default="bm25", help="of Elasticsearch")
-    add("--fields", choices=("contents", "title_and_text"), default="contents", help="BM25 matches")
+    add("--fields", choices=("contents", "title_and_text"), default="contents", help="searched by BM25")
     add("--encoder", metavar="DIR", type=path_argument, help="text encoder, for dense and hybrid")
-    add("--ca-file", type=path_argument, help="certificate of the authority that signed the cluster's")
+    add("--ca-file", type=path_argument, help="CA certificate that signed the cluster's")
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
-        parser.error(f"--port: {arguments.port} is no port; give one of 0 to 65535")
+        parser.error(f"--port: {arguments.port} is not a port; give one from 0 to 65535")
     if arguments.engine == "tantivy":
         try:
             arguments.index = path_argument(arguments.index)
@@ -75,22 +81,17 @@ async def serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         fix = "pip install 'megatron-sdsearch[retriever]'"
         raise ConfigError("serve_retriever", f"{error.name} is not installed", fix) from error
-    is_tantivy = arguments.engine == "tantivy"
-    folder = index_folder(Path(arguments.index)) if is_tantivy else None
-    # First, for opening an index takes a while: a port that is taken is known at once.
+    folder = index_folder(Path(arguments.index)) if arguments.engine == "tantivy" else None
+    # Opening an index takes a while: listen first, so that a port that is in use is reported at once.
     with server.listen(arguments.host, arguments.port) as listener:
         retriever: Any
         if folder is not None:
-            retriever = server.InThreads(TantivyRetriever.open(folder), arguments.threads)
+            retriever = server.ThreadedRetriever(TantivyRetriever.open(folder), arguments.threads)
         else:
-            elastic = ElasticsearchConfig(
-                urls=tuple(arguments.url or ElasticsearchConfig().urls),
-                index=arguments.index,
-                mode=arguments.mode,
-                fields=arguments.fields,
-                encoder=arguments.encoder,
-                ca_file=arguments.ca_file,
-            )
+            settings = {
+                name: value for name, value in vars(arguments).items() if name in ElasticsearchConfig.model_fields
+            }
+            elastic = ElasticsearchConfig.model_validate(settings)
             retriever = await open_retriever(RetrievalConfig(engine="elasticsearch", elasticsearch=elastic))
         app = server.create_app(
             retriever, engine=arguments.engine, num_passages=retriever.num_passages, default_top_k=arguments.topk
@@ -102,7 +103,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def index_folder(given: Path) -> Path:
-    """The index that is meant: the folder itself, or the only one in it (as in a run's ``retrieval.index``).
+    """Return the folder itself, or the only index in it (as in a run's ``retrieval.index``).
 
     Raises:
         ConfigError: there is none, or more than one.
@@ -112,7 +113,7 @@ def index_folder(given: Path) -> Path:
         return found[0]
     if not found:
         fix = "give the --out of tools/index_corpus.py --to tantivy"
-        raise ConfigError("--index", f"{given} is no index's folder", fix)
+        raise ConfigError("--index", f"{given} holds no index", fix)
     raise ConfigError("--index", f"{given} holds {', '.join(path.name for path in found)}", "give one of them")
 
 

@@ -1,1 +1,1 @@
-"""Questions, prompts and scores: what goes into a rollout and how its answer is judged."""
+"""Questions, prompts and scores: the inputs of rollouts and the scoring of answers."""

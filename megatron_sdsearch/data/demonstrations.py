@@ -1,4 +1,4 @@
-"""Demonstrations of the warm start: a prompt, then sampled and observed text in turn, from JSONL."""
+"""Demonstrations for the warm start, from JSONL: a prompt, then alternating sampled and observed text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sdsearch.file_kinds import refuse_other_kind
 
 
 class DemonstrationSpan(BaseModel):
-    """Text that the policy would write (``sampled``, learned) or read (``observation``, not learned)."""
+    """Text that the policy writes (``sampled``, trained on) or reads (``observation``, not trained on)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,7 +25,7 @@ class DemonstrationSpan(BaseModel):
 
 
 class Demonstration(BaseModel):
-    """One row of the file; ``prompt`` is the user's message, before any chat template."""
+    """One row of the file; ``prompt`` is the user message, without a chat template."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,15 +45,15 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
     """Read the whole file.
 
     Raises:
-        DataError: a row is malformed or has no sampled text, naming file, line and field; there is no row; or the file
-            is of another kind.
+        DataError: a row is malformed or has no sampled text (names file, line and field), there are no rows, or the
+            file has another format.
     """
     refuse_other_kind(path, "JSON Lines")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give a JSONL file in UTF-8") from error
-    # Not splitlines: JSON strings may hold characters such as U+2028, at which it would cut a row in two.
+    # Not splitlines, which also splits at characters such as U+2028 inside JSON strings.
     lines = text.removesuffix("\n").split("\n") if text else []
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -64,36 +64,33 @@ def read_demonstrations(path: Path) -> tuple[Demonstration, ...]:
             field = ".".join(str(part) for part in first["loc"]) or "the row"
             raise DataError(f"{path}:{number}: {field}: {first['msg']}; fix or remove the row") from error
     if not rows:
-        raise DataError(f"{path} holds no demonstration: write at least one row")
+        raise DataError(f"{path} holds no demonstrations; write at least one row")
     return tuple(rows)
 
 
 def check_profile(demonstrations: Sequence[Demonstration], profile: PromptProfile) -> None:
-    """Check that demonstrations act with the tags of rollouts, and see search results between the tags of the profile.
+    """Check that demonstrations use the action tags of rollouts and the observation tags of the profile.
 
     Raises:
-        ConfigError: none ends a search or an answer; or there are observations, and none has the profile's tag.
+        ConfigError: none ends a search or an answer, or no observation has the profile's tag.
     """
     sampled = [span.text for row in demonstrations for span in row.spans if span.kind == "sampled"]
     if sampled and not any(SEARCH_END in text or ANSWER_END in text for text in sampled):
+        example = f"none contains {SEARCH_END} or {ANSWER_END}, for example {sampled[0].strip()!r:.60}"
         raise ConfigError(
             "train.demonstrations",
-            f"none writes {SEARCH_END} or {ANSWER_END}, such as {sampled[0].strip()!r:.60}: the policy would "
-            "learn to act in a way that rollouts do not know",
+            f"{example}: the policy would learn actions that rollouts do not recognize",
             "write actions as <search> query </search> and <answer> answer </answer>",
         )
     observed = [span.text for row in demonstrations for span in row.spans if span.kind == "observation"]
     if observed and not any(profile.observation_open in text for text in observed):
-        raise ConfigError(
-            "data.prompt_profile",
-            f"{profile.name} shows search results in {profile.observation_open}, which no observation of the "
-            f"demonstrations holds, such as {observed[0].strip()!r:.60}",
-            "set it to the profile whose tags they have",
-        )
+        problem = f"{profile.name} shows search results in {profile.observation_open}, the demonstrations do not"
+        example = f"for example {observed[0].strip()!r:.60}"
+        raise ConfigError("data.prompt_profile", f"{problem}, {example}", "set it to the profile with their tags")
 
 
 class DemonstrationSampler:
-    """Which demonstrations each step gets: a pure function of (seed, step), in shuffled epochs."""
+    """Selects the demonstrations of each step: a pure function of (seed, step), in shuffled epochs."""
 
     def __init__(self, demonstrations: tuple[Demonstration, ...], seed: int, per_step: int) -> None:
         self._demonstrations = demonstrations
@@ -101,7 +98,7 @@ class DemonstrationSampler:
         self._per_step = per_step
 
     def batch(self, step: int) -> tuple[Demonstration, ...]:
-        """The demonstrations of that step (0-based)."""
+        """Return the demonstrations of a step (0-based)."""
         size = len(self._demonstrations)
         positions = range(step * self._per_step, (step + 1) * self._per_step)
         epochs = {position // size for position in positions}

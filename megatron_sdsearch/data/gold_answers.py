@@ -1,7 +1,7 @@
-"""Reads gold answers as question files hold them: one text, a list, or the text of a list.
+"""Reads the gold answers of question files: a string, a list, or a list converted to a string.
 
-A column that went through CSV, ``str()`` or numpy holds ``"['A', 'B']"``. Taken as one answer it can never be matched,
-and every right answer would score 0, so it is read as the list that it was, or refused.
+A column that went through CSV, ``str()`` or numpy holds ``"['A', 'B']"``. As a single answer it could never be matched
+and every right answer would score 0, so it is parsed as a list, or refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 _CONTAINER = re.compile(r"(?:(?:np\.|numpy\.)?(?:array|list|tuple|set)\s*\(\s*)?[\[({].*[\])}]", re.DOTALL)
-# Also what is refused because nothing here reads it: Series(['A']), deque(['A']), frozenset({'A'}), b"['A']".
+# Also matches lists that are refused because no parser here reads them: Series(['A']), frozenset({'A'}), b"['A']".
 _BEGINS_AS_LIST = re.compile(
     r"""\[\s*(?:['"]|[\w.]+\()|(?:(?:np\.|numpy\.)?array|list)\s*\(\s*\[|[A-Za-z_][\w.]*\(\s*[\[{]\s*['"]|b['"]\s*\["""
 )
@@ -29,13 +29,12 @@ _MAKERS = {"array", "list", "tuple", "set"}
 
 
 def read_gold_answers(value: Any) -> Any:
-    """A list out of one answer, or out of the text of a list; the type of each element is left to the caller.
+    """Return a list of answers from a single answer, a list, or a list as a string; the caller validates the elements.
 
-    A list, or a text of one, that is the only element stands for the whole. Among several elements it is refused.
+    A list with a list as its only element is unwrapped; a list among several elements is refused.
 
     Raises:
-        PydanticCustomError: it is neither text nor list, or a text looks like a list or an object, and its answers
-            are not certain.
+        PydanticCustomError: the value is neither a string nor a list, or its answers are ambiguous.
     """
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str | list | tuple):
         value = value[0]
@@ -48,17 +47,17 @@ def read_gold_answers(value: Any) -> Any:
     return value
 
 
-#: At least one answer, none of them blank.
+#: At least one answer, none of them empty.
 GoldAnswers = Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(read_gold_answers)]
 
 
 def answers_in_text(text: str) -> list[str]:
-    """The answers in the text of a list (Python's, JSON's or numpy's); any other text is one answer.
+    """Parse a list printed by Python, JSON or numpy; any other text is one answer.
 
-    Brackets alone make no list: ``[REC]`` and ``(500) Days of Summer`` are answers.
+    Brackets alone do not make a list: ``[REC]`` and ``(500) Days of Summer`` are answers.
 
     Raises:
-        PydanticCustomError: it looks like a list or an object, and its answers are not certain.
+        PydanticCustomError: it looks like a list or an object, and its answers are ambiguous.
     """
     text = _unquoted(text.strip())
     if not _CONTAINER.fullmatch(text) and not _BEGINS_AS_LIST.match(text):
@@ -77,7 +76,7 @@ def answers_in_text(text: str) -> list[str]:
 
 
 def _unquoted(text: str) -> str:
-    """The text of a list that was encoded twice (``"\"['A']\""``), once; other texts keep their quotes."""
+    """Decode a list that was encoded twice (``"\"['A']\""``) once; other texts keep their quotes."""
     if text[:1] not in ("'", '"'):
         return text
     try:
@@ -88,7 +87,7 @@ def _unquoted(text: str) -> str:
 
 
 def _is_list_for_sure(element: Any) -> bool:
-    # Among others a doubtful text such as "[1905]" is an answer: the file has real lists.
+    # In a list, an ambiguous text such as "[1905]" is an answer: the file has real lists.
     if not isinstance(element, str):
         return isinstance(element, list | tuple | dict)
     text = element.strip()
@@ -99,7 +98,7 @@ def _is_list_for_sure(element: Any) -> bool:
 
 
 def _parse(text: str) -> list[Any] | dict[str, Any] | None:
-    """A list (its strings, and None for all else), an object (empty), or None where the text is neither."""
+    """Return a list (strings, and None for other elements), an object as ``{}``, or None if the text is neither."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -112,7 +111,7 @@ def _parse(text: str) -> list[Any] | dict[str, Any] | None:
 def _parse_python(text: str) -> list[Any] | dict[str, Any] | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a backslash that escapes nothing
+            warnings.simplefilter("error")  # invalid escape sequences
             node = ast.parse(text, mode="eval").body
             while isinstance(inner := _inside(node), ast.expr):
                 node = inner
@@ -124,7 +123,7 @@ def _parse_python(text: str) -> list[Any] | dict[str, Any] | None:
 
 
 def _inside(node: ast.expr) -> ast.expr | None:
-    """``array(X, ...)`` and ``[X]`` with a list X hold X."""
+    """Return X of ``array(X, ...)``, and of ``[X]`` with a list X."""
     if isinstance(node, ast.Call) and _name(node.func) in _MAKERS and node.args:
         return node.args[0]
     if isinstance(node, ast.List) and len(node.elts) == 1:
@@ -139,7 +138,7 @@ def _name(function: ast.expr) -> str:
 
 
 def _elements(text: str, node: ast.List | ast.Tuple | ast.Set) -> list[Any] | None:
-    """Strings, and None for other constants; None for all where one is no constant."""
+    """Return the elements: strings, and None for other constants; or None if one is not a constant."""
     elements = []
     for element in node.elts:
         if isinstance(element, ast.Call) and _name(element.func) == "str_" and len(element.args) == 1:
@@ -147,7 +146,7 @@ def _elements(text: str, node: ast.List | ast.Tuple | ast.Set) -> list[Any] | No
         if not isinstance(element, ast.Constant):
             return None
         elements.append(element.value if isinstance(element.value, str) else None)
-    # numpy writes no commas, and Python joins neighbouring strings: ['A' 'B'] would be the one answer AB.
+    # numpy writes no commas, and Python joins adjacent strings: ['A' 'B'] would become the single answer AB.
     tokens = tokenize.generate_tokens(io.StringIO(ast.get_source_segment(text, node) or "").readline)
     strings = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
     num_strings = sum(element is not None for element in elements)

@@ -1,13 +1,12 @@
-"""Published question files into train, heldout and test of a run, and a manifest of what was found on the way.
+"""Prepares published question files as the train, heldout and test files of a run, with a manifest.
 
-Owns which question goes where, bad rows, duplicates and leaks; ``questions.py`` reads the rows. Two layouts of files
-are published:
+Owns the splits, bad rows, duplicates and leaks; ``questions.py`` reads the rows. Two file layouts are supported:
 
     FlashRAG     <dataset>/<split>.jsonl         RUC-NLPIR/FlashRAG_datasets; the folder names the data set
     Search-R1    <split>.parquet                 PeterJinGo/nq_hotpotqa_train; rows name theirs
 
-The Hugging Face hub's files are fetched as they are and read like any others. The ``datasets`` library is not used: it
-wants one type for each column of a file, and refuses popqa, whose metadata has two (FlashRAG issue 132).
+Files of the Hugging Face hub are downloaded and read like local ones. The ``datasets`` library is not used: it requires
+one type per column and fails on popqa's metadata (FlashRAG issue 132).
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ import pyarrow.parquet as pq
 from megatron_sdsearch.config import expand_home
 from megatron_sdsearch.data.questions import scan_questions
 from megatron_sdsearch.data.scoring import normalize_answer
-from megatron_sdsearch.errors import ConfigError, DataError
+from megatron_sdsearch.errors import ConfigError, DataError, cause_of
+from megatron_sdsearch.files import replace_folder
 from megatron_sdsearch.records import Question
 
 DEFAULT_REPOSITORY = "RUC-NLPIR/FlashRAG_datasets"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "dev", "test")
-#: Where a benchmark's questions are: the first of these that exists (Search-R1, qa_search_test_merge.py).
+#: A benchmark's questions are in the first of these splits that exists (Search-R1, qa_search_test_merge.py).
 TEST_SPLITS = ("test", "dev", "train")
-FileFormat = Literal["parquet", "jsonl"]
 _DEV_SPLITS = ("dev", "test", "train")
 _SUFFIXES = (".jsonl", ".parquet")
 _HUB = "hub"
@@ -49,18 +48,18 @@ _SCHEMA = pa.schema([pa.field(name, column, nullable=False) for name, column in 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareSettings:
-    """What goes where.
+    """Data sets, splits and filters.
 
     Attributes:
-        train: data sets whose train split is trained on, in this order.
+        train: data sets for training (their train splits), in this order.
         test: data sets of the final evaluation, in this order.
-        heldout_from: split that the evaluation during training draws from; ``dev`` falls back to ``test`` where there
-            is none. A checkpoint that was chosen on test questions flatters itself on them.
-        heldout_per_dataset: number drawn from each of ``test``, or all where there are fewer; 0 writes no heldout file.
+        heldout_from: source split of the questions for evaluation during training; ``dev`` falls back to ``test`` if
+            there is none. Choosing a checkpoint by test questions biases its test score.
+        heldout_per_dataset: number of questions drawn from each of ``test``, at most all; 0 writes no heldout file.
         seed: of that draw.
         max_bad_rows: up to this many are left out; more are an error.
-        drop_duplicates: of training questions with the same text keep the first.
-        drop_leaks: leave out training questions that are asked in heldout or test, too.
+        drop_duplicates: keep only the first of training questions with the same text.
+        drop_leaks: leave out training questions that also occur in heldout or test.
     """
 
     train: Sequence[str] = ("nq", "hotpotqa")
@@ -74,14 +73,14 @@ class PrepareSettings:
 
 
 class QuestionFile(NamedTuple):
-    """One file that exists.
+    """An existing question file.
 
     Attributes:
         path: of the file.
-        source: as it was asked for; of the hub with the commit that was found, so that it can be fetched again.
-        name: the path inside its source, the same on every machine.
-        split: train, dev or test, by the file's name.
-        dataset: by the folder's name; None where the rows say it.
+        source: as given; for the hub with the commit, so that it can be downloaded again.
+        name: path relative to the source, the same on every machine.
+        split: train, dev or test, from the file's name.
+        dataset: from the folder's name; None if the rows name it.
     """
 
     path: Path
@@ -92,7 +91,7 @@ class QuestionFile(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that is no question; ``location`` is file and line or row."""
+    """An invalid row; ``location`` is file and line or row."""
 
     location: str
     reason: str
@@ -100,16 +99,16 @@ class BadRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What is written.
+    """The prepared questions, and what the manifest reports.
 
     Attributes:
-        splits: by name, ``train``, ``heldout``, ``test``; without empty ones.
-        origins: of each split, data set -> split that its questions came from.
-        files: that were read, with the number of questions in each.
-        num_bad_rows: left out.
+        splits: questions of ``train``, ``heldout`` and ``test``, without empty ones.
+        origins: for each split, data set -> original split.
+        files: the files read -> their number of questions.
+        num_bad_rows: rows left out.
         duplicates: in train, id of each later question -> id of the first one with the same text.
-        leaks: id of a question of train -> id of the one with the same text in heldout or test.
-        num_dropped: from train, as the settings asked.
+        leaks: id of a question in train -> id of one with the same text in heldout or test.
+        num_dropped: removed from train by the settings.
     """
 
     splits: Mapping[str, tuple[Question, ...]]
@@ -125,14 +124,14 @@ OnFile = Callable[[str, int], None]
 
 
 def find_question_files(source: str, settings: PrepareSettings) -> list[QuestionFile]:
-    """The question files of a source by name, fetched first from the hub.
+    """List the question files of a source, sorted by name; downloads those of the hub.
 
     Args:
         source: a folder in one of the two layouts, a file, or ``hub[:OWNER/NAME][@REVISION]``.
-        settings: of the hub nothing is fetched but what these need.
+        settings: only the files that these need are downloaded.
 
     Raises:
-        ConfigError: the source does not exist, or it holds no question files.
+        ConfigError: the source does not exist, or holds no question files.
     """
     if source == _HUB or source.startswith((f"{_HUB}:", f"{_HUB}@")):
         return _fetch_from_hub(source, settings)
@@ -145,10 +144,9 @@ def find_question_files(source: str, settings: PrepareSettings) -> list[Question
     if not path.is_file():
         raise ConfigError("SOURCE", f"{source} does not exist", "give a folder, a file, or hub")
     if path.stem not in SPLITS or path.suffix not in _SUFFIXES:
-        problem = f"{path} is called neither of {', '.join(SPLITS)} with .jsonl or .parquet"
-        raise ConfigError(
-            "SOURCE", problem, "name it <dataset>/<split>.jsonl (FlashRAG) or <split>.parquet (Search-R1)"
-        )
+        problem = f"{path} is not named {', '.join(SPLITS)} with .jsonl or .parquet"
+        fix = "name it <dataset>/<split>.jsonl (FlashRAG) or <split>.parquet (Search-R1)"
+        raise ConfigError("SOURCE", problem, fix)
     return [QuestionFile(path, source, path.name, split=path.stem, dataset=None)]
 
 
@@ -161,12 +159,9 @@ def _list_folder(root: Path, source: str) -> list[QuestionFile]:
                 dataset = None if folder == root else folder.name
                 found.append(QuestionFile(path, source, path.relative_to(root).as_posix(), path.stem, dataset))
     if not found:
-        raise ConfigError(
-            "SOURCE",
-            f"{root} holds neither <dataset>/<split>.jsonl (FlashRAG) nor <split>.parquet (Search-R1), "
-            f"with a split of {', '.join(SPLITS)}",
-            "give the folder above the data sets' folders",
-        )
+        layouts = "<dataset>/<split>.jsonl (FlashRAG) nor <split>.parquet (Search-R1)"
+        problem = f"{root} holds neither {layouts}, with a split of {', '.join(SPLITS)}"
+        raise ConfigError("SOURCE", problem, "give the parent folder of the data sets' folders")
     return sorted(found, key=lambda file: file.name)
 
 
@@ -176,7 +171,7 @@ def _fetch_from_hub(source: str, settings: PrepareSettings) -> list[QuestionFile
 
     name, _, revision = source.removeprefix(_HUB).removeprefix(":").partition("@")
     repository = name or DEFAULT_REPOSITORY
-    # A benchmark with a train split alone is for local files: those of the others need not be fetched.
+    # A test data set that has only a train split must be a local file; downloading all train splits would be wasteful.
     patterns = [f"{dataset}/train.jsonl" for dataset in settings.train]
     patterns += [f"{dataset}/{split}.jsonl" for dataset in settings.test for split in ("dev", "test")]
     patterns += [f"{split}.parquet" for split in SPLITS]
@@ -185,9 +180,9 @@ def _fetch_from_hub(source: str, settings: PrepareSettings) -> list[QuestionFile
             repository, repo_type="dataset", revision=revision or None, allow_patterns=patterns
         )
     except (OSError, HFValidationError) as error:  # HTTP errors and "not in the cache" are OSErrors, too
-        reason = " ".join(str(error).split())
-        fix = "fix the name or the network, or fetch the files elsewhere and give their folder"
-        raise ConfigError("SOURCE", f"{repository} cannot be fetched from the hub: {reason}", fix) from error
+        fix = "fix the name or the network, or download the files elsewhere and give their folder"
+        problem = f"{repository} cannot be fetched from the hub: {cause_of(error)}"
+        raise ConfigError("SOURCE", problem, fix) from error
     folder = Path(download)  # named after its commit
     return _list_folder(folder, f"{_HUB}:{repository}@{folder.name}")
 
@@ -195,20 +190,19 @@ def _fetch_from_hub(source: str, settings: PrepareSettings) -> list[QuestionFile
 def prepare(
     files: Sequence[QuestionFile], settings: PrepareSettings, bad_rows: list[BadRow], on_file: OnFile
 ) -> Prepared:
-    """Read what is wanted and sort it into train, heldout and test; the same input gives the same result.
+    """Read the files and split the questions into train, heldout and test; deterministic.
 
-    train keeps the order of ``settings.train`` and of the files (each step's questions are drawn by
-    ``questions.QuestionSampler``, whose order does not depend on it). heldout and test are shuffled by the ids, so that
-    their first ``evaluation.num_questions`` are a fair sample.
+    train keeps the order of ``settings.train`` and of the files (``questions.QuestionSampler`` does not depend on it).
+    heldout and test are shuffled by id, so that their first ``evaluation.num_questions`` are a fair sample.
 
     Args:
         files: of all sources; each is read once, when it is needed.
-        settings: what goes where.
-        bad_rows: filled with all bad rows, also when too many of them raise.
-        on_file: called with a file's name and its number of rows when it has been read.
+        settings: data sets, splits and filters.
+        bad_rows: receives all bad rows, also if there are too many.
+        on_file: called with the name and the number of rows of each file that was read.
 
     Raises:
-        DataError: a data set is nowhere, a file is unreadable, or there are too many bad rows; shows the first ones.
+        DataError: a data set is missing, a file is unreadable, or there are too many bad rows; shows the first ones.
     """
     reader = _Reader(files, settings.max_bad_rows, bad_rows, on_file)
     train, train_origins = reader.take(settings.train, ("train",))
@@ -244,7 +238,7 @@ def prepare(
 
 
 class _Reader:
-    """Reads each file once, and collects its questions and its bad rows."""
+    """Reads each file once, and collects questions and bad rows."""
 
     def __init__(
         self, files: Sequence[QuestionFile], max_bad_rows: int, bad_rows: list[BadRow], on_file: OnFile
@@ -257,7 +251,7 @@ class _Reader:
         self.questions: dict[QuestionFile, list[Question]] = {}
 
     def take(self, datasets: Sequence[str], splits: Sequence[str]) -> tuple[list[Question], dict[str, str]]:
-        """For each data set its questions in the first of ``splits`` that holds any, and which split that was."""
+        """Return the questions of each data set in the first of ``splits`` that has any, and that split."""
         taken: list[Question] = []
         origins: dict[str, str] = {}
         for dataset in datasets:
@@ -271,14 +265,12 @@ class _Reader:
                     origins[dataset] = split
                     break
             else:
-                self.check_bad_rows()  # rather than "none found" of a file whose every row is bad
+                self.check_bad_rows()  # if all rows of a file are bad, report them instead
                 there = {(q.dataset, file.split) for file, questions in self.questions.items() for q in questions}
                 there |= {(file.dataset, file.split) for file in self._files if file.dataset is not None}
                 pairs = ", ".join(sorted(f"{name}/{split}" for name, split in there)) or "nothing"
-                raise DataError(
-                    f"{dataset}: no question of it in a split {' or '.join(splits)}; there is {pairs}: "
-                    "name one of these, or add the source that holds it"
-                )
+                problem = f"no questions in a split {' or '.join(splits)}; found {pairs}"
+                raise DataError(f"{dataset}: {problem}: choose one of these, or add a source that holds it")
         return taken, origins
 
     def check_bad_rows(self) -> None:
@@ -298,9 +290,8 @@ class _Reader:
             if isinstance(question, DataError):
                 reason = str(question)
             elif (first := self._first_locations.setdefault(question.question_id, location)) != location:
-                # Files that were shuffled before they were numbered (AutoRefine's valid_500) do this to others.
-                problem = f"{location}: id {question.question_id!r} is that of {first}"
-                reason = f"{problem}; give each question an id of its own"
+                # Happens with files that were shuffled before they were numbered (AutoRefine's valid_500).
+                reason = f"{location}: id {question.question_id!r} is that of {first}; give each question its own id"
             else:
                 yield question
                 continue
@@ -309,7 +300,7 @@ class _Reader:
 
 
 def _shuffled(questions: Sequence[Question], seed: int) -> list[Question]:
-    # By hash of the id, as in QuestionSampler: a question that is added moves no other.
+    # By hash of the id, as in QuestionSampler: an added question moves no other.
     def rank(question: Question) -> bytes:
         return hashlib.blake2b(f"{seed}/heldout/{question.question_id}".encode(), digest_size=16).digest()
 
@@ -317,51 +308,49 @@ def _shuffled(questions: Sequence[Question], seed: int) -> list[Question]:
 
 
 def _text_key(question: Question) -> str:
-    # SQuAD's normalisation, as for answers: "Who is the king" and "who is king?" are one question.
+    # SQuAD's normalisation, as for answers: "The capital of Peru" and "capital of Peru?" are one question.
     return normalize_answer(question.text) or question.text
 
 
 def _first_with_text(questions: Sequence[Question]) -> dict[str, str]:
-    """Text key -> id of the first question with it."""
-    first: dict[str, str] = {}
-    for question in questions:
-        first.setdefault(_text_key(question), question.question_id)
-    return first
+    """Map text keys to the id of the first question with that text."""
+    return {_text_key(question): question.question_id for question in reversed(questions)}
 
 
 def check_target(folder: Path) -> None:
-    """Check that replacing the folder loses nothing: it may hold an earlier preparation alone.
+    """Check that a folder may be replaced: it holds nothing but an earlier preparation.
 
     Raises:
-        ConfigError: it holds other things.
+        ConfigError: it holds other files.
     """
     if not folder.exists():
         return
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         ours = {MANIFEST, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):  # not written by us: nothing in it may be replaced
+    except (OSError, ValueError, KeyError, TypeError):  # not a preparation
         ours = set()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     if not names <= ours:
-        raise ConfigError("--out", f"{folder} holds other things than prepared questions", "give a new folder")
+        raise ConfigError("--out", f"{folder} holds files other than prepared questions", "give a new folder")
 
 
-def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, file_format: FileFormat) -> Path:
-    """Write one file per split in our own schema, and the manifest; an earlier preparation there is replaced.
+def write_prepared(
+    prepared: Prepared, settings: PrepareSettings, folder: Path, file_format: Literal["parquet", "jsonl"]
+) -> Path:
+    """Write one file per split in our own schema, and the manifest; replaces an earlier preparation.
 
-    The folder appears whole or not at all, and the same input gives the same bytes (parquet: with the same pyarrow).
+    The folder is replaced as a whole, and the same input gives the same bytes (parquet: with the same pyarrow).
 
     Returns:
         Path of the manifest.
 
     Raises:
         ConfigError: see ``check_target``.
-        DataError: the files cannot be written; what was there stays.
+        DataError: the files cannot be written; an earlier preparation is kept.
     """
     check_target(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    replaced = partial.with_name(f"{partial.name}-old")
     try:
         partial.mkdir(parents=True)
         files = {}
@@ -379,38 +368,27 @@ def write_prepared(prepared: Prepared, settings: PrepareSettings, folder: Path, 
                 "from_split": prepared.origins[split],
                 "sha256": _sha256(path),
             }
-        manifest = {"layout": _LAYOUT, "settings": asdict(settings), "files": files, **_findings(prepared)}
+        manifest: dict[str, Any] = {"layout": _LAYOUT, "settings": asdict(settings), "files": files}
+        manifest["sources"] = [
+            {"source": file.source, "file": file.name, "num_questions": number, "sha256": _sha256(file.path)}
+            for file, number in prepared.files.items()
+        ]
+        manifest |= {"num_bad_rows": prepared.num_bad_rows, "num_dropped": prepared.num_dropped}
+        manifest |= {"duplicates": _pairs(prepared.duplicates), "leaks": _pairs(prepared.leaks)}
         text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)  # Ctrl-C between the two renames must not lose what was there
-        if isinstance(error, OSError):
-            raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
-        raise
+        replace_folder(partial, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder / MANIFEST
 
 
-def _findings(prepared: Prepared) -> dict[str, Any]:
-    """What the manifest says besides the files: sources, bad rows, duplicates, leaks."""
-    findings: dict[str, Any] = {
-        "sources": [
-            {"source": file.source, "file": file.name, "num_questions": number, "sha256": _sha256(file.path)}
-            for file, number in prepared.files.items()
-        ],
-        "num_bad_rows": prepared.num_bad_rows,
-        "num_dropped": prepared.num_dropped,
-    }
-    for name, same_as in (("duplicates", prepared.duplicates), ("leaks", prepared.leaks)):
-        by_kind = Counter(f"{a.rpartition(':')[0]} of {b.rpartition(':')[0]}" for a, b in same_as.items())
-        findings[name] = {"num": len(same_as), "by_kind": dict(sorted(by_kind.items())), "same_as": dict(same_as)}
-    return findings
+def _pairs(same_as: Mapping[str, str]) -> dict[str, Any]:
+    """Return the manifest entry of questions that have the text of another one."""
+    by_kind = Counter(f"{a.rpartition(':')[0]} of {b.rpartition(':')[0]}" for a, b in same_as.items())
+    return {"num": len(same_as), "by_kind": dict(sorted(by_kind.items())), "same_as": dict(same_as)}
 
 
 def _sha256(path: Path) -> str:

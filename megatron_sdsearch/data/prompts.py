@@ -1,7 +1,6 @@
-"""How a question is asked and how passages are shown: three profiles whose tags match Search-R1 and AutoRefine.
+"""Prompt profiles: instructions, tags and passage format, with the tags of Search-R1 and AutoRefine.
 
-Owns every fixed string that the policy reads, and the tags that it acts with; ``tokenization/`` owns chat templates and
-token ids.
+Owns every fixed string that the policy reads, and the action tags; ``tokenization/`` owns chat templates and token ids.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ That was no valid action. To search, put a query between <search> and </search>;
 
 SEARCH_END: Final = "</search>"
 ANSWER_END: Final = "</answer>"
-#: Tags of the actions, the same in all profiles.
+#: The same in all profiles.
 ACTION_TAGS: Final = ("<search>", SEARCH_END, "<answer>", ANSWER_END)
-#: First line of a hindsight block; a line per sibling follows, which begins with a label.
+#: First line of a hindsight block, followed by one labelled line per sibling.
 HINDSIGHT_HEADER: Final = "Earlier attempts at this question:"
 CORRECT: Final = "CORRECT: "
 INCORRECT: Final = "INCORRECT: "
@@ -52,15 +51,15 @@ _NO_HITS_BODY: Final = "No passage matches this query.\n"
 
 @dataclass(frozen=True, slots=True)
 class PromptProfile:
-    """The fixed strings of one way of asking.
+    """The fixed strings of a prompt format.
 
     Attributes:
         name: as in ``data.prompt_profile``.
-        instructions: what stands before the question; empty for ``plain``.
-        observation_open: tag before the search results.
-        observation_close: tag after them.
-        invalid_action_notice: shown, untrained and without tags around it, after a turn without an action.
-        no_hits_body: stands between the tags when nothing matched.
+        instructions: text before the question; empty for ``plain``.
+        observation_open: tag before search results.
+        observation_close: tag after search results.
+        invalid_action_notice: shown after a turn without an action, without tags; not trained on.
+        no_hits_body: shown between the tags if nothing matches.
     """
 
     name: str
@@ -71,11 +70,11 @@ class PromptProfile:
     no_hits_body: str = _NO_HITS_BODY
 
     def user_text(self, question_text: str, hindsight: str = "") -> str:
-        """The user message: instructions, then the hindsight block if any, then ``Question: ...`` as the last line.
+        """Return the user message: instructions, the hindsight block if any, and ``Question: ...`` as the last line.
 
         Args:
-            question_text: stripped here; a ``?`` is added where it lacks one.
-            hindsight: put verbatim on its own lines directly before the question.
+            question_text: is stripped; a missing ``?`` is added.
+            hindsight: inserted verbatim on lines of its own before the question.
         """
         text = question_text.strip()
         question = f"Question: {text if text.endswith('?') else text + '?'}"
@@ -83,19 +82,18 @@ class PromptProfile:
 
     @property
     def tags(self) -> frozenset[str]:
-        """Every tag that the policy reads or writes.
+        """All tags that the policy reads or writes.
 
-        A profile without instructions is for models that were taught the tags elsewhere: what they may write counts.
+        A profile without instructions is for models already trained on the tags: it includes all of them.
         """
         fixed = (self.instructions or _TAUGHT_TAGS, self.observation("").strip(), self.invalid_action_notice)
         return frozenset(tag for text in fixed for tag in _TAG.findall(text))
 
     def own_spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) in characters of the profile's own wording in a text that it made.
+        """Return (start, end) in characters of the profile's own strings in a text that it formatted.
 
-        That is the notice, the tags around a whole observation, or in a user message the instructions at its start and
-        the labels of a hindsight block's lines. All go by position: no text of a question, a passage or a query can
-        occur there.
+        These are the notice, the tags around a whole observation, or in a user message the leading instructions and the
+        labels of a hindsight block. They are found by position, where no question, passage or query text can be.
         """
         opening, closing = self.observation_prefix, self.observation_suffix
         if text == self.invalid_action_notice:
@@ -109,20 +107,20 @@ class PromptProfile:
 
     @property
     def observation_prefix(self) -> str:
-        """What comes before an observation's body, opening tag included."""
+        """The text before an observation's body, including the opening tag."""
         return f"\n\n{self.observation_open}"
 
     @property
     def observation_suffix(self) -> str:
-        """What comes after an observation's body, cut or not, closing tag included."""
+        """The text after an observation's body, including the closing tag."""
         return f"{self.observation_close}\n\n"
 
     def observation(self, body: str) -> str:
-        """One whole, uncut observation. The body is kept verbatim, tags inside it too."""
+        """Return a whole observation; the body is kept verbatim, including tags in it."""
         return f"{self.observation_prefix}{body}{self.observation_suffix}"
 
     def format_passages(self, passages: Sequence[Passage]) -> str:
-        """One ``Doc i(Title: ...) ...`` line per passage, best first, counted from 1; ``no_hits_body`` for none."""
+        """Return a line ``Doc i(Title: ...) ...`` per passage, with i from 1; ``no_hits_body`` without passages."""
         if not passages:
             return self.no_hits_body
         lines = ""
@@ -143,10 +141,10 @@ _PROFILES: Final = {
 
 
 def get_profile(name: str) -> PromptProfile:
-    """The profile of that name.
+    """Return a profile by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     if name not in _PROFILES:
         raise ConfigError("data.prompt_profile", f"{name!r} is unknown", f"choose one of {', '.join(_PROFILES)}")

@@ -1,6 +1,6 @@
-"""Reads question files into ``records.Question``, and decides which questions each step gets.
+"""Reads question files into ``records.Question``, and samples the questions of each step.
 
-Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. ``gold_answers.py`` reads gold
+Owns the three row schemas (our own, Search-R1's, FlashRAG's) and the sampling order. ``gold_answers.py`` parses gold
 answers.
 """
 
@@ -33,7 +33,7 @@ _Id = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is
 
 
 class _Row(BaseModel):
-    # Published files carry more columns than we read (ability, metadata, ...).
+    # Published files have additional columns (ability, metadata, ...).
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
@@ -54,10 +54,10 @@ class _FlashRagRow(_Row):
     golden_answers: GoldAnswers
 
     def to_question(self, path: Path) -> Question:
-        # Rows do not say where they come from; FlashRAG's layout does: <dataset>/<split>.jsonl. Links are not followed:
-        # the hub's cache keeps its files under other names.
+        # Data set and split are in the path: <dataset>/<split>.jsonl. Links are not resolved, because the hub's cache
+        # stores the files under other names.
         dataset, split = Path(os.path.abspath(path)).parent.name, path.stem
-        # FlashRAG calls row 7 of train "train_7", Search-R1 calls it 7: one question, one id.
+        # Row 7 of train is "train_7" in FlashRAG and 7 in Search-R1: give both the same id.
         index = self.id.removeprefix(f"{split}_")
         question_id = f"{dataset}:{split}:{index if index.isdecimal() else self.id}"
         return Question(question_id=question_id, text=self.question, gold_answers=self.golden_answers, dataset=dataset)
@@ -73,7 +73,7 @@ class _GroundTruth(_Row):
 
 
 class _RewardModel(_Row):
-    # verl's rows of other tasks have the answers themselves there.
+    # In verl's rows of other tasks this holds the answers themselves.
     ground_truth: Annotated[
         _GroundTruth, BeforeValidator(lambda value: {"target": value} if isinstance(value, str | list) else value)
     ]
@@ -102,7 +102,7 @@ class _SearchR1Row(_Row):
                 f"golden_answers: is {self.golden_answers!r:.80}, but reward_model.ground_truth.target is "
                 f"{target!r:.80}; remove the wrong one"
             )
-        # index restarts in each data set and split, so alone it would merge unrelated questions into one group.
+        # index alone is not unique: it restarts in each data set and split.
         question_id = f"{self.data_source}:{self.extra_info.split}:{self.extra_info.index}"
         return Question(question_id=question_id, text=text, gold_answers=target, dataset=self.data_source)
 
@@ -110,20 +110,18 @@ class _SearchR1Row(_Row):
 def read_questions(path: Path) -> tuple[Question, ...]:
     """Read a ``.jsonl`` or ``.parquet`` file of questions, in file order.
 
-    Each row is in our own schema, Search-R1's, or FlashRAG's (recognised by its keys).
+    Each row has our own schema, Search-R1's or FlashRAG's, recognised by its keys.
 
     Raises:
-        DataError: names file, line (or row), field and fix: a bad row, an id that occurs twice, an unknown suffix,
-            a missing or an empty file.
+        DataError: a row is invalid, an id is duplicated, the suffix is unknown, or the file is missing or empty; names
+            file, line (or row), field and fix.
     """
     questions: dict[str, Question] = {}
     for location, question in scan_questions(path):
         if isinstance(question, DataError):
             raise question
         if question.question_id in questions:
-            raise DataError(
-                f"{location}: id {question.question_id!r} stands twice; give each question an id of its own"
-            )
+            raise DataError(f"{location}: id {question.question_id!r} is a duplicate; give each question its own id")
         questions[question.question_id] = question
     if not questions:
         raise DataError(f"{path}: holds no questions; {_SCHEMAS}")
@@ -131,10 +129,10 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 
 
 def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
-    """Yield the location of every row with its question, or with what is wrong with it, so that a caller may go on.
+    """Yield the location of every row with its question, or with an error, so that a caller can continue.
 
     Raises:
-        DataError: the file itself cannot be read, is of another kind, or lacks a column that every row needs.
+        DataError: the file itself cannot be read, has another format, or lacks a required column.
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path}: suffix {path.suffix!r} is unknown; give a .jsonl or .parquet file")
@@ -142,32 +140,25 @@ def scan_questions(path: Path) -> Iterator[tuple[str, Question | DataError]]:
         raise DataError(f"{path}: does not exist; give the path of a question file")
     refuse_other_kind(path, "JSON Lines" if path.suffix == ".jsonl" else "parquet")
     for location, row in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
-        if isinstance(row, DataError):
-            yield location, row
-            continue
         try:
-            yield location, _parse_row(row, path)
+            yield location, row if isinstance(row, DataError) else _parse_row(row, path)
         except DataError as error:
             yield location, DataError(f"{location}: {error}")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Location and content of each row; a ``DataError`` where the line is not JSON."""
+    """Yield location and content of each row; a ``DataError`` if the line is not JSON."""
     try:
-        lines = path.open("rb")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                location = f"{path}:{number}"
+                try:
+                    if line.strip():
+                        yield location, json.loads(line)
+                except ValueError as error:  # not JSON, or not UTF-8
+                    yield location, DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file that may be read") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            location = f"{path}:{number}"
-            row: Any
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                row = DataError(f"{location}: is not JSON ({error}); write one JSON object per line")
-            yield location, row
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -208,18 +199,17 @@ def _schema_of(row: dict[str, Any]) -> type[_OwnRow | _FlashRagRow | _SearchR1Ro
 
 
 def _find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str, str]]) -> str:
-    """The question of a Search-R1 or verl row, stripped: that of its own field, compared with its prompt.
+    """Return the question of a Search-R1 or verl row, from its own field, after a comparison with the prompt.
 
-    The prompt is instructions and question in one text, in as many wordings as there are projects; Search-R1's rows
-    also have the question as ``question``, verl's as ``extra_info.question``. Without both, the marker in the prompt
-    counts.
+    The prompt combines instructions, worded differently by each project, and the question. Search-R1's rows also have
+    the question as ``question``, verl's as ``extra_info.question``. Without either, it follows a marker in the prompt.
 
     Args:
-        fields: by name, those that may hold it; empty ones are not there.
-        prompt: (role, content) of each message. The user's last one asks; an assistant's after it is a prefill.
+        fields: the fields that may hold the question, by name; empty ones are ignored.
+        prompt: (role, content) of each message. The last user message has the question; an assistant's is a prefill.
 
     Raises:
-        DataError: fields and prompt disagree, or the question is in no field and cannot be found in the prompt.
+        DataError: fields and prompt disagree, or no field has the question and it cannot be found in the prompt.
     """
     asked = next((content for role, content in reversed(prompt) if role == "user"), "")
     if not asked.strip():
@@ -232,44 +222,41 @@ def _find_question(fields: Mapping[str, str | None], prompt: Sequence[tuple[str,
     for other, text in given.items():
         if _key(text) != key:
             raise DataError(f"{other}: is {text!r:.80}, but {name} is {question!r:.80}; remove the wrong one")
-    # Not as a part of longer words: a question of one letter is in every prompt. Other scripts have no such words.
+    # Whole words only: a question of one letter occurs in every prompt. Other scripts may not separate words.
     if not key or not re.search(rf"(?<![A-Za-z0-9]){re.escape(key)}(?![A-Za-z0-9])", _key(asked)):
         raise DataError(f"{name}: {question!r:.80} does not occur in the prompt {asked!r:.200}; remove the wrong one")
     return question
 
 
 def _after_marker(asked: str) -> str:
-    _, marker, question = asked.partition(_MARKER)
-    question = question.strip()
-    if not marker:
-        raise DataError(f"prompt: has no {_MARKER!r}, so where its question begins is unclear; {_QUESTION_FIX}")
-    if (number := asked.count(_MARKER)) > 1:
-        raise DataError(
-            f"prompt: has {_MARKER!r} {number} times, so where its question begins is unclear; {_QUESTION_FIX}"
-        )
-    if not question:
-        raise DataError(f"prompt: nothing follows {_MARKER!r}; {_QUESTION_FIX}")
-    if "\n" in question:
-        raise DataError(f"prompt: several lines follow {_MARKER!r}, and not all need be the question; {_QUESTION_FIX}")
-    return question
+    question = asked.partition(_MARKER)[2].strip()
+    if (number := asked.count(_MARKER)) != 1:
+        problem = f"has {_MARKER!r} {number} times instead of once, so the start of its question is unclear"
+    elif not question:
+        problem = f"nothing follows {_MARKER!r}"
+    elif "\n" in question:
+        problem = f"several lines follow {_MARKER!r}, and the end of the question is unclear"
+    else:
+        return question
+    raise DataError(f"prompt: {problem}; {_QUESTION_FIX}")
 
 
 def _key(text: str) -> str:
-    # Search-R1 adds the question mark to both, verl's ports to one of them.
+    # Search-R1 adds a question mark to both field and prompt, verl's ports only to one of them.
     return " ".join(text.split()).rstrip("? ").casefold()
 
 
 class QuestionSampler:
-    """Which questions each step gets: pure functions of (seed, step), so that a resumed run needs no state.
+    """Samples the questions of each step: pure functions of (seed, step), so that a resumed run needs no state.
 
-    Questions come in epochs, each a shuffle of all of them; batches run on across the border of two epochs.
+    Each epoch shuffles all questions; a batch may span two epochs.
     """
 
     def __init__(self, questions: Sequence[Question], seed: int, questions_per_step: int) -> None:
-        """Check that a batch fits the pool.
+        """Create a sampler.
 
         Raises:
-            ConfigError: a batch is larger than the pool.
+            ConfigError: there are fewer questions than a step needs.
         """
         if not 1 <= questions_per_step <= len(questions):
             raise ConfigError(
@@ -280,24 +267,24 @@ class QuestionSampler:
         self._questions = tuple(questions)
         self._seed = seed
         self._questions_per_step = questions_per_step
-        self._orders: list[IntArray] = []  # of epochs 0, 1, ...: a cache, recomputed at will
-        self._fresh_orders: dict[int, IntArray] = {}  # of the last step asked for: a cache as well
+        self._orders: list[IntArray] = []  # cache: of epochs 0, 1, ...
+        self._fresh_orders: dict[int, IntArray] = {}  # cache: of the last requested step
 
     def batch(self, step: int) -> tuple[Question, ...]:
-        """The ``questions_per_step`` questions of that step (0-based), no two the same."""
+        """Return the ``questions_per_step`` distinct questions of a step (0-based)."""
         return tuple(self._questions[index] for index in self._batch_indices(step))
 
     def fresh(self, step: int, index: int) -> tuple[Question, int]:
-        """The ``index``-th (0-based) question of an endless list that a step may ask beside its batch.
+        """Return the ``index``-th (0-based) question of an endless list of additional questions for a step.
 
-        The list cycles through all questions that are not in the batch (all questions, where none is left), in an order
-        of its own: a pure function of (seed, step, index).
+        The list cycles through all questions outside the batch (or all questions, if none is), in its own order: a pure
+        function of (seed, step, index).
 
         Returns:
-            The question, and how often batch and list have held it before that index.
+            The question, and how often batch and list contain it before that index.
         """
         if step not in self._fresh_orders:
-            # Steps begin where their predecessor might have ended, so that they do not all ask the same questions.
+            # Each step starts at a different offset, so that they do not all use the same questions.
             rotated = np.roll(self._spare_order, -step * self._questions_per_step)
             is_fresh = ~np.isin(rotated, self._batch_indices(step))
             self._fresh_orders = {step: rotated[is_fresh] if is_fresh.any() else rotated}
@@ -318,19 +305,19 @@ class QuestionSampler:
         return chosen
 
     def _order(self, epoch: int) -> IntArray:
-        """[len(questions)] indices of an epoch; a batch that began in the epoch before gets no question twice."""
+        """[len(questions)] indices of an epoch; a batch that spans two epochs gets no question twice."""
         while len(self._orders) <= epoch:
             order = self._shuffled(len(self._orders))
             if num_carried := len(self._orders) * len(self._questions) % self._questions_per_step:
                 is_fresh = ~np.isin(order, self._orders[-1][-num_carried:])
-                # The remainder of the batch comes first, then the questions that it skipped; the others do not move.
+                # First the remainder of the batch, then the questions that it skipped, then the others, unmoved.
                 head = np.flatnonzero(is_fresh)[: self._questions_per_step - num_carried]
                 order = np.concatenate([order[head], np.delete(order, head)])
             self._orders.append(order)
         return self._orders[epoch]
 
     def _shuffled(self, epoch: int | str) -> IntArray:
-        # Sorting by hash, not a library's generator: the order outlives numpy versions and changes of the file's order.
+        # Sorted by hash: the order does not depend on the numpy version or on the order of the file.
         def rank(index: int) -> bytes:
             key = f"{self._seed}/{epoch}/{self._questions[index].question_id}"
             return hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -1,8 +1,8 @@
-"""Text to index terms as Lucene 8 does it, so that rankings equal Elasticsearch's ``standard`` and ``english`` fields.
+"""Text analysis like Lucene 8's, so that rankings equal those of Elasticsearch's ``standard`` and ``english`` fields.
 
-Owns tokenizing, stop words and stemming. Checked against terms that Lucene 8.7 itself wrote
-(``tests/unit/retrieval/lucene_golden.json``). Known to differ: malformed emoji sequences, keycaps and flags of regions,
-and characters newer than Lucene's Unicode.
+Owns tokenization, stop words and stemming. Tested against terms produced by Lucene 8.7
+(``tests/unit/retrieval/lucene_golden.json``). Known differences: malformed emoji sequences, keycaps, flags of regions,
+and characters newer than Lucene's Unicode version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nltk.stem.porter import PorterStemmer
 Analyzer = Callable[[str], list[str]]
 
 MAX_TOKEN_LENGTH = 255
-"""Characters; longer tokens are cut into pieces of this length, as Lucene's StandardTokenizer does."""
+"""Characters; longer tokens are split into pieces of this length, as by Lucene's StandardTokenizer."""
 
 # Lucene's EnglishAnalyzer.ENGLISH_STOP_WORDS_SET.
 _STOP_WORDS = frozenset(
@@ -30,19 +30,19 @@ _POSSESSIVE = regex.compile(r"['\u2019\uFF07][sS]$")
 
 
 def _word_pattern(*, letter: str, digit: str, kana: str, joiner: str, in_word: str, in_number: str) -> str:
-    """Words and numbers by the word-break rules of Unicode's annex 29; each argument is a pattern of one character."""
+    """Match words and numbers by Unicode's word-break rules (annex 29); each argument matches one character."""
     word = f"{letter}(?:(?:{joiner}*|{in_word}){letter})*"  # WB5-7
     number = f"{digit}(?:(?:{joiner}*|{in_number}){digit})*"  # WB8, WB11-12
     kana_run = f"{kana}(?:{joiner}*{kana})*"  # WB13
     piece = f"(?:{kana_run}|(?:{number}|{word})+)"  # WB9-10
-    # A word starts at the first of its joiners: without the look-behind a long row of underscores takes quadratic time.
+    # A word starts at its first joiner: without the look-behind a long run of underscores takes quadratic time.
     return f"(?<!{joiner}){joiner}*{piece}(?:{joiner}+{piece})*{joiner}*"  # WB13a-b
 
 
 def _unicode_pattern() -> str:
-    """What annex 29 calls words, single ideographs and kana, and emoji.
+    """Match the words of annex 29, single ideographs and kana, and emoji.
 
-    The annex leaves Han, kana and South-East Asian scripts to dictionaries; Lucene takes the latter as runs.
+    The annex leaves Han, kana and South-East Asian scripts to dictionaries; Lucene keeps runs of the latter.
     """
     ignored = r"[[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]--\p{Emoji_Modifier}]*+"  # WB4
 
@@ -68,31 +68,31 @@ def _unicode_pattern() -> str:
     return f"{words}|{south_east_asian}|{single}|{flag}|{emoji}"
 
 
-# The same rules over ASCII's few members of each class: several times faster, and most text is ASCII.
+# The same rules for ASCII, which most text is: several times faster.
 _ASCII_TOKEN = re.compile(
     _word_pattern(letter="[A-Za-z]", digit="[0-9]", kana="(?!)", joiner="_", in_word="[:.']", in_number="[,;.']")
 )
-# ``regex`` knows Unicode's Word_Break property; Python's own ``re`` does not.
+# ``regex`` supports Unicode's Word_Break property; ``re`` does not.
 _TOKEN = regex.compile(_unicode_pattern(), flags=regex.VERSION1)
 
 
 def analyze_standard(text: str) -> list[str]:
-    """Words in lower case, in order (Elasticsearch's ``standard`` analyzer: no stop words)."""
+    """Return words in lower case (Elasticsearch's ``standard`` analyzer, which removes no stop words)."""
     return [_lower(token) for token in _tokens(text)]
 
 
 def analyze_english(text: str) -> list[str]:
-    """Stems in order: words without possessive, lower case, without stop words, Porter (Lucene's EnglishAnalyzer)."""
+    """Return stems: possessives and stop words removed, lower case, Porter stemmer (Lucene's EnglishAnalyzer)."""
     words = (_lower(_POSSESSIVE.sub("", token)) for token in _tokens(text))
     return [_stem(word) for word in words if word not in _STOP_WORDS]
 
 
 ANALYZERS: dict[str, Analyzer] = {"standard": analyze_standard, "english": analyze_english}
-"""``retrieval.analyzer`` to a pure function from text to terms."""
+"""Functions from text to terms, by ``retrieval.analyzer``."""
 
 
 def first_tokens(text: str, count: int) -> str:
-    """``text`` up to the end of its ``count``-th token, or all of it; tokens as of the ``standard`` analyzer."""
+    """Cut ``text`` after its ``count``-th token of the ``standard`` analyzer, if it has more."""
     pattern = _ASCII_TOKEN if text.isascii() else _TOKEN
     ends = (match.end() for match in pattern.finditer(text))
     return text[: next(islice(ends, count - 1, None), len(text))]
@@ -109,7 +109,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _pieces(pattern: re.Pattern[str] | regex.Pattern[str], token: str) -> Iterator[str]:
-    # Lucene scans on after the longest token that fits, which a quote or a dot may have ended early.
+    # Lucene resumes after the longest token that fits, which a quote or a dot may have ended early.
     start = 0
     while start < len(token):
         piece = pattern.search(token[start : start + MAX_TOKEN_LENGTH])
@@ -121,12 +121,12 @@ def _pieces(pattern: re.Pattern[str] | regex.Pattern[str], token: str) -> Iterat
 def _lower(token: str) -> str:
     if token.isascii():
         return token.lower()
-    # Java lowers each code point by itself, to one code point: no final sigma, and a dotted capital I loses its dot.
+    # Java lower-cases each code point to a single one: no final sigma, and a dotted capital I loses its dot.
     return "".join(character.lower()[0] for character in token)
 
 
 @lru_cache(maxsize=1 << 18)
 def _stem(word: str) -> str:
-    # Words repeat: the cache makes indexing of natural text several times faster.
+    # Words repeat: caching makes indexing several times faster.
     stem: str = _STEMMER.stem(word, to_lowercase=False)
     return stem

@@ -17,7 +17,7 @@ class Retriever(Protocol):
         ...
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """Best passages first, at most ``top_k``; an empty sequence means that nothing matched.
+        """Return at most ``top_k`` passages, best first; empty when nothing matches.
 
         Raises:
             RetrievalError: the engine failed. Never returned as an empty result.
@@ -25,5 +25,5 @@ class Retriever(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give connections and files back. Called once."""
+        """Close connections and files. Called once."""
         ...

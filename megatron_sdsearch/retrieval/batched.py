@@ -1,18 +1,18 @@
-"""A remote search engine, asked by many coroutines in few requests and through failures that pass.
+"""Retriever for remote engines: batches the queries of many coroutines, retries requests and waits out outages.
 
-Owns batches, the number of open requests, retries and outages, for every remote engine. An engine is a
-``SearchBackend``, which answers one batch and says what a failure means (``elasticsearch.py``, ``http.py``)::
+Owns batching, the limit on open requests, retries and outages, for every remote engine. An engine is a
+``SearchBackend``, which sends one batch and classifies failures (``elasticsearch.py``, ``http.py``)::
 
     retriever = BatchedRetriever(await ElasticsearchBackend.open(config), config)
-    passages = await retriever.search("author of the lusiads", top_k=3)   # (): nothing matched; a failure raises
+    passages = await retriever.search("author of the lusiads", top_k=3)   # (): nothing matched; failures raise
     await retriever.close()
 
-- A batch leaves when it is full, or ``batch_window_ms`` after its first query, as soon as one of ``max_requests`` slots
-  is free. All its queries have one ``top_k``.
-- Only a failure that may pass is retried, and only for the queries that it hit, after an exponential backoff.
-- After five requests in a row without one answered query there is an outage: queries wait, and one of them at a time is
-  sent to see whether the engine is back. Attempts during an outage do not count. ``down_timeout_s`` after the first
-  failure all queries raise ``RetrievalDownError``, which ends the run (ADR 0006).
+- A batch is sent when it is full, or ``batch_window_ms`` after its first query, once one of ``max_requests`` slots is
+  free. All its queries have the same ``top_k``.
+- Only transient failures are retried, only for the queries affected, with exponential backoff.
+- An outage begins after five consecutive requests without an answered query: queries wait, and one at a time is sent as
+  a probe. Attempts during an outage do not count towards ``max_attempts``. ``down_timeout_s`` after the first failure
+  all queries raise ``RetrievalDownError``, which ends the run (ADR 0006).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import asyncio
 import logging
 import math
 import random
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
@@ -36,19 +37,18 @@ T = TypeVar("T")
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.2, 10.0
 _REQUESTS_OF_AN_OUTAGE = 5
-"""So many in a row without an answered query."""
-_SHOWN_QUERY = 200  # characters
+"""Consecutive requests without an answered query that begin an outage."""
 
 
 @dataclass(eq=False)
 class SearchError(Exception):
-    """A query, or a whole request, was not answered.
+    """A query, or a whole request, failed.
 
     Attributes:
-        cause: for a person; holds no secret.
-        is_retryable: the same request may be answered later.
-        retry_after_s: the wait that the engine has asked for.
-        setting: the setting at fault, without its section; empty when none is, or it is not known.
+        cause: readable description, without secrets.
+        is_retryable: the same request may succeed later.
+        retry_after_s: the wait requested by the engine.
+        setting: the setting at fault, without its section; empty if none is known.
         fix: what to do about it.
     """
 
@@ -60,7 +60,7 @@ class SearchError(Exception):
     fix: str = ""
 
     def __str__(self) -> str:
-        """Cause and fix."""
+        """Return cause and fix."""
         return f"{self.cause}; {self.fix}" if self.fix else self.cause
 
 
@@ -68,13 +68,13 @@ Outcome = Sequence[Passage] | SearchError
 
 
 class SearchBackend(Protocol):
-    """One engine: how a batch is sent, and what its answer means.
+    """Sends batches to one engine and interprets the responses.
 
     Attributes:
         name: address and index, for messages.
         fingerprint: see ``Retriever``.
-        num_passages: in the index; None when that is not known.
-        version_warning: what is doubtful about the engine's version; empty when nothing is.
+        num_passages: size of the index; None if unknown.
+        version_warning: a warning about the engine's version; empty if there is none.
     """
 
     name: str
@@ -83,10 +83,10 @@ class SearchBackend(Protocol):
     version_warning: str
 
     async def search_batch(self, queries: Sequence[str], top_k: int) -> Sequence[Outcome]:
-        """Send one request; one outcome per query, in their order. Any other exception is a bug, and is passed on.
+        """Send one request and return one outcome per query, in order. Any other exception is a bug.
 
         Raises:
-            SearchError: no query was answered.
+            SearchError: the whole request failed.
         """
         ...
 
@@ -96,20 +96,25 @@ class SearchBackend(Protocol):
 
 
 COUNTS = ("num_queries", "num_requests", "num_retries", "num_failures", "num_outages")
-"""Queries asked by callers, requests sent, queries sent again, queries that raised, and outages that began."""
+"""Calls of ``search``, requests sent, queries sent again, searches that raised, and outages that began."""
+
+
+def parse_retry_after(header: str | None) -> float | None:
+    """Read a ``Retry-After`` header in seconds; a date is ignored."""
+    return float(header) if header and re.fullmatch(r"\d+(\.\d+)?", header) else None
 
 
 def backoff_s(attempt: int, retry_after_s: float | None = None) -> float:
-    """Seconds to wait after the ``attempt``-th failure, counted from 1: doubled each time, half of it random."""
+    """Return the seconds to wait after the ``attempt``-th failure (from 1): doubled each time, half of it random."""
     wait = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt - 1, 30))
     return max(wait * random.uniform(0.5, 1.0), min(retry_after_s or 0.0, LONGEST_BACKOFF_S))
 
 
 async def retry(request: Callable[[], Awaitable[T]], *, max_attempts: float = math.inf, limit_s: float = math.inf) -> T:
-    """Send a request again while its failure is one that passes.
+    """Send a request until it succeeds, retrying transient failures.
 
     Raises:
-        SearchError: the last one: it is final, or attempts or seconds are spent.
+        SearchError: the last failure is permanent, or the attempts or seconds are used up.
     """
     ends_at, attempt = asyncio.get_running_loop().time() + limit_s, 0
     while True:
@@ -126,7 +131,7 @@ async def retry(request: Callable[[], Awaitable[T]], *, max_attempts: float = ma
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Queries that leave together."""
+    """Queries sent in one request."""
 
     queries: list[str] = field(default_factory=list)
     outcomes: list[asyncio.Future[Outcome | None]] = field(default_factory=list)
@@ -134,10 +139,10 @@ class _Batch:
 
 
 class BatchedRetriever:
-    """A ``Retriever`` over a backend; see the module. Lives on one event loop; nothing runs while no query waits.
+    """A ``Retriever`` over a backend; see the module. Bound to one event loop; runs no task while no query waits.
 
     Args:
-        backend: belongs to the retriever from now on: ``close`` closes it.
+        backend: owned by the retriever: ``close`` closes it.
         config: the engine's section.
     """
 
@@ -154,23 +159,23 @@ class BatchedRetriever:
         self._counts = dict.fromkeys(COUNTS, 0)
         self._is_closed = False
         self.is_in_outage = False
-        self._probe_turn = asyncio.Lock()  # first come, first served: each probe is another query
-        self._num_lost_requests = 0  # in a row
+        self._probe_turn = asyncio.Lock()  # fair: each probe is a different query
+        self._num_lost_requests = 0  # consecutive
         self._num_probes = 0  # of this outage
         self._failing_since: float | None = None
         self._last_cause = ""
 
     def take_counts(self) -> dict[str, int]:
-        """What happened since the last call, by the names of ``COUNTS``."""
+        """Return the ``COUNTS`` since the last call, and reset them."""
         counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
         return counts
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """Best passages first. A query of white space alone matches nothing, and is not sent.
+        """Return passages, best first. A blank query matches nothing and is not sent.
 
         Raises:
-            RetrievalError: the query was not answered: with cause, query and number of attempts.
-            RetrievalDownError: nothing at all was answered for ``down_timeout_s``.
+            RetrievalError: the query failed; has cause, query and number of attempts.
+            RetrievalDownError: no query was answered for ``down_timeout_s``.
             ValueError: ``top_k`` is less than 1.
         """
         if top_k < 1:
@@ -180,7 +185,7 @@ class BatchedRetriever:
         if not query.strip():
             return ()
         self._counts["num_queries"] += 1
-        # Half a surrogate pair has no UTF-8: it would spoil the whole batch's body.
+        # A lone surrogate cannot be encoded in UTF-8 and would break the request of the whole batch.
         search = asyncio.create_task(self._answer(query.encode("utf-8", "replace").decode(), top_k))
         self._searches.add(search)
         try:
@@ -195,10 +200,16 @@ class BatchedRetriever:
         finally:
             self._searches.discard(search)
             if not self._searches:
-                self._become_idle()
+                for request in self._requests:
+                    request.cancel()
+                self._open_batches.clear()
+                # Idle time does not count towards down_timeout_s.
+                now = asyncio.get_running_loop().time()
+                if self._failing_since is not None and now - self._failing_since < self._config.down_timeout_s:
+                    self._failing_since = None
 
     async def close(self) -> None:
-        """Queries that still wait raise RetrievalError; returns when every request has ended."""
+        """End all requests; queries that still wait raise RetrievalError."""
         self._is_closed = True
         tasks = [*self._searches, *self._requests]
         for task in tasks:
@@ -213,14 +224,14 @@ class BatchedRetriever:
         while True:
             outcome = await (self._probe(query, top_k) if self.is_in_outage else self._join_batch(query, top_k))
             if outcome is None:
-                continue  # not sent: an outage has begun, or ended
+                continue  # not sent: an outage began or ended
             num_attempts += 1
             self._counts["num_retries"] += num_attempts > 1
             if not isinstance(outcome, SearchError):
                 return outcome
             num_counted += not self.is_in_outage
             if not outcome.is_retryable or num_counted >= self._config.max_attempts:
-                shown = repr(query if len(query) <= _SHOWN_QUERY else query[:_SHOWN_QUERY] + "...")
+                shown = repr(query if len(query) <= 200 else query[:200] + "...")
                 times = f"{num_attempts} attempt{'s' * (num_attempts != 1)}"
                 raise RetrievalError(
                     f"{self.backend.name}: search for {shown} failed after {times}: {outcome}",
@@ -232,7 +243,7 @@ class BatchedRetriever:
                 await asyncio.sleep(backoff_s(num_counted, outcome.retry_after_s))
 
     async def _join_batch(self, query: str, top_k: int) -> Outcome | None:
-        """The outcome of a query that leaves with others; None when it was not sent, for an outage has begun."""
+        """Return the outcome of a query sent in a batch; None if an outage began before it was sent."""
         batch = self._open_batches.get(top_k)
         if batch is None:
             batch = self._open_batches[top_k] = _Batch()
@@ -252,25 +263,25 @@ class BatchedRetriever:
             async with asyncio.timeout(self._config.batch_window_ms / 1000):
                 await batch.is_full.wait()
         async with self._slots:
-            if self._open_batches.get(top_k) is batch:  # has taken more queries while it waited for a slot
+            if self._open_batches.get(top_k) is batch:  # it could take queries while it waited for a slot
                 del self._open_batches[top_k]
-            # A caller that was cancelled took its query along.
-            asked = [(q, o) for q, o in zip(batch.queries, batch.outcomes, strict=True) if not o.done()]
-            outcomes: Sequence[Outcome | None] = [None] * len(asked)
+            # Queries of cancelled callers are not sent.
+            pending = [(q, o) for q, o in zip(batch.queries, batch.outcomes, strict=True) if not o.done()]
+            outcomes: Sequence[Outcome | None] = [None] * len(pending)
             try:
-                if asked and not self.is_in_outage:
-                    outcomes = await self._request([query for query, _ in asked], top_k)
-            except Exception as error:  # noqa: BLE001  # a bug of the backend: every caller shall see it
-                for _, future in asked:
+                if pending and not self.is_in_outage:
+                    outcomes = await self._request([query for query, _ in pending], top_k)
+            except Exception as error:  # noqa: BLE001  # a bug of the backend, raised in every caller
+                for _, future in pending:
                     if not future.done():
                         future.set_exception(error)
                 return
-        for (_, future), outcome in zip(asked, outcomes, strict=True):
+        for (_, future), outcome in zip(pending, outcomes, strict=True):
             if not future.done():
                 future.set_result(outcome)
 
     async def _probe(self, query: str, top_k: int) -> Outcome | None:
-        """The outcome of a query that is sent alone, when its turn comes; None when the outage has ended before."""
+        """Send a query alone when its turn comes; None if the outage ended first."""
         async with self._probe_turn:
             if not self.is_in_outage:
                 return None
@@ -289,7 +300,7 @@ class BatchedRetriever:
             return outcome
 
     async def _request(self, queries: Sequence[str], top_k: int) -> Sequence[Outcome]:
-        """Send one request, and learn from its outcomes whether the engine is there."""
+        """Send one request and track outages by its outcomes."""
         self._counts["num_requests"] += 1
         outcomes: Sequence[Outcome]
         try:
@@ -302,10 +313,10 @@ class BatchedRetriever:
             outcomes = [failure] * len(queries)
         if len(outcomes) != len(queries):
             raise ValueError(f"{self.backend.name}: {len(outcomes)} outcomes for {len(queries)} queries")
-        lost = [each for each in outcomes if isinstance(each, SearchError) and each.is_retryable]
-        if len(lost) < len(outcomes):  # a refusal is an answer, too: the engine is there
+        lost = [outcome for outcome in outcomes if isinstance(outcome, SearchError) and outcome.is_retryable]
+        if len(lost) < len(outcomes):  # a permanent failure also shows that the engine is up
             if self.is_in_outage:
-                _log.warning("%s: answers again", self.backend.name)
+                _log.warning("%s: the outage is over", self.backend.name)
             self.is_in_outage, self._failing_since, self._num_lost_requests = False, None, 0
             return outcomes
         self._last_cause = str(lost[0])
@@ -315,14 +326,5 @@ class BatchedRetriever:
         if not self.is_in_outage and self._num_lost_requests >= _REQUESTS_OF_AN_OUTAGE:
             self.is_in_outage, self._num_probes = True, 0
             self._counts["num_outages"] += 1
-            _log.warning("%s: does not answer, searches wait: %s", self.backend.name, self._last_cause)
+            _log.warning("%s: outage, searches wait: %s", self.backend.name, self._last_cause)
         return outcomes
-
-    def _become_idle(self) -> None:
-        """No query waits: end the requests, and do not count the time until the next query as the engine's."""
-        for request in self._requests:
-            request.cancel()
-        self._open_batches.clear()
-        now = asyncio.get_running_loop().time()
-        if self._failing_since is not None and now - self._failing_since < self._config.down_timeout_s:
-            self._failing_since = None

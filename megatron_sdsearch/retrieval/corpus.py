@@ -1,7 +1,7 @@
-"""The corpus file: passages as JSONL, gzipped JSONL or parquet, checked one by one as they stream past.
+"""Reads corpus files: passages as JSONL, gzipped JSONL or parquet, validated row by row.
 
-Owns what a passage row must look like, for every engine that indexes one. Terms and indices are the engines'. The
-published wiki-18 dump of Search-R1 is such a file: ``{"id": "0", "contents": "\\"Title\\"\\ntext"}``.
+Owns the row format for every engine that builds an index. Search-R1's published wiki-18 dump has it:
+``{"id": "0", "contents": "\\"Title\\"\\ntext"}``.
 """
 
 from __future__ import annotations
@@ -23,30 +23,26 @@ from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.records import bare_title
 
 OnReject = Callable[[str, str], None]
-"""Called with the position of a bad row (``file:line``) and what is wrong with it."""
+"""Called with the position of an invalid row (``file:line``) and the problem."""
 
 _FIX = 'write {"id": "...", "contents": "\\"Title\\"\\ntext"} on one line'
 _PARQUET_FIX = "give the columns id and contents, or id, title and text"
-_PARQUET_BATCH = 1000  # rows; a batch of the library's default size holds 64k passages at once
+_PARQUET_BATCH = 1000  # rows; the library's default holds 64k passages in memory
 _MAX_BIT = 1 << 30
-"""Ids that are whole numbers below this take one bit each; the map of bits is at most 128 MiB."""
+"""Integer ids below this take one bit each, at most 128 MiB."""
 
 
 class CorpusRow(BaseModel):
     r"""One passage of the file.
 
     Attributes:
-        id: unique in the corpus; whole numbers are taken as text. ``_id`` (BEIR's name) will do.
-        contents: ``"Title"\\ntext``, kept verbatim; made from ``title`` and ``text`` where a row has those instead.
+        id: unique in the corpus; integers become strings. ``_id`` (BEIR's name) works as well.
+        contents: ``"Title"\\ntext``, verbatim; or made from ``title`` and ``text``.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    id: Annotated[
-        str,
-        StringConstraints(min_length=1),
-        BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    ]
+    id: Annotated[str, StringConstraints(min_length=1), BeforeValidator(lambda v: str(v) if type(v) is int else v)]
     contents: Annotated[str, StringConstraints(min_length=1)]
 
     @model_validator(mode="before")
@@ -63,11 +59,9 @@ class CorpusRow(BaseModel):
         return row
 
     def title_and_text(self) -> tuple[str, str]:
-        """The first line without its quotes, and what follows; a passage of one line has no title."""
+        """Return the first line without its quotes, and the other lines; a passage of one line has no title."""
         title, newline, text = self.contents.partition("\n")
-        if not newline:
-            return "", self.contents
-        return bare_title(title), text
+        return (bare_title(title), text) if newline else ("", self.contents)
 
 
 def read_corpus(
@@ -75,17 +69,16 @@ def read_corpus(
 ) -> Iterator[CorpusRow]:
     """Stream the rows in file order; blank lines are skipped.
 
-    Memory does not grow with the file, but with the ids: one bit each where they are whole numbers, about 100 bytes
-    where not.
+    Memory grows only with the ids: one bit per integer id, about 100 bytes per other id.
 
     Args:
-        path: ``.parquet``; ``.gz``: gzipped JSONL; anything else: JSONL.
-        on_reject: called for bad rows, which are then left out; without it the first one raises.
-        max_id_bytes: UTF-8 bytes of the longest id that the engine takes; None: of any length.
+        path: ``.parquet``; ``.gz`` for gzipped JSONL; anything else is JSONL.
+        on_reject: called for invalid rows, which are then left out; without it the first one raises.
+        max_id_bytes: the engine's limit on the UTF-8 bytes of an id; None for no limit.
 
     Raises:
-        DataError: naming file, line (or row), field and fix: a bad row, an id that stands twice or is too long, no
-            rows, a file that is missing, damaged, or of another kind.
+        DataError: a row is invalid, an id is duplicated or too long, there are no rows, or the file is missing, damaged
+            or in another format; names file, line (or row), field and fix.
     """
     seen = _SeenIds()
     num_passages = 0
@@ -126,7 +119,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 if line.strip():
                     yield f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # BadGzipFile is an OSError without an errno
-        raise DataError(f"{path}: is not whole, or not gzip ({error}); fetch it again") from error
+        raise DataError(f"{path}: is truncated or not gzip ({error}); download it again") from error
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -142,18 +135,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     # Parquet fills absent columns with nulls.
                     yield f"{path}: row {number}", {name: value for name, value in row.items() if value is not None}
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's errors about damaged pages have none
+            raise _unreadable(path, error) from error
         raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
-    except OSError as error:
-        if error.errno is None:  # pyarrow's own complaints about damaged pages
-            raise DataError(f"{path}: is not readable as parquet ({error}); write it again") from error
-        raise _unreadable(path, error) from error
 
 
 def _parse(position: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_bytes: int | None) -> CorpusRow:
     try:
         validate = CorpusRow.model_validate_json if isinstance(line, bytes) else CorpusRow.model_validate
-        row = validate(line)  # type: ignore[arg-type]  # each gets its own kind
+        row = validate(line)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "row"
@@ -161,33 +152,28 @@ def _parse(position: str, line: bytes | dict[str, Any], seen: _SeenIds, max_id_b
         raise DataError(f"{position}: {field}: {first['msg']}; {fix}") from error
     num_bytes = len(row.id.encode())
     if max_id_bytes is not None and num_bytes > max_id_bytes:
-        problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine takes {max_id_bytes}"
-        raise DataError(f"{position}: id: {problem}; give it a shorter one")
+        problem = f"{row.id[:40]!r}... has {num_bytes} bytes, and the engine's limit is {max_id_bytes}"
+        raise DataError(f"{position}: id: {problem}; shorten it")
     if not seen.add(row.id):
-        raise DataError(f"{position}: id: {row.id!r} stands twice; give each passage an id of its own")
+        raise DataError(f"{position}: id: {row.id!r} is a duplicate; give each passage its own id")
     return row
 
 
 class _SeenIds:
-    """A set of ids that takes 3 MB for the 21 million numbers of wiki-18, where a set of strings takes 2 GB."""
+    """Set of ids: 3 MB for wiki-18's 21 million integer ids, where a set of strings takes 2 GB."""
 
     def __init__(self) -> None:
         self._bits = bytearray()
         self._others: set[str] = set()
 
     def add(self, passage_id: str) -> bool:
-        """False when it was there already."""
-        # "007" is another id than "7", and so are digits of other scripts.
-        if len(passage_id) <= 10 and passage_id.isascii() and passage_id.isdigit():
-            number = int(passage_id)
-            if number < _MAX_BIT and (passage_id[0] != "0" or number == 0 == len(passage_id) - 1):
-                return self._add_number(number)
-        if passage_id in self._others:
-            return False
-        self._others.add(passage_id)
-        return True
-
-    def _add_number(self, number: int) -> bool:
+        """Add an id; False if it is a duplicate."""
+        # Canonical digits only: "007" and digits of other scripts are different ids from "7".
+        number = int(passage_id) if len(passage_id) <= 10 and passage_id.isascii() and passage_id.isdigit() else None
+        if number is None or number >= _MAX_BIT or str(number) != passage_id:
+            is_new = passage_id not in self._others
+            self._others.add(passage_id)
+            return is_new
         byte, bit = number >> 3, 1 << (number & 7)
         if byte >= len(self._bits):
             wanted = min(max(byte + 1, 2 * len(self._bits)), _MAX_BIT // 8)

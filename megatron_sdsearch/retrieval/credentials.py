@@ -1,4 +1,4 @@
-"""Secrets of a search engine, and texts without them."""
+"""Credentials for a search engine, and how they are kept out of messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from urllib.parse import quote
 
 _MAX_CHARACTERS = 400
-"""The longest part of a server's answer that a message quotes."""
+"""Messages quote at most this much of a server's answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """One way to authenticate, or none. Its repr holds no secret.
+    """An API key, a username and password, or neither. The repr holds no secret.
 
     Attributes:
-        api_key: of Elasticsearch, base64.
+        api_key: Elasticsearch's, in base64.
         basic: username and password.
     """
 
@@ -24,19 +24,19 @@ class Credentials:
 
     @property
     def name(self) -> str:
-        """What a message calls them."""
+        """The description used in messages."""
         return "an API key" if self.api_key else "a username and password" if self.basic else "no credentials"
 
     @property
     def basic_token(self) -> str:
-        """What the header of HTTP's basic authentication holds after its name; empty without a username."""
+        """The token of HTTP basic authentication; empty without a username."""
         return base64.b64encode(":".join(self.basic).encode()).decode() if self.basic else ""
 
     def clean(self, text: str) -> str:
-        """``text`` in one line without any secret, and of a long one both ends, for a reason may come last.
+        """Return ``text`` as one line without secrets. A long text keeps both ends: the reason may come last.
 
-        A server, or a proxy before it, may echo the header that it refuses. Secrets are replaced as they are, quoted in
-        Python's or JSON's way, and as in a URL; before white space is folded and the text cut, which would leave parts.
+        A server or proxy may echo the header that it rejects. Secrets are replaced in plain, Python- or JSON-quoted and
+        URL-quoted form, before white space is folded and the text is cut, since either could leave part of a secret.
         """
         secrets = (self.api_key or "", self.basic[1] if self.basic else "", self.basic_token)
         forms = {form for secret in secrets for form in (secret, repr(secret)[1:-1], quote(secret, safe=""))}

@@ -1,10 +1,10 @@
-"""Search in an Elasticsearch index: BM25, dense (kNN), or both fused by reciprocal ranks.
+"""Search in an Elasticsearch index: BM25, dense (kNN), or both, combined by reciprocal rank fusion.
 
-Owns how a batch of queries becomes one ``_msearch``, and what its answers mean. The index has a text field ``contents``
+Turns a batch of queries into one ``_msearch`` and reads the response. The index has a text field ``contents``
 (``"Title"\\ntext``) or two, ``title`` and ``text``, and for dense search a ``dense_vector`` field ``vector``; the
 document's ``_id`` is the passage's id.
 
-A query's text is always a value (``match``), never syntax: quotes, slashes and operators that a model writes are text.
+Queries are passed as values (``match``), never as query syntax: operators that a model writes are plain text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from megatron_sdsearch.config import ElasticsearchConfig
@@ -29,24 +30,24 @@ Json = dict[str, Any]
 
 _SAMPLE_QUERY = "the name of a country"
 _SAMPLE_SIZE = 100
-"""Documents that are looked at before the first search."""
+"""Documents checked before the first search."""
 
 RRF_CONSTANT = 60
 RRF_WINDOW = 50
-"""Ranks of each list that take part (Cormack et al., SIGIR 2009; Elasticsearch's defaults are 60 and 10)."""
+"""Ranks fused from each list (Cormack et al., SIGIR 2009; Elasticsearch's defaults are 60 and 10)."""
 
 MAX_TERMS = 1000
-"""Clauses of one query: each term is one per field, and a cluster refuses more than max_clause_count, at least 1024."""
+"""Clauses of one query, one per term and field: clusters reject more than max_clause_count, which is at least 1024."""
 
 
 class ElasticsearchBackend:
-    """A ``SearchBackend`` over one index of a cluster; made by ``open``, on the event loop on which it is used."""
+    """A ``SearchBackend`` for one index of a cluster; created by ``open`` on the event loop that uses it."""
 
     def __init__(
         self, client: ElasticsearchClient, config: ElasticsearchConfig, index: OpenedIndex, encoder: TextEncoder | None
     ) -> None:
         self.name = f"{client.addresses}/{index.name}"
-        # "local": frequencies are a shard's own. Replay stores know the index under this name.
+        # "local": term frequencies are counted per shard. Replay stores contain this fingerprint.
         parts = ["elasticsearch", index.fingerprint, config.mode, config.fields, "local"]
         self.fingerprint = "/".join([*parts, encoder.fingerprint] if encoder is not None else parts)
         self.num_passages: int | None = index.num_passages
@@ -59,11 +60,11 @@ class ElasticsearchBackend:
 
     @classmethod
     async def open(cls, config: ElasticsearchConfig, encoder: TextEncoder | None = None) -> Self:
-        """Connect, check everything that can be checked, and ask one sample query.
+        """Connect, check the cluster, the index and its documents, and send a sample query.
 
         Args:
             config: the section.
-            encoder: for ``dense`` and ``hybrid``.
+            encoder: required for ``dense`` and ``hybrid``; ignored for ``bm25``.
 
         Raises:
             ConfigError: a setting does not fit the cluster or the index.
@@ -77,7 +78,7 @@ class ElasticsearchBackend:
         try:
             index = await open_index(client, config, encoder)
             backend = cls(client, config, index, encoder)
-            await backend._check()
+            await backend._check_index()
         except BaseException:
             await client.api.close()
             raise
@@ -85,18 +86,18 @@ class ElasticsearchBackend:
         return backend
 
     async def search_batch(self, queries: Sequence[str], top_k: int) -> Sequence[Outcome]:
-        """One ``_msearch``. A query is cut after 1000 terms (500 for two fields): clusters refuse more clauses.
+        """Send one ``_msearch``. Queries are cut after 1000 terms (500 for two fields); see ``MAX_TERMS``.
 
         Raises:
-            SearchError: no query was answered.
+            SearchError: the whole request failed.
         """
         vectors: list[list[float] | None] = [None] * len(queries)
         if self._encoder is not None:
-            async with self._encoding:  # an encoder is for one thread at a time
+            async with self._encoding:  # encoders are not thread-safe
                 vectors = (await asyncio.to_thread(self._encoder.encode_queries, queries)).tolist()
         bodies = [self.bodies(query, vector, top_k) for query, vector in zip(queries, vectors, strict=True)]
         lines = [line for searches in bodies for body in searches for line in ({}, body)]
-        answer = await self._client.try_once(lambda: self._client.api.msearch(searches=lines, index=self._index))
+        answer = await self._client.send_once(lambda: self._client.api.msearch(searches=lines, index=self._index))
         responses = answer.body.get("responses") if isinstance(answer.body, dict) else None
         if not isinstance(responses, list) or 2 * len(responses) != len(lines):
             raise SearchError("the answer to _msearch lacks responses", is_retryable=True)
@@ -108,13 +109,13 @@ class ElasticsearchBackend:
         await self._client.api.close()
 
     def bodies(self, query: str, vector: Sequence[float] | None, top_k: int) -> list[Json]:
-        """The searches of one query."""
+        """Return the searches of one query: two for ``hybrid``."""
         if self._config.fields == "contents":
             match: Json = {"match": {CONTENTS: {"query": first_tokens(query, MAX_TERMS)}}}
         else:
             text = first_tokens(query, MAX_TERMS // 2)
             match = {"multi_match": {"query": text, "fields": [TITLE, TEXT], "type": "most_fields"}}
-        # A shard gives up in time for us to hear of it.
+        # Shards time out before our request does, so that the response says so.
         common = {"_source": [CONTENTS, TITLE, TEXT], "timeout": f"{max(1, int(800 * self._config.timeout_s))}ms"}
         if vector is None:
             return [common | {"size": top_k, "query": match}]
@@ -123,7 +124,7 @@ class ElasticsearchBackend:
         knn = {"field": VECTOR, "query_vector": vector, "k": num_ranks, "num_candidates": max(100, 10 * num_ranks)}
         if self._config.mode == "dense":
             return [common | {"size": top_k, "knn": knn}]
-        # Fused here: the server's rrf retriever needs a paid licence.
+        # Fused by this process: the cluster's rrf retriever requires a paid licence.
         return [common | {"size": num_ranks, "query": match}, common | {"size": num_ranks, "knn": knn}]
 
     def _read_outcome(self, answers: Sequence[Any], top_k: int) -> Outcome:
@@ -133,11 +134,11 @@ class ElasticsearchBackend:
             return failure
         return (lists[0] if len(lists) == 1 else fuse(lists))[:top_k]
 
-    async def _check(self) -> None:
-        """A sample query works, and some documents hold text, and no lists, where it is read; searches look at theirs.
+    async def _check_index(self) -> None:
+        """Send a sample query, and check that a sample of documents holds text in the fields that are read.
 
         Raises:
-            ConfigError: of the index: a document holds no text.
+            ConfigError: a document holds no text.
             RetrievalError: the cluster does not answer.
         """
         search, fields = self._client.api.search, [CONTENTS, TITLE, TEXT]
@@ -148,7 +149,9 @@ class ElasticsearchBackend:
                 raise outcome
 
         try:
-            found = await self._client.ask(lambda: search(index=self._index, size=_SAMPLE_SIZE, source_includes=fields))
+            found = await self._client.send(
+                lambda: search(index=self._index, size=_SAMPLE_SIZE, source_includes=fields)
+            )
             for hit in found["hits"]["hits"]:
                 read_hit(hit)
             await retry(try_sample_query, max_attempts=self._config.max_attempts)
@@ -157,16 +160,16 @@ class ElasticsearchBackend:
 
 
 def read_answer(answer: Any, client: ElasticsearchClient) -> list[Passage]:
-    """Passages of one search of an ``_msearch``.
+    """Read the passages of one search of an ``_msearch``.
 
-    A search that timed out or lost a shard answers 200 with whatever it has found: that is a failure here, for fewer
-    hits, or none, would look like an index without them.
+    A search that timed out or lost a shard returns status 200 with partial hits: an error here, because missing hits
+    would look like an index without them.
 
     Raises:
-        SearchError: it is no whole answer, or a document has no text.
+        SearchError: the search failed or its answer is incomplete, or a document has no text.
     """
     if not isinstance(answer, Mapping):
-        raise SearchError(f"answer is no object: {str(answer)[:100]}", is_retryable=True)
+        raise SearchError(f"answer is not an object: {str(answer)[:100]}", is_retryable=True)
     status = int(answer.get("status", 200))
     if "error" in answer or status >= 300:
         raise client.failure_from_status(status, answer)
@@ -184,42 +187,34 @@ def read_answer(answer: Any, client: ElasticsearchClient) -> list[Passage]:
 
 
 def read_hit(hit: Mapping[str, Any]) -> Passage:
-    """The passage of one document: its ``contents``, or made of ``title`` and ``text`` where it has none.
+    """Convert a document to a passage: its ``contents``, or ``title`` and ``text`` if it has none.
 
-    A mapping says what a field is searched as; a document may still hold a list there, an object, or nothing.
+    Despite the mapping a document may hold a list, an object or nothing in these fields.
 
     Raises:
-        SearchError: a document has no text, naming index, document and field.
+        SearchError: a field is not a string; names index, document and field.
     """
-    source = hit.get("_source")
+    source, cause = hit.get("_source"), ""
     document = f"document {hit['_id']!r} of {hit.get('_index', 'the index')}"
-    fix = f"index it with one text in {CONTENTS}, or with one in each of {TITLE} and {TEXT}"
     if not isinstance(source, Mapping):
-        cause = f"{document} has no _source, which holds its text"
-        raise SearchError(cause, is_retryable=False, setting="index", fix=fix)
+        cause, source = f"{document} has no _source, which holds its text", {}
     has_contents = source.get(CONTENTS) is not None or not (TITLE in source or TEXT in source)
-    fields = [CONTENTS] if has_contents else [TITLE, TEXT]
-    for field in fields:
-        value = source.get(field)
-        if isinstance(value, str):
-            continue
-        found = "is missing" if field not in source else f"is {value!r:.40}"
-        cause = f"{document}: {field} {found}, not a text"
+    for field in [CONTENTS] if has_contents else [TITLE, TEXT]:
+        if not cause and not isinstance(source.get(field), str):
+            found = f"is {source[field]!r:.40}" if field in source else "is missing"
+            cause = f"{document}: {field} {found}, not a string"
+    if cause:
+        fix = f"index it with a string in {CONTENTS}, or in both {TITLE} and {TEXT}"
         raise SearchError(cause, is_retryable=False, setting="index", fix=fix)
     contents = source[CONTENTS] if has_contents else f'"{source[TITLE]}"\n{source[TEXT]}'
     return Passage(passage_id=str(hit["_id"]), contents=contents, score=float(hit.get("_score") or 0.0))
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
-    """Reciprocal rank fusion: a passage scores the sum of 1 / (60 + rank); ties keep the order of first appearance."""
-    scores: dict[str, float] = {}
-    passages: dict[str, Passage] = {}
+    """Fuse rankings: a passage scores the sum of 1 / (60 + rank); ties keep the order of first appearance."""
+    fused: dict[str, Passage] = {}
     for ranking in lists:
         for rank, passage in enumerate(ranking, start=1):
-            scores[passage.passage_id] = scores.get(passage.passage_id, 0.0) + 1 / (RRF_CONSTANT + rank)
-            passages.setdefault(passage.passage_id, passage)
-    best = sorted(scores, key=lambda passage_id: -scores[passage_id])
-    return [
-        Passage(passage_id=passage_id, contents=passages[passage_id].contents, score=scores[passage_id])
-        for passage_id in best
-    ]
+            known = fused.get(passage.passage_id, replace(passage, score=0.0))
+            fused[passage.passage_id] = replace(known, score=known.score + 1 / (RRF_CONSTANT + rank))
+    return sorted(fused.values(), key=lambda passage: -passage.score)

@@ -1,6 +1,6 @@
-"""The official client as this project uses it: addresses, credentials, TLS, retries, and what its errors mean.
+"""Wrapper of the official client: addresses, credentials, TLS, retries and error messages.
 
-Secrets come from the settings or the environment, go into the client, and are replaced in every text that comes back.
+Secrets come from the settings or the environment, and are masked in every message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elasticsearch import __version__ as _client_version
 
 from megatron_sdsearch.config import ElasticsearchConfig, shown_url
 from megatron_sdsearch.errors import ConfigError, RetrievalError, cause_of
-from megatron_sdsearch.retrieval.batched import SearchError, retry
+from megatron_sdsearch.retrieval.batched import SearchError, parse_retry_after, retry
 from megatron_sdsearch.retrieval.credentials import Credentials
 
 T = TypeVar("T")
@@ -29,35 +29,35 @@ _RETRYABLE = frozenset({408, 429, 502, 503, 504})
 
 
 class ElasticsearchClient:
-    """A client with retries of its own: ``elastic_transport`` repeats at once, which no outage outlasts.
+    """A client with its own retries: ``elastic_transport`` retries without a delay, which does not survive an outage.
 
     Opens no connection until the first request.
 
     Args:
-        config: addresses and certificate; ``max_attempts`` is the default of ``ask``.
-        credentials: those of ``read_credentials``.
+        config: addresses and certificate; ``max_attempts`` of ``send``.
+        credentials: from ``read_credentials``.
 
     Attributes:
-        api: the official client, for requests in ``ask`` and ``try_once``.
-        credentials: are replaced in every message.
+        api: the official client, for requests in ``send`` and ``send_once``.
+        credentials: masked in every message.
         addresses: of the nodes, for messages.
 
     Raises:
-        ConfigError: an address, or the certificate file, is wrong.
+        ConfigError: an address or the certificate file is invalid.
     """
 
     def __init__(self, config: ElasticsearchConfig, credentials: Credentials) -> None:
         self.credentials = credentials
         self.addresses = ", ".join(config.urls)
         self._max_attempts = config.max_attempts
-        # On DEBUG the client logs whole answers, and a proxy in between may echo the header that it refuses.
+        # At DEBUG the client logs whole responses, in which a proxy may echo the header that it rejects.
         logging.getLogger("elastic_transport.node").setLevel(logging.INFO)
-        # It warns of every failure of a node; ours are counted, and end in one error that names the cause.
+        # It logs a warning for every failed node; failures are counted here, and end in one error with the cause.
         logging.getLogger("elastic_transport.node_pool").setLevel(logging.ERROR)
         for url in config.urls:
             if not re.fullmatch(r"https?://[^/?#]+:\d+(/.*)?", url):
-                fix = "give scheme, host and port: http://host:9200"
-                raise ConfigError(f"{SECTION}.urls", f"{shown_url(url)!r} is not whole", fix)
+                problem = f"{shown_url(url)!r} is not a full URL"
+                raise ConfigError(f"{SECTION}.urls", problem, "give scheme, host and port: http://host:9200")
         try:
             self.api = AsyncElasticsearch(
                 list(config.urls),
@@ -76,31 +76,28 @@ class ElasticsearchClient:
             problem = f"{config.ca_file} holds no certificate for these URLs ({cause_of(error)})"
             raise ConfigError(f"{SECTION}.ca_file", problem, "give a PEM file, and https URLs") from error
 
-    async def try_once(self, request: Callable[[], Awaitable[T]]) -> T:
-        """The answer to one request.
+    async def send_once(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request and return the response.
 
         Raises:
-            SearchError: there is none, or it is an error.
+            SearchError: it failed.
         """
         try:
             return await request()
         except (ApiError, TransportError) as error:
             failure = self._failure_from(error)
-        raise failure  # outside, for the client's own error may hold the header
+        raise failure  # not chained: the client's own error may hold the header with the secret
 
-    async def ask(
-        self, request: Callable[[], Awaitable[T]], *, max_attempts: float | None = None, limit_s: float = float("inf")
-    ) -> T:
-        """The answer to a request, sent again while its failure is one that passes.
+    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request, with at most ``max_attempts``, and return the response.
 
         Raises:
-            SearchError: the last one.
+            SearchError: the last failure.
         """
-        attempts = self._max_attempts if max_attempts is None else max_attempts
-        return await retry(lambda: self.try_once(request), max_attempts=attempts, limit_s=limit_s)
+        return await retry(lambda: self.send_once(request), max_attempts=self._max_attempts)
 
     def error_from(self, failure: SearchError) -> ConfigError | RetrievalError:
-        """The error that ends a check before the first search."""
+        """Convert a failure of the checks before the first search to an error."""
         if failure.setting:
             problem = failure.cause if failure.setting == "index" else f"{self.addresses}: {failure.cause}"
             return ConfigError(f"{SECTION}.{failure.setting}", problem, failure.fix)
@@ -112,34 +109,34 @@ class ElasticsearchClient:
         )
 
     def failure_from_status(self, status: int, body: Any, retry_after: str | None = None) -> SearchError:
-        """A status that is not success, with Elasticsearch's error object or whatever came instead."""
+        """Convert an error status, with Elasticsearch's error object or any other body."""
         text = str(body)
         cause = f"HTTP {status}: {self.reason_of(body)}"
         if "too_many_clauses" in text or "too_many_nested_clauses" in text or "maxClauseCount" in text:
             cause += "; raise the cluster's indices.query.bool.max_clause_count"
         setting = fix = ""
         if status in (400, 406, 415) and ("media_type_header_exception" in text or "compatible-with" in text):
-            # A cluster refuses the client's major by the media type of the first request.
-            cause = f"it refuses the installed client, which is of version {CLIENT_MAJOR} ({cause})"
+            # A cluster rejects another major version of the client by the media type of the first request.
+            cause = f"the cluster refuses the installed client, version {CLIENT_MAJOR} ({cause})"
             older = f"pip install 'elasticsearch[async]=={CLIENT_MAJOR - 1}.*'"
             setting, fix = "urls", f"install the client of the cluster's major version: {older}"
         elif status in (401, 403) and "license" not in text:
-            cause = f"it refuses {self.credentials.name} ({cause})"
+            cause = f"the cluster refuses {self.credentials.name} ({cause})"
             setting = "api_key"
             fix = (
                 "set api_key, or username and password, of a user that may read and monitor the index, or "
                 "ELASTICSEARCH_API_KEY, or ELASTICSEARCH_USERNAME and ELASTICSEARCH_PASSWORD"
             )
         elif status == 404 and "index_not_found" in text:
-            cause = f"the index is not there ({cause})"
+            cause = f"the index does not exist ({cause})"
             setting, fix = "index", "give the name of an index, or create it"
         elif status == 413:
             fix = "send less in one request: lower batch_queries, or --chunk of index_corpus"
-        seconds = float(retry_after) if retry_after and re.fullmatch(r"\d+(\.\d+)?", retry_after) else None
-        return SearchError(cause, is_retryable=status in _RETRYABLE, retry_after_s=seconds, setting=setting, fix=fix)
+        wait = parse_retry_after(retry_after)
+        return SearchError(cause, is_retryable=status in _RETRYABLE, retry_after_s=wait, setting=setting, fix=fix)
 
     def reason_of(self, body: Any) -> str:
-        """``type: reason`` of the innermost known cause, shortened and without secrets."""
+        """Return ``type: reason`` of the innermost known cause, shortened and without secrets."""
         error = body.get("error", body) if isinstance(body, Mapping) else body
         if not isinstance(error, Mapping):
             return self.credentials.clean(str(error)) or "no reason given"
@@ -153,24 +150,24 @@ class ElasticsearchClient:
 
     def _failure_from(self, error: ApiError | TransportError) -> SearchError:
         if isinstance(error, UnsupportedProductError):
-            cause = "it is no Elasticsearch that this client knows"
+            cause = "the server is not an Elasticsearch that this client supports"
             return SearchError(cause, is_retryable=False, setting="urls", fix="check the URL")
         if isinstance(error, ApiError):
             return self.failure_from_status(error.status_code, error.body, error.meta.headers.get("retry-after"))
         text = self.credentials.clean(str(error.message)) or type(error).__name__
         if isinstance(error, TlsError):
-            fix = "name the certificate of the authority that signed the cluster's, or check the URL's host"
+            fix = "give the CA certificate that signed the cluster's, or check the URL's host"
             return SearchError(f"TLS failed: {text}", is_retryable=True, setting="ca_file", fix=fix)
-        problems: dict[type, str] = {ConnectionTimeout: "no answer in time", SerializationError: "answer is no JSON"}
+        problems: dict[type, str] = {ConnectionTimeout: "no answer in time", SerializationError: "answer is not JSON"}
         problem = problems.get(type(error), "no connection")
         return SearchError(f"{problem}: {text}", is_retryable=True)
 
 
 def read_credentials(config: ElasticsearchConfig, environment: Mapping[str, str] = os.environ) -> Credentials:
-    """What the settings say; else the environment; an API key before a name and password.
+    """Read credentials from the settings, else from the environment; an API key before a username and password.
 
     Raises:
-        ConfigError: a name without a password, or the reverse, or a key that no header takes.
+        ConfigError: a username without a password, or the reverse, or an API key with invalid characters.
     """
     has_name = config.username is not None or config.password is not None
     api_key = None if has_name else environment.get("ELASTICSEARCH_API_KEY") or None
@@ -178,8 +175,8 @@ def read_credentials(config: ElasticsearchConfig, environment: Mapping[str, str]
         api_key = config.api_key.get_secret_value()
     if api_key is not None:
         if not re.fullmatch(r"[!-~]+", api_key):
-            problem = "holds white space, or a character that is none of base64"
-            raise ConfigError(f"{SECTION}.api_key", problem, 'give "encoded" of Elasticsearch\'s answer, and no more')
+            problem = "holds white space, or a character that is not base64"
+            raise ConfigError(f"{SECTION}.api_key", problem, 'give only "encoded" of Elasticsearch\'s answer')
         return Credentials(api_key=api_key)
     username = config.username or environment.get("ELASTICSEARCH_USERNAME")
     password = config.password.get_secret_value() if config.password else environment.get("ELASTICSEARCH_PASSWORD")

@@ -1,10 +1,10 @@
-"""A corpus into Elasticsearch: many bulk requests at once, which may be interrupted at any point and begun again.
+"""Load a corpus into Elasticsearch with concurrent bulk requests; resumable after an interruption at any point.
 
-- A passage's id is its document's, and every passage is *created*: a second attempt finds it there already (409) and
-  changes nothing. So nothing can come in twice, whatever was interrupted, timed out or sent again.
-- The index's name is derived from what it holds, and how far it is loaded stands in its own mapping: the same command
-  on any machine finds both, and goes on from there.
-- The alias only ever points to an index that was loaded whole and verified.
+- A passage's id is its document's id, and every passage is *created*: sending it again returns 409 and changes nothing.
+  So no passage is indexed twice, whatever was interrupted, timed out or retried.
+- The index name is derived from its content, and the progress is stored in its mapping: the same command on any machine
+  finds both and continues.
+- The alias only ever points to a complete, verified index.
 """
 
 from __future__ import annotations
@@ -27,41 +27,32 @@ from elasticsearch.helpers import async_streaming_bulk
 from megatron_sdsearch.errors import DataError, RetrievalError, SDSearchError
 from megatron_sdsearch.files import write_file, writing
 from megatron_sdsearch.retrieval.batched import SearchError
-from megatron_sdsearch.retrieval.corpus import CorpusRow, read_corpus, sha256_of_corpus
+from megatron_sdsearch.retrieval.corpus import CorpusRow, OnReject, read_corpus, sha256_of_corpus
 from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient
-from megatron_sdsearch.retrieval.elasticsearch_index import (
-    CONTENTS,
-    TEXT,
-    TITLE,
-    VECTOR,
-    CorpusIndex,
-    IndexSettings,
-    Marker,
-)
+from megatron_sdsearch.retrieval.elasticsearch_index import CorpusIndex, IndexSettings, Marker, to_action
 from megatron_sdsearch.retrieval.encoder import TextEncoder
 
 _SAMPLE_SIZE = 200
 _BAD_DOCUMENT, _CONFLICT = 400, 409
 
 MAX_ID_BYTES = 512
-"""Elasticsearch's limit. It refuses a whole bulk request for one longer id, so such a row is rejected beforehand."""
+"""Elasticsearch's limit. A longer id fails the whole bulk request, so such rows are rejected beforehand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """How to load.
+    """Settings of one load.
 
     Attributes:
-        num_workers: bulk requests open at one time. With 1, passages arrive in the corpus's order, and so equal
-            scores come in it.
-        chunk_passages: of one request, at most.
-        chunk_bytes: of one request, at most; a longer passage goes alone.
-        retry_limit_s: a request that has failed for so long, with retries, ends the load.
-        marker_interval_s: between two notes of how far it is; after a crash at most so much is sent again.
-        are_rejects_allowed: go on, and publish, without passages that are malformed or refused.
-        is_restart: delete an unfinished index and begin anew.
-        is_merged: into one segment at the end.
-        deletes_old: the indices that the alias pointed to before.
+        num_workers: concurrent bulk requests. With 1, passages are indexed in corpus order, which breaks ties.
+        chunk_passages: maximum of one request.
+        chunk_bytes: maximum of one request; a longer passage is sent alone.
+        retry_limit_s: the load ends when a request has failed for this long, with retries.
+        marker_interval_s: between two updates of the marker; after a crash at most this much is sent again.
+        are_rejects_allowed: continue, and publish, without passages that are malformed or refused.
+        is_restart: delete an incomplete index and start over.
+        is_merged: merge into one segment at the end.
+        deletes_old: delete the indices that the alias pointed to before.
     """
 
     num_workers: int = 4
@@ -77,13 +68,13 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusScan:
-    """What one pass over a corpus has found.
+    """Result of one pass over a corpus.
 
     Attributes:
         sha256: of the file's bytes.
-        num_passages: good rows.
-        num_rejected: bad rows.
-        sample: id to contents of some passages, the first and the last among them, the same at every pass.
+        num_passages: valid rows.
+        num_rejected: invalid rows.
+        sample: id to contents of some passages, including the first and the last; deterministic.
     """
 
     sha256: str
@@ -94,17 +85,17 @@ class CorpusScan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What was done.
+    """Result of a load.
 
     Attributes:
-        index: physical name; the alias points to it.
+        index: name of the index itself, not the alias.
         num_passages: in the index.
         num_created: by this attempt.
-        num_found: were there already when this attempt sent them.
-        num_skipped: not sent: an earlier attempt had noted them.
+        num_found: sent by this attempt, and already in the index.
+        num_skipped: not sent: marked as done by an earlier attempt.
         num_rejected: malformed or refused, over all attempts.
-        old_indices: the alias pointed to them before.
-        are_old_deleted: or kept.
+        old_indices: those that the alias pointed to before.
+        are_old_deleted: whether they were deleted.
     """
 
     index: str
@@ -118,26 +109,26 @@ class LoadReport:
 
 
 class RejectFile:
-    """JSONL of what was left out, with reasons; made by the first reject.
+    """JSONL file of the passages left out, with reasons; created by the first reject.
 
     Lines are ``{"place", "reason"}`` for a malformed row, ``{"row", "id", "reason"}`` for a passage that Elasticsearch
-    refused; ``row`` counts good passages from 0.
+    refused; ``row`` counts valid passages from 0.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def begin_scan(self) -> None:
-        """Forget malformed rows: they are about to be found again."""
+        """Remove malformed rows, which the scan is going to find again."""
         self._keep(lambda reject: "row" in reject)
 
     def begin_load(self, num_done: int) -> set[str]:
-        """Keep what earlier attempts wrote about the first ``num_done`` passages; return the ids of those."""
+        """Keep the rejects among the first ``num_done`` passages, written by earlier attempts, and return their ids."""
         kept = self._keep(lambda reject: "row" not in reject or int(reject["row"]) < num_done)
         return {str(reject["id"]) for reject in kept if "row" in reject}
 
     def add(self, **fields: object) -> None:
-        """Write a line, at once: an interruption loses none.
+        """Append a line and close the file: an interruption loses no line.
 
         Raises:
             StorageError: it cannot be written.
@@ -153,7 +144,8 @@ class RejectFile:
         except FileNotFoundError:
             return []
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{self.path}: is no file of rejects ({error}); delete it, or give another path") from error
+            problem = f"is not a file of rejects ({error})"
+            raise DataError(f"{self.path}: {problem}; delete it, or give another path") from error
         if not kept:
             self.path.unlink()
         elif len(kept) < len(rejects):
@@ -162,28 +154,26 @@ class RejectFile:
 
 
 def scan_corpus(
-    corpus: Path,
-    on_reject: Callable[[str, str], None] | None = None,
-    on_passage: Callable[[], None] = lambda: None,
+    corpus: Path, on_reject: OnReject | None = None, on_passage: Callable[[], None] = lambda: None
 ) -> CorpusScan:
-    """Check every row before anything is sent, count them, and choose the sample that is looked up at the end.
+    """Check and count all rows before anything is sent, and choose the sample for the final verification.
 
     Args:
-        corpus: of ``read_corpus``.
-        on_reject: called with position and reason of a bad row; without it the first one raises.
-        on_passage: called after each good row.
+        corpus: see ``read_corpus``.
+        on_reject: called with position and reason of each invalid row; without it the first one raises.
+        on_passage: called after each valid row.
 
     Raises:
         DataError: see ``read_corpus``.
     """
     sha256 = sha256_of_corpus(corpus)
     num_passages = num_rejected = 0
-    ends: list[CorpusRow] = []  # the first and the last
+    ends: list[CorpusRow] = []  # the first and the last row
 
     def count_reject(position: str, problem: str) -> None:
         nonlocal num_rejected
         num_rejected += 1
-        assert on_reject is not None  # else read_corpus raises instead
+        assert on_reject is not None  # otherwise read_corpus raises instead
         on_reject(position, problem)
 
     def count_rows() -> Iterator[CorpusRow]:
@@ -194,45 +184,41 @@ def scan_corpus(
             on_passage()
             yield row
 
-    # Checksums are as good as a random draw, and need no knowledge of the corpus's size.
-    sample = heapq.nsmallest(_SAMPLE_SIZE, count_rows(), key=lambda row: zlib.crc32(row.id.encode()))
-    return CorpusScan(
-        sha256=sha256,
-        num_passages=num_passages,
-        num_rejected=num_rejected,
-        sample={row.id: row.contents for row in (*ends, *sample)},
-    )
+    # Smallest checksums: a uniform sample that does not depend on the corpus size.
+    rows = heapq.nsmallest(_SAMPLE_SIZE, count_rows(), key=lambda row: zlib.crc32(row.id.encode()))
+    sample = {row.id: row.contents for row in (*ends, *rows)}
+    return CorpusScan(sha256=sha256, num_passages=num_passages, num_rejected=num_rejected, sample=sample)
 
 
 class ContiguousProgress:
-    """How many passages from the start are done, when chunks end in any order."""
+    """Counts the passages done from the start, in a marker, while chunks end in any order."""
 
-    def __init__(self, num_done: int, num_rejected: int) -> None:
-        self.num_done = num_done
-        self.num_rejected = num_rejected
+    def __init__(self, marker: Marker) -> None:
+        self.marker = marker
         self._ahead: dict[int, tuple[int, int]] = {}
 
     def add(self, first: int, end: int, num_rejected: int) -> None:
-        """Passages [first, end) are done."""
+        """Mark passages [first, end) as done."""
         self._ahead[first] = end, num_rejected
-        while self.num_done in self._ahead:
-            self.num_done, rejected = self._ahead.pop(self.num_done)
-            self.num_rejected += rejected
+        while self.marker.num_done in self._ahead:
+            num_done, rejected = self._ahead.pop(self.marker.num_done)
+            update = {"num_done": num_done, "num_rejected": self.marker.num_rejected + rejected}
+            self.marker = self.marker.model_copy(update=update)
 
 
 @dataclass(slots=True, kw_only=True)
 class CorpusLoader:
-    """Loads a corpus, once.
+    """Loads a corpus; for one call of ``run``.
 
     Attributes:
-        corpus: of ``read_corpus``.
-        scan: of this very file.
-        client: of the cluster to load into.
+        corpus: see ``read_corpus``.
+        scan: result of ``scan_corpus`` for this file.
+        client: of the target cluster.
         index_settings: of the index.
         settings: of this attempt.
-        rejects: gets the passages that Elasticsearch refuses; those of earlier attempts are kept.
-        encoder: its fingerprint stands in ``index_settings``.
-        on_progress: called with the number of passages that are done, from the corpus's start.
+        rejects: receives the passages that Elasticsearch refuses; those of earlier attempts are kept.
+        encoder: the one named in ``index_settings``.
+        on_progress: called with the number of passages done, counted from the start of the corpus.
     """
 
     corpus: Path
@@ -244,7 +230,6 @@ class CorpusLoader:
     encoder: TextEncoder | None = None
     on_progress: Callable[[int], None] = lambda num_done: None
     _index: CorpusIndex = field(init=False)
-    _first_marker: Marker = field(init=False)
     _progress: ContiguousProgress = field(init=False)
     _noted_at: float = field(init=False)
     _encoding: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
@@ -253,30 +238,30 @@ class CorpusLoader:
     _num_found: int = field(init=False, default=0)
 
     async def run(self) -> LoadReport:
-        """Load, verify the index, and point the alias to it; goes on where an earlier attempt was interrupted.
+        """Load and verify the index, then point the alias to it; continues an interrupted attempt.
 
         Raises:
-            ConfigError: the alias's name, or the index's, is taken by something else.
+            ConfigError: the name of the alias or of the index is taken.
             DataError: the corpus has changed since the scan.
-            RetrievalError: the cluster failed, refused passages that are not allowed to be left out, or does not hold
-                afterwards what it should.
+            RetrievalError: the cluster failed, refused passages although rejects are not allowed, or the verification
+                failed.
         """
         scan, settings = self.scan, self.settings
         try:
-            await self.client.try_once(self.client.api.info)  # a wrong address is not waited for
+            await self.client.send_once(self.client.api.info)  # no retries: a wrong address should fail at once
         except SearchError as failure:
-            fix = "see that the cluster runs and --url is its address (http or https)"
+            fix = "check that the cluster runs and --url is its address (http or https)"
             raise RetrievalError(f"{self.client.addresses}: first contact: {failure}; {fix}") from None
         index = self._index = CorpusIndex(self.client, self.index_settings, scan.sha256, settings.retry_limit_s)
-        marker = self._first_marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
-        self._progress = ContiguousProgress(marker.num_done, marker.num_rejected)
+        marker = await index.begin(scan.num_passages, is_restart=settings.is_restart)
+        self._progress = ContiguousProgress(marker)
         self._rejected_ids = self.rejects.begin_load(marker.num_done)
         self.on_progress(marker.num_done)
         if marker.num_done < scan.num_passages:
             await self._load()
         if sha256_of_corpus(self.corpus) != scan.sha256:
             raise DataError(f"{self.corpus}: changed while it was being indexed; start again")
-        num_refused = self._progress.num_rejected
+        num_refused = self._progress.marker.num_rejected
         num_rejected = num_refused + scan.num_rejected
         if num_rejected and not settings.are_rejects_allowed:
             num_rows = scan.num_passages + scan.num_rejected
@@ -287,7 +272,7 @@ class CorpusLoader:
         await index.open_for_searches(is_merged=settings.is_merged)
         sample = {each: contents for each, contents in scan.sample.items() if each not in self._rejected_ids}
         await index.verify(scan.num_passages - num_refused, sample)
-        await index.write_marker(self._marker.model_copy(update={"is_complete": True}))
+        await index.write_marker(self._progress.marker.model_copy(update={"is_complete": True}))
         return LoadReport(
             index=index.name,
             num_passages=scan.num_passages - num_refused,
@@ -299,14 +284,8 @@ class CorpusLoader:
             are_old_deleted=settings.deletes_old,
         )
 
-    @property
-    def _marker(self) -> Marker:
-        """How far it is."""
-        update = {"num_done": self._progress.num_done, "num_rejected": self._progress.num_rejected}
-        return self._first_marker.model_copy(update=update)
-
     async def _load(self) -> None:
-        """Send everything, and note how far it came, however it ends; raise the error that came first."""
+        """Send all chunks, and store the progress however it ends; raise the first error."""
         chunks = self._chunks()
         self._noted_at = time.monotonic()
         try:
@@ -317,37 +296,37 @@ class CorpusLoader:
             first = next((error for error in group.exceptions if isinstance(error, SDSearchError)), group.exceptions[0])
             raise first from group
         finally:
-            # The cluster may be what failed; without this note the next attempt only sends a little more.
+            # The cluster itself may have failed; without this update the next attempt only sends a little more.
             with suppress(RetrievalError, TimeoutError):
                 async with asyncio.timeout(10.0):
-                    await self._index.write_marker(self._marker)
+                    await self._index.write_marker(self._progress.marker)
 
     def _chunks(self) -> Iterator[tuple[int, list[CorpusRow]]]:
-        """Neighbours, and the number of the first; read when a worker asks, so memory does not grow with the corpus."""
-        first = self._progress.num_done
-        # The scan has reported what is left out here.
+        """Yield chunks of rows and the number of their first row, lazily: memory does not grow with the corpus."""
+        first = self._progress.marker.num_done
+        # Invalid rows were reported by the scan.
         rows = islice(read_corpus(self.corpus, lambda *_: None, max_id_bytes=MAX_ID_BYTES), first, None)
         while chunk := list(islice(rows, self.settings.chunk_passages)):
             yield first, chunk
             first += len(chunk)
 
     async def _work(self, chunks: Iterator[tuple[int, list[CorpusRow]]]) -> None:
-        """Send chunks until there are no more; the workers share the iterator."""
+        """Send chunks until none is left; the workers share the iterator."""
         for first, rows in chunks:
             num_rejected = await self._send(first, rows)
             self._progress.add(first, first + len(rows), num_rejected)
-            self.on_progress(self._progress.num_done)
+            self.on_progress(self._progress.marker.num_done)
             if time.monotonic() - self._noted_at > self.settings.marker_interval_s:
                 self._noted_at = time.monotonic()
-                await self._index.write_marker(self._marker)
+                await self._index.write_marker(self._progress.marker)
 
     async def _send(self, first: int, rows: Sequence[CorpusRow]) -> int:
-        """Send rows until each is in or rejected; return the number of the latter."""
+        """Send rows until each is indexed or rejected; return the number of rejects."""
         vectors: list[list[float] | None] = [None] * len(rows)
         if self.encoder is not None:
-            async with self._encoding:  # an encoder is for one thread at a time
+            async with self._encoding:  # encoders are not thread-safe
                 encoded = await asyncio.to_thread(self.encoder.encode_passages, [row.contents for row in rows])
-            # As fine as fp32 at length 1, and half the digits.
+            # As precise as fp32 for unit vectors, with half the digits.
             vectors = np.round(encoded.astype(np.float64), 8).tolist()
         waiting = {n: to_action(row, vector) for n, (row, vector) in enumerate(zip(rows, vectors, strict=True), first)}
         num_rejected = 0
@@ -376,7 +355,7 @@ class CorpusLoader:
                     self._rejected_ids.add(waiting[number]["_id"])
                     num_rejected += 1
                 else:
-                    # What is not about this document (no such index, forbidden) would refuse all others, too.
+                    # Not specific to this document (no such index, forbidden): the others fail as well.
                     failure = self.client.failure_from_status(status, result)
                     continue
                 del waiting[number]
@@ -386,17 +365,8 @@ class CorpusLoader:
         while waiting:
             num_before = len(waiting)
             try:
-                await self._index.ask(send_waiting, "bulk request")
+                await self._index.send(send_waiting, "bulk request")
             except RetrievalError:
-                if len(waiting) == num_before:  # else the cluster is slow, not stuck
+                if len(waiting) == num_before:  # otherwise the cluster is slow but makes progress
                     raise
         return num_rejected
-
-
-def to_action(row: CorpusRow, vector: Sequence[float] | None) -> dict[str, Any]:
-    """A passage for ``elasticsearch.helpers``."""
-    title, text = row.title_and_text()
-    source: dict[str, Any] = {CONTENTS: row.contents, TITLE: title, TEXT: text}
-    if vector is not None:
-        source[VECTOR] = vector
-    return {"_op_type": "create", "_id": row.id, "_source": source}

@@ -1,13 +1,14 @@
-"""Text encoders of dense search: the protocol, and how a Hugging Face folder wants its texts encoded.
+"""Text encoders for dense search: their protocol, and the encoding settings of a Hugging Face folder.
 
-A folder with sentence-transformers' ``modules.json`` says how; one without is an E5 model. It may ask for more than is
-done here (other poolings, layers on top): that is refused, since ignoring it gives other vectors than those that the
-model was trained for. No model is loaded here, so that ``check`` can look as well; ``folder_encoder.py`` does.
+A folder with sentence-transformers' ``modules.json`` defines its settings; one without is treated as E5. Settings that
+are not supported (other poolings, additional layers) are refused, because ignoring them would give different vectors
+than the model was trained for. This module loads no model, so that ``check`` can use it; ``folder_encoder.py`` does.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,44 +25,29 @@ Similarity = Literal["cosine", "dot"]
 E5_QUERY, E5_PASSAGE = "query: ", "passage: "
 """arXiv 2212.03533, section 3."""
 E5_MAX_TOKENS = 256
-"""The longest query or passage, prompt and special tokens included (Search-R1's retriever)."""
+"""Maximum length of a query or passage, with prompt and special tokens (Search-R1's retriever)."""
 
 _MODULES, _PROMPTS, _TRANSFORMER = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _QUERY_NAMES, _PASSAGE_NAMES = ("query",), ("document", "passage", "corpus")
-# The switches of older files; newer ones name the mode.
-_POOLING_SWITCHES = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-# Settings that change vectors and that nothing is done about here, with the values that change nothing.
+# Flags of older files; newer ones have pooling_mode.
+_POOLING_FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+# Unsupported settings that change vectors, with the values that have no effect.
 _NEUTRAL: dict[str, dict[str, Any]] = {
-    _TRANSFORMER: {
-        "transformer_task": "feature-extraction",
-        "processing_kwargs": {},
-        "query_length": None,
-        "document_length": None,
-        "query_expansion": None,
-    },
-    "Normalize's config.json": {
-        "module_input_name": "sentence_embedding",
-        "module_output_name": "sentence_embedding",
-    },
+    _TRANSFORMER: {"transformer_task": "feature-extraction", "processing_kwargs": {}}
+    | dict.fromkeys(("query_length", "document_length", "query_expansion")),
+    "Normalize's config.json": dict.fromkeys(("module_input_name", "module_output_name"), "sentence_embedding"),
     _PROMPTS: {"truncate_dim": None, "suffix": ""},
 }
 
 
 class TextEncoder(Protocol):
-    """Encodes queries and passages into one space. Called from one thread at a time, not always the same.
+    """Encodes queries and passages as vectors. Called from one thread at a time, not always the same.
 
     Attributes:
         num_dims: length of a vector.
-        fingerprint: names the weights and how they are used; equal fingerprints give equal vectors.
-        has_own_settings: its folder says how it pools and prompts.
-        similarity: by which vectors are compared; ``dot`` where their lengths count.
+        fingerprint: identifies weights and settings; equal fingerprints give equal vectors.
+        has_own_settings: the folder configures pooling and prompts.
+        similarity: how vectors are compared; ``dot`` if their lengths matter.
     """
 
     num_dims: int
@@ -80,20 +66,19 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSettings:
-    """From a text to its vector.
+    """Settings that turn a text into a vector.
 
     Attributes:
-        model_dir: with weights and tokenizer.
-        pooling: of the last layer's vectors: the first token's, or the mean over all tokens.
-        is_normalized: vectors are divided by their length.
-        query_prompt: stands before a query.
-        passage_prompt: stands before a passage.
-        max_tokens: longer texts are cut, prompt and special tokens included; None: at what tokenizer and model take.
-        is_lower_cased: texts are, before the tokenizer sees them.
-        is_stripped: of white space at both ends, with their prompts.
-        similarity: by which vectors are to be compared.
-        has_modules: the folder says all this itself.
-        are_prompts_known: the folder names the prompts, or is one of E5 by its name; else they are a guess.
+        model_dir: holds weights and tokenizer.
+        pooling: of the last layer: the first token's vector, or the mean over all tokens.
+        is_normalized: vectors are scaled to length 1.
+        query_prompt: prefix of queries.
+        passage_prompt: prefix of passages.
+        max_tokens: longer texts are cut, with prompt and special tokens; None: the limit of tokenizer and model.
+        is_lower_cased: texts are lower-cased before tokenization.
+        similarity: how vectors are compared.
+        has_modules: the folder has module files that define these settings; its texts are stripped with their prompts.
+        are_prompts_known: the folder defines the prompts, or has E5 in its name; otherwise they are a guess.
     """
 
     model_dir: Path
@@ -103,21 +88,20 @@ class EncoderSettings:
     passage_prompt: str = E5_PASSAGE
     max_tokens: int | None = E5_MAX_TOKENS
     is_lower_cased: bool = False
-    is_stripped: bool = False
     similarity: Similarity = "cosine"
     has_modules: bool = False
     are_prompts_known: bool = True
 
     @property
     def identity(self) -> str:
-        """What vectors depend on beside the folder's weights; empty for a folder without module files."""
+        """Everything that vectors depend on besides the weights; empty for a folder without module files."""
         if not self.has_modules:
             return ""
         parts = [self.pooling, self.is_normalized, self.query_prompt, self.passage_prompt, self.max_tokens]
-        return json.dumps([*parts, self.is_lower_cased, self.is_stripped])
+        return json.dumps([*parts, self.is_lower_cased, True])  # True: stripped
 
     def __str__(self) -> str:
-        """Pooling and prompts, as a log line shows them."""
+        """Return pooling and prompts, for a log line."""
         prompts = f"prompts {self.query_prompt!r} and {self.passage_prompt!r}"
         return f"{self.pooling} pooling, {'' if self.is_normalized else 'not '}normalised, {prompts}"
 
@@ -127,10 +111,10 @@ def read_encoder_settings(folder: Path, field: str) -> EncoderSettings:
 
     Args:
         folder: of a Hugging Face model, with or without ``modules.json``.
-        field: the setting that names it, for errors.
+        field: setting of the folder, for errors.
 
     Raises:
-        ConfigError: of ``field``: there is no model, a file is no JSON, or it asks for something that is not supported.
+        ConfigError: for ``field``: there is no model, a file is not JSON, or a setting is not supported.
     """
     if not (folder / _MODULES).is_file():
         _require_model(folder, field)
@@ -139,11 +123,11 @@ def read_encoder_settings(folder: Path, field: str) -> EncoderSettings:
     found = files.read(folder / _MODULES, list)
     if not all(isinstance(module, dict) and "type" in module for module in found):
         raise files.broken(folder / _MODULES, "no list of modules with a type")
-    # The same class has stood in several packages of the library over time.
+    # The library has moved these classes between packages.
     names = [str(module["type"]).rpartition(".")[2] for module in found]
     folders = [folder / str(module.get("path") or "") for module in found]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
-        raise files.unsupported(_MODULES, f"asks for {', '.join(names) or 'nothing'}")
+        raise files.unsupported(_MODULES, f"lists {', '.join(names) or 'no modules'}")
     model_dir, is_normalized = folders[0], names[2:] == ["Normalize"]
     _require_model(model_dir, field)
     transformers = sorted(model_dir.glob("sentence_*_config.json"))
@@ -166,7 +150,6 @@ def read_encoder_settings(folder: Path, field: str) -> EncoderSettings:
         passage_prompt=passage,
         max_tokens=max_tokens,
         is_lower_cased=bool(transformer.get("do_lower_case")),
-        is_stripped=True,
         similarity=files.choose_similarity(model, is_normalized=is_normalized),
         has_modules=True,
         are_prompts_known=are_known,
@@ -175,12 +158,12 @@ def read_encoder_settings(folder: Path, field: str) -> EncoderSettings:
 
 def _require_model(folder: Path, field: str) -> None:
     if not (folder / "config.json").is_file():
-        raise ConfigError(field, f"{folder} holds no model", "give a Hugging Face folder")
+        raise ConfigError(field, f"{folder} does not contain a model", "give a Hugging Face folder")
 
 
 @dataclass(frozen=True, slots=True)
 class _ModuleFiles:
-    """A folder's JSON files, and the errors that name them."""
+    """Reads a folder's JSON files; errors name the file."""
 
     folder: Path
     field: str
@@ -190,16 +173,16 @@ class _ModuleFiles:
         return ConfigError(self.field, f"{self.folder / file} {problem}", f"give another encoder: {supported}")
 
     def broken(self, path: Path, found: str) -> ConfigError:
-        return ConfigError(self.field, f"{path} holds {found}", "fetch the encoder's folder again")
+        return ConfigError(self.field, f"{path} holds {found}", "download the encoder's folder again")
 
-    def read(self, path: Path, kind: type = dict) -> Any:
-        """An object, empty where there is no such file, or a list."""
+    def read(self, path: Path, expected: type = dict) -> Any:
+        """Read a JSON file of the expected type; a missing file is an empty object."""
         try:
             found = json.loads(path.read_bytes()) if path.is_file() else {}
         except (OSError, ValueError) as error:
             raise self.broken(path, f"no JSON ({error})") from error
-        if not isinstance(found, kind):
-            raise self.broken(path, "no object" if kind is dict else "no list of modules with a type")
+        if not isinstance(found, expected):
+            raise self.broken(path, "no object" if expected is dict else "no list of modules with a type")
         return found
 
     def check_neutral(self, found: Mapping[str, Any], file: str) -> None:
@@ -209,21 +192,22 @@ class _ModuleFiles:
 
     def read_pooling(self, path: Path) -> Literal["cls", "mean"]:
         found = self.read(path)
-        given = found.get("pooling_mode") or [m for key, m in _POOLING_SWITCHES.items() if found.get(key)] or "mean"
+        flags = [flag for flag in _POOLING_FLAGS if found.get(f"pooling_mode_{flag}")]
+        given = found.get("pooling_mode") or [re.sub("_tokens?$", "", flag) for flag in flags] or "mean"
         modes = [given] if isinstance(given, str) else list(given)
         file = str(path.relative_to(self.folder))
         if modes not in (["cls"], ["mean"]):
-            raise self.unsupported(file, f"asks for pooling {' + '.join(map(str, modes))}")
+            raise self.unsupported(file, f"sets pooling {' + '.join(map(str, modes))}")
         if found.get("include_prompt") is False:
-            raise self.unsupported(file, "leaves the prompt out of the pooling (include_prompt)")
+            raise self.unsupported(file, "excludes the prompt from pooling (include_prompt)")
         return "cls" if modes == ["cls"] else "mean"
 
     def choose_prompts(self, model: Mapping[str, Any], *, is_e5: bool) -> tuple[str, str, bool]:
-        """Prompts of queries and passages, and whether they are known."""
+        """Return the prompts of queries and passages, and whether they are known."""
         prompts = model.get("prompts") or {}
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-            raise self.broken(self.folder / _PROMPTS, "prompts that are no texts")
-        if not prompts:  # E5's own folders leave them to the reader of their page
+            raise self.broken(self.folder / _PROMPTS, "prompts that are not strings")
+        if not prompts:  # E5 folders document their prompts only on the model card
             return (E5_QUERY, E5_PASSAGE, "e5" in self.folder.name.lower()) if is_e5 else ("", "", True)
         default = model.get("default_prompt_name")
         if not {*_QUERY_NAMES, *_PASSAGE_NAMES, default} & prompts.keys():
@@ -236,7 +220,7 @@ class _ModuleFiles:
 
     def choose_similarity(self, model: Mapping[str, Any], *, is_normalized: bool) -> Similarity:
         name = model.get("similarity_fn_name") or "cosine"
-        # Vectors of length 1 rank in the same way by all three.
+        # Unit vectors rank identically by all three.
         if name == "cosine" or (is_normalized and name in ("euclidean", "dot", "dot_product")):
             return "cosine"
         if name in ("dot", "dot_product"):

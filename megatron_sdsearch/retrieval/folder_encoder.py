@@ -1,6 +1,6 @@
-"""Text encoders of Hugging Face folders: E5 (arXiv 2212.03533, section 3), or what a folder's module files ask for.
+"""Text encoders from Hugging Face folders: E5 (arXiv 2212.03533, section 3), or as the folder's module files define.
 
-The one module of ``retrieval`` that needs torch: imported for dense search alone.
+The only module of ``retrieval`` that needs torch; imported only for dense search.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BATCH = 32
 
 
 class FolderEncoder:
-    """A ``TextEncoder``; fp32 on the CPU, so that ranks agree whatever their GPUs are at.
+    """A ``TextEncoder`` in fp32 on the CPU, so that all ranks compute the same vectors.
 
     Args:
         folder: of a Hugging Face model.
-        field: the setting that names it, for errors.
+        field: setting of the folder, for errors.
 
     Raises:
-        ConfigError: of ``field``: it holds no whole model, or asks for what is not supported.
+        ConfigError: for ``field``: the model is missing or incomplete, or a setting is not supported.
     """
 
     def __init__(self, folder: Path, field: str = "retrieval.elasticsearch.encoder") -> None:
@@ -43,27 +43,25 @@ class FolderEncoder:
             )
             self._tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            problem = f"{model_dir} holds no model: {cause_of(error)}"
+            problem = f"the model in {model_dir} cannot be loaded: {cause_of(error)}"
             raise ConfigError(field, problem, "give a Hugging Face folder") from error
-        # What is missing was drawn at random; the pooler alone is not used.
+        # Missing weights are initialized at random; only the pooler is not used.
         missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
         if missing:
             problem = f"the weights in {model_dir} lack {missing[0]} and {len(missing) - 1} more"
-            raise ConfigError(field, problem, "fetch the encoder's folder again")
+            raise ConfigError(field, problem, "download the encoder's folder again")
         num_positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._max_tokens = int(min(num_positions, self._tokenizer.model_max_length))
-        if settings.max_tokens is not None:
-            # A folder that sets its length itself overrides what its tokenizer says.
-            longest = num_positions if settings.has_modules else self._max_tokens
-            if settings.has_modules and settings.max_tokens > longest:
-                problem = f"max_seq_length {settings.max_tokens} in {model_dir}, whose model has {longest} positions"
+        if settings.max_tokens is not None and not settings.has_modules:
+            self._max_tokens = min(self._max_tokens, settings.max_tokens)
+        elif settings.max_tokens is not None:  # the folder's own setting overrides its tokenizer's
+            if settings.max_tokens > num_positions:
+                problem = f"max_seq_length is {settings.max_tokens} in {model_dir}, the model's limit {num_positions}"
                 raise ConfigError(field, problem, "lower max_seq_length in sentence_bert_config.json")
-            self._max_tokens = min(longest, settings.max_tokens)
+            self._max_tokens = settings.max_tokens
         _log.info("%s: %s, %d tokens", folder, settings, self._max_tokens)
         if not settings.are_prompts_known:
-            _log.warning(
-                "%s names no prompts: E5's are used; config_sentence_transformers.json may name its own", folder
-            )
+            _log.warning("%s defines no prompts: using E5's; config_sentence_transformers.json can define them", folder)
         self._model = model.eval()
         self._settings = settings
         self.num_dims = int(model.config.hidden_size)
@@ -93,7 +91,7 @@ class FolderEncoder:
         settings = self._settings
         if settings.is_lower_cased:
             texts = [text.lower() for text in texts]
-        if settings.is_stripped:
+        if settings.has_modules:
             texts = [text.strip() for text in texts]
         limit = self._max_tokens
         inputs = self._tokenizer(list(texts), max_length=limit, truncation=True, padding=True, return_tensors="pt")

@@ -1,12 +1,11 @@
-"""A retriever that remembers: known queries are answered from a store, others by the engine, or not at all.
+"""Replay: a retriever that answers known queries from a store, and others by the engine, or not at all.
 
-With ``only`` a run repeats bit for bit without its engine: passages and scores are exactly what was recorded. The store
-is one SQLite file, shared by the processes of one machine and by later runs.
+With ``only`` a run repeats bit for bit without its engine: passages and scores are exactly as recorded. The store is
+one SQLite file, shared by the processes of one machine and by later runs.
 
-The journal is a write-ahead log, which needs memory shared between the processes: all of them must run on ONE machine,
-and the file should lie on a local disk. On a network file system, even with one machine, SQLite depends on its locks.
-A process that is killed loses at most what it was about to write. A machine that loses power may lose the last
-answers, never the file.
+Its write-ahead log needs shared memory: all processes must run on ONE machine, and the file should be on a local disk.
+On a network file system SQLite depends on that system's locks, even with one machine. A killed process loses at most
+the answer that it was writing; a power failure may lose the last answers, never the file.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
 
 HITS: Final = "replay/num_hits"
-"""Searches answered from the store, or by a search for the same that was under way."""
+"""Searches answered from the store, or by a concurrent search for the same query."""
 MISSES: Final = "replay/num_misses"
-"""Searches that the engine was asked, failed ones included; with ``only``, those that failed for want of an answer."""
+"""Searches sent to the engine, including failed ones; with ``only``, those without a stored answer."""
 
 _FIELD = "retrieval.replay.store"
-_APPLICATION = 0x53445250  # "SDRP" in the file's header: no other program's database is taken for a store
+_APPLICATION = 0x53445250  # "SDRP" in the file's header distinguishes a store from other databases
 _LAYOUT = 1
 _LOCK_TIMEOUT_S = 60.0
 _MAX_JOURNAL_BYTES = 64 << 20
@@ -43,7 +42,7 @@ _SCHEMA = (
     "CREATE TABLE fingerprints (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
     "CREATE TABLE answers (number INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint INTEGER NOT NULL, top_k INTEGER NOT "
     "NULL, query BLOB NOT NULL, passages BLOB NOT NULL, UNIQUE (query, top_k, fingerprint))",
-    # Unused, but earlier versions, whose stores had a limit, expect it.
+    # Unused; earlier versions, which limited the size of a store, expect it.
     "CREATE TABLE totals (num_bytes INTEGER NOT NULL, num_evicted INTEGER NOT NULL)",
     "INSERT INTO totals VALUES (0, 0)",
     f"PRAGMA application_id = {_APPLICATION}",
@@ -52,20 +51,20 @@ _SCHEMA = (
 
 
 async def open_with_replay(config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]]) -> Retriever:
-    """The engine as it is, behind a store, or a store alone: as ``retrieval.replay`` says.
+    """Open the engine, the engine behind a store, or the store alone, by ``retrieval.replay.mode``.
 
     Args:
-        config: ``mode=off`` gives what ``open_engine`` returns.
-        open_engine: opens the search engine; never called with ``mode=only``.
+        config: the section.
+        open_engine: opens the search engine; not called with ``mode=only``.
 
     Raises:
-        ConfigError: the store cannot be used, or holds answers of several engines with ``mode=only``.
-        Exception: whatever ``open_engine`` raises.
+        ConfigError: the store cannot be used; or with ``mode=only``, it holds answers of several engines.
+        Exception: any error of ``open_engine``.
     """
     if config.mode == "off":
         return await open_engine()
     assert config.store is not None  # RetrievalConfig has checked it
-    # First, so that a wrong path shows before an engine starts.
+    # Opened first, so that a wrong path is reported before an engine starts.
     store = ReplayStore(config.store, is_readonly=config.mode == "only")
     try:
         if config.mode == "cache":
@@ -76,7 +75,7 @@ async def open_with_replay(config: ReplayConfig, open_engine: Callable[[], Await
             raise ConfigError(_FIELD, f"{config.store} is empty", fix)
         if len(known) > 1:
             problem = f"{config.store} holds the answers of {len(known)} engines ({', '.join(known)})"
-            raise ConfigError(_FIELD, problem, "record the one to be replayed into a store of its own")
+            raise ConfigError(_FIELD, problem, "record the one to replay into its own store")
         return ReplayRetriever(store, fingerprint=known[0])
     except BaseException:
         store.close()
@@ -85,19 +84,19 @@ async def open_with_replay(config: ReplayConfig, open_engine: Callable[[], Await
 
 @dataclass(slots=True)
 class _Flight:
-    """A search under way, and how many callers wait for it."""
+    """A running search, and the number of its callers."""
 
     task: asyncio.Task[Sequence[Passage]]
     num_waiting: int = 0
 
 
 class ReplayRetriever:
-    """A ``Retriever`` that stands before another one, or replaces it.
+    """A ``Retriever`` that caches the answers of another one, or replaces it.
 
     Args:
-        store: belongs to the retriever from now on: ``close`` closes it, and ``engine`` too.
-        engine: asked for what the store does not hold; ``None``: an unknown query is an error.
-        fingerprint: whose answers are served when there is no engine.
+        store: owned by the retriever, like ``engine``: ``close`` closes both.
+        engine: answers queries that the store does not hold; without it they are errors.
+        fingerprint: of the engine to replay, if there is no ``engine``.
     """
 
     def __init__(self, store: ReplayStore, *, engine: Retriever | None = None, fingerprint: str = "") -> None:
@@ -108,15 +107,16 @@ class ReplayRetriever:
         self._counts = {HITS: 0, MISSES: 0}
 
     def take_counts(self) -> dict[str, int]:
-        """Hits and misses since the last call, under names of metrics."""
+        """Return hits and misses since the last call, by metric, and reset them."""
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         return counts
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """The first answer that was ever stored for this engine, query and ``top_k``.
+        """Return the first answer that was stored for this engine, query and ``top_k``.
 
         Raises:
-            RetrievalError: the engine or the store failed, neither of which is stored; or there is no engine to ask.
+            RetrievalError: the engine or the store failed (failures are not stored), or the query is unknown and there
+                is no engine.
             ValueError: ``top_k`` is less than 1.
         """
         if top_k < 1:
@@ -128,12 +128,12 @@ class ReplayRetriever:
             self._flights[query, top_k] = flight
         flight.num_waiting += 1
         try:
-            # A caller that gives up must not take the answer from the others.
+            # Shielded: a cancelled caller must not cancel the search of the others.
             passages = await asyncio.shield(flight.task)
         finally:
             flight.num_waiting -= 1
             if flight.num_waiting == 0:
-                # No caller is left: left alone it could time out between two steps, and fail the next one.
+                # Without callers the search could time out between two steps, and fail the next one.
                 flight.task.cancel()
                 self._flights.pop((query, top_k), None)
         self._counts[HITS] += not is_first
@@ -148,8 +148,8 @@ class ReplayRetriever:
             self._store.close()
 
     async def _answer(self, query: str, top_k: int) -> Sequence[Passage]:
-        # The store is called on the event loop, never in a thread: it takes 0.03 to 0.15 ms, and a thread's
-        # timing would decide which rollouts an in-process engine batches together, and so the last bits of its logits.
+        # Called on the event loop, not in a thread: it takes 0.03 to 0.15 ms, and a thread's timing would change which
+        # rollouts an in-process engine batches together, and with it the last bits of the logits.
         stored = self._store.get(self.fingerprint, query, top_k)
         if stored is not None:
             self._counts[HITS] += 1
@@ -159,38 +159,37 @@ class ReplayRetriever:
             raise RetrievalError(
                 f"{self._store.path} holds no answer to {query!r} with top_k={top_k}, and "
                 "retrieval.replay.mode=only never opens the engine; to record it, run once with "
-                "retrieval.replay.mode=cache and the engine at hand",
+                "retrieval.replay.mode=cache and the engine",
                 query=query,
-                cause="the replay store does not know the query",
+                cause="the query is not in the replay store",
             )
         found = await self.engine.search(query, top_k=top_k)
         return self._store.put(self.fingerprint, query, top_k, found)
 
 
 class ReplayStore:
-    """Answers by (fingerprint, query, top_k). One object belongs to one thread.
+    """Stored answers by (fingerprint, query, top_k). Not thread-safe.
 
     Args:
-        path: of the file. It is made if it is not there; any number of processes may do so at once.
-        is_readonly: it has to exist, and nothing is written.
+        path: of the file, which is created if it is missing, by any number of processes at once.
+        is_readonly: the file must exist, and is not written.
 
     Raises:
-        ConfigError: it does not exist, is something else or of another version, or its folder cannot be written.
-        RetrievalError: (of the methods) the file cannot be read or written.
+        ConfigError: the file is missing, is not a store of this version, or its folder cannot be written.
+        RetrievalError: (methods) the file cannot be read or written.
     """
 
     def __init__(self, path: Path, *, is_readonly: bool = False) -> None:
         self.path = path
-        self._ids: dict[str, int] = {}
         if is_readonly and not path.is_file():
             raise ConfigError(_FIELD, f"{path} does not exist", "record it first: run with retrieval.replay.mode=cache")
-        # A reader of a write-ahead log writes to the file beside it, unless no process can be writing.
+        # A reader writes to files beside the database, unless it declares that no process writes (immutable).
         is_frozen = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
         mode = f"ro{'&immutable=1' if is_frozen else ''}" if is_readonly else "rwc"
         try:
             if not is_readonly:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            # Transactions are begun by hand.
+            # isolation_level=None: transactions are started explicitly.
             uri = f"{path.absolute().as_uri()}?mode={mode}"
             self._connection = sqlite3.connect(uri, uri=True, timeout=_LOCK_TIMEOUT_S, isolation_level=None)
             try:
@@ -203,23 +202,24 @@ class ReplayStore:
             raise ConfigError(_FIELD, f"{path} cannot be opened ({error})", fix) from error
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Every engine whose answers are stored, in the order of their first answer."""
+        """Return the fingerprints of all stored engines, in order of their first answer."""
         with self._failing_as("read"):
             rows = self._connection.execute("SELECT name FROM fingerprints ORDER BY id").fetchall()
         return tuple(name for (name,) in rows)
 
     def get(self, fingerprint: str, query: str, top_k: int) -> tuple[Passage, ...] | None:
-        """The stored answer, which may be empty; ``None`` when there is none."""
+        """Return the stored answer, which may be empty; ``None`` if there is none."""
         with self._failing_as("read"):
             row = self._connection.execute(
-                "SELECT passages FROM answers WHERE query = ? AND top_k = ? AND fingerprint = ?",
-                (_encode_query(query), top_k, self._id_of(fingerprint)),
+                "SELECT passages FROM answers WHERE query = ? AND top_k = ? "
+                "AND fingerprint = (SELECT id FROM fingerprints WHERE name = ?)",
+                (_encode_query(query), top_k, fingerprint),
             ).fetchone()
         return None if row is None else _decode(row[0])
 
     def put(self, fingerprint: str, query: str, top_k: int, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-        """Store an answer unless there is one; return the one that counts: the first that any process stored."""
-        # Python writes the shortest digits that give the same float64 back.
+        """Store an answer unless there is one, and return the stored answer: the first of any process."""
+        # Python writes the shortest digits that read back as the same float64.
         rows = [(passage.passage_id, passage.contents, float(passage.score)) for passage in passages]
         value = zlib.compress(json.dumps(rows, separators=(",", ":")).encode("ascii"), 6)
         with self._failing_as("write"), self._connection:
@@ -232,11 +232,11 @@ class ReplayStore:
                 "WHERE name = ? ON CONFLICT DO NOTHING",
                 (top_k, _encode_query(query), value, fingerprint),
             )
-        # What is given out is what a later run will be given: through the encoding as well.
+        # Read back, so that this run gets exactly the answer that later runs will get.
         return self.get(fingerprint, query, top_k) or ()
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         self._connection.close()
 
     def _prepare(self, *, is_readonly: bool) -> None:
@@ -245,7 +245,7 @@ class ReplayStore:
         connection.execute(f"PRAGMA journal_size_limit = {_MAX_JOURNAL_BYTES}")
         if not is_readonly:
             self._switch_to_write_ahead_log()
-            with connection:  # one process makes the tables, the others wait here
+            with connection:  # one process creates the tables, the others wait here
                 connection.execute("BEGIN IMMEDIATE")
                 if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                     for statement in _SCHEMA:
@@ -253,13 +253,13 @@ class ReplayStore:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (layout,) = connection.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION:
-            raise ConfigError(_FIELD, f"{self.path} is no replay store", "give the path of another file")
+            raise ConfigError(_FIELD, f"{self.path} is not a replay store", "give the path of another file")
         if layout != _LAYOUT:
-            problem = f"{self.path} has layout {layout}, and this version {_LAYOUT}"
+            problem = f"{self.path} has layout {layout}, and this version uses {_LAYOUT}"
             raise ConfigError(_FIELD, problem, "record into a new file")
 
     def _switch_to_write_ahead_log(self) -> None:
-        # SQLite does not wait for other processes here, whatever the timeout.
+        # SQLite ignores its timeout here and does not wait for other processes.
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
         while True:
             try:
@@ -271,14 +271,6 @@ class ReplayStore:
             else:
                 return
 
-    def _id_of(self, fingerprint: str) -> int | None:
-        if fingerprint not in self._ids:
-            row = self._connection.execute("SELECT id FROM fingerprints WHERE name = ?", (fingerprint,)).fetchone()
-            if row is None:
-                return None
-            self._ids[fingerprint] = row[0]
-        return self._ids[fingerprint]
-
     @contextmanager
     def _failing_as(self, action: str) -> Iterator[None]:
         try:
@@ -288,7 +280,7 @@ class ReplayStore:
 
 
 def _encode_query(query: str) -> bytes:
-    # Sampled text may hold half a surrogate pair, which UTF-8 proper refuses.
+    # Sampled text may hold lone surrogates, which strict UTF-8 rejects.
     return query.encode("utf-8", "surrogatepass")
 
 

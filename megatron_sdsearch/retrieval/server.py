@@ -1,11 +1,11 @@
-"""Any of our engines behind Search-R1's ``/retrieve``, so that its trainer, AutoRefine's and ours can share one index.
+"""HTTP server of Search-R1's ``/retrieve`` protocol, so that its trainer, AutoRefine's and ours can share one index.
 
-The engine is any ``Retriever``; ``InThreads`` lets one that computes in process answer many queries at once, and
+The engine is any ``Retriever``; ``ThreadedRetriever`` lets an index in this process answer many queries at once, and
 ``/health`` meanwhile. Needs the ``retriever`` extra.
 
     POST /retrieve {"queries": ["..."], "topk": 3, "return_scores": true}
         200 {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}; bare documents without return_scores
-        422 the request is wrong; 503 the engine failed: never an empty result. Both {"detail": message}
+        422: the request is invalid; 503: the engine failed (never an empty result). Both {"detail": message}
     GET /health
         200 {"status": "ok", "fingerprint", "num_passages", "engine"}
 """
@@ -35,11 +35,6 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_TOP_K = 3
-MAX_TOP_K = 1000
-MAX_QUERIES = 16384
-"""The most in one request; Search-R1 sends all queries of a turn at once: 512 questions x 5."""
-
 _FIX = 'send {"queries": ["..."], "topk": 3, "return_scores": true}'
 
 
@@ -48,22 +43,23 @@ class RetrieveRequest(BaseModel):
 
     Attributes:
         queries: each gets a list of passages.
-        topk: of each; null is the default.
-        return_scores: items with a score, or bare documents.
+        topk: passages per query; null for the server's default.
+        return_scores: return items with a score instead of bare documents.
     """
 
     model_config = ConfigDict(extra="ignore", strict=True)  # other trainers may send more
 
-    queries: Annotated[list[str], Field(max_length=MAX_QUERIES)]
-    topk: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
+    # Search-R1 sends all queries of a turn at once: 512 questions x 5.
+    queries: Annotated[list[str], Field(max_length=16384)]
+    topk: Annotated[int, Field(ge=1, le=1000)] | None = None
     return_scores: bool = False
 
 
-class InThreads:
-    """A ``Retriever`` that searches a tantivy index in threads: tantivy lets go of the interpreter meanwhile.
+class ThreadedRetriever:
+    """A ``Retriever`` that searches a tantivy index in threads; tantivy releases the GIL.
 
     Args:
-        index: belongs to this from now on.
+        index: owned by the retriever: ``close`` closes it.
         num_threads: one per core by default.
     """
 
@@ -74,25 +70,25 @@ class InThreads:
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """Search in a thread; see ``TantivyRetriever.search``."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._index.search_now, query, top_k)
+        search = self._index.search_now
+        return await asyncio.get_running_loop().run_in_executor(self._threads, search, query, top_k)
 
     async def close(self) -> None:
-        """Wait for the searches under way, then close the index."""
+        """Wait for running searches, then close the index."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
         await self._index.close()
 
 
 def create_app(
-    retriever: Retriever, *, engine: str, num_passages: int | None = None, default_top_k: int = DEFAULT_TOP_K
+    retriever: Retriever, *, engine: str, num_passages: int | None = None, default_top_k: int = 3
 ) -> FastAPI:
-    """The application; closes the retriever at its end.
+    """Create the application, which closes the retriever when it shuts down.
 
     Args:
-        retriever: answers.
+        retriever: answers the queries.
         engine: its name, for ``/health``.
-        num_passages: behind it, for ``/health``.
-        default_top_k: for requests that name none.
+        num_passages: size of its index, for ``/health``.
+        default_top_k: for requests without ``topk``.
     """
 
     @asynccontextmanager
@@ -110,7 +106,7 @@ def create_app(
     @app.post("/retrieve")
     async def retrieve(body: RetrieveRequest) -> JSONResponse:
         top_k = body.topk or default_top_k
-        # One task for each: a retriever with batches of its own puts them together again.
+        # One task per query: a BatchedRetriever batches them itself.
         async with asyncio.TaskGroup() as tasks:
             searches = [tasks.create_task(retriever.search(query, top_k=top_k)) for query in body.queries]
         found = [to_items(search.result(), has_scores=body.return_scores) for search in searches]
@@ -122,7 +118,7 @@ def create_app(
 
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """Answer 422 with the first thing that is wrong, and the fix."""
+    """Answer 422 with the first problem and its fix."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
@@ -132,7 +128,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _fail(request: Request, error: Exception) -> JSONResponse:
-    """Answer 503 when the engine failed; anything else is a bug, and a 500."""
+    """Answer 503 when the engine failed; anything else is a bug (500)."""
     assert isinstance(error, ExceptionGroup)
     first = error.exceptions[0]
     if not isinstance(first, RetrievalError):
@@ -142,15 +138,16 @@ async def _fail(request: Request, error: Exception) -> JSONResponse:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free.
+    """Open a listening socket; port 0 takes any free port.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address is invalid or taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
-        raise ConfigError("--host", f"{host} is no address here ({error.strerror})", "give another") from error
+        problem = f"{host} is not an address of this machine ({error.strerror})"
+        raise ConfigError("--host", problem, "give another") from error
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
@@ -160,6 +157,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def new_server(app: FastAPI) -> uvicorn.Server:
-    """A server whose ``serve(sockets=[listener])`` answers until SIGINT or SIGTERM, and then ends what is under way."""
+    """Create a server; ``serve(sockets=[listener])`` runs until SIGINT or SIGTERM, then finishes open requests."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=30)
     return uvicorn.Server(config)

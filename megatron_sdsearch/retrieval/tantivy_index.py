@@ -1,6 +1,6 @@
-"""BM25 in process: a tantivy index whose rankings equal Lucene's, and therefore a one-shard Elasticsearch's.
+"""In-process BM25: a tantivy index with the rankings of Lucene, and therefore of Elasticsearch with one shard.
 
-Owns the index's layout on disk, its manifest, and the rule for when it is built again. Terms are ``analysis.py``'s.
+Owns the index's layout on disk, its manifest, and when it is rebuilt. ``analysis.py`` produces the terms.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from megatron_sdsearch.retrieval.analysis import ANALYZERS
 from megatron_sdsearch.retrieval.corpus import read_corpus, sha256_of_corpus
 
 _LAYOUT = 1
-"""Raise it when the meaning of an index folder changes: older folders are then built again."""
+"""Increase it when the meaning of an index folder changes, so that older folders are rebuilt."""
 _VERSION = importlib.metadata.version("tantivy")
 
 _MANIFEST = "manifest.json"
 _COMPRESSION = 5
-"""The factor by which prose is compressed, at most."""
+"""Upper limit on the compression ratio of a corpus."""
 _MIN_HEAP_BYTES, _MAX_HEAP_BYTES = 64 << 20, 4000 << 20
 
 
 class Manifest(BaseModel):
-    """What an index folder was made from; equal manifests give equal results.
+    """Identifies the content of an index folder; equal manifests give equal results.
 
     Attributes:
-        layout: of this module.
-        analyzer: of its terms.
+        layout: ``_LAYOUT`` of the version that wrote it.
+        analyzer: of the terms.
         corpus_sha256: of the corpus file's bytes.
         num_passages: in the index.
-        tantivy_version: that wrote the files.
+        tantivy_version: of the library that wrote the files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,13 +58,13 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, index_dir: Path) -> Manifest | None:
-        """The folder's manifest; ``None`` when it has none that can be read."""
+        """Read the folder's manifest; ``None`` if it is missing or invalid."""
         with suppress(OSError, ValidationError):
             return cls.model_validate_json((index_dir / _MANIFEST).read_bytes())
         return None
 
     def fits(self, corpus_sha256: str, analyzer: str) -> bool:
-        """Whether this index is what ``build`` would make of that corpus today."""
+        """Return whether ``build`` would create the same index from this corpus."""
         mine = (self.layout, self.tantivy_version, self.corpus_sha256, self.analyzer)
         return mine == (_LAYOUT, _VERSION, corpus_sha256, analyzer)
 
@@ -96,20 +96,20 @@ class TantivyRetriever:
         *,
         field: str = "retrieval.index",
     ) -> None:
-        """Make ``index_dir`` the index of that corpus; does nothing when it already is.
+        """Build the index of a corpus in ``index_dir``, unless it is there already.
 
-        The index appears whole or not at all, and any number of processes may call this at the same time.
+        The index is created atomically, and any number of processes may call this at the same time.
 
         Args:
-            corpus: of ``corpus.read_corpus``.
-            index_dir: replaced when its manifest does not fit.
+            corpus: see ``corpus.read_corpus``.
+            index_dir: replaced if its manifest does not match.
             analyzer: ``standard`` or ``english``.
-            on_passage: called after each passage, for a display of progress.
-            field: the setting that names the folder, for errors.
+            on_passage: called after each passage, to show progress.
+            field: setting of the folder, for errors.
 
         Raises:
-            ConfigError: of ``field``: the folder may not be written, or is full.
-            DataError: a bad row, an id that stands twice, no rows, or no such file.
+            ConfigError: for ``field``: the folder is not writable, or the disk is full.
+            DataError: the corpus is invalid; see ``corpus.read_corpus``.
             RetrievalError: tantivy could not write the index.
         """
         corpus_sha256, root = sha256_of_corpus(corpus), index_dir.parent
@@ -117,8 +117,8 @@ class TantivyRetriever:
             return
         check_writable(root, corpus, field)
         with _writing(root, corpus, field), (root / f".{index_dir.name}.lock").open("w") as lock:
-            # One process of this machine builds while its siblings wait. It only saves work: where the file system has
-            # no locks, all build, and the first to rename wins.
+            # One process of this machine builds, the others wait. This only saves work: on a file system without locks
+            # all of them build, and the first to rename wins.
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_built(index_dir, corpus_sha256, analyzer):
@@ -128,10 +128,10 @@ class TantivyRetriever:
             try:
                 _write_index(corpus, temporary, analyzer, corpus_sha256, on_passage)
                 try:
-                    os.rename(temporary, index_dir)  # atomic; fails on a folder that is not empty
+                    os.rename(temporary, index_dir)  # atomic; fails if the folder is not empty
                 except OSError:
                     if _is_built(index_dir, corpus_sha256, analyzer):
-                        return  # another machine was first, with the same content
+                        return  # another machine was faster, with the same content
                     shutil.rmtree(index_dir)
                     os.rename(temporary, index_dir)
             finally:
@@ -142,7 +142,7 @@ class TantivyRetriever:
         """Open an index folder.
 
         Raises:
-            RetrievalError: it is missing, incomplete, or written by another version.
+            RetrievalError: it is missing or incomplete, or another version wrote it.
         """
         manifest = Manifest.read(index_dir)
         if manifest is None or not manifest.fits(manifest.corpus_sha256, manifest.analyzer):
@@ -152,10 +152,10 @@ class TantivyRetriever:
 
     @classmethod
     def open_or_build(cls, corpus: Path, analyzer: str, index_root: Path) -> Self:
-        """Open the index of that corpus in ``index_root``, after building it if it is not there.
+        """Open the index of a corpus in ``index_root``; build it if it is missing.
 
-        What fits is used whatever its folder is called, so an index that ``tools/index_corpus.py`` put there is found.
-        A new folder is named after content and analyzer, so indices of different corpora live side by side.
+        A matching index is found under any folder name, for example one made by ``tools/index_corpus.py``. A new folder
+        is named after content and analyzer, so that indices of different corpora can share ``index_root``.
 
         Raises:
             ConfigError: see ``build``.
@@ -165,20 +165,15 @@ class TantivyRetriever:
         corpus_sha256 = sha256_of_corpus(corpus)
         index_dir = find_built(index_root, corpus_sha256, analyzer)
         if index_dir is None:
-            index_dir = index_root / _folder_name(corpus_sha256, analyzer)
+            index_dir = index_root / folder_name(corpus_sha256, analyzer)
             cls.build(corpus, index_dir, analyzer)
         return cls.open(index_dir)
 
-    @staticmethod
-    def default_dir(corpus: Path, analyzer: str) -> Path:
-        """Where training keeps the index of that corpus: beside it, in a folder named after content and analyzer."""
-        return default_root(corpus) / _folder_name(sha256_of_corpus(corpus), analyzer)
-
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """Best passages first by BM25 (k1 = 1.2, b = 0.75, scores with the factor k1 + 1 as in Elasticsearch).
+        """Return passages, best first, by BM25 (k1 = 1.2, b = 0.75, scores with the factor k1 + 1 as in Elasticsearch).
 
-        A passage matches when it holds any term; a term that stands twice in the query counts twice. Equal scores
-        keep the corpus's order. A query without terms matches nothing.
+        A passage matches if it contains any term; a repeated query term counts repeatedly. Ties keep the order of the
+        corpus. A query without terms matches nothing.
 
         Raises:
             RetrievalError: tantivy failed.
@@ -187,7 +182,7 @@ class TantivyRetriever:
         return self.search_now(query, top_k)
 
     def search_now(self, query: str, top_k: int) -> Sequence[Passage]:
-        """Search without an event loop; any number of threads may call it at the same time."""
+        """Search without an event loop; thread-safe."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         terms = self._analyze(query)
@@ -205,7 +200,7 @@ class TantivyRetriever:
         return tuple(passages)
 
     async def close(self) -> None:
-        """Nothing to give back: the files are unmapped with the object."""
+        """Do nothing: the files are unmapped with the object."""
 
 
 @contextmanager
@@ -213,59 +208,56 @@ def _failing_as(message: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A Rust panic arrives as pyo3's PanicException, which is no Exception and cannot be imported.
-        is_tantivys = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if isinstance(error, SDSearchError) or not is_tantivys:
+        # A Rust panic is raised as pyo3's PanicException, a BaseException that cannot be imported.
+        is_from_tantivy = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if isinstance(error, SDSearchError) or not is_from_tantivy:
             raise
         raise RetrievalError(f"{message}: {cause_of(error)}") from error
 
 
 def default_root(corpus: Path) -> Path:
-    """The folder beside a corpus in which training keeps and looks for its indices."""
+    """Return the folder beside a corpus that holds its indices by default."""
     return corpus.parent / "index"
 
 
 def index_root(corpus: Path, index: Path | None) -> Path:
-    """Where training keeps and looks for the indices of a corpus: ``retrieval.index``, or beside the corpus."""
+    """Return the folder for the indices of a corpus: ``retrieval.index``, or the one beside the corpus."""
     return default_root(corpus) if index is None else index
 
 
 def check_writable(folder: Path, corpus: Path, field: str) -> None:
-    """Refuse a folder in which no index can be made: one that takes no folder, or that is an index itself.
+    """Check that an index can be created in a folder: it is writable, and not an index itself.
 
-    The folder beside the corpus takes others although it may be one (``index_corpus.py --out``): no setting named it.
+    The folder beside the corpus may be an index itself (``index_corpus.py --out``), because no setting names it.
 
     Raises:
-        ConfigError: of ``field``.
+        ConfigError: for ``field``: it cannot.
     """
     manifest = Manifest.read(folder)
     if manifest is not None and folder != default_root(corpus):
-        raise ConfigError(
-            field,
-            f"{folder} is an index already, with analyzer {manifest.analyzer}, and not the one that is wanted: of this "
-            "corpus with this analyzer",
-            "set retrieval.analyzer to its own where the corpus is the same, or give another folder",
-        )
+        problem = f"{folder} is the index of another corpus or analyzer ({manifest.analyzer})"
+        fix = "if the corpus is the same, set retrieval.analyzer to that one; otherwise give another folder"
+        raise ConfigError(field, problem, fix)
     parent = nearest_existing(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(parent, corpus, field, "it may not be written" if parent.is_dir() else "it is no folder")
+        raise _unwritable(parent, corpus, field, "no permission to write" if parent.is_dir() else "it is not a folder")
 
 
 def find_indices(folder: Path) -> list[Path]:
-    """The indices of this version in a folder, or it itself, by name."""
-    # A builder that was killed leaves a folder with a dot, which has a manifest just before it is moved into place.
+    """Find the indices of this version: the folder itself, or those in it, sorted by name."""
+    # Skips dot folders: a killed build leaves one, which may already have a manifest.
     folders = (folder, *sorted(path.parent for path in folder.glob(f"[!.]*/{_MANIFEST}")))
     return [path for path in folders if Manifest.read(path) is not None]
 
 
 def find_built(index_root: Path, corpus_sha256: str, analyzer: str) -> Path | None:
-    """A folder in ``index_root``, or itself, that holds the very index; the own name first, others by theirs."""
-    own = index_root / _folder_name(corpus_sha256, analyzer)
-    folders = (own, *find_indices(index_root))
+    """Find a matching index in ``index_root``, or itself; the default folder name first, others sorted."""
+    folders = (index_root / folder_name(corpus_sha256, analyzer), *find_indices(index_root))
     return next((path for path in folders if _is_built(path, corpus_sha256, analyzer)), None)
 
 
-def _folder_name(corpus_sha256: str, analyzer: str) -> str:
+def folder_name(corpus_sha256: str, analyzer: str) -> str:
+    """Return the default folder name of an index: the analyzer and a hash of the content."""
     key = f"{_LAYOUT}/{_VERSION}/{corpus_sha256}"
     return f"{analyzer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -277,7 +269,7 @@ def _is_built(index_dir: Path, corpus_sha256: str, analyzer: str) -> bool:
 
 @contextmanager
 def _writing(folder: Path, corpus: Path, field: str) -> Iterator[None]:
-    """Report what the file system refuses as a matter of the setting; tantivy wraps it in a ValueError."""
+    """Convert file system errors to an error about the setting; tantivy wraps them in a ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -285,42 +277,41 @@ def _writing(folder: Path, corpus: Path, field: str) -> Iterator[None]:
         message = str(error)
         if found := re.search(r"([^':]*) \(os error \d+\)", message):
             raise _unwritable(folder, corpus, field, found.group(1)) from error
-        if "io::Error" in message:  # tantivy's worker threads do not pass the reason on
-            reason = "the system refused to write, as where a disk is full"
-            raise _unwritable(folder, corpus, field, reason) from error
+        if "io::Error" in message:  # tantivy's worker threads do not report the reason
+            raise _unwritable(folder, corpus, field, "writing failed; the disk may be full") from error
         raise
     except OSError as error:
         raise _unwritable(folder, corpus, field, error.strerror or cause_of(error)) from error
 
 
 def _unwritable(folder: Path, corpus: Path, field: str, reason: str) -> ConfigError:
-    fix = f"set {field} to a folder that may be written and has room for about the corpus's size"
-    return ConfigError(field, f"{folder} cannot take the index of {corpus}: {reason}", fix)
+    fix = f"set {field} to a writable folder with about as much free space as the corpus's size"
+    return ConfigError(field, f"{folder} cannot hold the index of {corpus}: {reason}", fix)
 
 
 def _open(index_dir: Path) -> tantivy.Index:
-    """tantivy takes a lock beside what it opens, for reading as well; where it may not, beside links to it."""
+    """Open an index; if its folder is read-only, through symbolic links, because tantivy creates a lock file."""
     try:
         return tantivy.Index.open(str(index_dir))
     except ValueError as error:
         if "Lockfile" not in str(error):
             raise
-    # Its threads may still take a lock there while the folder is removed.
+    # tantivy's threads may still create a lock file while the folder is removed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as links:
         for file in index_dir.resolve().iterdir():
             if file.suffix != ".lock":
                 (Path(links) / file.name).symlink_to(file)
-        return tantivy.Index.open(links)  # has opened every file
+        return tantivy.Index.open(links)  # every file is open now
 
 
 def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str, on_passage: Callable[[], None]) -> None:
     builder = tantivy.SchemaBuilder()
-    # Bytes are stored without being indexed; tantivy has no such text field.
+    # Bytes fields are stored without being indexed, which tantivy's text fields cannot be.
     builder.add_bytes_field("passage_id", stored=True)
     builder.add_bytes_field("contents", stored=True)
-    # The terms are ours already: tantivy only splits them at the spaces that we put between them.
+    # analysis.py produces the terms; tantivy only splits them at spaces.
     builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
-    # A writer whose heap is full starts another segment, and equal scores then come in segment order, not corpus order.
+    # A full writer heap starts another segment, and ties are then in segment order instead of corpus order.
     text_bytes = corpus.stat().st_size * (_COMPRESSION if corpus.suffix in {".gz", ".parquet"} else 1)
     heap_size = min(max(3 * text_bytes, _MIN_HEAP_BYTES), _MAX_HEAP_BYTES)
     num_passages, analyze = 0, ANALYZERS[analyzer]
@@ -337,20 +328,14 @@ def _write_index(corpus: Path, folder: Path, analyzer: str, corpus_sha256: str, 
                 on_passage()
             writer.commit()
         finally:
-            # Joins the writer's threads, which would go on writing into a folder that is being moved or removed.
+            # Joins the writer's threads, which could otherwise write into a folder that is being moved or removed.
             writer.wait_merging_threads()
     if sha256_of_corpus(corpus) != corpus_sha256:
         raise DataError(f"{corpus}: changed while it was being indexed; start again")
-    manifest = Manifest.model_validate(
-        {
-            "layout": _LAYOUT,
-            "analyzer": analyzer,
-            "corpus_sha256": corpus_sha256,
-            "num_passages": num_passages,
-            "tantivy_version": _VERSION,
-        }
-    )
+    versions = {"layout": _LAYOUT, "tantivy_version": _VERSION}
+    content = {"analyzer": analyzer, "corpus_sha256": corpus_sha256, "num_passages": num_passages}
+    manifest = Manifest.model_validate(versions | content)
     write_file(folder / _MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     mode = (folder / _MANIFEST).stat().st_mode
     for file in folder.iterdir():
-        file.chmod(mode)  # some are tantivy's temporary files, which other users may not even read
+        file.chmod(mode)  # tantivy creates some as temporary files, readable by their owner only

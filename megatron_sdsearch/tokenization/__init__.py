@@ -1,1 +1,1 @@
-"""Chat templates, and the map between token ids and characters."""
+"""Chat templates, and the mapping between token ids and text."""

@@ -1,8 +1,8 @@
-"""The tokenizer as the package sees it: prompts through the chat template, text to ids, ids to text.
+"""Wraps a tokenizer: prompts with the chat template, encoding and decoding.
 
-Questions, passages and queries come from outside, so nothing in them may turn into a control token, special or not:
-such a token is written by the chat template or by the profile's own wording alone. Everywhere else its name is
-ordinary text. ``chat_template.py`` renders chat templates, ``spans.py`` finds actions and their positions.
+Questions, passages and queries are untrusted, so nothing in them may become a control token, special or not. Only the
+chat template and the profile's own strings produce such tokens; elsewhere their names are ordinary text.
+``chat_template.py`` renders chat templates, ``spans.py`` finds actions and their positions.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Renderer:
 
     Args:
         tokenizer: a fast tokenizer of the byte-level BPE family.
-        eos_ids: ids that end a generation on top of the tokenizer's own end-of-sequence id.
-        profile: whose wording may hold control tokens; None for none.
+        eos_ids: ids that end a generation, besides the tokenizer's own end-of-sequence id.
+        profile: its own strings may contain control tokens; None allows none.
         arguments: of the chat template.
-        run_date: the date that a chat template gets when it asks; today by default.
-        field: the setting that names the tokenizer's folder, for error messages.
+        run_date: the date for the chat template; today by default.
+        field: setting of the tokenizer's folder, for errors.
 
     Raises:
-        DataError: the tokenizer belongs to another family; one of the profile's tags is a special token; or a special
-            token is what ordinary text turns into.
+        DataError: the tokenizer is not supported, one of the profile's tags is a special token, or ordinary text
+            encodes to a special token.
         ConfigError: the chat template cannot be used, or not with these arguments.
     """
 
@@ -61,7 +61,7 @@ class Renderer:
         self.eos_ids: frozenset[int] = frozenset((*own, *eos_ids))
         self.token_bytes = TokenBytes(tokenizer, profile.tags if profile is not None else ())
         self._text_only = _without_added_tokens(tokenizer)
-        # Blanks and single characters are no control tokens: some tokenizers add such pieces of ordinary text.
+        # Not blanks or single characters, which some tokenizers add as pieces of ordinary text.
         self._controls = {
             token_id: token.content
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -79,17 +79,17 @@ class Renderer:
         run_date: date | None = None,
         field: str = "model.hf_dir",
     ) -> Renderer:
-        """Read the tokenizer, and the end-of-sequence ids of the model's configuration files; arguments as above.
+        """Read the tokenizer and the end-of-sequence ids of a model's folder; arguments as above.
 
         Raises:
-            DataError: the folder holds no tokenizer that can be read; names it and the fix. Or as above.
+            DataError: the folder holds no readable tokenizer, or as above.
             ConfigError: as above.
         """
         from transformers import AutoTokenizer  # takes seconds to import
 
         fix = "give a Hugging Face folder that holds tokenizer.json and tokenizer_config.json"
         if not (hf_dir / "tokenizer.json").is_file():
-            raise DataError(f"{hf_dir}: no tokenizer.json there; {fix}")
+            raise DataError(f"{hf_dir}: contains no tokenizer.json; {fix}")
         for name in _FILES:
             refuse_other_kind(hf_dir / name, "JSON")
         try:
@@ -102,28 +102,27 @@ class Renderer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids the tokenizer knows; the model's embedding may be padded beyond it."""
+        """Number of ids of the tokenizer; the model's embedding may be padded beyond it."""
         return len(self._tokenizer)
 
     @property
     def has_template(self) -> bool:
-        """Prompts go through a chat template; without one they are the raw text."""
+        """True if prompts use a chat template; without one they are the raw text."""
         return self._tokenizer.chat_template is not None
 
     def prompt_ids(self, user_text: str) -> tuple[int, ...]:
-        """Ids of a conversation with one user message, up to where the assistant starts to write.
+        """Encode a conversation with one user message, up to the start of the assistant's reply.
 
-        A tokenizer without a chat template gets the raw text, behind the beginning-of-sequence token where the
-        tokenizer puts one in front of a text. A template that trims the user's text does not see it and so cannot
-        trim: callers pass stripped text.
+        Without a chat template this is the raw text, after a beginning-of-sequence token if the tokenizer adds one. The
+        text is inserted after rendering, so a template cannot trim it: callers pass stripped text.
         """
         return (*self._before, *self.encode(user_text), *self._after)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text from outside, with none added: control tokens that it spells out stay characters.
+        """Encode untrusted text: names of control tokens in it stay ordinary text. Adds no tokens.
 
-        Those in the profile's own wording (the instructions of a prompt, the tags around an observation) are tokens,
-        as in ``encode_own``. A text that spells no control token has the ids that the tokenizer itself gives it.
+        Control tokens in the profile's own strings (instructions, tags around an observation) are kept, as in
+        ``encode_own``. A text without names of control tokens has the tokenizer's usual ids.
         """
         encoding = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)[0]
         if self._controls.keys().isdisjoint(encoding.ids):
@@ -131,20 +130,20 @@ class Renderer:
         return tuple(self._with_own_alone(text, encoding.ids, encoding.offsets))
 
     def encode_own(self, text: str) -> tuple[int, ...]:
-        """Ids of the profile's own wording, or of sampled text, in which only special tokens stay characters."""
+        """Encode the profile's own strings or sampled text; only special tokens stay ordinary text."""
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens, otherwise as it is; for people and scores, never to encode again."""
+        """Decode ``ids`` without special tokens, for display and scoring; encoding the text may give other ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _with_own_alone(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Iterator[int]:
-        """Control tokens within the profile's own wording; the text between them without any other."""
+        """Yield ids with control tokens only inside the profile's own strings."""
         own_spans = self._profile.own_spans(text) if self._profile is not None else []
         position = 0
         for token_id, (start, end) in zip(ids, offsets, strict=True):
             is_own = token_id in self._controls and any(first <= start and end <= last for first, last in own_spans)
-            # The library cuts blanks off offsets: a token whose name ends in one cannot be told from its text.
+            # The library trims blanks from offsets: a token name that ends in a blank is indistinguishable from text.
             if is_own and self._controls[token_id] in text[start:end]:
                 yield from self._text_only.encode(text[position:start]).ids
                 yield token_id
@@ -154,25 +153,24 @@ class Renderer:
     def _around_user_text(
         self, arguments: Mapping[str, Any], run_date: date, field: str
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids before and after the user's text in a prompt."""
+        """Return the ids before and after the user's text in a prompt."""
         if self.has_template:
             texts = ChatTemplate(self._tokenizer, arguments, run_date, field=field).around_user_text()
             before, after = self._tokenizer([*texts], add_special_tokens=False, split_special_tokens=False)["input_ids"]
             return tuple(before), tuple(after)
         if arguments:
             raise ConfigError(ARGUMENTS, f"{dict(arguments)}, and the tokenizer has no chat template", "leave it empty")
-        # By the tokenizer's own rule: what it adds in front of a text is marked, the text is not.
+        # The mask marks the tokens that the tokenizer itself adds before a text.
         encoding = self._tokenizer("a", return_special_tokens_mask=True)
         marked = zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
         return tuple(token_id for token_id, _ in takewhile(lambda pair: pair[1], marked)), ()
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same vocabulary, merges and splitting, in which no added token is ever found: one model, shared.
+    """Return a tokenizer with the same vocabulary, merges and splitting, but without added tokens; shares the model.
 
     Raises:
-        DataError: a special token is what its own name turns into as ordinary text, so that it cannot be kept out, and
-            would vanish from what the policy writes.
+        DataError: the name of a special token encodes to that token even as ordinary text.
     """
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)
@@ -182,17 +180,17 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     for token_id, token in special_tokens(tokenizer).items():
         if token_id in bare.encode(token).ids:
             raise DataError(
-                f"the special token {token!r} is ordinary text to the tokenizer as well: it would vanish from what the "
-                "policy writes; use a token of its own"
+                f"the special token {token!r} is also ordinary text of the tokenizer, so it would vanish from the "
+                "policy's text; use a separate token"
             )
     return bare
 
 
 def _configured_eos_ids(hf_dir: Path) -> list[int]:
-    """End-of-sequence ids of generation_config.json, or where it names none of config.json, as in transformers.
+    """Read the end-of-sequence ids of generation_config.json, else of config.json, as transformers does.
 
     Raises:
-        DataError: one of the files is no JSON object, or its ids are no ids.
+        DataError: one of the files is not a JSON object, or its ids are invalid.
     """
     for path in (hf_dir / "generation_config.json", hf_dir / "config.json"):
         if not path.is_file():

@@ -1,8 +1,7 @@
-"""Turns token ids into bytes, and bytes into actions: which sampled tokens are a query.
+"""Converts token ids to bytes, finds actions in them, and the sampled tokens of a query.
 
-Everything here works on exact bytes. A tag merges with its neighbours under BPE and a token may end in the middle of a
-character, so neither ids nor decoded characters can say where a tag starts; byte offsets always can.
-``renderer.py`` encodes and decodes whole texts.
+Works on exact bytes: BPE merges tags with their neighbours and a token may end inside a character, so the start of a
+tag can be located neither in ids nor in decoded characters. ``renderer.py`` encodes and decodes whole texts.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _ANSWER_ALONE = re.compile(rb"<(answer)>(.*?)</\1>", re.DOTALL)
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The GPT-2 alphabet: printable Latin-1 stands for itself, every other byte for the next character from U+0100."""
+    """GPT-2's alphabet: printable Latin-1 bytes map to themselves, other bytes to characters from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
@@ -34,16 +33,16 @@ def _byte_of_character() -> dict[str, int]:
 class TokenBytes:
     """The exact bytes of every id of a byte-level tokenizer.
 
-    Special tokens have no bytes: they are never part of a text. Added tokens that are not special stand for their own
-    characters. Ids that the tokenizer does not know (the padded end of an embedding) have no bytes either.
+    Special tokens and unknown ids (the padding of an embedding) have no bytes. Added tokens that are not special have
+    those of their text.
 
     Args:
         tokenizer: a fast tokenizer.
-        tags: that must have bytes, besides those of actions.
+        tags: must have bytes, like the tags of actions.
 
     Raises:
-        DataError: the tokenizer is not byte-level, so an id's bytes depend on its neighbours; or a special token holds
-            one of the tags, which would vanish from every text.
+        DataError: the tokenizer is not byte-level, so that an id's bytes depend on its neighbours; or a special token
+            contains one of the tags, which would vanish from every text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, tags: Iterable[str] = ()) -> None:
@@ -51,10 +50,8 @@ class TokenBytes:
         alphabet = _byte_of_character()
         added, special = tokenizer.added_tokens_decoder, special_tokens(tokenizer)
         if lost := sorted({name for name in special.values() for tag in {*ACTION_TAGS, *tags} if tag in name}):
-            raise DataError(
-                f"{', '.join(lost)}: a special token of the tokenizer vanishes from what the policy writes; add it as "
-                "a token that is not special"
-            )
+            problem = "special tokens of the tokenizer vanish from the policy's text"
+            raise DataError(f"{', '.join(lost)}: {problem}; add them as tokens that are not special")
         vocab = tokenizer.get_vocab()
         self._table = [b""] * (max(vocab.values()) + 1)
         for text, token_id in vocab.items():
@@ -69,12 +66,12 @@ class TokenBytes:
         return self._table[token_id] if 0 <= token_id < len(self._table) else b""
 
     def lookup(self, ids: Sequence[int]) -> list[bytes]:
-        """Bytes of each of ``ids``."""
+        """Return the bytes of each id."""
         return [self[token_id] for token_id in ids]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
-    """Every special token by its id: those with a role (beginning, end, padding) and those only marked as special."""
+    """Return special tokens by id: those with a role (beginning, end, padding) and those only marked as special."""
     roles = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     return roles | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
@@ -95,9 +92,9 @@ def _check_is_byte_level(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 class StopMatcher:
-    """Detects, token by token, when one generation has written a stop string.
+    """Detects stop strings in a generation, token by token.
 
-    A stop string may straddle tokens, and its last token may run past it.
+    A stop string may span tokens, and its last token may extend past it.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -106,14 +103,14 @@ class StopMatcher:
         self._tail = b""
 
     def push(self, token: bytes) -> bool:
-        """Take the next token's bytes; True when a stop string ends inside it."""
+        """Add the next token's bytes; True if a stop string ends in them."""
         written = self._tail + token
         self._tail = written[len(written) - self._keep :] if len(written) > self._keep else written
         return any(text in written for text in self._stop)
 
 
 class ParsedAction(NamedTuple):
-    """What a sampled span asks for; fields as in ``SampledSpan``."""
+    """The action of a sampled span; fields as in ``SampledSpan``."""
 
     action: Action
     argument: str
@@ -122,15 +119,14 @@ class ParsedAction(NamedTuple):
 
 
 def parse_action(token_bytes: Sequence[bytes], *, allow_search: bool = True) -> ParsedAction:
-    """Read the first ``<search>...</search>`` or ``<answer>...</answer>`` of a sampled span.
+    """Parse the first ``<search>...</search>`` or ``<answer>...</answer>`` of a sampled span.
 
-    A query is the tokens all of whose bytes lie strictly between the tags: one that shares a byte with a tag is out,
-    and so are special tokens, which have no bytes. A search for nothing but white space is INVALID, because an engine
-    answers it with an error or with nothing.
+    A query consists of the tokens that lie entirely between the tags: not those that share a byte with a tag, nor
+    special tokens, which have no bytes. A blank query is INVALID, because engines answer it with an error or no hits.
 
     Args:
-        token_bytes: bytes of each sampled token; they need not be valid UTF-8.
-        allow_search: False on the last turn, where a search is text like any other.
+        token_bytes: bytes of each sampled token, not necessarily valid UTF-8.
+        allow_search: False on the last turn, where a search is ordinary text.
     """
     written = b"".join(token_bytes)
     text = written.decode(errors="replace")
@@ -159,7 +155,7 @@ def span_of(
     policy_version: int,
     allow_search: bool = True,
 ) -> SampledSpan:
-    """The record of one engine call: its ids as sampled, with the action that their bytes spell.
+    """Create the record of one engine call: its sampled ids, and the action that they spell.
 
     Raises:
         ValueError: ``token_ids`` and ``logprobs`` differ in length.

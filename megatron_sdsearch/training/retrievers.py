@@ -1,4 +1,4 @@
-"""Opens the search engine of a run: the only module that imports all engines."""
+"""Opens the search engine of a run; the only module that depends on all engines."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, index_ro
 
 
 async def open_retriever(config: RetrievalConfig) -> Retriever:
-    """Open the configured engine, behind the store of ``retrieval.replay`` or replaced by it.
+    """Open and check the configured engine, with the store of ``retrieval.replay`` before it or in its place.
 
-    Use it only on the event loop on which it was opened.
+    Use it on the event loop on which it was opened.
 
     Raises:
-        ConfigError: a setting does not fit the engine, or its client package is not installed.
-        DataError: the corpus has a bad row.
+        ConfigError: a setting does not fit the engine, or its client is not installed.
+        DataError: the corpus is invalid.
         RetrievalError: the engine is down.
     """
     return await open_with_replay(config.replay, lambda: _open_engine(config))
 
 
 def take_counts(retriever: Retriever) -> dict[str, int]:
-    """Return the counts of the replay store and of a remote engine since the last call, by metric name.
+    """Return the counts since the last call, by metric, of the replay store and of a remote engine.
 
-    Evaluations and probes use the same retriever, so their searches are in the next step's counts. All ranks of a run
-    get the same names; the numbers add up over ranks.
+    Evaluations and probes search through the same retriever, so their searches count in the next step. All ranks of a
+    run return the same metrics; their values are summed over ranks.
     """
-    counts: dict[str, int] = {}
-    engine: Retriever | None = retriever
-    if isinstance(retriever, ReplayRetriever):
-        counts |= retriever.take_counts()
-        engine = retriever.engine
+    counts = retriever.take_counts() if isinstance(retriever, ReplayRetriever) else {}
+    engine = retriever.engine if isinstance(retriever, ReplayRetriever) else retriever
     if isinstance(engine, BatchedRetriever):
         counts |= {names.RETRIEVAL_PREFIX + name: value for name, value in engine.take_counts().items()}
     return counts
@@ -53,7 +50,7 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
         raise client_is_missing(error) from error
     elastic, encoder = config.elasticsearch, None
     if elastic.mode != "bm25" and elastic.encoder is not None:
-        # loads torch and transformers, which only dense search needs
+        # Imports torch and transformers, which only dense search needs.
         from megatron_sdsearch.retrieval.folder_encoder import FolderEncoder
 
         encoder = FolderEncoder(elastic.encoder)
@@ -62,8 +59,5 @@ async def _open_engine(config: RetrievalConfig) -> Retriever:
 
 def client_is_missing(error: ModuleNotFoundError) -> ConfigError:
     """Return the error for a failed import of ``retrieval.elasticsearch*``."""
-    return ConfigError(
-        "retrieval.engine",
-        f"elasticsearch, but {error.name} is not installed",
-        "pip install 'megatron-sdsearch[elasticsearch]', in the cluster's major version",
-    )
+    fix = "pip install 'megatron-sdsearch[elasticsearch]', of the cluster's major version"
+    return ConfigError("retrieval.engine", f"elasticsearch needs {error.name}, which is not installed", fix)

@@ -14,7 +14,7 @@ import pytest
 from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.retrieval.elasticsearch_client import CLIENT_MAJOR
-from megatron_sdsearch.retrieval.server import InThreads
+from megatron_sdsearch.retrieval.server import ThreadedRetriever
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
 from megatron_sdsearch.sglang.servers import ServerSupervisor
 from tests.loopback import fake_elastic, fake_sglang
@@ -91,7 +91,7 @@ def test_what_the_cluster_lacks_is_found(tiny: TinyRun, cluster: FakeElastic) ->
     cluster.version = f"{CLIENT_MAJOR - 1}.19.0"
     finding = only(tiny.found(*elastic(cluster.url), is_online=True))
     assert (finding.severity, finding.field) == ("warning", "retrieval.elasticsearch.urls")
-    assert f"is of version {CLIENT_MAJOR - 1}.19.0" in finding.problem
+    assert f"has version {CLIENT_MAJOR - 1}.19.0" in finding.problem
     cluster.version = f"{CLIENT_MAJOR}.1.0"
     cluster.passages = {}
     assert "holds no passages" in only(tiny.found(*elastic(cluster.url), is_online=True)).problem
@@ -112,7 +112,7 @@ def test_documents_that_do_not_fit_the_prompt_are_found(tiny: TinyRun, cluster: 
 
 def test_a_retrieve_server_is_asked(tiny: TinyRun, unused_url: str) -> None:
     index = TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
-    with serving(InThreads(index), num_passages=10) as url:
+    with serving(ThreadedRetriever(index), num_passages=10) as url:
         right = ("retrieval.engine=http", f"retrieval.http.url={url}")
         assert tiny.found(*right, is_online=True) == []
         assert "in 10 a gold answer stands in the first 2" in online_notes(tiny, *right)
@@ -228,6 +228,6 @@ def test_a_server_of_another_model_is_found_by_its_shape(
 
 def test_another_kind_of_server_is_found(tiny: TinyRun) -> None:
     index = TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
-    with serving(InThreads(index)) as url:
+    with serving(ThreadedRetriever(index)) as url:
         finding = only(tiny.found(*sglang(url.removesuffix("/retrieve")), is_online=True))
     assert "returns HTTP 404" in finding.problem

@@ -90,7 +90,7 @@ def test_a_wave_is_one_request_to_the_index_behind_the_alias() -> None:
     talk(FakeElastic(), what)
 
 
-def test_nothing_found_is_empty_and_white_space_is_not_asked() -> None:
+def test_no_hits_are_empty_and_blank_queries_are_not_sent() -> None:
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
         assert list(await retriever.search("nowhere", top_k=2)) == []
         num_before = len(fake.bodies)
@@ -176,7 +176,7 @@ def test_a_restart_of_the_cluster_costs_time_and_no_query() -> None:
     talk(FakeElastic(), what, max_attempts=30, max_requests=2, down_timeout_s=30.0)
 
 
-def test_a_cluster_that_stays_down_is_said_once_and_in_time() -> None:
+def test_a_lasting_outage_is_reported_once_and_in_time() -> None:
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
         await fake.stop()
         loop = asyncio.get_running_loop()
@@ -232,24 +232,24 @@ def _changed(**attributes: Any) -> FakeElastic:
 @pytest.mark.parametrize(
     ("fake", "changes", "field", "words"),
     [
-        (_changed(), {"index": "other"}, "index", "the index is not there (HTTP 404: index_not_found"),
-        (_changed(aliases={ALIAS: ["a", "b"]}), {}, "index", "wiki stands for a, b"),
+        (_changed(), {"index": "other"}, "index", "the index does not exist (HTTP 404: index_not_found"),
+        (_changed(aliases={ALIAS: ["a", "b"]}), {}, "index", "wiki denotes a, b"),
         (_changed(passages={}), {}, "index", "wiki-1 holds no passages"),
         (_changed(properties={"contents": {"type": "keyword"}}), {}, "fields", "which is keyword in wiki"),
         (_changed(), {"fields": "title_and_text"}, "fields", "needs field 'title' of type text, which is missing"),
         (_changed(properties={"contents": {"type": "text"}}), {"mode": "hybrid"}, "mode", "needs field 'vector'"),
         (
             _changed(properties={"vector": {"type": "dense_vector", "dims": 768}}),
-            {"mode": "dense"}, "encoder", "makes vectors of 2, field 'vector' of wiki holds 768",
+            {"mode": "dense"}, "encoder", "makes vectors of length 2, field 'vector' of wiki holds 768",
         ),
         (
             _changed(meta={META: {"encoder": "another"}}),
-            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: other weights, or",
+            {"mode": "dense"}, "encoder", "is toy, and the vectors of wiki were made by another: the weights, pooling",
         ),
-        (_changed(product="OpenSearch"), {}, "urls", "is no Elasticsearch"),
+        (_changed(product="OpenSearch"), {}, "urls", "is not an Elasticsearch"),
         (
             _changed(version="8.19.0", accepted_majors=(7, 8)),
-            {}, "urls", f"refuses the installed client, which is of version {CLIENT_MAJOR} (HTTP 400: media_type",
+            {}, "urls", f"refuses the installed client, version {CLIENT_MAJOR} (HTTP 400: media_type",
         ),
     ],
 )  # fmt: skip
@@ -266,12 +266,12 @@ def test_a_setting_that_does_not_fit_is_named_at_open(
 
 @pytest.mark.parametrize("mode", ["bm25", "dense", "hybrid"])
 def test_documents_without_text_are_refused_by_name(mode: str) -> None:
-    """At open where they are among those looked at; later in the search that meets one, and in no other."""
+    """At open if they are in the sample; otherwise by the searches that find them."""
     bad = {"title": "Lisbon", "text": ["a", "b"]}
     changes = {"mode": mode} | ({} if mode == "bm25" else {"encoder": "unused"})
     error = opening_error(_changed(sources={"p3": bad}), ConfigError, **changes)
     assert str(error).startswith(
-        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is ['a', 'b'], not a text; index it with one"
+        "retrieval.elasticsearch.index: document 'p3' of wiki-1: text is ['a', 'b'], not a string; index it with a"
     )
 
     async def what(retriever: BatchedRetriever, fake: FakeElastic) -> None:
@@ -280,7 +280,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
         if mode != "bm25":  # vectors are nearest to p5 whatever is asked
             good, failed = [PASSAGES["p1"]], good
         assert isinstance(failed, RetrievalError)
-        assert "document 'p5' of wiki-1: text is ['a', 'b'], not a text; index it with" in failed.cause
+        assert "document 'p5' of wiki-1: text is ['a', 'b'], not a string; index it with" in failed.cause
         assert failed.num_attempts == 1
         assert len(good) == 1
 
@@ -289,7 +289,7 @@ def test_documents_without_text_are_refused_by_name(mode: str) -> None:
 
 def test_a_cluster_of_another_major_that_answers_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     talk(_changed(version="10.0.1"), lambda retriever, fake: asyncio.sleep(0))
-    assert f"is of version 10.0.1, the installed client is of {CLIENT_MAJOR}" in caplog.text
+    assert f"has version 10.0.1, the installed client {CLIENT_MAJOR}" in caplog.text
 
 
 def test_no_cluster_at_all_is_an_engine_that_is_down() -> None:
@@ -342,7 +342,7 @@ def test_credentials_come_from_the_settings_or_the_environment(
     "changes", [{"api_key": SECRET}, {"username": "elastic", "password": SECRET}], ids=["key", "basic"]
 )
 def test_no_secret_is_ever_shown(changes: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """At open and in mid-run, with everything logged and a server that echoes the header that it refuses."""
+    """At open and later, with full logging and a server that echoes the header that it rejects."""
     fake = _changed(authorization=None)
     shown = [repr(config_of(fake, **changes)), str(config_of(fake, **changes).model_dump(mode="json"))]
 
@@ -425,7 +425,7 @@ def test_without_its_authority_it_is_refused_and_the_field_named(certificate: tu
     assert "self-signed certificate" in str(error) or "self signed certificate" in str(error)
 
 
-def test_a_file_that_is_no_certificate_is_said(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_certificate_is_reported(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
     config = ElasticsearchConfig(urls=("https://host:9200",), ca_file=tmp_path / "ca.pem")
     with pytest.raises(ConfigError, match=r"ca_file: .* holds no certificate"):

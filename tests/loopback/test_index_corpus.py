@@ -47,10 +47,10 @@ def test_training_finds_the_index_and_a_folder_of_another_kind_is_left_alone(cor
     # tmp_path holds the corpus; report["index"] is an index, but of another analyzer
     refused = run_tool(corpus, "--to", "tantivy", "--out", tmp_path)
     assert refused.returncode == 2
-    assert f"ConfigError: --out: {tmp_path} holds other things than an index; give a new folder" in refused.stderr
+    assert f"ConfigError: --out: {tmp_path} holds files other than an index; give a new folder" in refused.stderr
     refused = run_tool(corpus, "--to", "tantivy", "--out", report["index"])
     assert refused.returncode == 2
-    assert "is the index of something else; give a new folder, or --replace" in refused.stderr
+    assert "is the index of another corpus or analyzer; give a new folder, or --replace" in refused.stderr
     replaced = run_tool(corpus, "--to", "tantivy", "--out", report["index"], "--replace")
     assert json.loads(replaced.stdout)["fingerprint"] == TantivyRetriever.open(Path(report["index"])).fingerprint
     assert corpus.is_file()
@@ -74,7 +74,7 @@ def test_an_index_elsewhere_is_named_as_a_setting_and_served_by_the_folder_aroun
     build("two", "english")
     with pytest.raises(ConfigError, match=r"--index: .*far holds one, two; give one of them"):
         index_folder(tmp_path / "far")
-    with pytest.raises(ConfigError, match=r"--index: .* is no index's folder"):
+    with pytest.raises(ConfigError, match=r"--index: .* holds no index"):
         index_folder(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_an_index_elsewhere_is_named_as_a_setting_and_served_by_the_folder_aroun
     [
         ("nonsense", "row: Invalid JSON"),
         ('{"id": "50"}', "contents: Field required"),
-        ('{"id": "3", "contents": "again"}', "id: '3' stands twice; give each passage an id of its own"),
+        ('{"id": "3", "contents": "again"}', "id: '3' is a duplicate; give each passage its own id"),
     ],
 )
 def test_a_bad_row_is_named_and_leaves_no_index(corpus: Path, tmp_path: Path, line: str, words: str) -> None:

@@ -98,7 +98,7 @@ def prepare(hub: FakeHub, cache: Path, *arguments: str, **environment: str) -> s
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_what_is_asked_for_is_fetched_once_and_nothing_else(hub: FakeHub, tmp_path: Path) -> None:
+def test_only_the_requested_files_are_fetched_once(hub: FakeHub, tmp_path: Path) -> None:
     ran = prepare(hub, tmp_path / "cache", "hub", "--out", str(tmp_path / "one"))
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["num_questions"] == {"train": 5, "heldout": 15, "test": 13}

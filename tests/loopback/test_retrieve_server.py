@@ -26,7 +26,7 @@ from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.batched import BatchedRetriever
 from megatron_sdsearch.retrieval.http import RetrieveServerBackend
-from megatron_sdsearch.retrieval.server import InThreads, create_app, listen, new_server
+from megatron_sdsearch.retrieval.server import ThreadedRetriever, create_app, listen, new_server
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever
 
 Json = dict[str, Any]
@@ -64,7 +64,7 @@ def serving(retriever: Retriever, num_passages: int | None = None) -> Iterator[s
 
 @pytest.fixture(scope="module")
 def url(index_dir: Path) -> Iterator[str]:
-    with serving(InThreads(TantivyRetriever.open(index_dir)), num_passages=3) as url:
+    with serving(ThreadedRetriever(TantivyRetriever.open(index_dir)), num_passages=3) as url:
         yield url
 
 
@@ -73,7 +73,7 @@ def config_of(url: str, **settings: Any) -> RetrieveServerConfig:
 
 
 class Scripted:
-    """A Retriever whose answers, and failures, are given."""
+    """A Retriever with given answers and failures."""
 
     fingerprint = "scripted"
 
@@ -348,14 +348,14 @@ def test_what_passes_is_tried_again(reply: Reply) -> None:
         (json_reply([]), 'malformed answer: no list "result"'),
         (json_reply({"result": []}), 'malformed answer: "result" has 0 lists for 1 queries'),
         (json_reply({"result": [[], []]}), 'malformed answer: "result" has 2 lists for 1 queries'),
-        (json_reply({"result": [None]}), 'malformed answer: an entry of "result" is no list: None'),
-        (json_reply({"result": [["text"]]}), "malformed answer: an item is no document: 'text'"),
-        (json_reply({"result": [[{"id": "1", "text": ""}]]}), "no text \"contents\", its fields are ['id', 'text']"),
-        (json_reply({"result": [[{"id": None, "contents": ""}]]}), '"id" is neither text nor a whole number: None'),
-        (json_reply({"result": [[{"document": {"contents": ""}, "score": "1"}]]}), "\"score\" is no number: '1'"),
+        (json_reply({"result": [None]}), 'malformed answer: an entry of "result" is not a list: None'),
+        (json_reply({"result": [["text"]]}), "malformed answer: an item is not a document: 'text'"),
+        (json_reply({"result": [[{"id": "1", "text": ""}]]}), "no string \"contents\"; its fields are ['id', 'text']"),
+        (json_reply({"result": [[{"id": None, "contents": ""}]]}), '"id" is neither a string nor an integer: None'),
+        (json_reply({"result": [[{"document": {"contents": ""}, "score": "1"}]]}), "is not a finite number"),
     ],
 )
-def test_failures_are_errors_with_words(reply: Reply, words: str) -> None:
+def test_failures_are_errors_with_a_reason(reply: Reply, words: str) -> None:
     with Foreign(reply).running() as url:
         (error,) = searched(config_of(url, timeout_s=0.5 if reply is hanging else 5.0, max_attempts=2), ["who?"])
     assert type(error) is RetrievalError
@@ -363,11 +363,11 @@ def test_failures_are_errors_with_words(reply: Reply, words: str) -> None:
     assert words in str(error)
 
 
-def test_a_malformed_entry_is_not_its_neighbours_fault() -> None:
+def test_a_malformed_entry_affects_only_its_query() -> None:
     with Foreign(json_reply({"result": [[{"id": "1", "contents": "x"}], [5]]})).running() as url:
         good, bad = searched(config_of(url), ["a", "b"])
     assert [passage.passage_id for passage in good] == ["1"]
-    assert "an item is no document: 5" in str(bad)
+    assert "an item is not a document: 5" in str(bad)
 
 
 def test_a_server_that_answers_no_query_ends_the_run() -> None:
@@ -385,11 +385,11 @@ def test_opening_finds_out_that_no_server_is_there() -> None:
         searched(config_of(url), ["a"])
 
 
-def test_a_server_that_hangs_is_said_to_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_server_is_reported_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sdsearch.retrieval.http._HEALTH_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"http://127.0.0.1:{mute.getsockname()[1]}"
-        with pytest.raises(RetrievalError, match=rf"^{url}/health: no answer in 0\.2 s; see what the server"):
+        with pytest.raises(RetrievalError, match=rf"^{url}/health: no answer in 0\.2 s; check the server"):
             searched(config_of(f"{url}/retrieve"), ["a"])
 
 
@@ -425,7 +425,7 @@ def test_credentials_are_sent_and_never_shown() -> None:
     "url", ["127.0.0.1:8000/retrieve", "http:///retrieve", "http://127.0.0.1:8000", "http://a:b/c"]
 )
 def test_half_a_url_is_a_config_error(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"retrieval\.http\.url: .* is not whole; give all of it"):
+    with pytest.raises(ConfigError, match=r"retrieval\.http\.url: .* is not a full URL; give all of it"):
         searched(config_of(url), ["a"])
 
 
@@ -436,7 +436,7 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tools.serve_retriever", *arguments]
 
 
-def test_the_tool_serves_until_it_is_asked_to_end(index_dir: Path) -> None:
+def test_the_tool_serves_until_a_signal(index_dir: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(index_dir), "--port", "0")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -463,10 +463,10 @@ def test_the_tool_names_what_is_wrong(index_dir: Path, tmp_path: Path) -> None:
     command = serve_command("--engine", "tantivy", "--index", str(tmp_path), "--port", "0")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} is no index's folder; ")
+    assert done.stderr.startswith(f"ConfigError: --index: {tmp_path} holds no index; ")
     for flags, message in (
-        (("--port", "99999"), "--port: 99999 is no port"),
-        (("--host", "nohost.invalid"), "--host: nohost.invalid is no address here"),
+        (("--port", "99999"), "--port: 99999 is not a port"),
+        (("--host", "nohost.invalid"), "--host: nohost.invalid is not an address of this machine"),
     ):
         command = serve_command("--engine", "tantivy", "--index", str(index_dir), *flags)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -486,7 +486,7 @@ def test_searches_run_beside_each_other(index_dir: Path) -> None:
         return search_now(query, top_k)
 
     index.search_now = slow  # type: ignore[method-assign]
-    with serving(InThreads(index, num_threads=2)) as url:
+    with serving(ThreadedRetriever(index, num_threads=2)) as url:
         thread = threading.Thread(target=requests.post, args=(url,), kwargs={"json": {"queries": ["slow"]}})
         thread.start()
         time.sleep(0.05)

@@ -69,7 +69,7 @@ def call(url: str, method: str = "GET", body: Json | None = None) -> Any:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a node of this module's own, whose indices each test deletes."""
+    """The address of a node for this module; each test deletes its indices."""
     with serve(tmp_path_factory.mktemp("noida")) as url:
         yield url
 
@@ -262,7 +262,7 @@ def test_what_is_lost_or_altered_behind_our_back_is_found(node: str, corpus: Pat
         load(node, corpus)
     call(f"{node}/{name}/_doc/stranger?refresh=true", "DELETE")
     call(f"{node}/{name}/_doc/p3?refresh=true", "PUT", {"contents": "x"})
-    with pytest.raises(RetrievalError, match=f"{name}: passage 'p3' is not what the corpus says"):
+    with pytest.raises(RetrievalError, match=f"{name}: passage 'p3' differs from the corpus"):
         load(node, corpus)
 
 
@@ -274,7 +274,7 @@ class Proxy:
 
     Attributes:
         faults: taken from the left, one per bulk request; None breaks nothing. ``always`` is for all of them.
-        refused: ids whose documents are refused as malformed.
+        refused: ids of documents that are refused as malformed.
         max_items: a larger request is a 413.
         num_bulks: so far.
         max_open: most bulk requests that were open at one time.
@@ -381,7 +381,7 @@ def test_passing_failures_cost_nothing(proxy: tuple[Proxy, str], node: str, corp
     between.faults.extend(faults)
     report = load(url, corpus)
     assert report.num_created + report.num_found == NUM_PASSAGES
-    assert report.num_found == 5  # of the chunk whose answer was lost
+    assert report.num_found == 5  # of the chunk with the lost response
     assert between.num_bulks == 12 + len(faults)
     assert between.max_open <= SETTINGS.num_workers
     assert_loaded(node, corpus)
@@ -401,7 +401,7 @@ def test_requests_that_are_too_large_say_how_to_make_them_smaller(
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("401", r"it refuses no credentials \(HTTP 401: security_exception: injected\)"),
+        ("401", r"the cluster refuses no credentials \(HTTP 401: security_exception: injected\)"),
         ("429", "failing for"),
     ],
 )
@@ -495,7 +495,7 @@ def test_the_tool_loads_a_compressed_shuffled_corpus(node: str, corpus: Path, tm
     done = run_tool(*common, cwd=tmp_path)
     assert done.returncode == 2
     assert f"DataError: {packed}:10: id: " in done.stderr
-    assert "has 514 bytes, and the engine takes 512" in done.stderr
+    assert "has 514 bytes, and the engine's limit is 512" in done.stderr
     assert call(f"{node}/_alias") == {}
     done = run_tool(*common, "--allow-rejects", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -517,7 +517,7 @@ def test_the_tool_says_that_no_cluster_answers(corpus: Path, tmp_path: Path) -> 
     assert f"RetrievalError: {url}: first contact: no connection" in done.stderr
     done = run_tool(*common, "--index", "Wiki", cwd=tmp_path)
     assert done.returncode == 2
-    assert "ConfigError: --index: 'Wiki' is no name of an index" in done.stderr
+    assert "ConfigError: --index: 'Wiki' is not an index name" in done.stderr
 
 
 def test_the_server_serves_the_index(node: str, corpus: Path) -> None:

@@ -122,7 +122,7 @@ def test_whatever_a_model_writes_is_text_and_harms_no_other_query(node: Node, in
         assert all(any(word in p.contents for word in words) for p in strange)
 
 
-def test_nothing_matches_and_nothing_is_asked(node: Node, index: str) -> None:
+def test_blank_queries_match_nothing_and_are_not_sent(node: Node, index: str) -> None:
     assert [list(found) for found in ask(node, index, ["zebra", "", "  \n "])] == [[], [], []]
 
 
@@ -133,7 +133,7 @@ def test_nearest_vectors(node: Node, index: str) -> None:
 
 
 def test_ranks_are_fused(node: Node, index: str) -> None:
-    """As the server's own rrf retriever fuses them."""
+    """Compare with the server's own rrf retriever."""
     knn = {"field": "vector", "query_vector": [np.cos(np.pi / 4), np.sin(np.pi / 4), 0.0], "k": 50}
     match = {"standard": {"query": {"match": {"contents": "old bridge 0.25"}}}}
     lists = [match, {"knn": knn | {"num_candidates": 500}}]
@@ -176,13 +176,13 @@ def test_one_search_that_the_server_cannot_parse_fails_alone(
     assert len(good) == 2
 
 
-def test_an_alias_stands_for_its_index_and_for_one_alone(node: Node, index: str) -> None:
+def test_an_alias_must_denote_one_index(node: Node, index: str) -> None:
     node.client.indices.put_alias(index=index, name="one")
     fingerprints = [on(node, name, _fingerprint) for name in ("one", index)]
     assert fingerprints[0] == fingerprints[1]
     other = node.index(_documents()[:3], PROPERTIES)
     node.client.indices.put_alias(index=f"{index},{other}", name="two")
-    with pytest.raises(ConfigError, match=f"index: two stands for {index}, {other}"):
+    with pytest.raises(ConfigError, match=f"index: two denotes {index}, {other}"):
         on(node, "two", _fingerprint)
 
 
@@ -207,15 +207,15 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
     [
         (PROPERTIES, [], {}, "holds no passages"),
         ({"text": {"type": "text"}}, [{"id": "1", "text": "a"}], {}, "needs field 'contents' of type text"),
-        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a text"),
-        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index is not there .*absent"),
+        ({"contents": {"type": "text"}}, [{"id": "1"}], {}, "document '1' of .*: contents is missing, not a string"),
+        (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index does not exist .*absent"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],
             {"mode": "dense", "encoder": "unused"}, "makes vectors of 3",
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_said_at_open(
+def test_mismatches_are_reported_at_open(
     node: Node, properties: dict[str, Any], documents: list[dict[str, Any]], settings: dict[str, Any], words: str
 ) -> None:
     name = node.index(documents, properties)

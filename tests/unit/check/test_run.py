@@ -185,7 +185,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "checkpoint.every=2",
     ),
     (("checkpoint.keep_every=3",), {}, "warning", "checkpoint.keep_every", "no multiple", "multiple of 2"),
-    (("retrieval.engine=http", "retrieval.http.url=http://h:1"), {}, "error", "retrieval.http.url", "not whole", "all"),
+    (("retrieval.engine=http", "retrieval.http.url=http://h:1"), {}, "error", "retrieval.http.url", "full URL", "all"),
     (
         ("retrieval.http.url=http://me:pw@h:1/r",),
         {},
@@ -207,7 +207,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "retrieval.elasticsearch.urls",
-        "not whole",
+        "not a full URL",
         "scheme",
     ),
     (

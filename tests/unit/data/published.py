@@ -27,7 +27,7 @@ HOTPOTQA_DEV: Pairs = [(f"Is {i} more than {i + 1}?", "no") for i in range(7)]
 
 
 def flashrag_row(split: str, index: int, question: str, answer: str) -> dict[str, Any]:
-    """As in RUC-NLPIR/FlashRAG_datasets."""
+    """Write rows as in RUC-NLPIR/FlashRAG_datasets."""
     return {"id": f"{split}_{index}", "question": question, "golden_answers": [answer]}
 
 
@@ -40,7 +40,7 @@ def write_flashrag(root: Path, dataset: str, split: str, pairs: Pairs, **more: A
 
 
 def search_r1_rows(dataset: str, split: str, source_split: str, pairs: Pairs) -> list[dict[str, Any]]:
-    """As Search-R1's qa_search_*_merge.py writes them: FlashRAG's columns stay, the question ends in a mark."""
+    """Write rows like Search-R1's qa_search_*_merge.py: with FlashRAG's columns and a final question mark."""
     rows = []
     for index, (text, answer) in enumerate(pairs):
         question = text if text.endswith("?") else f"{text}?"

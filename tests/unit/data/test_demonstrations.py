@@ -102,7 +102,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [])
-    with pytest.raises(DataError, match=r"d\.jsonl holds no demonstration: write at least one row"):
+    with pytest.raises(DataError, match=r"d\.jsonl holds no demonstrations; write at least one row"):
         read_demonstrations(path)
 
 
@@ -144,7 +144,7 @@ def test_a_file_that_is_not_there_is_one_message(tmp_path: Path) -> None:
 
 
 def test_search_results_are_demonstrated_between_the_profiles_tags() -> None:
-    """With others the policy would learn to read tags that no rollout shows, without a word of it."""
+    """Otherwise the policy would silently learn tags that no rollout shows."""
     observation = {"kind": "observation", "text": "\n\n<information>Doc 1(Title: a) b\n</information>\n\n"}
     notice = {"kind": "observation", "text": "\nThat was no valid action.\n"}
     sampled = {"kind": "sampled", "text": "<search> a </search>"}
@@ -163,6 +163,6 @@ def test_demonstrations_that_never_act_are_refused() -> None:
     spans = [{"kind": "sampled", "text": "<query> a </query>"}]
     rows = [Demonstration.model_validate({"demonstration_id": "d", "prompt": "p", "spans": spans})]
     with pytest.raises(
-        ConfigError, match=r"^train\.demonstrations: none writes </search> or </answer>, such as '<query>"
+        ConfigError, match=r"^train\.demonstrations: none contains </search> or </answer>, for example '<query>"
     ):
         check_profile(rows, get_profile("plain"))

@@ -63,7 +63,7 @@ def test_flashrag_folders(flashrag: Path) -> None:
     assert (prepared.num_bad_rows, prepared.duplicates, prepared.leaks) == (0, {}, {})
 
 
-def test_train_keeps_the_order_that_is_asked_for(flashrag: Path) -> None:
+def test_train_keeps_the_requested_order(flashrag: Path) -> None:
     assert ids(run(flashrag, train=("hotpotqa", "nq")), "train")[:3] == [
         "hotpotqa:train:0",
         "hotpotqa:train:1",
@@ -109,7 +109,7 @@ FILES = st.dictionaries(st.sampled_from(["nq", "hotpotqa", "triviaqa"]), st.list
 
 @given(files=FILES.filter(lambda files: "nq" in files), others_first=st.booleans())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-def test_ids_are_unique_and_stable_whatever_stands_beside_them(
+def test_ids_are_unique_and_do_not_depend_on_other_data_sets(
     tmp_path: Path, files: dict[str, list[str]], others_first: bool
 ) -> None:
     root = tmp_path / "any"
@@ -127,7 +127,7 @@ def test_ids_are_unique_and_stable_whatever_stands_beside_them(
         assert [(q.question_id, q.text) for q in mine] == [(q.question_id, q.text) for q in alone.splits[split]]
 
 
-def test_bad_rows_are_listed_with_their_place_and_are_an_error_above_the_limit(flashrag: Path) -> None:
+def test_bad_rows_are_listed_with_location_and_are_an_error_above_the_limit(flashrag: Path) -> None:
     path = flashrag / "nq" / "train.jsonl"
     with path.open("a", encoding="utf-8") as file:
         file.write('{"id": "train_3", "question": " ", "golden_answers": ["x"]}\n')
@@ -150,7 +150,7 @@ def test_texts_of_lists_are_written_as_lists(flashrag: Path, tmp_path: Path) -> 
     assert pq.read_table(manifest.parent / "train.parquet")["gold_answers"].to_pylist() == [["Al", "Bo"]]
 
 
-def test_a_pointer_in_place_of_a_file_is_no_heap_of_bad_rows(flashrag: Path) -> None:
+def test_an_lfs_pointer_is_one_error_not_many_bad_rows(flashrag: Path) -> None:
     (flashrag / "nq" / "train.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(DataError, match=r"nq/train\.jsonl: is a git LFS pointer"):
         run(flashrag, max_bad_rows=100)
@@ -220,12 +220,12 @@ def test_manifest_has_sources_counts_and_checksums(flashrag: Path, tmp_path: Pat
     assert all(len(entry["sha256"]) == 64 for entry in [*manifest["sources"], *manifest["files"].values()])
 
 
-def test_a_folder_of_other_things_is_never_replaced(flashrag: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(flashrag: Path, tmp_path: Path) -> None:
     write_prepared(run(flashrag), DEFAULTS, tmp_path / "out", "parquet")
     write_prepared(run(flashrag, heldout_per_dataset=0), DEFAULTS, tmp_path / "out", "jsonl")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", "train.jsonl", "test.jsonl"}
     (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(ConfigError, match=r"--out: .* holds other things than prepared questions; give a new folder"):
+    with pytest.raises(ConfigError, match=r"--out: .* holds files other than prepared questions; give a new folder"):
         write_prepared(run(flashrag), DEFAULTS, tmp_path / "out", "parquet")
     assert not list(tmp_path.glob(".out*"))
 
@@ -266,11 +266,9 @@ def test_a_missing_column_is_named(search_r1: Path, column: str) -> None:
 
 def test_a_missing_data_set_is_an_error_that_lists_those_that_exist(flashrag: Path, search_r1: Path) -> None:
     there = "hotpotqa/dev, hotpotqa/train, nq/dev, nq/test, nq/train"
-    with pytest.raises(DataError, match=rf"squad: no question of it in a split train; there is {there}: name one"):
+    with pytest.raises(DataError, match=rf"squad: no questions in a split train; found {there}: choose one"):
         run(flashrag, train=("squad",))
-    with pytest.raises(
-        DataError, match="popqa: no question of it in a split test or dev or train; there is hotpotqa/te"
-    ):
+    with pytest.raises(DataError, match="popqa: no questions in a split test or dev or train; found hotpotqa/te"):
         run(search_r1, test=("popqa",))
 
 

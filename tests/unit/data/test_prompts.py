@@ -39,7 +39,7 @@ def test_plain_is_the_bare_question() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_question_is_the_last_line_and_hindsight_stands_before_it(name: str) -> None:
+def test_question_is_the_last_line_after_hindsight(name: str) -> None:
     profile = get_profile(name)
     without, with_hindsight = profile.user_text("why"), profile.user_text("why", "BLOCK")
     assert without.splitlines()[-1] == "Question: why?"

@@ -103,8 +103,8 @@ def test_equal_indices_of_two_data_sets_stay_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [OWN, SEARCH_R1, FLASHRAG], ids=["own", "search_r1", "flashrag"])
-def test_id_that_stands_twice_is_a_data_error(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"q\.jsonl:3: id '.*' stands twice; give each question"):
+def test_duplicate_id_is_a_data_error(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"q\.jsonl:3: id '.*' is a duplicate; give each question"):
         read_questions(write(tmp_path / "q.jsonl", [row, row]))
 
 
@@ -134,7 +134,7 @@ def test_id_that_stands_twice_is_a_data_error(tmp_path: Path, row: dict[str, Any
         ),
     ],
 )
-def test_bad_row_names_file_line_field_and_mend(tmp_path: Path, row: Any, complaint: str) -> None:
+def test_bad_row_names_file_line_field_and_fix(tmp_path: Path, row: Any, complaint: str) -> None:
     path = write(tmp_path / "q.jsonl", [OWN | {"question_id": "fine"}, row])
     with pytest.raises(DataError) as caught:
         read_questions(path)
@@ -206,7 +206,7 @@ def test_search_r1s_question_is_its_field_or_what_its_user_asks(
         (ASKED_ELSEWHERE | {"prompt": [{"role": "system", "content": "who built it?"}]}, "prompt: has no user message"),
         (
             SEARCH_R1 | prompt("Be.", "Answer with <answer>. who built it?"),
-            "prompt: has no 'Question:', so where its question begins",
+            "prompt: has 'Question:' 0 times instead of once, so the start",
         ),
         (SEARCH_R1 | prompt("Be.", "Question: Who made Question: Time?"), "prompt: has 'Question:' 2 times"),
         (SEARCH_R1 | prompt("Be.", "Question: who?\nUse <search>."), "prompt: several lines follow 'Question:'"),
@@ -252,7 +252,7 @@ def test_bad_parquet_row_names_its_number(tmp_path: Path) -> None:
         read_questions(path)
 
 
-def test_missing_parquet_column_is_told_before_any_row(tmp_path: Path) -> None:
+def test_missing_parquet_column_is_reported_before_any_row(tmp_path: Path) -> None:
     path = write(tmp_path / "q.parquet", [{"id": "a", "question": "Why?", "answers": ["x"]}])
     with pytest.raises(
         DataError, match=r"q\.parquet: has no column 'question_id', its columns are id, question, answers; w"

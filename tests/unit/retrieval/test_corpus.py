@@ -42,7 +42,7 @@ def test_rows_come_in_file_order_and_blank_lines_are_skipped(tmp_path: Path) -> 
         ('["x"]', "row: "),
         ("not json", "row: Invalid JSON"),
         ('{"id": "x", "contents": "\\ud800"}', "row: Invalid JSON"),
-        ('{"id": "a", "contents": "again"}', "id: 'a' stands twice"),
+        ('{"id": "a", "contents": "again"}', "id: 'a' is a duplicate"),
     ],
 )
 def test_bad_row_names_file_line_field_and_fix(tmp_path: Path, line: str, complaint: str) -> None:
@@ -120,7 +120,7 @@ def test_title_and_text(contents: str, title: str, text: str) -> None:
     [
         ({"id": "b", "contents": None}, "contents: Field required"),
         ({"id": "b", "contents": ""}, "contents: String should have at least 1 character"),
-        ({"id": "a", "contents": "again"}, "id: 'a' stands twice"),
+        ({"id": "a", "contents": "again"}, "id: 'a' is a duplicate"),
     ],
 )
 def test_bad_parquet_row_names_its_number(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
@@ -175,8 +175,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, suffix: s
 def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
     whole = write_as("jsonl.gz", tmp_path, ROWS).read_bytes()
     for name, damaged, words in (
-        ("cut.jsonl.gz", whole[:-9], "is not whole, or not gzip"),
-        ("text.jsonl.gz", b"A\n", "is not whole, or not gzip"),
+        ("cut.jsonl.gz", whole[:-9], "is truncated or not gzip"),
+        ("text.jsonl.gz", b"A\n", "is truncated or not gzip"),
         ("plain.jsonl.gz", b'{"id": "a", "contents": "A"}\n', "is JSON Lines, where gzip is wanted; name it .jsonl"),
         ("x.parquet", b"PAR1 nonsense PAR1", "is not readable as parquet"),
     ):
@@ -195,7 +195,7 @@ def test_rejects_are_reported_and_left_out(tmp_path: Path) -> None:
     assert [row.contents for row in rows] == ["A"]
     assert [position for position, _ in rejects] == [f"{path}:2", f"{path}:3"]
     assert rejects[0][1].startswith("row: Invalid JSON")
-    assert rejects[1][1] == "id: 'a' stands twice; give each passage an id of its own"
+    assert rejects[1][1] == "id: 'a' is a duplicate; give each passage its own id"
 
 
 @given(ids=st.lists(st.one_of(st.from_regex(r"[0-9]{1,10}", fullmatch=True), st.sampled_from(["x", "\u0663", "-1"]))))

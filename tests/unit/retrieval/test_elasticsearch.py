@@ -1,4 +1,4 @@
-"""What a document of an index that others made must hold to be shown."""
+"""Tests of reading documents from indices not made by index_corpus."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def test_text_is_a_passage(source: Any, contents: str) -> None:
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        ({"contents": ["a", "b"]}, "contents is ['a', 'b'], not a text"),
-        ({"contents": []}, "contents is [], not a text"),
-        ({"contents": {"en": "a"}}, "contents is {'en': 'a'}, not a text"),
-        ({"contents": 5}, "contents is 5, not a text"),
-        ({"contents": False}, "contents is False, not a text"),
-        ({"contents": None}, "contents is None, not a text"),
-        ({}, "contents is missing, not a text"),
-        ({"body": "a"}, "contents is missing, not a text"),
-        ({"title": None, "text": "a"}, "title is None, not a text"),
-        ({"text": "a"}, "title is missing, not a text"),
-        ({"title": "a"}, "text is missing, not a text"),
-        ({"title": "a", "text": ["b"]}, "text is ['b'], not a text"),
-        ({"title": {"main": "a"}, "text": "b"}, "title is {'main': 'a'}, not a text"),
+        ({"contents": ["a", "b"]}, "contents is ['a', 'b'], not a string"),
+        ({"contents": []}, "contents is [], not a string"),
+        ({"contents": {"en": "a"}}, "contents is {'en': 'a'}, not a string"),
+        ({"contents": 5}, "contents is 5, not a string"),
+        ({"contents": False}, "contents is False, not a string"),
+        ({"contents": None}, "contents is None, not a string"),
+        ({}, "contents is missing, not a string"),
+        ({"body": "a"}, "contents is missing, not a string"),
+        ({"title": None, "text": "a"}, "title is None, not a string"),
+        ({"text": "a"}, "title is missing, not a string"),
+        ({"title": "a"}, "text is missing, not a string"),
+        ({"title": "a", "text": ["b"]}, "text is ['b'], not a string"),
+        ({"title": {"main": "a"}, "text": "b"}, "title is {'main': 'a'}, not a string"),
     ],
 )
 def test_anything_else_is_refused_by_index_document_and_field(source: Any, problem: str) -> None:
     with pytest.raises(SearchError) as caught:
         answer_of(source)
-    assert str(caught.value).startswith(f"document '7' of wiki-1: {problem}; index it with one text in contents")
+    assert str(caught.value).startswith(f"document '7' of wiki-1: {problem}; index it with a string in contents")
     assert not caught.value.is_retryable
 
 
@@ -66,7 +66,7 @@ def test_an_index_that_keeps_no_source_is_named() -> None:
         answer_of(None)
 
 
-def test_a_secret_that_a_long_answer_is_cut_in_is_struck_out_whole() -> None:
+def test_a_secret_at_the_cut_of_a_long_answer_is_masked() -> None:
     """Cutting first would leave its beginning; so would white space that is folded before."""
     for length in range(150, 210):
         shown = client(("me", "hunter2  secret")).reason_of("x" * length + "hunter2  secret" + "y" * 500)

@@ -1,4 +1,4 @@
-"""What loading a corpus keeps account of, without a cluster."""
+"""Tests of loading a corpus, without a cluster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_sdsearch.errors import ConfigError, DataError
 from megatron_sdsearch.retrieval.corpus import CorpusRow
-from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings
-from megatron_sdsearch.retrieval.elasticsearch_load import ContiguousProgress, RejectFile, scan_corpus, to_action
+from megatron_sdsearch.retrieval.elasticsearch_index import IndexSettings, Marker, to_action
+from megatron_sdsearch.retrieval.elasticsearch_load import ContiguousProgress, RejectFile, scan_corpus
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -31,14 +31,14 @@ def rows(count: int) -> list[dict[str, Any]]:
 def test_progress_is_the_end_of_the_gapless_start(sizes: list[int], seed: int, start: int) -> None:
     chunks = [(start + sum(sizes[:i]), start + sum(sizes[: i + 1])) for i in range(len(sizes))]
     random.Random(seed).shuffle(chunks)
-    progress = ContiguousProgress(start, 0)
+    progress = ContiguousProgress(Marker(corpus_sha256="", num_passages=99, num_done=start))
     done = set(range(start))
     for first, end in chunks:
         progress.add(first, end, num_rejected=end - first)
         done |= set(range(first, end))
         gapless = next(i for i in range(len(done) + 1) if i not in done)
-        assert progress.num_done == gapless
-        assert progress.num_rejected == gapless - start
+        assert progress.marker.num_done == gapless
+        assert progress.marker.num_rejected == gapless - start
 
 
 def test_a_document_has_contents_title_text_and_vector() -> None:
@@ -75,7 +75,7 @@ def test_an_id_that_elasticsearch_refuses_is_one_reject(tmp_path: Path) -> None:
     """It counts bytes: 171 characters of three bytes are too many, 256 of two just fit."""
     ids = ["é" * 256, "一" * 171, "x" * 513, "x" * 512]
     path = write(tmp_path, [{"id": i, "contents": "c"} for i in ids])
-    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*takes 512; give it"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2: id: '一{40}'\.\.\. has 513 bytes, .*limit is 512"):
         scan_corpus(path)
     reported: list[tuple[str, str]] = []
     scan = scan_corpus(path, lambda position, reason: reported.append((position, reason)))
@@ -101,14 +101,14 @@ def test_rejects_of_what_is_done_are_kept(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes\n")
-    with pytest.raises(DataError, match=r"notes\.txt: is no file of rejects"):
+    with pytest.raises(DataError, match=r"notes\.txt: is not a file of rejects"):
         RejectFile(path).begin_scan()
     assert path.read_text() == "my notes\n"
 
 
 @pytest.mark.parametrize("name", ["", "Wiki", "-wiki", "a b", "a/b", "a*", ".", "a:b", "x" * 300])
 def test_a_name_that_elasticsearch_refuses_is_refused_first(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name of an index; use lower case"):
+    with pytest.raises(ConfigError, match="is not an index name; use lower case"):
         IndexSettings(name=name)
 
 
@@ -127,7 +127,7 @@ def test_the_indexs_name_depends_on_what_is_in_it() -> None:
         IndexSettings(name="wiki", num_shards=0)
 
 
-def test_similarity_and_analyzers_are_said_aloud() -> None:
+def test_similarity_and_analyzers_are_explicit() -> None:
     body = IndexSettings(name="wiki", analyzer="english", encoder="e5", num_dims=8).body()
     assert body["settings"]["similarity"] == {"default": {"type": "BM25", "k1": 1.2, "b": 0.75}}
     assert body["settings"]["number_of_shards"] == 1

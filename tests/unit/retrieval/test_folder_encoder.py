@@ -65,7 +65,7 @@ def test_the_fingerprint_is_that_of_the_weights(folder: Path, tmp_path: Path) ->
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"elasticsearch.encoder: .* holds no model"):
+    with pytest.raises(ConfigError, match=r"elasticsearch.encoder: .* does not contain a model"):
         FolderEncoder(tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_an_e5_folder_of_the_hub_keeps_its_prompts(
         caplog.clear()
         target = with_modules(folder, tmp_path / name, pooling=MEAN, prompts={})
         encoder = FolderEncoder(target)
-        assert ("names no prompts: E5's are used" in caplog.text) == is_warned
+        assert ("defines no prompts: using E5's" in caplog.text) == is_warned
         mean = [hidden_of(folder, f"query: {text}", 64).mean(dim=0) for text in TEXTS]
         np.testing.assert_allclose(encoder.encode_queries(TEXTS), rows([v / v.norm() for v in mean]), atol=1e-5)
 
@@ -217,18 +217,18 @@ def test_a_model_may_lie_in_a_folder_of_its_own(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"modules": [TRANSFORMER, POOLING, DENSE]}, "modules.json asks for Transformer, Pooling, Dense"),
-        ({"modules": [TRANSFORMER]}, "modules.json asks for Transformer; give"),
-        ({"modules": []}, "modules.json asks for nothing"),
+        ({"modules": [TRANSFORMER, POOLING, DENSE]}, "modules.json lists Transformer, Pooling, Dense"),
+        ({"modules": [TRANSFORMER]}, "modules.json lists Transformer; give"),
+        ({"modules": []}, "modules.json lists no modules"),
         ({"modules": {"0": "x"}}, "modules.json holds no list of modules"),
-        ({"pooling": {"pooling_mode_max_tokens": True}}, "1_Pooling/config.json asks for pooling max"),
-        ({"pooling": CLS | {"pooling_mode_mean_tokens": True}}, r"asks for pooling cls \+ mean"),
-        ({"pooling": {"pooling_mode": "lasttoken"}}, "asks for pooling lasttoken"),
-        ({"pooling": MEAN | {"include_prompt": False}}, "leaves the prompt out"),
+        ({"pooling": {"pooling_mode_max_tokens": True}}, "1_Pooling/config.json sets pooling max"),
+        ({"pooling": CLS | {"pooling_mode_mean_tokens": True}}, r"sets pooling cls \+ mean"),
+        ({"pooling": {"pooling_mode": "lasttoken"}}, "sets pooling lasttoken"),
+        ({"pooling": MEAN | {"include_prompt": False}}, "excludes the prompt"),
         ({"transformer": {"transformer_task": "fill-mask"}}, "sets transformer_task to 'fill-mask'"),
-        ({"transformer": {"max_seq_length": 4096}}, "max_seq_length 4096 in .*, whose model has 512 positions"),
+        ({"transformer": {"max_seq_length": 4096}}, "max_seq_length is 4096 in .*, the model's limit 512"),
         ({"transformer": {"max_seq_length": "64"}}, "sets max_seq_length to '64'"),
-        ({"prompts": {"prompts": {"query": 1}}}, "holds prompts that are no texts"),
+        ({"prompts": {"prompts": {"query": 1}}}, "holds prompts that are not strings"),
         ({"prompts": {"prompts": PROMPTS, "similarity_fn_name": "manhattan"}}, "compares vectors by 'manhattan'"),
         ({"prompts": {"prompts": PROMPTS, "truncate_dim": 8}}, "sets truncate_dim to 8"),
     ],
@@ -244,7 +244,7 @@ def test_what_is_not_supported_is_refused_by_file_and_value(
 def test_a_file_that_is_no_json_is_named(folder: Path, tmp_path: Path) -> None:
     target = with_modules(folder, tmp_path / "x")
     (target / "1_Pooling/config.json").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ConfigError, match=r"1_Pooling/config\.json holds no JSON .*fetch the encoder's folder again"):
+    with pytest.raises(ConfigError, match=r"1_Pooling/config\.json holds no JSON .*download the encoder"):
         read_encoder_settings(target, "--encoder")
 
 
@@ -263,15 +263,15 @@ def test_the_fingerprint_is_also_that_of_pooling_prompts_and_length(folder: Path
     )
 
 
-def test_weights_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     """transformers would draw what is missing at random."""
     target = Path(shutil.copytree(folder, tmp_path / "x"))
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ConfigError, match=r"the weights in .* lack encoder\.layer\.2\..* and 15 more; fetch"):
+    with pytest.raises(ConfigError, match=r"the weights in .* lack encoder\.layer\.2\..* and 15 more; download"):
         FolderEncoder(target, "--encoder")
     (target / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         FolderEncoder(target, "--encoder")
 
 

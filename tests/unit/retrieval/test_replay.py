@@ -1,4 +1,4 @@
-"""What is recorded comes back exactly; what failed is not recorded; the store stays within its limit."""
+"""Tests of the replay store: recorded answers are returned exactly, and failures are not recorded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def record(folder: Path, passages: dict[str, Sequence[Passage] | None], *queries
     return engine
 
 
-def test_known_queries_are_not_asked_again_and_answers_are_equal(tmp_path: Path) -> None:
+def test_known_queries_are_not_searched_again_and_answers_are_equal(tmp_path: Path) -> None:
     assert record(tmp_path, {"capital": (LISBON, PORTO)}, "capital", "nothing").queries == ["capital", "nothing"]
     engine = DictRetriever({"capital": (PORTO,)})  # would answer otherwise by now
     assert ask(recording(tmp_path, engine), "capital", "nothing") == [(LISBON, PORTO), ()]
@@ -84,7 +84,7 @@ def test_a_miss_names_the_query_and_says_how_to_record_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", ["off", "cache"])
-def test_off_is_the_engine_itself_and_cache_stands_before_it(tmp_path: Path, mode: str) -> None:
+def test_off_returns_the_engine_and_cache_wraps_it(tmp_path: Path, mode: str) -> None:
     engine = DictRetriever({"capital": (LISBON,)})
 
     async def open_engine() -> Retriever:
@@ -139,7 +139,7 @@ class SlowRetriever(DictRetriever):
             await asyncio.sleep(0.001)
 
 
-def test_identical_queries_in_flight_are_asked_once(tmp_path: Path) -> None:
+def test_concurrent_identical_queries_are_searched_once(tmp_path: Path) -> None:
     async def run() -> None:
         engine = SlowRetriever({"capital": (LISBON,)})
         retriever = recording(tmp_path, engine)
@@ -267,7 +267,7 @@ def test_files_that_are_no_stores_are_a_wrong_setting_and_left_alone(tmp_path: P
         database.execute("CREATE TABLE mine (x)")
     database.close()
     for mode in ("cache", "only"):
-        with pytest.raises(ConfigError, match="is no replay store"):
+        with pytest.raises(ConfigError, match="is not a replay store"):
             with_replay(settings(tmp_path, mode), never)
 
 
@@ -276,7 +276,7 @@ def test_a_store_of_another_layout_is_refused(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "replay.db")
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ConfigError, match="has layout 99, and this version 1; record into a new file"):
+    with pytest.raises(ConfigError, match="has layout 99, and this version uses 1; record into a new file"):
         with_replay(settings(tmp_path, "cache"), never)
 
 
@@ -298,7 +298,7 @@ def test_a_closed_store_is_one_file_that_can_be_copied(tmp_path: Path) -> None:
     assert ask(with_replay(settings(elsewhere, "only"), never), "capital") == [(LISBON,)]
 
 
-def test_top_k_below_one_is_refused_before_the_engine_is_asked(tmp_path: Path) -> None:
+def test_top_k_below_one_is_refused_without_a_search(tmp_path: Path) -> None:
     engine = DictRetriever()
     with pytest.raises(ValueError):
         ask(recording(tmp_path, engine), "capital", top_k=0)

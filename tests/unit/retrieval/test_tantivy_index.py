@@ -22,7 +22,14 @@ from megatron_sdsearch.errors import ConfigError, DataError, RetrievalError
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.analysis import analyze_standard
 from megatron_sdsearch.retrieval.base import Retriever
-from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root, find_indices, index_root
+from megatron_sdsearch.retrieval.corpus import sha256_of_corpus
+from megatron_sdsearch.retrieval.tantivy_index import (
+    TantivyRetriever,
+    default_root,
+    find_indices,
+    folder_name,
+    index_root,
+)
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "lucene_golden.json").read_text(encoding="utf-8"))
 LUCENE_LACKS = 2.2  # the factor k1 + 1, which Elasticsearch and tantivy keep
@@ -132,7 +139,7 @@ def test_at_most_top_k_and_at_least_one(tmp_path: Path) -> None:
 
 
 class _BrokenIndex:
-    """Stands for an index whose files went bad: what tantivy raises then is up to the test."""
+    """Stands in for a damaged index; the test chooses the exception."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -195,14 +202,14 @@ def test_training_finds_an_index_of_another_name(tmp_path: Path, folder: str) ->
     assert search(retriever, "canal")[0].passage_id == "p0"
     assert sorted(tmp_path.rglob("*")) == before  # nothing was built
     TantivyRetriever.open_or_build(corpus, "english", default_root(corpus))
-    assert TantivyRetriever.default_dir(corpus, "english").is_dir()
+    assert (default_root(corpus) / folder_name(sha256_of_corpus(corpus), "english")).is_dir()
 
 
 def test_what_a_killed_builder_left_is_not_found(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path, ["canal"])
     TantivyRetriever.build(corpus, tmp_path / "index" / ".standard-0.0", "standard")
     TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "index")
-    assert TantivyRetriever.default_dir(corpus, "standard").is_dir()
+    assert (default_root(corpus) / folder_name(sha256_of_corpus(corpus), "standard")).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -292,9 +299,9 @@ def test_an_index_lives_beside_its_corpus_or_where_the_setting_says(tmp_path: Pa
 @pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl/index"])
 def test_a_path_that_takes_no_index_is_one_error_of_the_setting(tmp_path: Path, name: str) -> None:
     corpus = write_corpus(tmp_path, ["canal"])
-    with pytest.raises(ConfigError, match=r"^retrieval\.index: .*it is no folder; set retrieval\.index to a"):
+    with pytest.raises(ConfigError, match=r"^retrieval\.index: .*it is not a folder; set retrieval\.index to a"):
         TantivyRetriever.open_or_build(corpus, "standard", tmp_path / name)
-    with pytest.raises(ConfigError, match=r"^--out: .*it is no folder; set --out to"):
+    with pytest.raises(ConfigError, match=r"^--out: .*it is not a folder; set --out to"):
         TantivyRetriever.build(corpus, tmp_path / name / "x", "standard", field="--out")
 
 
@@ -309,14 +316,14 @@ def test_a_folder_without_room_is_one_error_of_the_setting(tmp_path: Path, num_b
             TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "index")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(caught.value).startswith(f"retrieval.index: {tmp_path / 'index'} cannot take the index of {corpus}: ")
+    assert str(caught.value).startswith(f"retrieval.index: {tmp_path / 'index'} cannot hold the index of {corpus}: ")
     # Which write is refused first is up to tantivy's threads, and not all of them pass the reason on.
-    assert re.search("(File too large|refused to write, as where a disk is full); set retrieval", str(caught.value))
+    assert re.search("(File too large|the disk may be full); set retrieval", str(caught.value))
     assert [path for path in (tmp_path / "index").iterdir() if path.is_dir()] == []
 
 
 def test_an_index_opens_where_no_lock_can_be_taken(tmp_path: Path) -> None:
-    """As on a read-only mount: tantivy wants to write a lock even for reading."""
+    """Like on a read-only mount: tantivy creates a lock file even for reading."""
     corpus = write_corpus(tmp_path, ["canal", "river"])
     folder = tmp_path / "index"
     TantivyRetriever.build(corpus, folder, "standard")
@@ -338,6 +345,6 @@ def test_another_index_in_the_named_folder_is_not_built_into(tmp_path: Path) -> 
     TantivyRetriever.build(corpus, tmp_path / "en", "english")
     assert TantivyRetriever.open_or_build(corpus, "english", tmp_path / "en")
     with pytest.raises(
-        ConfigError, match=r"en is an index already, with analyzer english, .*; set retrieval\.analyzer"
+        ConfigError, match=r"en is the index of another corpus or analyzer \(english\); .*set retrieval\.analyzer"
     ):
         TantivyRetriever.open_or_build(corpus, "standard", tmp_path / "en")

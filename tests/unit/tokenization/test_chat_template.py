@@ -54,10 +54,10 @@ def test_arguments_reach_the_template() -> None:
     [
         ("enable_thinkin", "never reads it; did you mean enable_thinking?"),
         ("zzz", "never reads it; leave it out: it reads enable_thinking"),
-        ("messages", "is the program's to set"),
-        ("add_generation_prompt", "is the program's to set"),
-        ("strftime_now", "is the program's to set"),
-        ("bos_token", "is the program's to set, or the tokenizer's"),
+        ("messages", "is set by the program"),
+        ("add_generation_prompt", "is set by the program"),
+        ("strftime_now", "is set by the program"),
+        ("bos_token", "is set by the program or the tokenizer"),
     ],
 )
 def test_an_argument_that_would_do_nothing_or_harm_is_refused_by_name(name: str, reason: str) -> None:
@@ -81,14 +81,14 @@ def test_arguments_without_arguments_and_without_a_template_are_refused() -> Non
         ),
         ("{{ messages[0].content.parts.text }}", r"fails on one user message \(UndefinedError: .*parts"),
         ("{{ 1 / 0 }}", r"fails on one user message \(ZeroDivisionError: division by zero\)"),
-        ("{{ messages[0].content + level }}", r"UndefinedError.*set what it asks for in .* \(it reads level\)"),
+        ("{{ messages[0].content + level }}", r"UndefinedError.*set its arguments in .* \(it reads level\)"),
         ("x\n{% if %}", r"cannot be read \(TemplateSyntaxError, line 2: Expected an expression"),
         ("hello", "shows the user's text 0 times instead of once"),
         ("{{ messages[0].content }}{{ messages[0].content }}", "shows the user's text 2 times instead of once"),
         (CLOSED, r"does not open the assistant's turn.*writes '<\|im_start\|>assistant\\n' before"),
     ],
 )
-def test_a_template_that_fails_is_one_error_in_its_own_words(template: str, reason: str, tmp_path: Path) -> None:
+def test_a_failing_template_is_one_error_with_its_own_message(template: str, reason: str, tmp_path: Path) -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)

@@ -78,8 +78,8 @@ def test_from_folder_adds_the_generation_configs_eos(tokenizer: PreTrainedTokeni
     assert renderer.prompt_ids("hi") == Renderer(tokenizer).prompt_ids("hi")
 
 
-def test_a_missing_tokenizer_names_the_folder_and_the_mend(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere: no tokenizer.json there; give a Hugging Face folder"):
+def test_a_missing_tokenizer_names_folder_and_fix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: contains no tokenizer.json; give a Hugging Face folder"):
         Renderer.from_folder(tmp_path / "nowhere")
 
 
@@ -100,7 +100,7 @@ spelling_controls = st.lists(
 
 
 def with_controls(**flags: bool) -> PreTrainedTokenizerFast:
-    """As Qwen's: added tokens that are not special."""
+    """Like Qwen's: added tokens that are not special."""
     tokenizer = train_tokenizer()
     tokenizer.add_tokens(
         [AddedToken(name, special=False, **{"normalized": False, **flags}) for name in [*CONTROLS, *OWN_TAGS]]
@@ -211,7 +211,7 @@ def test_what_the_policy_writes_keeps_its_tokens(controlled: PreTrainedTokenizer
 def test_a_special_token_that_ordinary_text_turns_into_is_refused() -> None:
     tokenizer = train_tokenizer()
     tokenizer.pad_token = "!"
-    with pytest.raises(DataError, match="the special token '!' is ordinary text to the tokenizer as well"):
+    with pytest.raises(DataError, match="the special token '!' is also ordinary text of the tokenizer"):
         Renderer(tokenizer)
 
 
@@ -219,7 +219,7 @@ def test_a_special_token_that_ordinary_text_turns_into_is_refused() -> None:
 def test_a_special_token_among_the_profiles_tags_is_refused(name: str) -> None:
     tokenizer = train_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [name]})
-    with pytest.raises(DataError, match=f"{name}: a special token of the tokenizer vanishes"):
+    with pytest.raises(DataError, match=f"{name}: special tokens of the tokenizer vanish"):
         Renderer(tokenizer, profile=AUTOREFINE)
 
 

@@ -49,7 +49,7 @@ def test_other_tokenizer_families_are_refused_by_name() -> None:
 def test_a_tag_as_special_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     spoilt = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     spoilt.add_special_tokens({"additional_special_tokens": ["<search>"]})
-    with pytest.raises(DataError, match="<search>: a special token"):
+    with pytest.raises(DataError, match="<search>: special tokens"):
         TokenBytes(spoilt)
 
 
@@ -57,7 +57,7 @@ def test_tags_that_would_vanish_are_refused_by_name(tokenizer: PreTrainedTokeniz
     spoilt = wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
     spoilt.add_special_tokens({"additional_special_tokens": ["<refine>", "</think>\n", "<other>"]})
     TokenBytes(spoilt)  # another profile's
-    with pytest.raises(DataError, match="</think>\n, <refine>: a special token of the tokenizer vanishes"):
+    with pytest.raises(DataError, match="</think>\n, <refine>: special tokens of the tokenizer vanish"):
         TokenBytes(spoilt, ["<refine>", "</refine>", "</think>"])
 
 

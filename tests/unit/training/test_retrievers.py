@@ -1,4 +1,4 @@
-"""What a step reports about its searches."""
+"""Tests of the search metrics of a step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def open_remote() -> Retriever:
 def counts_after(
     config: ReplayConfig, open_engine: Callable[[], Awaitable[Retriever]], *queries: str
 ) -> list[dict[str, int]]:
-    """Of the searches, and of nothing."""
+    """Search, then return the results of two calls of take_counts."""
 
     async def run() -> list[dict[str, int]]:
         retriever = await open_with_replay(config, open_engine)
@@ -69,7 +69,7 @@ def test_retries_of_a_remote_engine_are_in_the_metrics_once() -> None:
     assert second == dict.fromkeys(first, 0), "the same names at every step, and on every rank"
 
 
-def test_behind_a_replay_store_the_engine_counts_what_it_was_asked(tmp_path: Path) -> None:
+def test_behind_a_replay_store_the_engine_counts_its_own_queries(tmp_path: Path) -> None:
     config = ReplayConfig(mode="cache", store=tmp_path / "store")
     counts, _ = counts_after(config, open_remote, "a", "a", "b")
     assert (counts["replay/num_hits"], counts["replay/num_misses"]) == (1, 2)
