@@ -183,7 +183,8 @@ class LMHead:
     def from_model(cls, gpt: GPTModel, hf_config: PretrainedConfig, parallel: ParallelState) -> LMHead:
         """Take the head of a last-stage model."""
         weight = gpt.shared_embedding_or_output_weight() if hf_config.tie_word_embeddings else gpt.output_layer.weight
-        shard = parallel.vocab_shard(hf_config.vocab_size, padded_vocab_size(hf_config.vocab_size, parallel.tp_size))
+        padded_size = padded_vocab_size(hf_config.vocab_size, parallel.tp_size)
+        shard = VocabShard.split(hf_config.vocab_size, parallel.tp_group, padded_size)
         return cls(weight=weight, shard=shard, sequence_parallel=parallel.sequence_parallel)
 
     def gather(self, hidden: Tensor) -> Tensor:
