@@ -129,11 +129,11 @@ def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     target = out.resolve()
     for source in (path.resolve() for path in sources):
         if target == source or target in source.parents:
-            raise ConfigError("OUT", f"{out} holds what is converted", "give another folder")
+            raise ConfigError("OUT", f"{out} holds the model to convert", "give another folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (overwrite and out.is_dir()):
-        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
+        raise ConfigError("OUT", f"{out} already exists", "give another folder, or --overwrite for a model's folder")
     others = sorted(
         path.name
         for path in out.iterdir()

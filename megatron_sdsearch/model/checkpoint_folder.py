@@ -84,7 +84,9 @@ class CheckpointFolder:
             return list(reversed(self.steps().values()))
         latest = self.root / pointer.read_text().strip()
         if not latest.name.removeprefix(_STEP).isdigit():
-            raise CheckpointError(f"{pointer} names {latest.name!r}, no step_* folder: write one's name into it")
+            raise CheckpointError(
+                f"{pointer} names {latest.name!r}, which is not a step_* folder: write the name of one into it"
+            )
         older = [folder for step, folder in self.steps().items() if step < step_of(latest)]
         return [latest, *reversed(older)]
 
@@ -171,7 +173,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds weights alone: start a run from it with model.megatron_dir, nothing can be continued"
         )
     if not isinstance(manifest, dict) or not {"step", "config", "layout", "files"} <= manifest.keys():
-        raise CheckpointError(f"{path} is no manifest of this version: it lacks step, config, layout or files")
+        raise CheckpointError(f"{path} is not a manifest of this version: it lacks step, config, layout or files")
     return manifest
 
 

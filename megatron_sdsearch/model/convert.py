@@ -181,7 +181,7 @@ def _check_tensors(tensors: HFTensors, config: PretrainedConfig, source: Path) -
     for name, wanted in expected.items():
         shape = tensors.shape(name)
         if shape != wanted:
-            raise DataError(f"{source}: {name} is {shape}, the model of config.json wants {wanted}")
+            raise DataError(f"{source}: {name} is {shape}, the model of config.json expects {wanted}")
     return {name: math.prod(shape) for name, shape in expected.items()}
 
 

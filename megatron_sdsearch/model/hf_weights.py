@@ -55,9 +55,9 @@ def load_weights(
     def fill(target: Tensor, shards: Sequence[Tensor], sources: Sequence[str]) -> None:
         shard, joined = shards[parallel.tp_rank], ", ".join(sources)
         if target.shape != shard.shape:
-            raise DataError(f"{joined}: {tuple(shard.shape)} per shard, the model wants {tuple(target.shape)}")
+            raise DataError(f"{joined}: {tuple(shard.shape)} per shard, the model expects {tuple(target.shape)}")
         if not shard.is_floating_point():
-            raise DataError(f"{joined}: {shard.dtype} is no type of weights; give a model that is not quantised")
+            raise DataError(f"{joined}: {shard.dtype} is not a weight type; give a model that is not quantised")
         target.copy_(shard)
         if not target.isfinite().all():  # after the copy: a smaller dtype may not hold what the file does
             for name in sources:
@@ -149,7 +149,9 @@ def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> N
     expected = {name for placement in placements(config, pp_size=1, has_head=True) for name in placement.hf}
     unknown = sorted(name for name in names - expected if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
-        raise DataError(f"{source} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
+        raise DataError(
+            f"{source} has {len(unknown)} tensors that a {config.model_type} does not have: {unknown[0]}, ..."
+        )
 
 
 class SafetensorsFolder:
@@ -168,7 +170,7 @@ class SafetensorsFolder:
             if not all(isinstance(file, str) and Path(file).name == file for file in self._file_of.values()):
                 raise ValueError("weight_map holds what is no name of a file in this folder")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{index} is no index of weights ({error!r}); fetch it again") from error
+            raise DataError(f"{index} is not an index of weights ({error!r}); fetch it again") from error
         self._names: dict[Path, set[str]] = {}
 
     def names(self) -> set[str]:
@@ -212,7 +214,7 @@ class SafetensorsFolder:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             refuse_other_kind(path, "safetensors")
-            raise DataError(f"{path} is no safetensors file ({error}): fetch it again") from error
+            raise DataError(f"{path} is not a safetensors file ({error}): fetch it again") from error
 
 
 @torch.no_grad()

@@ -66,14 +66,14 @@ def read_metadata(folder: Path) -> Metadata:
     """Read where a checkpoint's tensors lie, without running any code that the file asks for.
 
     Raises:
-        CheckpointError: it is no torch_dist checkpoint, or its ``.metadata`` is damaged or asks for code to be run.
+        CheckpointError: it is not a torch_dist checkpoint, or its ``.metadata`` is damaged or asks for code to be run.
     """
     path = folder / METADATA
     try:
         with path.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} holds no {METADATA}: it is no torch_dist checkpoint") from error
+        raise CheckpointError(f"{folder} holds no {METADATA}: it is not a torch_dist checkpoint") from error
     except Exception as error:  # garbage makes an unpickler raise anything
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata):
@@ -241,9 +241,9 @@ def find_checkpoint(path: Path) -> Path:
     for root in (path, path / "checkpoints"):
         for newest in CheckpointFolder(root).candidates()[:1]:
             if not (newest / METADATA).is_file():
-                raise CheckpointError(f"the newest in {root} is {newest.name}, which is no complete checkpoint")
+                raise CheckpointError(f"the newest in {root} is {newest.name}, which is not a complete checkpoint")
             return newest
-    raise CheckpointError(f"{path} is no checkpoint: give a step_* folder, a run's folder or a converted one")
+    raise CheckpointError(f"{path} is not a checkpoint: give a step_* folder, a run's folder or a converted one")
 
 
 def find_hf_dir(checkpoint: Path) -> Path:

@@ -15,7 +15,7 @@ from megatron_sdsearch.evaluation.metrics import require_sampled
 from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHits, compare_query_hits, summarize_hits
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import CollectionCounts, HindsightBlock, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrajectoryStatus
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.lost import LostTrajectories
@@ -35,12 +35,12 @@ class StepRollouts:
 
     Attributes:
         groups: in question order.
-        counts: of the collection.
+        num_refilled: groups without contrast that were discarded and replaced by another question's.
         engine_counts: of the rollout engine, the search engine and the replay store, under names of metrics.
     """
 
     groups: list[RolloutGroup]
-    counts: CollectionCounts
+    num_refilled: int
     engine_counts: dict[str, int]
 
 
@@ -95,8 +95,7 @@ class DistributedRollouts:
         engine_counts: dict[str, int] = {}
         for counts in self._parallel.all_gather_object(own):
             engine_counts |= {name: engine_counts.get(name, 0) + value for name, value in counts.items()}
-        counts_of_step = CollectionCounts(num_refilled=num_refilled)
-        return StepRollouts(groups=groups, counts=counts_of_step, engine_counts=engine_counts)
+        return StepRollouts(groups=groups, num_refilled=num_refilled, engine_counts=engine_counts)
 
     def evaluate(self, questions: Sequence[Question], *, step: int) -> list[RolloutGroup]:
         """One greedy trajectory per question, in question order; raises as ``collect`` does.

@@ -40,7 +40,7 @@ def measure_step(
         "train/num_retrieval_failed": statuses.count(TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.SHARE_WITHOUT_ADVANTAGE: sum(not any(own) for own in advantages) / len(groups),
-        names.NUM_REFILLED: rollouts.counts.num_refilled,
+        names.NUM_REFILLED: rollouts.num_refilled,
         **rollouts.engine_counts,
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
         **_rollout_values(groups, names.TRAIN_PREFIX),

@@ -115,7 +115,7 @@ def test_candidates_begin_with_latest_and_never_lie_in_its_future(tmp_path: Path
     (tmp_path / "latest").unlink()  # killed between a first save's last two moves
     assert folder.candidates()[0].name == "step_000003"
     (tmp_path / "latest").write_text("nonsense")
-    with pytest.raises(CheckpointError, match=r"names 'nonsense', no step_\* folder"):
+    with pytest.raises(CheckpointError, match=r"names 'nonsense', which is not a step_\* folder"):
         folder.candidates()
 
 

@@ -13,7 +13,6 @@ from megatron_sdsearch.evaluation.query_probe import QueryHitComparison
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.records import (
     Action,
-    CollectionCounts,
     ContextSpan,
     HindsightBlock,
     Question,
@@ -97,9 +96,9 @@ STEP = [
 ]
 
 
-def measure(groups: list[HindsightGroup], *results: UpdateResult, **counts: int) -> Values:
+def measure(groups: list[HindsightGroup], *results: UpdateResult, num_refilled: int = 0) -> Values:
     """The numbers of a step of these groups."""
-    rollouts = StepRollouts(groups=[g for g, _ in groups], counts=CollectionCounts(**counts), engine_counts={})
+    rollouts = StepRollouts(groups=[g for g, _ in groups], num_refilled=num_refilled, engine_counts={})
     advantages = [group_advantages(g, normalize_std=True) for g, _ in groups]
     return measure_step(rollouts, [blocks for _, blocks in groups], advantages, results)
 
