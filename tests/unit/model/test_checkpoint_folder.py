@@ -190,7 +190,7 @@ def test_a_checkpoint_without_a_date_goes_on_with_todays_and_says_so(
 ) -> None:
     write_manifest(tmp_path, 2, **manifest)
     assert run_date_of(tmp_path) == date.today()
-    assert "step_000002 records no date of its run" in caplog.text
+    assert "step_000002 does not record when its run began" in caplog.text
 
 
 @pytest.mark.parametrize(

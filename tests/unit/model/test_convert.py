@@ -269,7 +269,7 @@ def test_a_wrong_architecture_or_layout_is_refused(tmp_path: Path, changes: dict
         ({"model_type": "qwen3"}, "tensors that a qwen3 does not have: decoder.layers.self_attention.linear_qkv.bias"),
         (
             {"num_attention_heads": 2, "num_key_value_heads": 2},
-            r"linear_qkv.weight is \(48, 8\), not as config.json says",
+            r"linear_qkv.weight is \(48, 8\), which does not fit config.json",
         ),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_tensor_of_which_a_piece_was_never_written_is_incomplete(tmp_path: Pat
     writer = TorchDistWriter(tmp_path)
     writer.add(0, "whole", (4, 2), (0, 0), torch.ones(2, 2))
     writer.finish({})
-    with pytest.raises(CheckpointError, match=r"whole is incomplete, 4 of 8"):
+    with pytest.raises(CheckpointError, match=r"whole is incomplete, it has 4 of 8"):
         TorchDistReader(tmp_path).read("whole")
 
 
