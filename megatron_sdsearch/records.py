@@ -85,7 +85,7 @@ class TrajectoryStatus(StrEnum):
 
     @property
     def is_lost(self) -> bool:
-        """Whether a search or rollout engine ended it, so that its outcome says nothing about the policy."""
+        """True if a search or rollout engine ended it, so that its outcome says nothing about the policy."""
         return self in (TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED)
 
 
@@ -135,7 +135,7 @@ class SampledSpan:
 
     @property
     def is_eos_without_action(self) -> bool:
-        """Whether the policy ended its message before it searched or answered."""
+        """True if the policy ended its message before it searched or answered."""
         return self.finish_reason == "eos" and self.action is Action.INVALID
 
 
@@ -240,7 +240,7 @@ class Trajectory:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether something was sampled and no engine failed."""
+        """True if something was sampled and no engine failed."""
         return not self.status.is_lost and bool(self.loss_mask.any())
 
     @property

@@ -54,19 +54,14 @@ def tour() -> str:
         "(`[tool.importlinter]` in `pyproject.toml`). The order of a training step is in `training/loop.py`: ",
         "start there.\n",
     ]
-    for floor in _floors():
-        for name in floor:
-            lines += _section(f"megatron_sdsearch/{name}", PACKAGE / name)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    for module in (name.strip(" ()") for layer in layers for name in layer.replace(":", "|").split("|")):
+        lines += _section(f"megatron_sdsearch/{module}", PACKAGE / module)
     lines += ["\n## Programs outside the package\n"]
     for folder in ("tools", "slurm", "docker", "examples"):
         lines += _section(folder, ROOT / folder)
     return "".join(lines)
-
-
-def _floors() -> list[list[str]]:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return [[name.strip(" ()") for name in layer.replace(":", "|").split("|")] for layer in layers]
 
 
 def _section(title: str, path: Path) -> Iterator[str]:

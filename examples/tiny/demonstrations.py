@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from examples.tiny.world import RELATIONS, WORD_PRIOR, Path, Relation, World, passage_text, paths, question_text
+from examples.tiny.world import RELATIONS, WORD_PRIOR, Path, Relation, DemoWorld, passage_text, paths, question_text
 from megatron_sdsearch.data.prompts import CORRECT, HINDSIGHT_HEADER, INCORRECT, get_profile
 from megatron_sdsearch.hindsight.block import search_line
 from megatron_sdsearch.records import Passage
@@ -39,7 +39,7 @@ _PROFILE = get_profile("plain")
 Demonstration = dict[str, Any]
 
 
-def build_demonstrations(world: World, count: int) -> list[Demonstration]:
+def build_demonstrations(world: DemoWorld, count: int) -> list[Demonstration]:
     """Write ``count`` demonstrations, half of one hop and half of two; a pure function of world and count."""
     writer = _Writer(world)
     return [writer.demonstration(f"tiny:demo:{i}", num_hops=1 + i % 2) for i in range(count)]
@@ -48,7 +48,7 @@ def build_demonstrations(world: World, count: int) -> list[Demonstration]:
 class _Writer:
     """Draws a question about a world of its own for each demonstration, and plays the searches."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DemoWorld) -> None:
         self._world = world
         self._rng = random.Random(f"tiny-demonstrations:{world.seed}")
         self._answers = {name: sorted(set(table.values())) for name, table in world.answers.items()}
@@ -141,7 +141,7 @@ def _act(names: Sequence[str], house: Sequence[str], words: Sequence[str]) -> li
     return [*spans, {"kind": "sampled", "text": f"<answer> {names[-1]}</answer>"}]
 
 
-def sample_texts(world: World) -> list[str]:
+def sample_texts(world: DemoWorld) -> list[str]:
     """Return texts with every word of prompts, passages and responses, to train the tokenizer on."""
     block = _block([(True, ["a", "b"]), (False, [])])
     texts = [_PROFILE.user_text(f"What is the {relation.cue} of", block) for relation in RELATIONS]

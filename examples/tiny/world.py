@@ -65,7 +65,7 @@ RELATIONS: Path = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class DemoWorld:
     """The corpus, the questions and the facts behind them.
 
     Attributes:
@@ -102,7 +102,7 @@ class World:
         return len({subject for table in self.answers.values() for subject in table})
 
 
-def build_world(facts: FactBook, seed: int) -> World:
+def build_world(facts: FactBook, seed: int) -> DemoWorld:
     """Draw the wording and the split, and write passages and questions.
 
     Raises:
@@ -122,7 +122,7 @@ def build_world(facts: FactBook, seed: int) -> World:
         for word in relation.synonyms
     ]
     rng.shuffle(passages)
-    return World(
+    return DemoWorld(
         seed=seed,
         answers=facts.answers,
         word_order=word_order,

@@ -7,6 +7,7 @@ prediction of token i + 1. Teacher sequences are checked to hold the same respon
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -104,15 +105,9 @@ def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_t
         raise DataError(
             f"{name}: the tokenizer encodes its sampled text to no tokens, so there is nothing to learn: remove it"
         )
-    return TrainingSample(
-        sample_id=demonstration.demonstration_id,
-        token_ids=token_ids,
-        labels=next_token_aligned(token_ids),
-        loss_mask=next_token_aligned(is_sampled),
-        distill_mask=np.zeros(len(token_ids), dtype=np.bool_),
-        rollout_logprobs=np.zeros(len(token_ids)),
-        prompt_length=len(prompt),
-    )
+    labels, no_mask = next_token_aligned(token_ids), np.zeros(len(token_ids), dtype=np.bool_)
+    sample = unlearned_sample(demonstration.demonstration_id, token_ids, labels, no_mask)
+    return replace(sample, loss_mask=next_token_aligned(is_sampled), prompt_length=len(prompt))
 
 
 def teacher_sequences(sample: TrainingSample) -> list[TrainingSample]:

@@ -137,9 +137,7 @@ def _siblings(
     for trajectory, score in zip(group.trajectories, group.scores, strict=True):
         if not trajectory.is_trainable:
             continue
-        label = CORRECT if labels[trajectory.trajectory_id] else INCORRECT
-        if config.labels == "none":
-            label = "- "
+        label = "- " if config.labels == "none" else CORRECT if labels[trajectory.trajectory_id] else INCORRECT
         if config.content == "searches":
             content = search_line(trajectory.queries)
         else:

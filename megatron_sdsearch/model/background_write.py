@@ -50,7 +50,7 @@ class BackgroundWrite:
 
     @property
     def is_done(self) -> bool:
-        """Whether the files are written or have failed."""
+        """True if the files are written or have failed."""
         return not self._thread.is_alive()
 
     def wait(self) -> tuple[str, dict[str, FileRecord]]:

@@ -80,27 +80,22 @@ def hf_config_problems(config: PretrainedConfig) -> list[ConfigError]:
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     window = None if architecture.has_window_switch else getattr(config, "sliding_window", None)
     is_full = all(layer == "full_attention" for layer in getattr(config, "layer_types", None) or ())
-    found = []
-    if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        found.append((f"rope_type {rope['rope_type']!r} is not supported", "use default RoPE or llama3's"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        found.append(("partial_rotary_factor is not 1", "use a model that rotates whole heads"))
-    if getattr(config, "attention_bias", False) and not architecture.has_qkv_bias:
-        found.append((f"attention_bias is true in a {family}", "use one without"))
-    if getattr(config, "mlp_bias", False):
-        found.append((f"mlp_bias is true in a {family}", "use one without"))
-    if heads % shared:
-        found.append(
-            (f"num_key_value_heads = {shared} does not divide num_attention_heads = {heads}", "fix config.json")
-        )
-    if config.hidden_act != "silu":
-        found.append((f"hidden_act {config.hidden_act!r} is not supported", "use silu"))
-    if getattr(config, "use_sliding_window", False) or not is_full:
-        found.append(("some layers use sliding windows", "set use_sliding_window to false"))
-    if window is not None:
-        problem = f"sliding_window is {window}: attention would be computed without it"
-        found.append((problem, "use a model where it is null"))
-    return [ConfigError("model.hf_dir", problem, fix) for problem, fix in found]
+    rope_type, rotated = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    has_bias = getattr(config, "attention_bias", False) and not architecture.has_qkv_bias
+    has_window = getattr(config, "use_sliding_window", False) or not is_full
+    uneven = f"num_key_value_heads = {shared} does not divide num_attention_heads = {heads}"
+    ignored = f"sliding_window is {window}: attention would be computed without it"
+    rules = [
+        (rope_type not in _ROPE_TYPES, f"rope_type {rope_type!r} is not supported", "use default RoPE or llama3's"),
+        (rotated != 1.0, "partial_rotary_factor is not 1", "use a model that rotates whole heads"),
+        (has_bias, f"attention_bias is true in a {family}", "use one without"),
+        (getattr(config, "mlp_bias", False), f"mlp_bias is true in a {family}", "use one without"),
+        (heads % shared, uneven, "fix config.json"),
+        (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r} is not supported", "use silu"),
+        (has_window, "some layers use sliding windows", "set use_sliding_window to false"),
+        (window is not None, ignored, "use a model where it is null"),
+    ]
+    return [ConfigError("model.hf_dir", problem, fix) for is_broken, problem, fix in rules if is_broken]
 
 
 def _is_positive(value: Any) -> bool:

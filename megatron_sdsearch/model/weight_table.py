@@ -69,7 +69,7 @@ QKV = Layout(split=_split_qkv, join=_join_qkv)
 GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One megatron tensor and its Hugging Face sources.
 
@@ -87,33 +87,23 @@ class Rule:
 
 def layer_rules(config: PretrainedConfig) -> list[Rule]:
     """List the rules of one decoder layer."""
-    architecture = ARCHITECTURES[config.model_type]
-    attention, mlp = "self_attention.", "mlp."
+    architecture, qkv, fc1 = ARCHITECTURES[config.model_type], "self_attention.linear_qkv", "mlp.linear_fc1"
     q_k_v = [f"self_attn.{name}_proj" for name in "qkv"]
     rules = [
+        Rule(("input_layernorm.weight", f"{qkv}.layer_norm_weight"), ("input_layernorm.weight",), REPLICATED),
+        Rule((f"{qkv}.weight",), tuple(f"{name}.weight" for name in q_k_v), QKV),
+        Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), ROW),
         Rule(
-            megatron=("input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
-            hf=("input_layernorm.weight",),
-            layout=REPLICATED,
+            ("pre_mlp_layernorm.weight", f"{fc1}.layer_norm_weight"), ("post_attention_layernorm.weight",), REPLICATED
         ),
-        Rule(megatron=(attention + "linear_qkv.weight",), hf=tuple(f"{name}.weight" for name in q_k_v), layout=QKV),
-        Rule(megatron=(attention + "linear_proj.weight",), hf=("self_attn.o_proj.weight",), layout=ROW),
-        Rule(
-            megatron=("pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight"),
-            hf=("post_attention_layernorm.weight",),
-            layout=REPLICATED,
-        ),
-        Rule(megatron=(mlp + "linear_fc1.weight",), hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"), layout=GATE_UP),
-        Rule(megatron=(mlp + "linear_fc2.weight",), hf=("mlp.down_proj.weight",), layout=ROW),
+        Rule((f"{fc1}.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GATE_UP),
+        Rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), ROW),
     ]
     if architecture.has_qkv_bias:
-        biases = tuple(f"{name}.bias" for name in q_k_v)
-        rules.append(Rule(megatron=(attention + "linear_qkv.bias",), hf=biases, layout=QKV))
+        rules.append(Rule((f"{qkv}.bias",), tuple(f"{name}.bias" for name in q_k_v), QKV))
     if architecture.has_qk_norm:
-        rules += [
-            Rule(megatron=(f"{attention}{n}_layernorm.weight",), hf=(f"self_attn.{n}_norm.weight",), layout=REPLICATED)
-            for n in "qk"
-        ]
+        names = [(f"self_attention.{n}_layernorm.weight", f"self_attn.{n}_norm.weight") for n in "qk"]
+        rules += [Rule((megatron,), (hf,), REPLICATED) for megatron, hf in names]
     return rules
 
 

@@ -83,17 +83,17 @@ class ParallelState:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """True if this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the LM head and computes the loss."""
+        """True if this rank holds the LM head and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes logs and pages."""
+        """True if this rank writes logs and pages."""
         return self.rank == 0
 
     @property
