@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from examples.tiny.world import RELATIONS, WORD_PRIOR, Path, Relation, DemoWorld, passage_text, paths, question_text
+from examples.tiny.world import RELATIONS, WORD_PRIOR, DemoWorld, Path, Relation, passage_text, paths, question_text
 from megatron_sdsearch.data.prompts import CORRECT, HINDSIGHT_HEADER, INCORRECT, get_profile
 from megatron_sdsearch.hindsight.block import search_line
 from megatron_sdsearch.records import Passage

@@ -220,7 +220,7 @@ K_PROJ = "model.layers.2.self_attn.k_proj.weight"
         (drop("lm_head.weight"), "has no tensor lm_head.weight"),
         (put(K_PROJ, lambda w: w[:8].clone()), rf"{K_PROJ} is \(8, 8\), the model of config.json expects \(16, 8\)"),
         (put("model.norm.weight", lambda w: torch.cat([w, w])), r"model.norm.weight is \(16,\)"),
-        (lambda w: w.update({"model.layers.4.extra": torch.ones(1)}), "1 tensors that a qwen2 does not have: model.layers"),
+        (lambda w: w.update({"model.layers.4.extra": torch.ones(1)}), "1 tensors that a qwen2 does not have: "),
         (put(K_PROJ, lambda w: w.float()), f"{K_PROJ} is F32 and .* BF16: they become one tensor"),
     ],
 )
