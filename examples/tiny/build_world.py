@@ -53,7 +53,7 @@ def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS)
     _write_jsonl(out / "demonstrations.jsonl", demonstrations)
     summary = {
         "seed": world.seed,
-        "num_entities": world.num_entities,
+        "num_entities": len({subject for table in world.answers.values() for subject in table}),
         "num_passages": len(world.passages),
         "num_train_questions": len(world.train),
         "num_heldout_questions": len(world.heldout),

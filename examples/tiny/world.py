@@ -96,11 +96,6 @@ class DemoWorld:
         tables = self.answers.values()
         return tuple(sorted({name for table in tables for name in (*table.keys(), *table.values())}))
 
-    @property
-    def num_entities(self) -> int:
-        """Number of names that a question may start from or pass through."""
-        return len({subject for table in self.answers.values() for subject in table})
-
 
 def build_world(facts: FactBook, seed: int) -> DemoWorld:
     """Draw the wording and the split, and write passages and questions.

@@ -77,16 +77,12 @@ class Minibatch:
     Attributes:
         student: policy microbatches.
         teacher: teacher microbatches; empty when no sample of the GLOBAL minibatch distils anything.
-        num_trajectories: in the global minibatch.
         num_policy_tokens: in the global minibatch.
-        num_distill_tokens: in the global minibatch.
     """
 
     student: Sequence[Microbatch]
     teacher: Sequence[Microbatch]
-    num_trajectories: int
     num_policy_tokens: int
-    num_distill_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -168,9 +164,7 @@ def pack(
             Minibatch(
                 student=_microbatches(students, rank, alignment, equal_lengths),
                 teacher=_microbatches(teachers, rank, alignment, equal_lengths) if has_teacher else (),
-                num_trajectories=len(rows),
                 num_policy_tokens=sum(int(row.student.loss_mask.sum()) for row in rows),
-                num_distill_tokens=sum(int(row.student.distill_mask.sum()) for row in rows),
             )
         )
     return TrainBatch(minibatches=tuple(minibatches))

@@ -82,16 +82,16 @@ def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
     Raises:
         ValueError: a shape differs from [N], or an option is out of range or lacks its input.
 
-    Example:
-        Two tokens of one trajectory with advantage 1; the second one's probability has grown by half, beyond 1.2::
+    Examples:
+        Two tokens of one trajectory with advantage 1; the second one's probability has grown by half, beyond 1.2:
 
-            >>> old = torch.tensor([-1.0, -1.0])
-            >>> policy = (old + torch.tensor([1.0, 1.5]).log()).requires_grad_()
-            >>> loss, diagnostics = grpo_loss(policy, old, torch.ones(2), torch.full((2,), 0.5))
-            >>> round(loss.item(), 4)  # -(0.5 * 1.0 + 0.5 * 1.2)
-            -1.1
-            >>> diagnostics["clip_fraction"].item()
-            0.5
+        >>> old = torch.tensor([-1.0, -1.0])
+        >>> policy = (old + torch.tensor([1.0, 1.5]).log()).requires_grad_()
+        >>> loss, diagnostics = grpo_loss(policy, old, torch.ones(2), torch.full((2,), 0.5))
+        >>> round(loss.item(), 4)  # -(0.5 * 1.0 + 0.5 * 1.2)
+        -1.1
+        >>> diagnostics["clip_fraction"].item()
+        0.5
     """
     if policy_logprobs.dim() != 1:
         raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")

@@ -68,14 +68,14 @@ def vocab_parallel_jsd(
     Raises:
         ValueError: the logits do not fit the shard or each other, or an option is out of range.
 
-    Example:
-        Q = 2 rows over a vocabulary of 4: in the first the two agree, in the second they have no id in common::
+    Examples:
+        Q = 2 rows over a vocabulary of 4: in the first the two agree, in the second they have no id in common:
 
-            >>> shard = VocabShard.whole(4)
-            >>> teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0], [30.0, 0.0, 0.0, 0.0]])
-            >>> student = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 30.0, 0.0, 0.0]], requires_grad=True)
-            >>> [round(value, 4) for value in vocab_parallel_jsd(student, teacher, shard).tolist()]  # 0 and log 2
-            [0.0, 0.6931]
+        >>> shard = VocabShard.whole(4)
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0], [30.0, 0.0, 0.0, 0.0]])
+        >>> student = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 30.0, 0.0, 0.0]], requires_grad=True)
+        >>> [round(value, 4) for value in vocab_parallel_jsd(student, teacher, shard).tolist()]  # 0 and log 2
+        [0.0, 0.6931]
     """
     shard.check_logits(student_logits, "student_logits")
     shard.check_logits(teacher_logits, "teacher_logits")
@@ -121,18 +121,18 @@ def vocab_parallel_topk_jsd(
     Raises:
         ValueError: the logits do not fit the shard or ``topk``, or an option is out of range.
 
-    Example:
+    Examples:
         The student has moved all mass outside the teacher's best id to one other id. The bucket does not see the
-        difference, as it holds the same mass on both sides::
+        difference, as it holds the same mass on both sides:
 
-            >>> shard = VocabShard.whole(3)
-            >>> teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
-            >>> student = torch.tensor([[0.5, 0.5, 0.0]]).log()
-            >>> topk = teacher_topk(teacher, shard, k=1)
-            >>> round(vocab_parallel_topk_jsd(student, topk, shard).item(), 4)
-            0.0
-            >>> round(vocab_parallel_jsd(student, teacher, shard).item(), 4)
-            0.1079
+        >>> shard = VocabShard.whole(3)
+        >>> teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
+        >>> student = torch.tensor([[0.5, 0.5, 0.0]]).log()
+        >>> topk = teacher_topk(teacher, shard, k=1)
+        >>> round(vocab_parallel_topk_jsd(student, topk, shard).item(), 4)
+        0.0
+        >>> round(vocab_parallel_jsd(student, teacher, shard).item(), 4)
+        0.1079
     """
     shard.check_logits(student_logits, "student_logits")
     check_rows("topk.ids", topk.ids, student_logits)

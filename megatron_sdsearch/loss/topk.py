@@ -61,15 +61,13 @@ def teacher_topk(teacher_logits: Tensor, shard: VocabShard, k: int, *, temperatu
     Raises:
         ValueError: the logits do not fit the shard, k is below 1, or the temperature is not positive.
 
-    Example:
-        ::
-
-            >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
-            >>> topk = teacher_topk(logits, VocabShard.whole(3), k=2)
-            >>> topk.ids.tolist()
-            [[1, 2]]
-            >>> [round(p, 4) for p in topk.logprobs.exp()[0].tolist()], round(topk.log_tail_mass.exp().item(), 4)
-            ([0.5, 0.3], 0.2)
+    Examples:
+        >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        >>> topk = teacher_topk(logits, VocabShard.whole(3), k=2)
+        >>> topk.ids.tolist()
+        [[1, 2]]
+        >>> [round(p, 4) for p in topk.logprobs.exp()[0].tolist()], round(topk.log_tail_mass.exp().item(), 4)
+        ([0.5, 0.3], 0.2)
     """
     return chosen_topk(teacher_logits, teacher_logits, shard, k, of="teacher", temperature=temperature)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -74,7 +73,11 @@ def hf_config_problems(config: PretrainedConfig) -> list[ConfigError]:
     if getattr(config, "head_dim", None) is not None:
         numbers["head_dim"] = config.head_dim
     numbers |= {f"rope_parameters.{name}": rope[name] for name in _ROPE_NUMBERS if name in rope}
-    if wrong := [f"{name} = {value!r}" for name, value in numbers.items() if not _is_positive(value)]:
+    if wrong := [
+        f"{name} = {value!r}"
+        for name, value in numbers.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+    ]:
         fix = "use positive numbers, or fetch the file again"
         return [ConfigError("model.hf_dir", f"config.json says {', '.join(wrong)}", fix)]
     heads, shared = config.num_attention_heads, config.num_key_value_heads
@@ -96,10 +99,6 @@ def hf_config_problems(config: PretrainedConfig) -> list[ConfigError]:
         (window is not None, ignored, "use a model where it is null"),
     ]
     return [ConfigError("model.hf_dir", problem, fix) for is_broken, problem, fix in rules if is_broken]
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def length_problems(hf_config: PretrainedConfig, config: RunConfig) -> list[ConfigError]:

@@ -34,15 +34,15 @@ class VocabShard:
     Raises:
         ValueError: the sizes do not fit together.
 
-    Example:
-        A vocabulary of 10, padded to 12 and split over 4 ranks. The last one holds id 9 and two padding columns::
+    Examples:
+        A vocabulary of 10, padded to 12 and split over 4 ranks. The last one holds id 9 and two padding columns:
 
-            >>> shard = VocabShard(vocab_size=10, padded_vocab_size=12, size=4, rank=3)
-            >>> shard.shard_size, shard.vocab_start_index, shard.num_valid
-            (3, 9, 1)
-            >>> columns, is_local = shard.local_columns(torch.tensor([8, 9]))
-            >>> columns.tolist(), is_local.tolist()
-            ([0, 0], [False, True])
+        >>> shard = VocabShard(vocab_size=10, padded_vocab_size=12, size=4, rank=3)
+        >>> shard.shard_size, shard.vocab_start_index, shard.num_valid
+        (3, 9, 1)
+        >>> columns, is_local = shard.local_columns(torch.tensor([8, 9]))
+        >>> columns.tolist(), is_local.tolist()
+        ([0, 0], [False, True])
     """
 
     vocab_size: int
