@@ -362,7 +362,7 @@ def test_a_run_a_checkpoints_folder_and_a_step_all_lead_to_the_checkpoint(tmp_pa
     with pytest.raises(CheckpointError, match=r"is not a checkpoint"):
         find_checkpoint(tmp_path)
     (step.parent / "latest").write_text("step_000004")
-    with pytest.raises(CheckpointError, match=r"step_000004, which is no complete"):
+    with pytest.raises(CheckpointError, match=r"step_000004, which is not a complete"):
         find_checkpoint(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"give --hf-dir"):
         find_hf_dir(step)
