@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# transformers 5.23.0 (with tokenizers 0.23.3): beside a config.json of model_type qwen2, AutoTokenizer takes vocabulary
-# and merges from tokenizer.json, but neither normaliser nor pre-tokenizer: those are Qwen2's own, whatever the file says.
+# transformers 5.23.0 (with tokenizers 0.23.3): if config.json has model_type qwen2, AutoTokenizer reads vocabulary and
+# merges from tokenizer.json, but not its normaliser and pre-tokenizer, which it replaces by Qwen2's.
 #
-# A tokenizer that transformers itself has saved, with tokenizer_class TokenizersBackend (the class that is to take
-# the file as it is), gives other ids when it is loaded again, without a warning. Beside model_type qwen3 the same files
-# are taken as they are. `tokenizers` alone, and servers that use it, always follow the file.
+# A tokenizer saved by transformers itself, with tokenizer_class TokenizersBackend (the class meant to use the file
+# unchanged), silently gives other ids when it is loaded again. With model_type qwen3 the same files are used unchanged.
+# `tokenizers` alone, and servers that use it, always follow the file.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   qwen3: ['in', 'Ġ', '19', '69'] TokenizersBackend

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# beir 2.2.0 (with pytrec-eval-terrier 0.5.11): EvaluateRetrieval.evaluate throws away a retrieved passage whose id equals
-# the question's, by default, and out of the caller's own results.
+# beir 2.2.0 (with pytrec-eval-terrier 0.5.11): by default EvaluateRetrieval.evaluate drops a retrieved passage with the
+# same id as the question, and deletes it from the caller's own results.
 #
-# It is meant for sets where queries are documents (ArguAna, Quora). Questions and passages that are both numbered from 1
-# lose right hits: recall 1 becomes 0. One message at level INFO says so, which is not shown by default. A second call
-# with ignore_identical_ids=False does not bring them back, for they have been deleted from the dictionary that was
-# handed in.
+# This is meant for data sets where queries are documents (ArguAna, Quora). If questions and passages are both numbered
+# from 1, correct hits are lost: recall 1 becomes 0. The only notice is a message at level INFO, not shown by default. A
+# second call with ignore_identical_ids=False does not help, because the hits are gone from the dictionary.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   the gold passage is first, ids 1 and 1:       Recall@10 0.0
@@ -16,7 +15,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 python3 -m venv venv
-# Without the rest of its dependencies (torch, sentence-transformers): the evaluation needs these three.
+# Without its other dependencies (torch, sentence-transformers): the evaluation needs only these three.
 venv/bin/pip install --quiet --disable-pip-version-check pytrec-eval-terrier==0.5.11 numpy==2.4.6 tqdm==4.67.1
 venv/bin/pip install --quiet --disable-pip-version-check --no-deps beir==2.2.0
 venv/bin/python - <<'PYTHON'

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 and gguf 0.19.0 (llama.cpp's reader of Hugging Face folders): a folder may hold a chat template in
-# chat_template.jinja and in tokenizer_config.json. transformers takes the first, gguf the second, neither says a word.
+# both chat_template.jinja and tokenizer_config.json. transformers uses the first, gguf the second, without a warning.
 #
-# Both are there as soon as a template of a folder that transformers saved (which writes the .jinja alone) is changed the
-# old way, in tokenizer_config.json: training and evaluation go on with the old prompt, the converted model serves the
-# new one.
+# This happens when a folder saved by transformers, which only writes the .jinja, gets a new template the old way, in
+# tokenizer_config.json: training and evaluation still use the old prompt, and the converted model serves the new one.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   saved by transformers: chat_template.jinja, and no template in tokenizer_config.json

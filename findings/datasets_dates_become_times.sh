@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# datasets 5.2.0 (with pyarrow 26.0.1): a gold answer that is a date in a JSON lines file does not stay text, and what it
-# becomes depends on the rows around it.
+# datasets 5.2.0 (with pyarrow 26.0.1): a gold answer in a JSON Lines file that is a date does not stay text, and its
+# new value depends on the other rows.
 #
-# Alone, "1969-07-20" is read as a timestamp and comes out as a datetime. In one file with an answer that is no date it
-# stays "1969-07-20". In the second of two files whose first holds text, it is read as a timestamp and then cast back to
-# text: "1969-07-20 00:00:00", which no model will ever match exactly. Only features=... given by hand avoids it.
+# Alone, "1969-07-20" is read as a timestamp and returned as a datetime. In a file with another answer that is not a date
+# it stays "1969-07-20". In a second file, after a first one with text, it is read as a timestamp and then cast to text:
+# "1969-07-20 00:00:00", which no model will match exactly. Only an explicit features=... avoids this.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   a date alone:                  [datetime.datetime(1969, 7, 20, 0, 0)]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0 (with numpy 2.4.6): safetensors.numpy.save_file of a transposed array writes its memory in the order
-# in which it lies there, under the transposed shape. Values land in other places; no error, no warning.
+# safetensors 0.8.0 (with numpy 2.4.6): safetensors.numpy.save_file writes a transposed array in memory order under its
+# transposed shape, so that values are in the wrong positions. There is no error and no warning.
 #
-# 0.7.0 wrote what the array holds. The docstrings of both ask for contiguous arrays; safetensors.torch refuses others
-# with a ValueError. A converter that turns a Conv1D's weight round (GPT-2), or a merged LoRA product taken as `.T`, gets
-# a file of the right names, shapes and sums, and wrong numbers. np.ascontiguousarray before saving avoids it.
+# 0.7.0 wrote the array's values. The docstrings of both require contiguous arrays; safetensors.torch refuses others
+# with a ValueError. A converter that transposes a Conv1D's weight (GPT-2) or saves the `.T` of a merged LoRA product
+# gets a file with correct names, shapes and sums, and wrong values. np.ascontiguousarray before saving avoids this.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   safetensors 0.7.0: saved [[0, 3], [1, 4], [2, 5]], read [[0, 3], [1, 4], [2, 5]]

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 and tokenizers 0.23.3: save_pretrained writes the truncation of the last call into tokenizer.json.
 #
-# One question cut to 8 tokens on the way, and the saved folder cuts every text to 8 tokens for every reader that uses
-# `tokenizers` directly. transformers sets its own truncation at each call, so that nothing shows where the folder was
-# made, nor when it is loaded there again.
+# If a question was truncated to 8 tokens before saving, every reader that uses `tokenizers` directly truncates every
+# text to 8 tokens. transformers sets its own truncation in each call, so with transformers the error does not show.
 #
 # Output seen on 2026-11-28, Python 3.11:
 #   saved after whole texts: truncation None, tokenizers 43 ids, transformers 43 ids

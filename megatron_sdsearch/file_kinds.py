@@ -1,7 +1,7 @@
-"""What a file is by its first bytes, whatever its name says; how to turn it into what was wanted.
+"""Recognises file formats by their first bytes, and describes how to convert a file to the expected format.
 
-Owns the answer to "what is this file?" for questions, demonstrations, passages and the small files of a model's folder.
-Readers ask before they parse, so that a git LFS pointer is called one, not "invalid JSON".
+Readers of questions, demonstrations, passages and model folders check the format before they parse, so that a git LFS
+pointer is reported as one, and not as "invalid JSON".
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NUM_BYTES = 4096
 
 
 class FileKind(NamedTuple):
-    """What a file turned out to be.
+    """A recognised file format.
 
     Attributes:
-        name: short, compared with what was wanted.
+        name: compared with the expected format.
         what: completes "the file is ...".
         fix: what to do about it, in one clause.
     """
@@ -56,7 +56,7 @@ _BY_MAGIC = {
     b"\x28\xb5\x2f\xfd": FileKind("zstd", "compressed with zstd", "unpack it: unzstd"),
     b"7z\xbc\xaf\x27\x1c": FileKind("7z", "a 7z archive", "unpack it: 7z x"),
     b"ARROW1": FileKind("Arrow", "an Arrow file", "write it as parquet (datasets: to_parquet)"),
-    codecs.BOM_UTF32_LE: _UTF32,  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_LE: _UTF32,  # before UTF-16's mark, which it starts with
     codecs.BOM_UTF32_BE: _UTF32,
     codecs.BOM_UTF16_LE: _UTF16,
     codecs.BOM_UTF16_BE: _UTF16,
@@ -67,31 +67,31 @@ _TAKEN_FOR = {"JSON": ("JSON Lines", "JSON array", "JSON document")}
 
 
 def refuse_other_kind(path: Path, wanted: Wanted, head: bytes | None = None) -> None:
-    """Refuse a file that is recognisably something else; unrecognised files, missing ones and pipes pass.
+    """Refuse a file in another recognised format; unrecognised files, missing files and pipes are accepted.
 
     Args:
-        path: of the file.
-        wanted: what it is to be.
-        head: its first bytes, for a stream inside another file (gzip); read from ``path`` by default.
+        path: the file.
+        wanted: the expected format.
+        head: its first bytes, for a stream inside another file (gzip); by default they are read from ``path``.
 
     Raises:
-        DataError: it is another kind; names the file, the kind and the fix.
+        DataError: the file has another format; names the file, the format and the fix.
     """
     try:
         if head is None:
-            if not path.is_file():  # what is read of a pipe is gone
+            if not path.is_file():  # bytes read from a pipe could not be read again
                 return
             with path.open("rb") as file:
                 head = file.read(_NUM_BYTES)
     except OSError:
-        return  # its reader says why it cannot be read
+        return  # the reader reports the reason
     kind = kind_of(head)
     if kind is not None and kind.name not in _TAKEN_FOR.get(wanted, (wanted,)):
-        raise DataError(f"{path}: is {kind.what}, where {wanted} is wanted; {kind.fix}")
+        raise DataError(f"{path}: is {kind.what}, where {wanted} is expected; {kind.fix}")
 
 
 def kind_of(head: bytes) -> FileKind | None:
-    """The kind of a file that begins with these bytes (a few hundred will do), or None where these do not show it."""
+    """Recognise a file by its first bytes (a few hundred are enough); None if they match no known format."""
     for magic, kind in _BY_MAGIC.items():
         if head.startswith(magic):
             return kind
@@ -114,5 +114,5 @@ def _kind_of_text(head: bytes) -> FileKind | None:
     if text.startswith(b"{"):
         return _JSON_DOCUMENT if lines[0] == b"{" and len(lines) > 1 else _JSON_LINES
     if any(line.startswith(b"{") for line in lines):
-        return None  # JSON Lines whose first row is bad
+        return None  # JSON Lines with a broken first row
     return _TSV if b"\t" in lines[0] else _CSV if b"," in lines[0] else None

@@ -1,4 +1,4 @@
-"""Writing files and folders of a run: whole or not at all, with one error that says what is missing."""
+"""Writes files and folders of a run completely or not at all, and describes disk errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_sdsearch.errors import StorageError
 
 @contextmanager
 def writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Turn the system's errors of the block, which writes to ``path``, into a StorageError.
+    """Turn an OSError of the block, which writes to ``path``, into a StorageError.
 
     Args:
-        path: named in the error; a file or a folder.
-        num_bytes: about to be written; 0 where that is not known.
+        path: a file or a folder; named in the error.
+        num_bytes: bytes about to be written; 0 if unknown.
 
     Raises:
         StorageError: the disk is full, or ``path`` may not be written.
@@ -35,15 +35,16 @@ def writing(path: Path, num_bytes: int = 0) -> Iterator[None]:
 
 
 def write_file(path: Path, content: str | bytes, *, is_shared: bool = False) -> None:
-    """Write beside ``path`` and rename, both flushed to the disk: a reader sees the old content or the new.
+    """Write a temporary file next to ``path`` and rename it, both flushed: readers see the old or the new content.
 
     Args:
-        path: of the file; what a killed attempt has left beside it is overwritten.
-        content: a text is written in UTF-8.
-        is_shared: other processes may write the file at the same time; then what a killed one leaves stays.
+        path: the file; the temporary file of a killed attempt is overwritten.
+        content: text is written as UTF-8.
+        is_shared: several processes may write the file at once, so each uses a temporary file of its own, which stays
+            behind if the process is killed.
 
     Raises:
-        StorageError: see ``writing``; the old content is unharmed, and nothing is left of the new.
+        StorageError: see ``writing``; the old content is unharmed, and the temporary file is removed.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if is_shared else f".{path.name}.tmp")
@@ -53,22 +54,22 @@ def write_file(path: Path, content: str | bytes, *, is_shared: bool = False) -> 
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.rename(path)  # the content first: a crash in between leaves the old file
+            temporary.rename(path)  # after the flush: a crash in between leaves the old file
         except OSError:
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
+            temporary.unlink(missing_ok=True)  # frees space on a full disk
             raise
         _sync_folder(path.parent)
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Rename a complete folder to ``target``; an old ``target`` stands aside meanwhile and is removed in the end.
+    """Rename a complete folder to ``target``; an old ``target`` is first moved aside and finally removed.
 
     Raises:
-        OSError: it cannot be renamed; ``target`` is as before.
+        OSError: the folder cannot be renamed; ``target`` is unchanged.
     """
     old = target.with_name(f".old_{target.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():  # nothing can be renamed over a folder that is not empty
+    if target.exists():  # a folder that is not empty cannot be replaced by renaming
         target.rename(old)
     try:
         partial.rename(target)
@@ -82,7 +83,7 @@ def replace_folder(partial: Path, target: Path) -> None:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a folder to make and fill, which replaces ``target`` at the end and is removed on an error.
+    """Yield the path of a folder to create and fill. It replaces ``target`` at the end, or is removed after an error.
 
     Raises:
         OSError: see ``replace_folder``.
@@ -98,7 +99,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def _sync_folder(path: Path) -> None:
-    """Flush a folder's entries, so that a file that was renamed keeps its new name after a crash of the host."""
+    """Flush a folder's entries, so that a renamed file keeps its new name if the host crashes."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -107,7 +108,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest one above it that exists."""
+    """Return the path, or its nearest parent that exists."""
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent
@@ -115,12 +116,12 @@ def nearest_existing(path: Path) -> Path:
 
 
 def describe_free_space(path: Path) -> str:
-    """How much room there is where ``path`` is or would be."""
+    """Describe the free space on the disk that ``path`` is or would be on."""
     folder = nearest_existing(path)
     return f"{format_bytes(shutil.disk_usage(folder).free)} are free on {folder}"
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A size in the largest of GB, MB and kB of which it has a tenth."""
+    """Format a size in GB or MB, if it is at least a tenth of one, else in kB."""
     name, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= pair[1] / 10), ("kB", 1e3))
     return f"{num_bytes / size:,.1f} {name}"

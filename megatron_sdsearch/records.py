@@ -1,14 +1,14 @@
 """The records that flow through one training step, from question to training sample.
 
-Plain frozen dataclasses over tuples and numpy arrays: no torch, no validation of files (that is ``data/``).
-Whatever can be derived is derived (``Trajectory.token_ids``, ``loss_mask``), so that two fields can never disagree.
+Frozen dataclasses over tuples and numpy arrays: no torch, no validation of files (see ``data/``). What can be derived
+is a property (``Trajectory.token_ids``, ``loss_mask``), so that two fields cannot disagree.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,9 @@ class Question:
         question_id: unique over all data sets, ``dataset:split:index``.
         text: the question as asked, stripped.
         gold_answers: at least one; any of them is right.
-        dataset: where it comes from, for per-data-set metrics.
-        gold_passage_ids: ids of the passages on the way to the answer, in hop order, the last one holding the
-            answer; empty when the data set does not know them.
+        dataset: name of its data set, for metrics by data set.
+        gold_passage_ids: ids of the passages that lead to the answer, in hop order, the last one holding the answer;
+            empty when the data set does not list them.
     """
 
     question_id: str
@@ -40,7 +40,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """One retrieved passage. ``contents`` is the field's ``"Title"\\ntext`` layout; ``score`` the engine's own."""
+    """One retrieved passage: ``contents`` in the usual ``"Title"\\ntext`` layout, ``score`` from the engine."""
 
     passage_id: str
     contents: str
@@ -48,10 +48,10 @@ class Passage:
 
 
 def bare_title(line: str) -> str:
-    """A passage's first line without the pair of quotes around it; quotes that are no such pair stay.
+    """Remove the pair of quotes around a passage's first line; other quotes stay.
 
-    Published corpora write ``"`` + title + ``"``, whatever the title holds: ``""Weird Al" Yankovic"`` is
-    ``"Weird Al" Yankovic``. In ``"A" and "B"`` the first quote's partner is not the last one.
+    Published corpora write ``"`` + title + ``"``, whatever the title holds: ``""Weird Al" Yankovic"`` stands for
+    ``"Weird Al" Yankovic``. In ``"A" and "B"`` the first and the last quote are not a pair, so nothing is removed.
     """
     if len(line) < 2 or not line[0] == line[-1] == '"':
         return line
@@ -59,14 +59,14 @@ def bare_title(line: str) -> str:
     for character in line[:-1]:
         if character == '"':
             depth += 1 if opens else -1
-            if depth == 0 and line.count('"') % 2 == 0:  # odd: one stands for inches, as in "7" Single"
+            if depth == 0 and line.count('"') % 2 == 0:  # odd: one quote means inches, as in "7" Single"
                 return line
         opens = (character == '"' and opens) or character.isspace() or character in "([{"
     return line[1:-1]
 
 
 class Action(StrEnum):
-    """What a sampled span asks for."""
+    """The action that a sampled span requests."""
 
     SEARCH = "search"
     ANSWER = "answer"
@@ -74,27 +74,27 @@ class Action(StrEnum):
 
 
 class TrajectoryStatus(StrEnum):
-    """How a trajectory ended."""
+    """The way a trajectory ended."""
 
     ANSWERED = "answered"
     NO_ANSWER = "no_answer"  # the policy ended without one: at its last turn, or with EOS
     TRUNCATED = "truncated"  # the token budget ran out
     PROMPT_TOO_LONG = "prompt_too_long"  # nothing was sampled
-    RETRIEVAL_FAILED = "retrieval_failed"  # a search failed: out of training, counted
-    ABORTED = "aborted"  # the engine gave up on it: out of training, counted
+    RETRIEVAL_FAILED = "retrieval_failed"  # a search failed: counted, not trained on
+    ABORTED = "aborted"  # the rollout engine gave up: counted, not trained on
 
     @property
     def is_lost(self) -> bool:
-        """A search engine or a rollout engine ended it: its outcome says nothing of the policy."""
+        """True if a search or rollout engine ended it, so that its outcome says nothing about the policy."""
         return self in (TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextSpan:
-    """Tokens that the policy reads and never learns to write.
+    """Tokens that the policy reads and is not trained to write.
 
     Attributes:
-        kind: ``prompt`` (first span of every trajectory) or ``observation`` (search results, or a notice).
+        kind: ``prompt`` (the first span of a trajectory) or ``observation`` (search results, or a notice).
         token_ids: encoded once, never decoded and encoded again.
         passage_ids: the passages shown, best first; empty for prompts, notices and searches without hits.
     """
@@ -112,11 +112,11 @@ class SampledSpan:
         token_ids: exactly as sampled.
         logprobs: of the sampling policy at its sampling temperature, nats, one per token.
         text: the decoded characters (display, scoring and action parsing only).
-        action: what the span asks for.
+        action: the requested action.
         argument: the stripped text between the action's tags, ``""`` for INVALID.
         query_positions: indices into ``token_ids`` of the tokens strictly between ``<search>`` and ``</search>``;
             empty unless the action is SEARCH.
-        policy_version: the training step whose weights sampled it.
+        policy_version: the training step of the weights that sampled it.
         finish_reason: ``stop`` (a stop string), ``eos``, ``length`` or ``abort``.
     """
 
@@ -135,7 +135,7 @@ class SampledSpan:
 
     @property
     def is_eos_without_action(self) -> bool:
-        """The policy ended its message before it searched or answered."""
+        """True if the policy ended its message before it searched or answered."""
         return self.finish_reason == "eos" and self.action is Action.INVALID
 
 
@@ -144,9 +144,9 @@ Span = ContextSpan | SampledSpan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryId:
-    """Which trajectory this is; also the key of its random stream.
+    """Identifies a trajectory, and seeds its random stream.
 
-    ``step`` is 0-based; the text of an id counts steps from 1, as files and logs do.
+    ``step`` counts from 0; the text of an id counts steps from 1, as files and logs do.
     """
 
     step: int
@@ -235,29 +235,29 @@ class Trajectory:
 
     @property
     def retrieved_passage_ids(self) -> tuple[str, ...]:
-        """Ids of all passages shown, in order, with repeats."""
+        """Ids of all passages shown, in order, repetitions included."""
         return tuple(p for span in self.spans if isinstance(span, ContextSpan) for p in span.passage_ids)
 
     @property
     def is_trainable(self) -> bool:
-        """False when the rollout was cut short by an engine, or nothing was sampled."""
+        """True if something was sampled and no engine failed."""
         return not self.status.is_lost and bool(self.loss_mask.any())
 
     @property
     def num_eos_without_action(self) -> int:
-        """Generations that ended with an end-of-sequence token and asked for nothing."""
+        """Number of generations that ended with an end-of-sequence token and no action."""
         return sum(span.is_eos_without_action for span in self.sampled_spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How one trajectory's answer compares with the gold answers; numbers in [0, 1].
+    """The comparison of a trajectory's answer with the gold answers; numbers in [0, 1].
 
     Attributes:
         f1: token F1.
         em: exact match.
-        reward: what advantages are made of, in ``objective.reward``'s terms; it may be shaped.
-        is_correct: F1 is above ``hindsight.rho``. Set by ``data/scoring.py`` alone; everything else reads it.
+        reward: the input of advantages, as ``objective.reward`` defines it; it may be shaped.
+        is_correct: F1 is above ``hindsight.rho``. Only ``data/scoring.py`` sets it; all other code reads it.
     """
 
     f1: float
@@ -281,18 +281,18 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HindsightBlock:
-    """What the teacher is shown on top of the student's prompt.
+    """The text that only the teacher sees, in addition to the student's prompt.
 
     Attributes:
         text: the rendered block.
         teacher_prompt_ids: ids of the whole teacher prompt, block included; empty when nothing is distilled, or when
             every search has a prompt of its own.
-        sources: sibling indices shown, in the order shown.
-        dropped: sibling indices left out to fit the token budget.
-        leaks: sibling indices whose queries hold a normalised gold answer.
-        search_prompt_ids: ids of the teacher prompt of each search in turn, where each has its own; ``()`` at a search
-            that has none.
-        is_emptied: the token budget left nothing of a teacher prompt that there was something to show in.
+        sources: indices of the siblings shown, in that order.
+        dropped: indices of the siblings left out to fit the token budget.
+        leaks: indices of the siblings with a normalised gold answer in a query.
+        search_prompt_ids: ids of the teacher prompt of each search in order, when each has its own; ``()`` for a search
+            without one.
+        is_emptied: there was something to show, and the token budget left none of it.
     """
 
     text: str
@@ -304,22 +304,22 @@ class HindsightBlock:
     is_emptied: bool = False
 
     def prompt_of_search(self, index: int) -> tuple[int, ...]:
-        """Ids of the teacher prompt for the trajectory's search number ``index``; ``()`` without one."""
+        """Return the ids of the teacher prompt for search number ``index`` of the trajectory; ``()`` without one."""
         return self.search_prompt_ids[index] if self.search_prompt_ids else self.teacher_prompt_ids
 
 
 GroupClass = Literal["all_wrong", "mixed", "all_correct"]
-GROUP_CLASSES: tuple[GroupClass, ...] = ("all_wrong", "mixed", "all_correct")
+GROUP_CLASSES: tuple[GroupClass, ...] = get_args(GroupClass)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherPrompt:
-    """What the teacher reads in front of the response, and the positions that it is the teacher of.
+    """A prompt that the teacher reads in front of the response, and the range of positions that it teaches.
 
     Attributes:
         token_ids: of the whole prompt; at least one.
-        start: first of its positions in the sample's label-aligned arrays.
-        end: one past the last.
+        start: first position in the sample's label-aligned arrays.
+        end: one past the last position.
     """
 
     token_ids: tuple[int, ...]
@@ -329,22 +329,22 @@ class TeacherPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingSample:
-    """One sequence to train on. Arrays are label-aligned: entry i is about predicting token i + 1.
+    """One sequence to train on. Arrays are label-aligned: entry i describes the prediction of token i + 1.
 
     Attributes:
-        sample_id: for messages.
+        sample_id: shown in messages.
         token_ids: [L] input ids.
-        labels: [L] next token; the last entry is 0 and never in a mask.
+        labels: [L] next token; the last entry is 0 and in no mask.
         loss_mask: [L] True where the label was sampled by the policy.
-        distill_mask: [L] True where the label is a token to distil: of a query, or with
-            ``objective.distill_positions=all`` any sampled one; within the ranges of ``teacher_prompts``.
-        rollout_logprobs: [L] of the label under the sampling policy, nats; 0 outside ``loss_mask``.
+        distill_mask: [L] True where the label is distilled: query tokens, or with ``objective.distill_positions=all``
+            all sampled tokens, within the ranges of ``teacher_prompts``.
+        rollout_logprobs: [L] log-probability of the label under the sampling policy, nats; 0 outside ``loss_mask``.
         advantage: of the whole trajectory.
         prompt_length: number of prompt tokens in ``token_ids``.
         teacher_prompts: in the order of their ranges, which do not overlap; empty when nothing is distilled.
-        group_class: of the group it comes from; metrics are reported by class.
-        policy_weight: of each policy token in the loss; set by ``batching/packing.py``.
-        distill_weight: of each distilled token; set there, too.
+        group_class: class of its group; metrics are reported by class.
+        policy_weight: weight of each policy token in the loss; set by ``batching/packing.py``.
+        distill_weight: weight of each distilled token in the loss; set by ``batching/packing.py``.
     """
 
     sample_id: str

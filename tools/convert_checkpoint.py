@@ -3,8 +3,8 @@
     python tools/convert_checkpoint.py to-megatron HF_DIR OUT --tensor 2 --pipeline 2
     python tools/convert_checkpoint.py to-hf runs/mine OUT --dtype bfloat16
 
-Exit codes: 0 done; 1 it failed (disk full, --verify found a difference); 2 the command or its input is wrong. OUT
-appears when it is complete, and not at all otherwise.
+Exit codes: 0 success; 1 failure (disk full, --verify found a difference); 2 wrong command or input. OUT is created
+complete or not at all.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from megatron_sdsearch.errors import ConfigError, SDSearchError, VerificationErr
 if TYPE_CHECKING:
     from megatron_sdsearch.model.convert import Conversion
 
-# All that a model's folder holds; a folder with anything else is not replaced.
+# Files that a model's folder may hold; a folder with any other file is not replaced.
 _MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", ".gitattributes", "additional_chat_templates"}
 _MODEL_SUFFIXES = {".json", ".safetensors", ".jinja", ".model"}
 
 
 def main() -> None:
     start = time.monotonic()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a login node's driver, or another job's GPU, is not to be touched
-    os.environ.pop("RANK", None)  # one process, inside of a job as well
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # leaves a login node's driver and other jobs' GPUs alone
+    os.environ.pop("RANK", None)  # a single process, even inside a job
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message="Please use DTensor")  # torch, of what megatron's checkpoints call
+    warnings.filterwarnings("ignore", message="Please use DTensor")  # torch warns about a call of megatron's
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     arguments = parse_arguments()
@@ -50,7 +50,7 @@ def main() -> None:
     except (SDSearchError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, (VerificationError, OSError)) else 2)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # with the files that it has mapped
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # mapped files included
     size, seconds = f"{done.num_bytes / 1e9:.3f} GB", f"{time.monotonic() - start:.1f} s"
     print(f"{arguments.out}: {done.num_tensors} tensors, {size}, {seconds}, peak memory {peak_mb:,.0f} MB")
     if arguments.command == "to-megatron":
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def convert(arguments: argparse.Namespace, bar: Progress) -> Conversion:
-    """Run the command. Raises as ``to_megatron`` and ``to_hf`` do, and for an OUT that may not be replaced."""
+    """Run the command; raises as ``to_megatron`` and ``to_hf`` do, and ConfigError if OUT must not be replaced."""
     import torch
 
     from megatron_sdsearch.model.convert import to_hf, to_megatron
@@ -99,7 +99,7 @@ def convert(arguments: argparse.Namespace, bar: Progress) -> Conversion:
 
             sides = (source, partial) if arguments.command == "to-megatron" else (partial, source)
             largest, scale = check_same_logits(*sides)
-            print(f"verified: logits differ by {largest:.1e} at most, the largest is {scale:.1e}")
+            print(f"verified: logits differ by at most {largest:.1e}, the largest is {scale:.1e}")
 
     source, out = arguments.source, arguments.out
     if arguments.command == "to-megatron":
@@ -124,24 +124,24 @@ def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     """Check that OUT is new or may be replaced.
 
     Raises:
-        ConfigError: it holds a source or anything else than a model, or is there and not to be replaced.
+        ConfigError: OUT holds a source or files that do not belong to a model, or exists without ``--overwrite``.
     """
     target = out.resolve()
     for source in (path.resolve() for path in sources):
         if target == source or target in source.parents:
-            raise ConfigError("OUT", f"{out} holds what is converted", "give another folder")
+            raise ConfigError("OUT", f"{out} holds the model to convert", "give another folder")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (overwrite and out.is_dir()):
-        raise ConfigError("OUT", f"{out} is there already", "give another folder, or --overwrite for a model's folder")
+        raise ConfigError("OUT", f"{out} already exists", "give another folder, or --overwrite for a model's folder")
     others = sorted(
         path.name
         for path in out.iterdir()
         if path.name not in _MODEL_FILES and not (path.is_file() and path.suffix in _MODEL_SUFFIXES)
     )
-    if others and not (out / ".metadata").is_file():  # neither a Hugging Face folder nor a checkpoint of megatron
+    if others and not (out / ".metadata").is_file():  # neither a Hugging Face folder nor a megatron checkpoint
         problem = f"{out} holds other things than a model, such as {others[0]}"
-        raise ConfigError("OUT", problem, "give another folder: it is replaced")
+        raise ConfigError("OUT", problem, "give another folder, because it would be replaced")
 
 
 if __name__ == "__main__":

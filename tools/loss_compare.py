@@ -1,13 +1,13 @@
-"""Show that two runs computed the same: metrics, trajectories and weights.
+"""Compare two runs number by number: metrics, trajectories and weights.
 
     python tools/loss_compare.py runs/before runs/after [--rtol 1e-6] [--ignore 'train/num_*' ...]
 
-A change that only moves code must leave every number as it was. Run the same seed and settings before and after it, in
-two run folders, and compare them: seconds aside, all metrics of ``metrics.jsonl``, every sampled token, log-probability
-and score of ``trajectories/`` and every tensor of the exported ``hf/`` have to be equal to the bit. ``--rtol`` allows a
-relative difference, for a change that reorders sums.
+A refactoring must not change any number. Run the same seed and settings before and after the change, in two run
+folders. All metrics of ``metrics.jsonl`` except times, every sampled token, log-probability and score of
+``trajectories/`` and every tensor of the exported ``hf/`` must then be bit-equal. ``--rtol`` allows a relative
+difference, for a change that reorders sums.
 
-Prints one JSON object; exit code 0 when the runs agree, 1 when they differ, 2 when there is nothing to compare.
+Prints one JSON object. Exit code 0: the runs agree; 1: they differ; 2: there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for folder in (arguments.before, arguments.after):
         if not (folder / "metrics.jsonl").is_file():
-            print(f"{folder} holds no metrics.jsonl; give the run_dir of a run", file=sys.stderr)
+            print(f"{folder} has no metrics.jsonl; give the run_dir of a run", file=sys.stderr)
             return 2
     report = compare_runs(arguments.before, arguments.after, arguments.rtol, arguments.ignore)
     print(json.dumps(report, indent=1))
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def compare_runs(before: Path, after: Path, rtol: float, ignored: list[str]) -> dict[str, Any]:
-    """Count what was compared and list what differs.
+    """Compare two runs and report the number of compared items and the differences.
 
     Args:
         before: run folder.
@@ -92,7 +92,7 @@ def _read_metrics(path: Path, ignored: list[str]) -> list[dict[str, Any]]:
 
 
 def _differences(path: str, before: Any, after: Any, rtol: float) -> Iterator[str]:
-    """Walk two JSON values and name each place where they differ."""
+    """Yield each difference of two JSON values, with its path."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             if name not in before or name not in after:
@@ -110,13 +110,12 @@ def _differences(path: str, before: Any, after: Any, rtol: float) -> Iterator[st
 
 def _is_equal(before: Any, after: Any, rtol: float) -> bool:
     if isinstance(before, float) and isinstance(after, float):
-        both_nan = math.isnan(before) and math.isnan(after)
-        return both_nan or before == after or math.isclose(before, after, rel_tol=rtol, abs_tol=0.0)
+        return (math.isnan(before) and math.isnan(after)) or math.isclose(before, after, rel_tol=rtol)
     return bool(before == after)
 
 
 def _tensor_differences(before: Path, after: Path, rtol: float) -> Iterator[tuple[str, str]]:
-    """Yield every tensor of two exported folders with what differs ("" when nothing does)."""
+    """Yield every tensor of two exported folders with its difference ("" if there is none)."""
     sides = [_open_tensors(folder) for folder in (before, after)]
     for name in sorted(sides[0].keys() | sides[1].keys()):
         if name not in sides[0] or name not in sides[1]:
@@ -126,14 +125,13 @@ def _tensor_differences(before: Path, after: Path, rtol: float) -> Iterator[tupl
         if old.shape != new.shape or old.dtype != new.dtype:
             yield name, f"hf/{name}: {old.dtype} {tuple(old.shape)} before, {new.dtype} {tuple(new.shape)} after"
             continue
-        gap = (old.double() - new.double()).abs().max().item() if old.numel() else 0.0
-        is_equal = gap <= rtol * old.double().abs().max().item() if old.numel() else True
-        yield name, "" if is_equal else f"hf/{name}: differs by up to {gap:.3g}"
+        gap, scale = ((x.double().abs().max().item() if x.numel() else 0.0) for x in (old.double() - new.double(), old))
+        yield name, "" if gap <= rtol * scale else f"hf/{name}: differs by up to {gap:.3g}"
 
 
 def _open_tensors(folder: Path) -> dict[str, Any]:
     files: list[Any] = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the pages that are made from the code: docs/tour.md (every file in one line) and docs/settings.md.
+"""Generate docs/tour.md (every file in one line) and docs/settings.md from the code.
 
     python tools/make_docs.py          # write them
-    python tools/make_docs.py --check  # exit code 1 when they are not what the code says
+    python tools/make_docs.py --check  # exit code 1 if they are out of date
 
-The line of a file is the first line of its docstring; the text of a setting is the docstring below its field.
+A file is described by the first paragraph of its docstring, a setting by the docstring below its field.
 """
 
 from __future__ import annotations
@@ -24,32 +24,29 @@ from megatron_sdsearch.config.lookup import RENAMED
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_sdsearch"
 _UNLIMITED = 2**31 - 1
-"""Upper limits from here on only keep C's integers from overflowing."""
+"""Upper limits from here on only prevent an overflow of C's integers, so they are not shown."""
 NOTICE = "<!-- Made by tools/make_docs.py from the code: change the code, then run `make docs-pages`. -->\n\n"
 
 
 def main() -> int:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when a page is out of date")
-    is_check = parser.parse_args().check
-    pages = {"tour.md": tour(), "settings.md": settings()}
-    stale = [name for name, text in pages.items() if _read(ROOT / "docs" / name) != text]
-    if is_check:
-        for name in stale:
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    is_check, is_stale = parser.parse_args().check, False
+    for name, text in {"tour.md": tour(), "settings.md": settings()}.items():
+        page = ROOT / "docs" / name
+        if page.is_file() and page.read_text() == text:
+            continue
+        if is_check:
             print(f"docs/{name} is out of date: run `make docs-pages`", file=sys.stderr)
-        return 1 if stale else 0
-    for name in stale:
-        (ROOT / "docs" / name).write_text(pages[name])
-    return 0
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+            is_stale = True
+        else:
+            page.write_text(text)
+    return int(is_stale)
 
 
 def tour() -> str:
-    """Every module and program in one line, from the top floor down."""
+    """Build the page with every module and program in one line, from the top layer down."""
     lines = [
         "# A tour of the code\n\n",
         NOTICE,
@@ -57,19 +54,14 @@ def tour() -> str:
         "(`[tool.importlinter]` in `pyproject.toml`). The order of a training step is in `training/loop.py`: ",
         "start there.\n",
     ]
-    for floor in _floors():
-        for name in floor:
-            lines += _section(f"megatron_sdsearch/{name}", PACKAGE / name)
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    for module in (name.strip(" ()") for layer in layers for name in layer.replace(":", "|").split("|")):
+        lines += _section(f"megatron_sdsearch/{module}", PACKAGE / module)
     lines += ["\n## Programs outside the package\n"]
     for folder in ("tools", "slurm", "docker", "examples"):
         lines += _section(folder, ROOT / folder)
     return "".join(lines)
-
-
-def _floors() -> list[list[str]]:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    return [[name.strip(" ()") for name in layer.replace(":", "|").split("|")] for layer in layers]
 
 
 def _section(title: str, path: Path) -> Iterator[str]:
@@ -84,7 +76,7 @@ def _section(title: str, path: Path) -> Iterator[str]:
 
 
 def _first_line(file: Path) -> str:
-    """Return the first paragraph of a module's docstring, or of a shell script's head comment, on one line."""
+    """Return the first paragraph of a module's docstring, or the first comment line of a shell script, on one line."""
     text = file.read_text()
     if file.suffix == ".sh":
         comments = (line[2:] for line in text.splitlines()[1:] if line.startswith("# ") and "shellcheck" not in line)
@@ -94,7 +86,7 @@ def _first_line(file: Path) -> str:
 
 
 def settings() -> str:
-    """Every setting with its type, its default and what it does."""
+    """Build the page with every setting, its type, its default and its description."""
     schema = RunConfig.model_json_schema()
     documentation = dict(_field_docstrings())
     lines = [
@@ -110,7 +102,7 @@ def settings() -> str:
 
 
 def _field_docstrings() -> Iterator[tuple[tuple[str, str], str]]:
-    """Yield (class, field) and the string that stands below the field."""
+    """Yield (class, field) and the string below the field."""
     for file in sorted((PACKAGE / "config").glob("*.py")):
         for node in ast.parse(file.read_text()).body:
             if not isinstance(node, ast.ClassDef):
@@ -125,7 +117,7 @@ def _field_docstrings() -> Iterator[tuple[tuple[str, str], str]]:
 def _table(
     prefix: str, section: type[BaseModel], schema: Mapping[str, Any], documentation: Mapping[tuple[str, str], str]
 ) -> Iterator[str]:
-    """Yield the table of one section, then those of the sections in it."""
+    """Yield the table of one section, then those of its subsections."""
     title = f"\n## `{prefix.rstrip('.')}`\n\n{(section.__doc__ or '').splitlines()[0]}\n" if prefix else ""
     yield title + "\n| setting | type | default | |\n|---|---|---|---|\n"
     inner: list[tuple[str, type[BaseModel]]] = []

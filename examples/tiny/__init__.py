@@ -1,1 +1,1 @@
-"""The demo world: real facts, a tiny model that can learn to search for them on two CPU cores, and its lessons."""
+"""The demo: a world of real facts, and a tiny model that learns to search for them on two CPU cores."""

@@ -20,7 +20,7 @@ NUM_DEMONSTRATIONS = 44_000
 
 
 def main() -> None:
-    """Parse the command line and build."""
+    """Parse the command line and build the world."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=path_argument, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="decides house style, split, wording and weights")
@@ -39,7 +39,7 @@ def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS)
     Files: corpus.jsonl, train.jsonl, heldout.jsonl, demonstrations.jsonl, facts.json, model/ (Hugging Face layout).
 
     Raises:
-        DataError: a package with facts is missing or holds too little.
+        DataError: a package with facts is missing or holds too few.
     """
     out.mkdir(parents=True, exist_ok=True)
     facts = load_facts()
@@ -53,7 +53,7 @@ def build(out: Path, *, seed: int, num_demonstrations: int = NUM_DEMONSTRATIONS)
     _write_jsonl(out / "demonstrations.jsonl", demonstrations)
     summary = {
         "seed": world.seed,
-        "num_entities": world.num_entities,
+        "num_entities": len({subject for table in world.answers.values() for subject in table}),
         "num_passages": len(world.passages),
         "num_train_questions": len(world.train),
         "num_heldout_questions": len(world.heldout),

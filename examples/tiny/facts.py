@@ -1,8 +1,8 @@
 """Real facts about countries, provinces and chemical elements, read from installed packages at build time.
 
-Owns the reading and the filtering; ``world.py`` decides which facts become passages and questions. Nothing is copied
-into this repository: countryinfo (MIT) and mendeleev (MIT) bring the data. Facts are as these packages state them,
-typos included. Only names of ONE ASCII word pass: a name of several tokens is a copying bottleneck for a tiny model.
+``world.py`` decides which facts become passages and questions. The data is not copied into this repository: it comes
+from countryinfo (MIT) and mendeleev (MIT), typos included. Only names of ONE ASCII word are used, because a tiny model
+has trouble copying names of several tokens.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class FactBook(NamedTuple):
     """All facts that passed the filter.
 
     Attributes:
-        answers: relation -> subject -> answer. A subject stands for one thing only.
-        sources: package, version, licence and num_facts of each package they come from.
+        answers: relation -> subject -> answer; no two things share a name.
+        sources: package, version, licence and num_facts of each package.
     """
 
     answers: Mapping[str, Mapping[str, str]]
@@ -44,14 +44,14 @@ class FactBook(NamedTuple):
 
 
 def load_facts() -> FactBook:
-    """Read both packages.
+    """Read the facts of both packages.
 
     Raises:
-        DataError: a package is missing, or does not hold what is expected of it.
+        DataError: a package is missing, or does not hold the expected data.
     """
     countries, provinces = _read_countries()
     elements = _read_elements()
-    # A province named like a country, a capital or an element would make "the state of Luxembourg" two questions.
+    # If a province had the name of a country, capital or element, "the state of Luxembourg" would be ambiguous.
     taken = {name.lower() for table in (*countries.values(), *elements.values()) for name in (*table, *table.values())}
     states = {name: country for name, country in provinces.items() if name.lower() not in taken}
     geography = {**countries, "state": dict(itertools.islice(states.items(), MAX_PROVINCES))}
@@ -80,7 +80,7 @@ def _read_countries() -> tuple[dict[str, Table], Table]:
         for relation, answer in row.items():
             tables[relation][info["name"]] = answer
         provinces[info["name"]] = sorted({str(p) for p in info.get("provinces") or () if _WORD.fullmatch(str(p))})
-    # Every country's first province, then every country's second, ...; names of several countries are left out.
+    # Every country's first province, then every country's second, ...; without names found in several countries.
     count = Counter(name for names in provinces.values() for name in names)
     columns = itertools.zip_longest(*provinces.values())
     pairs = (pair for column in columns for pair in zip(column, provinces, strict=True))
@@ -88,7 +88,7 @@ def _read_countries() -> tuple[dict[str, Table], Table]:
 
 
 def _country_row(info: Mapping[str, object]) -> Table | None:
-    """One country's answers by relation, or ``None`` when its name or any answer is not one plain word."""
+    """Return one country's answers by relation, or ``None`` if its name or an answer is not one plain word."""
     row: Table = {}
     for relation, key in (("capital", "capital"), ("demonym", "demonym"), ("currency", "currencies")):
         value = info.get(key) or ""
@@ -101,9 +101,9 @@ def _country_row(info: Mapping[str, object]) -> Table | None:
 
 
 def _read_elements() -> dict[str, Table]:
-    """Relation tables of chemical elements, straight from mendeleev's SQLite file.
+    """Read the relation tables of chemical elements from mendeleev's SQLite file.
 
-    Its Python API takes 25 s for all elements; the file takes milliseconds.
+    Its Python API takes 25 s for all elements; reading the file takes milliseconds.
     """
     spec = importlib.util.find_spec("mendeleev")
     folders = (spec.submodule_search_locations if spec else None) or [""]

@@ -1,10 +1,9 @@
 """A tiny Qwen2 with random weights, and a tokenizer in which every name and word of the demo world is one token.
 
-Small enough for two CPU cores, in the same format as the real thing. The tokenizer is a plain ``Qwen2Tokenizer`` with
-only its vocabulary and merges replaced: ``AutoTokenizer`` rebuilds exactly that class for every ``qwen2`` model, and a
-rule that is not Qwen2's (how to split, ``ignore_merges``) would be lost silently. Any (NFC) text round-trips: the byte
-alphabet is complete. Tags and labels are added tokens but not special ones: ``decode(skip_special_tokens=True)`` keeps
-them.
+Small enough for two CPU cores, in the format of a real model. The tokenizer is a ``Qwen2Tokenizer`` with only its
+vocabulary and merges replaced: ``AutoTokenizer`` creates this class for every ``qwen2`` model, so other rules (how to
+split, ``ignore_merges``) would be lost silently. Any (NFC) text round-trips, because the byte alphabet is complete.
+Tags and labels are added tokens but not special ones, so ``decode(skip_special_tokens=True)`` keeps them.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from megatron_sdsearch.errors import DataError
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAGS = tuple(f"<{slash}{name}>" for name in ("search", "answer", "information", "think") for slash in ("", "/"))
-# One token each, so that in a hindsight block a label stands right before the words it judges.
+# One token each, so that in a hindsight block a label is right before the words that it rates.
 LABELS = (CORRECT.rstrip(), INCORRECT.rstrip())
-# Never reached: training ends when all words are one token.
+# Never reached: training ends once every word is one token.
 MAX_VOCAB_SIZE = 8192
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,11 +36,11 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], names: Iterable[str]) -> Qwen2Tokenizer:
-    """Train on the world's text.
+    """Train a tokenizer on the world's text.
 
     Args:
         texts: samples of prompts, passages and responses; each of their words becomes a token.
-        names: must be one token where they stand in running text, that is with their leading space.
+        names: names that must be one token in running text, with their leading space.
 
     Raises:
         DataError: a name or a tag is more than one token.
@@ -50,7 +49,7 @@ def build_tokenizer(texts: Iterable[str], names: Iterable[str]) -> Qwen2Tokenize
     vocab, merges = _train([*texts, *spaced])
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,
-        merges=merges,  # type: ignore[arg-type]  # annotated list[str]; what it passes on must be pairs
+        merges=merges,  # type: ignore[arg-type]  # annotated as list[str], but must be pairs
         eos_token=IM_END,
         pad_token=PAD,
         unk_token=PAD,
@@ -65,9 +64,9 @@ def build_tokenizer(texts: Iterable[str], names: Iterable[str]) -> Qwen2Tokenize
 
 
 def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-level BPE until every word is one token: vocabulary and merges.
+    """Train byte-level BPE until every word is one token; returns vocabulary and merges.
 
-    Each distinct word counts once, so that common pieces are shared and the vocabulary stays small.
+    Each distinct word counts once, so that words share common pieces and the vocabulary stays small.
     """
     pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     tag = re.compile("|".join((*TAGS, *reversed(LABELS))))
@@ -83,11 +82,11 @@ def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def save_tiny_model(folder: Path, tokenizer: Qwen2Tokenizer, *, seed: int) -> int:
-    """Write config, seeded random weights and tokenizer in Hugging Face's layout; return the number of parameters.
+    """Write config, seeded random weights and tokenizer in Hugging Face's layout; returns the number of parameters.
 
-    3 layers, width 96, 4 heads, tied embeddings. The rotary base suits sequences of ~100 tokens: with the usual 10,000
-    half of the dimensions hardly turn, and heads that look at the previous token, of which copying is made, take much
-    longer to form.
+    3 layers, width 96, 4 heads, tied embeddings. The rotary base fits sequences of ~100 tokens: with the usual 10,000
+    half of the dimensions hardly rotate, and heads that attend to the previous token, which copying needs, form much
+    later.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),

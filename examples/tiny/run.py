@@ -1,7 +1,6 @@
-"""Run the demo from nothing to a summary: world, warm start, SD-Search at TP=2, export, evaluation.
+"""Run the whole demo: world, warm start, SD-Search at TP=2, export, evaluation, summary.
 
-``python -m examples.tiny.run --out runs/demo --seed 1``. Every part is a command that also works by itself; each is
-shown before it runs.
+``python -m examples.tiny.run --out runs/demo --seed 1``. Each part is a separate command, printed before it runs.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ console = Console()
 
 def main(
     out: Annotated[
-        Path, typer.Option(callback=home_path, help="Folder of everything that is made; must not hold another run")
+        Path, typer.Option(callback=home_path, help="Folder for all results; must not hold another run")
     ] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the world, the weights and the sampling")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the weights and the sampling")] = 1,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. objective.alpha=0")
     ] = None,
 ) -> None:
-    """Run the demo, or go on with an interrupted one of the same seed."""
+    """Run the demo, or continue an interrupted one with the same seed."""
     start = time.monotonic()
     try:
         summary = _run(out, seed, overrides or [])
@@ -61,14 +60,15 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("--out", f"{out} cannot be made: {error.strerror}", "give a folder to write to") from error
+        problem = f"{out} cannot be created: {error.strerror}"
+        raise ConfigError("--out", problem, "give a folder that can be written") from error
     world = out / "world"
     facts = world / "facts.json"
     if not facts.is_file():
         _call("world", [*PYTHON, "examples.tiny.build_world", "--out", f"{world}", "--seed", f"{seed}"])
     elif json.loads(facts.read_text())["seed"] != seed:
         raise ConfigError(
-            "--out", f"{out} holds a world of another seed than {seed}", "take another folder or its seed"
+            "--out", f"{out} holds the world of another seed than {seed}", "give its seed or a new folder"
         )
     if not (out / "warm_start" / "hf").is_dir():
         paths = [f"model.hf_dir={world}/model", f"train.demonstrations={world}/demonstrations.jsonl"]
@@ -76,7 +76,7 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
         _call("warm start", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *warm_start])
     _call("SD-Search", [*TORCHRUN, "-m", "megatron_sdsearch", "train", *settings])
     if not (out / "summary.json").is_file():
-        console.print("saved and stopped by a signal; the same command goes on from here")
+        console.print("saved and stopped by a signal; run the same command to continue")
         raise typer.Exit(1)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     hf_dir = str(out / "hf")
@@ -88,7 +88,7 @@ def _run(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
 def _call(name: str, command: list[str], *, is_captured: bool = False) -> str:
     console.rule(name)
     console.print(shlex.join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    # Ctrl-C goes to the command as well: it saves and ends by itself, where `run` would kill it after a moment.
+    # Ctrl-C also reaches the command, which saves and exits by itself; `subprocess.run` would soon kill it.
     interrupts: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
@@ -96,7 +96,7 @@ def _call(name: str, command: list[str], *, is_captured: bool = False) -> str:
     finally:
         signal.signal(signal.SIGINT, handler)
     if interrupts:
-        console.print("interrupted; the same command goes on from here")
+        console.print("interrupted; run the same command to continue")
         raise typer.Exit(130)
     if done.returncode:
         console.print(f"{name} failed with exit code {done.returncode}; the cause is above", style="red")

@@ -1,11 +1,10 @@
 """The demo world: a corpus with a house style and traps, and one-hop and two-hop questions about it.
 
-Owns the relations and every sentence about them, the house style and the split; ``facts.py`` owns the facts. A pure
-function of the seed.
+Defines the relations and all sentences about them; ``facts.py`` reads the facts. A pure function of the seed.
 
-Why synonyms: the corpus words each relation in one of four ways (its house style). For each of the other three there is
-a trap, a passage with the same title that holds no answer. BM25 with top_k=1 returns what the query's wording picks,
-so a model that searches in the wrong words reads a trap: query quality decides the reward.
+The corpus words each relation in one of four synonyms, its house style. For each of the other three there is a trap: a
+passage with the same title and no answer. BM25 with top_k=1 returns the passage that matches the query's wording, so a
+model that searches with the wrong word gets a trap, and the quality of queries decides the reward.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.records import Passage, Question
 
 DATASET = "tiny"
-# How likely a warm-started model is to pick its first, second, ... word for a relation.
+# Probability that a warm-started model picks its first, second, ... word for a relation.
 WORD_PRIOR = (0.46, 0.24, 0.20, 0.10)
 NUM_TRAIN_PER_HOP = 400
 NUM_HELDOUT_PER_HOP = 155
@@ -35,14 +34,14 @@ Subjects = Mapping[NameType, tuple[str, ...]]
 
 
 class Relation(NamedTuple):
-    """Something that passages state about a subject.
+    """A relation between a subject and an answer, stated by passages.
 
     Attributes:
         name: the key of its facts.
-        cue: its name in questions; never one of the synonyms, so a question does not give the house word away.
-        synonyms: four words, any of which the corpus may use. No word belongs to two relations.
+        cue: its name in questions; not one of the synonyms, so that a question does not reveal the house word.
+        synonyms: four words, of which the corpus uses one. No word belongs to two relations.
         subject: type of its subjects.
-        answer: type of its answers; ``None`` when no second hop starts from them.
+        answer: type of its answers; ``None`` if no second hop starts from them.
     """
 
     name: str
@@ -66,14 +65,14 @@ RELATIONS: Path = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """Everything that training, evaluation and the warm start are made from.
+class DemoWorld:
+    """The corpus, the questions and the facts behind them.
 
     Attributes:
-        seed: of the whole world.
+        seed: determines the whole world.
         answers: relation -> subject -> answer.
-        word_order: relation -> its synonyms, likeliest first in a warm-started model (see WORD_PRIOR).
-        house_words: relation -> the one synonym that the corpus uses.
+        word_order: relation -> its synonyms, most likely in a warm-started model first (see WORD_PRIOR).
+        house_words: relation -> the synonym that the corpus uses.
         train_subjects: type -> subjects that training questions and demonstrations start from.
         heldout_subjects: type -> subjects that only held-out questions start from.
         passages: the corpus.
@@ -97,17 +96,12 @@ class World:
         tables = self.answers.values()
         return tuple(sorted({name for table in tables for name in (*table.keys(), *table.values())}))
 
-    @property
-    def num_entities(self) -> int:
-        """Number of names that some question starts from or passes through."""
-        return len({subject for table in self.answers.values() for subject in table})
 
-
-def build_world(facts: FactBook, seed: int) -> World:
-    """Draw wording and split, write passages and questions.
+def build_world(facts: FactBook, seed: int) -> DemoWorld:
+    """Draw the wording and the split, and write passages and questions.
 
     Raises:
-        DataError: too few facts for the promised number of questions.
+        DataError: there are too few facts for the number of questions.
     """
     rng = random.Random(f"tiny-world:{seed}")
     train_subjects, heldout_subjects = _split_subjects(facts.answers, rng)
@@ -123,7 +117,7 @@ def build_world(facts: FactBook, seed: int) -> World:
         for word in relation.synonyms
     ]
     rng.shuffle(passages)
-    return World(
+    return DemoWorld(
         seed=seed,
         answers=facts.answers,
         word_order=word_order,
@@ -150,10 +144,10 @@ def _split_subjects(answers: Answers, rng: random.Random) -> tuple[Subjects, Sub
 
 
 def _draw_house_words(word_order: Mapping[str, tuple[str, ...]], rng: random.Random) -> dict[str, str]:
-    """Put the house word at rank 1 for a few relations and at rank 2 or 3 for the others.
+    """Choose the house words: the word at rank 1 for a few relations, at rank 2 or 3 for the others.
 
-    Drawn until the share of paths whose every hop has its house word at rank 1, averaged over both hops, is in
-    START_RANGE: low enough to leave room, high enough to have signal.
+    Redraws until the share of paths with the house word at rank 1 at every hop, averaged over one-hop and two-hop
+    paths, is in START_RANGE: low enough to leave room for learning, high enough for a reward signal.
     """
     while True:
         ranks = {name: rng.choice((0, 0, 1, 1, 2, 2)) for name in word_order}
@@ -163,27 +157,27 @@ def _draw_house_words(word_order: Mapping[str, tuple[str, ...]], rng: random.Ran
 
 
 def paths() -> tuple[list[Path], list[Path]]:
-    """All one-hop and all two-hop paths in hop order; no path takes the same relation twice."""
+    """List all one-hop and all two-hop paths, in hop order; no path takes the same relation twice."""
     pairs = [(first, then) for first in RELATIONS for then in RELATIONS if first.answer == then.subject]
     return [(relation,) for relation in RELATIONS], [(first, then) for first, then in pairs if first != then]
 
 
 def passage_id(relation: str, subject: str, word: str) -> str:
-    """Stable id of one passage."""
+    """Return the id of one passage."""
     return f"{subject}.{relation}.{word}"
 
 
 def passage_text(subject: str, word: str, answer: str | None) -> str:
-    """A passage that states a fact or, without an answer, a trap of the same length that states nothing.
+    """Write a passage that states a fact or, without an answer, a trap of the same length that states nothing.
 
-    The subject stands in title and text: where subjects and answers are of one type (the successor of an element), BM25
-    could not tell the passage about a name from one that only mentions it.
+    The subject is in the title and in the text. Otherwise, if subjects and answers have one type (the successor of an
+    element), BM25 could not distinguish the passage about a name from one that only mentions it.
     """
     return f'"{subject}"\nThe {word} of {subject} is {answer or "unrecorded"}.'
 
 
 def question_text(path: Path, subject: str) -> str:
-    """Word a question; the last relation of ``path`` is what is asked for."""
+    """Write a question, which asks for the last relation of ``path``."""
     return f"What is {''.join(f'the {relation.cue} of ' for relation in reversed(path))}{subject}?"
 
 
@@ -195,7 +189,7 @@ def _ask(
     num_per_hop: int,
     rng: random.Random,
 ) -> tuple[Question, ...]:
-    """``num_per_hop`` one-hop and as many two-hop questions, shuffled together."""
+    """Write ``num_per_hop`` one-hop and as many two-hop questions, shuffled together."""
     asked: list[tuple[Path, list[str]]] = []
     for hop_paths in paths():
         usable = []

@@ -1,1 +1,1 @@
-"""Turns scored groups into packed microbatches."""
+"""Turns scored groups into advantages, training samples and packed microbatches."""

@@ -1,4 +1,4 @@
-"""Group-relative advantages. Leaves rewards and classes of groups to ``data/scoring.py``."""
+"""Group-relative advantages. Rewards and group classes are computed in ``data/scoring.py``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ STD_EPSILON = 1e-6
 
 
 def group_advantages(group: RolloutGroup, normalize_std: bool) -> list[float]:
-    """(reward - mean) / (unbiased standard deviation + 1e-6) over the group's trainable trajectories.
+    """Compute (reward - mean) / (unbiased standard deviation + 1e-6) over the group's trainable trajectories.
 
-    Equal rewards are found by comparing them, not by a standard deviation of 0: the deviation of equal floats need not
-    be 0, and dividing its rounding error by 1e-6 would train on noise.
+    Equal rewards are detected by comparing them, not by a standard deviation of 0: the deviation of equal floats may
+    differ from 0, and dividing its rounding error by 1e-6 would train on noise.
 
     Args:
         group: one question's trajectories with their scores.
-        normalize_std: False subtracts the mean alone.
+        normalize_std: False only subtracts the mean.
 
     Returns:
-        One advantage per trajectory in their order; exactly 0 for those out of training, for a single trainable one,
-        and for all of a group whose trainable rewards are equal.
+        One advantage per trajectory, in order; exactly 0 for trajectories that are not trained on, for a single
+        trainable one, and for all of a group if its trainable rewards are equal.
     """
     pairs = list(zip(group.trajectories, group.scores, strict=True))
     rewards = [score.reward for trajectory, score in pairs if trajectory.is_trainable]

@@ -1,8 +1,8 @@
 """Assigns samples to minibatches, data-parallel ranks and microbatches, and packs each microbatch into one row.
 
-Owns the plan, the loss weights, both fixed from global counts before any forward pass, and the tensors of a microbatch.
-Every rank computes the whole plan from the same list of samples, so ranks agree on the number of microbatches and,
-under pipeline parallelism, on their lengths without communication.
+Plan and loss weights follow from global counts before any forward pass. Every rank computes the whole plan from the
+same list of samples, so ranks agree on the number of microbatches, and under pipeline parallelism on their lengths,
+without communication.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_sdsearch.records import GROUP_CLASSES, TrainingSample
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Microbatch:
-    """Packed sequences of one forward pass: everything [T] is one row, sequences end to end, label-aligned.
+    """Packed sequences of one forward pass: each [T] tensor is one label-aligned row, sequences end to end.
 
-    The tail up to a multiple of the sequence-parallel size is a sequence of its own whose masks are False.
+    Padding up to a multiple of the sequence-parallel size is a sequence of its own, with masks of False.
 
     Attributes:
         token_ids: [T].
@@ -35,13 +35,13 @@ class Microbatch:
         cu_seqlens: [num_sequences + 1] int32 boundaries, from 0 to T.
         max_seqlen: length of the longest sequence.
         loss_mask: [T] True at policy tokens.
-        distill_mask: [T] True at tokens to distil; a subset of the policy tokens in a student's microbatch.
+        distill_mask: [T] True at distilled tokens; a subset of the policy tokens in a student's microbatch.
         rollout_logprobs: [T] nats.
         advantages: [T].
         policy_weights: [T] weight of each policy token in the loss; sums to 1 over the GLOBAL minibatch.
-        distill_weights: [T] weight of each distilled token; sums to 1 over the GLOBAL minibatch, to the share of its
-            trajectories that have a teacher, or to 0.
-        group_classes: [T] index into ``records.GROUP_CLASSES`` of the sequence's group; for metrics alone.
+        distill_weights: [T] weight of each distilled token; sums over the GLOBAL minibatch to 1, to the share of its
+            trajectories that are distilled (``objective.distill_aggregation``), or to 0.
+        group_classes: [T] index into ``records.GROUP_CLASSES`` of the sequence's group; for metrics only.
     """
 
     token_ids: Tensor
@@ -58,7 +58,7 @@ class Microbatch:
     group_classes: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Microbatch:
-        """The same microbatch on ``device``; floating point fields become ``dtype``."""
+        """Copy the microbatch to ``device``; floating point fields become ``dtype``."""
         moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in moved.items():
             if isinstance(value, Tensor):
@@ -68,41 +68,38 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Minibatch:
-    """One optimizer update, this data-parallel rank's part of it.
+    """This data-parallel rank's part of one optimizer update.
 
-    ``teacher[i]`` holds the teacher's sequences for ``student[i]``: its ``distill_mask`` marks the same response tokens
-    in the same order, so row r of one is row r of the other. Both lists have the same length on every rank.
+    ``teacher[i]`` holds the teacher's sequences for ``student[i]``. Its ``distill_mask`` marks the same response tokens
+    in the same order, so the r-th distilled row of one belongs to the r-th of the other. Both lists have the same
+    length on every rank.
 
     Attributes:
         student: policy microbatches.
         teacher: teacher microbatches; empty when no sample of the GLOBAL minibatch distils anything.
-        num_trajectories: in the global minibatch.
         num_policy_tokens: in the global minibatch.
-        num_distill_tokens: in the global minibatch.
     """
 
     student: Sequence[Microbatch]
     teacher: Sequence[Microbatch]
-    num_trajectories: int
     num_policy_tokens: int
-    num_distill_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """One step's minibatches, in the order in which they are learned from."""
+    """One step's minibatches, in training order."""
 
     minibatches: Sequence[Minibatch]
 
     @property
     def num_policy_tokens(self) -> int:
-        """Policy tokens of the step, over all ranks."""
+        """Number of policy tokens of the step, over all ranks."""
         return sum(m.num_policy_tokens for m in self.minibatches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Row:
-    """One sample as both models read it; the teacher once for each of its prompts."""
+    """One sample: the student's sequence, and one teacher sequence for each of its teacher prompts."""
 
     student: TrainingSample
     teacher: Sequence[TrainingSample]
@@ -129,30 +126,30 @@ def pack(
 ) -> TrainBatch:
     """Split a step's samples into minibatches and pack this data-parallel rank's part of each.
 
-    A pure function: called with the same samples on every rank, it gives parts that fit together. A sample without
-    teacher prompt or without token to distil takes part in the policy loss alone; one without advantage and teacher (a
-    demonstration) still counts its tokens, so supervised training packs with the same function.
+    A pure function: called with the same samples on every rank, it returns parts that fit together. A sample without a
+    teacher prompt or without distilled tokens enters the policy loss only. Demonstrations, which have neither advantage
+    nor teacher, are packed by the same function.
 
     Args:
-        samples: of the whole step, the same list on all ranks.
-        num_ranks: data-parallel ranks.
-        rank: this one, in [0, num_ranks).
-        num_minibatches: planned updates of the step, each of consecutive samples, their numbers equal or one apart.
-            With fewer samples than that the last minibatches are empty: the schedule counts on every one.
-        max_tokens: bound on the tokens of one microbatch, padding to ``alignment`` included, for student and teacher
-            each. A single longer sample still gets a microbatch, of its own; of a teacher with a prompt for each
-            search a sample holds several sequences.
-        alignment: every microbatch's T is a multiple of it (the sequence-parallel size).
-        equal_lengths: give all microbatches of a minibatch one T on all ranks, students and teachers each their own.
-        objective: how tokens are weighed against each other.
+        samples: all samples of the step, the same list on all ranks.
+        num_ranks: number of data-parallel ranks.
+        rank: this data-parallel rank, in [0, num_ranks).
+        num_minibatches: planned updates of the step. Each gets consecutive samples, and their sizes differ by at most
+            one. With fewer samples the last minibatches are empty, because the schedule counts every update.
+        max_tokens: maximum tokens of one microbatch, padding to ``alignment`` included, for student and teacher each.
+            A single longer sample gets a microbatch of its own; a sample with a teacher prompt for each search holds
+            several teacher sequences.
+        alignment: divisor of every microbatch's T (the sequence-parallel size).
+        equal_lengths: use one T for all students of a minibatch on all ranks, and one for all teachers.
+        objective: settings of the weights of tokens.
 
     Raises:
-        AlignmentError: see ``samples.teacher_sequences``; on every rank alike.
-        ValueError: ``rank`` is not one of the ranks.
+        AlignmentError: see ``samples.teacher_sequences``; raised on every rank alike.
+        ValueError: ``rank`` is not in [0, num_ranks).
     """
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank {rank} is not in [0, {num_ranks})")
-    # Rounding the budget down leaves room for the padding that the alignment asks for.
+    # Rounding the budget down leaves room for the padding to ``alignment``.
     budget = max_tokens // alignment * alignment
     size, num_larger = divmod(len(samples), num_minibatches)  # the larger minibatches come first
     bounds = accumulate((size + (index < num_larger) for index in range(num_minibatches)), initial=0)
@@ -167,9 +164,7 @@ def pack(
             Minibatch(
                 student=_microbatches(students, rank, alignment, equal_lengths),
                 teacher=_microbatches(teachers, rank, alignment, equal_lengths) if has_teacher else (),
-                num_trajectories=len(rows),
                 num_policy_tokens=sum(int(row.student.loss_mask.sum()) for row in rows),
-                num_distill_tokens=sum(int(row.student.distill_mask.sum()) for row in rows),
             )
         )
     return TrainBatch(minibatches=tuple(minibatches))
@@ -193,10 +188,10 @@ def _rows(samples: Sequence[TrainingSample], objective: ObjectiveConfig) -> list
 
 
 def _weights(counts: Sequence[int], aggregation: str) -> list[float]:
-    """Weight of one token of each sample: equal tokens (``token``), or equal samples.
+    """Compute the weight of one token of each sample: equal for all tokens (``token``), or equal samples.
 
-    All tokens together weigh 1. Over ``all_trajectories`` they weigh what share of the samples has any: the others
-    count as samples whose loss is 0.
+    All tokens together weigh 1. With ``all_trajectories`` a sample without tokens counts as one with a loss of 0, so
+    they weigh the share of samples that have tokens.
     """
     if aggregation == "token":
         return [1.0 / max(1, sum(counts))] * len(counts)
@@ -205,7 +200,7 @@ def _weights(counts: Sequence[int], aggregation: str) -> list[float]:
 
 
 def _plan(rows: Sequence[_Row], num_ranks: int, budget: int) -> list[list[list[_Row]]]:
-    """[rank][microbatch]: the same number of microbatches on all ranks, empty ones where a rank has no more work.
+    """Assign samples to [rank][microbatch]; all ranks get the same number of microbatches, if need be empty ones.
 
     Samples go longest first to the rank with the fewest tokens, ties by index; within a rank they keep their order.
     """
@@ -221,7 +216,7 @@ def _plan(rows: Sequence[_Row], num_ranks: int, budget: int) -> list[list[list[_
 
 
 def _bins(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
-    """First fit, longest first: within 11/9 of the fewest bins, and the same on every run."""
+    """Bin by first fit, longest first: at most about 11/9 of the minimum number of bins, and deterministic."""
     bins: list[list[_Row]] = []
     for row in sorted(rows, key=lambda row: -row.num_tokens):
         for part in bins:
@@ -238,8 +233,8 @@ def _bins(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
 def _microbatches(
     plan: Sequence[Sequence[Sequence[TrainingSample]]], rank: int, alignment: int, equal_lengths: bool
 ) -> tuple[Microbatch, ...]:
-    """This rank's microbatches of students or of teachers; ``plan`` is [rank][microbatch][sequence]."""
-    # The least positive multiple of the alignment that holds all sequences.
+    """Pack this rank's microbatches of students or of teachers; ``plan`` is [rank][microbatch][sequence]."""
+    # The smallest positive multiple of the alignment that holds all sequences.
     lengths = [[max(1, -(-sum(map(len, part)) // alignment)) * alignment for part in parts] for parts in plan]
     longest = max((len(sequence) for parts in plan for part in parts for sequence in part), default=0)
     common = max((length for row in lengths for length in row), default=0) if equal_lengths else None
@@ -250,13 +245,13 @@ def _microbatches(
 
 
 def _assemble(sequences: Sequence[TrainingSample], *, length: int, max_padding_seqlen: int) -> Microbatch:
-    """Lay sequences end to end and fill up to ``length`` with padding sequences whose masks are all False.
+    """Join sequences end to end and fill up to ``length`` with padding sequences, their masks all False.
 
     Args:
-        sequences: in the order of their rows; none gives a microbatch of padding alone.
+        sequences: in the order of their rows; with none, the microbatch is all padding.
         length: T, at least the sum of lengths.
-        max_padding_seqlen: longest padding sequence. Attention costs the square of a sequence's length, so padding to
-            a common length must not make the longest sequence of the run out of nothing.
+        max_padding_seqlen: length of the longest padding sequence. The cost of attention is quadratic, so padding must
+            not become the longest sequence of the microbatch.
     """
     num_full, remainder = divmod(length - sum(map(len, sequences)), max_padding_seqlen)
     rows = list(sequences)

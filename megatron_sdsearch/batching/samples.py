@@ -1,12 +1,13 @@
-"""Training samples from trajectories and demonstrations: the only next-token shift of the project.
+"""Builds training samples from trajectories and demonstrations, and the teacher's sequences from samples.
 
-Owns the shift, and the teacher's sequences with the proof that they hold the same response tokens. After this module
-every array is label-aligned: entry i is about predicting token i + 1.
+The only next-token shift of the project is here: the arrays of a sample are label-aligned, entry i describes the
+prediction of token i + 1. Teacher sequences are checked to hold the same response tokens as the student's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from megatron_sdsearch.records import (
     Trajectory,
 )
 
-if TYPE_CHECKING:  # the renderer loads a tokenizer library; trajectories need none
+if TYPE_CHECKING:  # the renderer loads a tokenizer library, which trajectories do not need
     from megatron_sdsearch.tokenization.renderer import Renderer
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -38,18 +39,18 @@ def build_samples(
     blocks: Sequence[HindsightBlock],
     objective: ObjectiveConfig,
 ) -> list[TrainingSample]:
-    """Turn a group's trainable trajectories into samples, in their order.
+    """Turn a group's trainable trajectories into samples, in order.
 
     Args:
         group: one question's trajectories.
         advantages: one per trajectory.
-        blocks: one per trajectory; a block without teacher prompt distils nothing. Where every search has a prompt of
-            its own, only the spans of such searches are distilled.
-        objective: ``distill_positions`` decides between query tokens and all sampled tokens.
+        blocks: one per trajectory; a block without a teacher prompt distils nothing. If every search has a prompt of
+            its own, only the spans of searches with a prompt are distilled.
+        objective: ``distill_positions`` chooses between query tokens and all sampled tokens.
 
     Raises:
-        AlignmentError: a trajectory has an empty prompt, so that nothing predicts its first sampled token.
-        ValueError: ``advantages`` or ``blocks`` do not go with the trajectories.
+        AlignmentError: a trajectory has an empty prompt, so nothing predicts its first sampled token.
+        ValueError: the numbers of ``advantages``, ``blocks`` and trajectories differ.
     """
     class_of_group, samples = group_class(group), []
     for trajectory, advantage, block in zip(group.trajectories, advantages, blocks, strict=True):
@@ -81,7 +82,7 @@ def build_samples(
 
 
 def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_tokens: int) -> TrainingSample:
-    """Encode each span once, in place: sampled spans as the policy's own text, observed ones as text from outside.
+    """Encode each span once: sampled spans as the policy's own text, observations as untrusted text.
 
     Raises:
         DataError: the demonstration is longer than ``max_tokens``, or its sampled text has no tokens.
@@ -102,32 +103,26 @@ def demonstration_sample(demonstration: Demonstration, renderer: Renderer, max_t
         )
     if not is_sampled.any():
         raise DataError(
-            f"{name}: the tokenizer makes no token of its sampled text, so there is nothing to learn: remove it"
+            f"{name}: the tokenizer encodes its sampled text to no tokens, so there is nothing to learn: remove it"
         )
-    return TrainingSample(
-        sample_id=demonstration.demonstration_id,
-        token_ids=token_ids,
-        labels=next_token_aligned(token_ids),
-        loss_mask=next_token_aligned(is_sampled),
-        distill_mask=np.zeros(len(token_ids), dtype=np.bool_),
-        rollout_logprobs=np.zeros(len(token_ids)),
-        prompt_length=len(prompt),
-    )
+    labels, no_mask = next_token_aligned(token_ids), np.zeros(len(token_ids), dtype=np.bool_)
+    sample = unlearned_sample(demonstration.demonstration_id, token_ids, labels, no_mask)
+    return replace(sample, loss_mask=next_token_aligned(is_sampled), prompt_length=len(prompt))
 
 
 def teacher_sequences(sample: TrainingSample) -> list[TrainingSample]:
-    """The teacher's inputs: one for each prompt that has a token to distil, in the order of those tokens.
+    """Build the teacher's sequences: one for each prompt with distilled tokens, in the order of those tokens.
 
-    A sequence is the prompt, then the very same response ids, up to the predecessor of the prompt's last distilled
-    token. Response token j sits at ``prompt_length + j`` in the student and at ``len(prompt.token_ids) + j`` here. What
-    follows the last distilled token cannot change a distribution before it, so it is cut: the last input id is the one
-    that predicts that token, whose own id is the last label only.
+    A sequence is the prompt followed by the same response ids. Response token j is at ``prompt_length + j`` in the
+    student's sequence and at ``len(prompt.token_ids) + j`` here. Tokens after the last distilled one cannot change a
+    distribution before it, so the sequence ends with the input that predicts that token; the token itself is only the
+    last label.
 
     Args:
-        sample: with a teacher prompt and at least one token to distil.
+        sample: with a teacher prompt and at least one distilled token.
 
     Returns:
-        Samples whose ``distill_mask`` marks the student's tokens in the student's order, and nothing else.
+        Samples with a ``distill_mask`` that marks the student's distilled tokens, in the student's order.
 
     Raises:
         AlignmentError: the sample has nothing to distil, or a token differs between the two sides, or belongs to no
@@ -146,7 +141,7 @@ def teacher_sequences(sample: TrainingSample) -> list[TrainingSample]:
 
 
 def unlearned_sample(sample_id: str, token_ids: IntArray, labels: IntArray, distill_mask: BoolArray) -> TrainingSample:
-    """A sequence that enters no policy loss: the teacher's, or padding."""
+    """Build a sequence that does not enter the policy loss: the teacher's, or padding."""
     return TrainingSample(
         sample_id=sample_id,
         token_ids=token_ids,
@@ -159,7 +154,7 @@ def unlearned_sample(sample_id: str, token_ids: IntArray, labels: IntArray, dist
 
 
 def next_token_aligned(values: NDArray[Scalar]) -> NDArray[Scalar]:
-    """[L] -> [L]: entry i is the input's entry i + 1, the last one 0; the only next-token shift there is."""
+    """Shift [L] -> [L]: entry i becomes the input's entry i + 1, the last one 0."""
     shifted = np.zeros_like(values)
     shifted[:-1] = values[1:]
     return shifted
@@ -169,7 +164,7 @@ def _teacher_prompts(trajectory: Trajectory, block: HindsightBlock) -> tuple[Tea
     if not block.search_prompt_ids:
         ids, end = block.teacher_prompt_ids, len(trajectory.token_ids)
         return (TeacherPrompt(token_ids=ids, start=0, end=end),) if ids else ()
-    # One earlier: the position that predicts a token is the one before it.
+    # Shifted by one, because a token is predicted at the position before it.
     return tuple(
         TeacherPrompt(token_ids=ids, start=start - 1, end=end - 1)
         for ids, (start, end) in zip(block.search_prompt_ids, trajectory.search_ranges, strict=True)
@@ -178,7 +173,7 @@ def _teacher_prompts(trajectory: Trajectory, block: HindsightBlock) -> tuple[Tea
 
 
 def _teacher_sequence(sample: TrainingSample, prompt: TeacherPrompt, positions: IntArray) -> TrainingSample:
-    """Checks id by id, never by counting: each distilled label must follow the teacher's position."""
+    """Build one teacher sequence and check each distilled label against the id that follows its teacher position."""
     response_ids = sample.token_ids[sample.prompt_length :]
     ids = np.concatenate([np.asarray(prompt.token_ids, dtype=np.int64), response_ids])
     teacher_positions = positions + len(prompt.token_ids) - sample.prompt_length

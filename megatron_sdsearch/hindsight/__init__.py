@@ -1,1 +1,1 @@
-"""What the teacher is shown: the searches of all siblings and how they ended."""
+"""Builds the hindsight block, which only the teacher sees: the searches of all siblings and their outcomes."""

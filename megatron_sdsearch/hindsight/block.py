@@ -1,11 +1,10 @@
-"""The hindsight block: what the siblings searched for and how they ended, as the teacher reads it.
+"""The hindsight block: the siblings' queries and outcomes, as text that only the teacher reads.
 
-Owns the choice of siblings, future masking, the text and its budget, and finds siblings whose queries give the answer
-away. Leaves the labels that are shown to ``labels.py``, the wording around the block to ``data/prompts.py``, the chat
-template to ``tokenization/renderer.py`` and the alignment of teacher and student to ``batching/samples.py``.
+This module chooses the siblings, masks the future, renders the text within its token budget, and finds queries that
+give the answer away. Labels come from ``labels.py``, the wording around the block from ``data/prompts.py``; the teacher
+is aligned with the student in ``batching/samples.py``.
 
-The text is a contract with everything that teaches a model to read it (warm-start demonstrations): one line per
-sibling, in sibling order::
+Warm-start demonstrations teach models to read exactly this format, one line per sibling in sibling order::
 
     Earlier attempts at this question:
     CORRECT: first query | second query
@@ -26,7 +25,7 @@ from megatron_sdsearch.hindsight.documents import document_block
 from megatron_sdsearch.hindsight.labels import shown_labels
 from megatron_sdsearch.records import HindsightBlock, RolloutGroup, TrajectoryId
 
-if TYPE_CHECKING:  # the renderer loads a tokenizer library; building blocks does not need it
+if TYPE_CHECKING:  # the renderer loads a tokenizer library, which building blocks does not need
     from megatron_sdsearch.tokenization.renderer import Renderer
 
 NO_SEARCH = "(no search)"
@@ -35,7 +34,7 @@ QUERY_SEPARATOR = " | "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sibling:
-    """One line of the block, and what its presence in the block depends on."""
+    """One line of the block, and the facts that decide whether it is shown."""
 
     index: int
     is_correct: bool
@@ -45,45 +44,39 @@ class _Sibling:
 def build_hindsight(
     groups: Sequence[RolloutGroup], renderer: Renderer, profile: PromptProfile, config: HindsightConfig, *, seed: int
 ) -> list[list[HindsightBlock]]:
-    """Build what the teacher is shown for each trajectory of a step (paper: h(G), section "Hindsight block").
+    """Build the hindsight block of each trajectory of a step (paper: h(G), section "Hindsight block").
 
-    Trajectories that are out of training (a failed search, an engine that gave up, a prompt that was too long) are no
-    attempts to learn from and never appear in a block. ``content="documents"`` shows no siblings at all: see
-    ``documents.py``.
+    Trajectories that are not trained on (a failed search, an engine error, a prompt that was too long) never appear in
+    a block. ``content="documents"`` shows no siblings at all: see ``documents.py``.
 
     Args:
-        groups: ALL groups of the step, for shuffled labels are drawn from all of them.
+        groups: ALL groups of the step, because shuffled labels are drawn from all of them.
         renderer: encodes the block and the teacher's prompt; decodes responses for ``content="everything"``.
-        profile: puts the block into the user's message.
-        config: siblings, labels, content, budget.
+        profile: inserts the block into the user's message.
+        config: siblings, labels, content and token budget.
         seed: of the run, for shuffled and permuted labels.
 
     Returns:
-        Per group, one block per trajectory in their order; trajectories that see the same siblings share one object. A
-        block without siblings has text ``""`` and no teacher prompt: nothing is distilled there.
+        Per group, one block per trajectory, in order; trajectories that see the same siblings share one object. A block
+        without siblings has the text ``""`` and no teacher prompt: nothing is distilled there.
     """
     labels = shown_labels(groups, config.labels, seed=seed)
     return [_group_blocks(group, renderer, profile, config, labels) for group in groups]
 
 
 def skip_hindsight(groups: Sequence[RolloutGroup]) -> list[list[HindsightBlock]]:
-    """Blocks that show nothing, for a step without distillation; they hold the leaks, which are measured all the same.
-
-    Returns:
-        As ``build_hindsight``.
-    """
+    """Return empty blocks, as ``build_hindsight`` does, for a step without distillation; leaks are still measured."""
     nothing = HindsightBlock(text="", teacher_prompt_ids=(), sources=(), dropped=(), leaks=())
     return [[replace(nothing, leaks=leaking_siblings(group))] * len(group.trajectories) for group in groups]
 
 
 def leaking_siblings(group: RolloutGroup) -> tuple[int, ...]:
-    """Indices of trainable siblings with at least one query that holds a gold answer.
+    """Find the trainable siblings with a gold answer in a query, and return their indices.
 
-    Future masking hides reasoning, documents and answers from the teacher, yet a policy that already knows (or guessed)
-    the answer may put it into a query, and the query is shown. Each query is looked at alone: an answer spread over two
-    queries was not given away by either. A question that names its own answer ("Which is older, A or B?") flags every
-    query about that answer; the teacher learns nothing new there, so read the count next to the share of such
-    questions.
+    Future masking hides reasoning, documents and answers from the teacher, but a policy that already knows or guesses
+    the answer may put it into a query, which is shown. Each query is checked alone: an answer spread over two queries
+    is not a leak. A question that names its own answer ("Which is older, A or B?") flags every query about that answer,
+    although the teacher learns nothing new from it; compare the count with the share of such questions.
     """
     return tuple(
         trajectory.trajectory_id.sibling
@@ -94,10 +87,10 @@ def leaking_siblings(group: RolloutGroup) -> tuple[int, ...]:
 
 
 def search_line(queries: Sequence[str]) -> str:
-    """The queries of one attempt in order, as a block shows them, without the label.
+    """Render the queries of one attempt, in order, without the label.
 
-    Whitespace is collapsed and bars that stand alone are dropped, so that a query can forge neither a line nor a
-    neighbour.
+    Whitespace is collapsed and separate bars are dropped, so that a query can imitate neither a line break nor a second
+    query.
     """
     bar = QUERY_SEPARATOR.strip()
     lines = (" ".join(word for word in query.split() if word != bar) for query in queries)
@@ -144,9 +137,7 @@ def _siblings(
     for trajectory, score in zip(group.trajectories, group.scores, strict=True):
         if not trajectory.is_trainable:
             continue
-        label = CORRECT if labels[trajectory.trajectory_id] else INCORRECT
-        if config.labels == "none":
-            label = "- "
+        label = "- " if config.labels == "none" else CORRECT if labels[trajectory.trajectory_id] else INCORRECT
         if config.content == "searches":
             content = search_line(trajectory.queries)
         else:
@@ -157,7 +148,7 @@ def _siblings(
 
 
 def _is_shown(sibling: _Sibling, own: int, leaks: Sequence[int], config: HindsightConfig) -> bool:
-    """Whether the teacher of sibling ``own`` is shown this one."""
+    """Decide whether the teacher of sibling ``own`` is shown this one."""
     if config.drop_leaks and sibling.index in leaks:
         return False
     if config.siblings == "correct":
@@ -168,11 +159,11 @@ def _is_shown(sibling: _Sibling, own: int, leaks: Sequence[int], config: Hindsig
 
 
 def _fit(chosen: Sequence[_Sibling], renderer: Renderer, max_tokens: int) -> tuple[list[_Sibling], str]:
-    """Drop siblings until the text fits, from the last: incorrect ones but the first, correct ones but the first.
+    """Drop siblings until the text fits, and return the remaining ones with the text.
 
-    Then the incorrect one that is left, and the correct one last of all: a correct attempt says more than a wrong one,
-    and one wrong attempt keeps the contrast. The order goes by the true outcome under every ``labels`` setting, so that
-    the ablations differ in labels alone.
+    Order of dropping: incorrect ones from the last to the second, correct ones from the last to the second, the first
+    incorrect one, the first correct one. A correct attempt is worth more than a wrong one, and one wrong attempt keeps
+    the contrast. The true outcome decides under every ``labels`` setting, so these ablations differ in labels only.
     """
     wrong = [sibling for sibling in chosen if not sibling.is_correct]
     right = [sibling for sibling in chosen if sibling.is_correct]

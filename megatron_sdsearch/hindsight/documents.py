@@ -1,9 +1,8 @@
-"""The documents that a search is about to find, in place of the siblings: the paper's "current-step documents".
+"""The documents that a search is about to find, shown instead of the siblings: the paper's "current-step documents".
 
-Owns the text, and which documents each search is shown. The paper says no more than those three words. Read here: at
-the tokens of a query the teacher has seen the documents which that very query brought, none of the other searches'. So
-every search gets a teacher prompt, and with it a teacher sequence, of its own: one block with the documents of all
-searches would show an early query what only a later one found (``docs/adr/0007-current-step-documents.md``)::
+The paper says no more than these words. Here, at the tokens of a query, the teacher sees the documents that this query
+found and none of the other searches'. Every search therefore has a teacher prompt, and a teacher sequence, of its own:
+a single block would show an early query what only a later one found (``docs/adr/0007-current-step-documents.md``)::
 
     Documents that the next search finds:
     Doc 1(Title: Lisbon) Lisbon is the capital of Portugal.
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from megatron_sdsearch.data.prompts import PromptProfile
 from megatron_sdsearch.records import Action, ContextSpan, HindsightBlock, SampledSpan, Trajectory
 
-if TYPE_CHECKING:  # the renderer loads a tokenizer library; building blocks does not need it
+if TYPE_CHECKING:  # the renderer loads a tokenizer library, which building blocks does not need
     from megatron_sdsearch.tokenization.renderer import Renderer
 
 HEADER = "Documents that the next search finds:"
@@ -31,22 +30,22 @@ def document_block(
     max_tokens: int,
     leaks: tuple[int, ...],
 ) -> HindsightBlock:
-    """A teacher prompt for each search of a trajectory, with the documents that it found.
+    """Build a teacher prompt for each search of a trajectory, with the documents that it found.
 
-    Documents are shown as the policy was shown them, cut where its observation was cut, "no passage matches" included.
-    A text above ``max_tokens`` loses lines from its end, worst passages first. A search has no prompt, and is not
-    distilled, when its documents never reached the policy (the budget had run out), or when none fits.
+    Documents are shown exactly as the policy saw them: truncated at the same token, "no passage matches" included. A
+    text above ``max_tokens`` loses lines from its end, worst passages first. A search has no prompt, and is not
+    distilled, if its documents never reached the policy (the token budget had run out), or if none fits.
 
     Args:
-        trajectory: the supervised one.
-        question: the text that it answers.
+        trajectory: the student's.
+        question: its text.
         renderer: decodes observations, encodes prompts.
-        profile: puts the text into the user's message; its tags around an observation are not shown.
-        max_tokens: of one text.
-        leaks: of the group, for its metrics.
+        profile: inserts the text into the user's message; its tags around an observation are not shown.
+        max_tokens: maximum length of one search's text.
+        leaks: of the group; copied into the block.
 
     Returns:
-        The block: ``search_prompt_ids`` in the order of the searches; ``text`` all texts, for people.
+        A block with ``search_prompt_ids`` in the order of the searches, and all texts joined in ``text``.
     """
     texts, prompts, is_emptied = [], [], False
     for span, following in pairwise((*trajectory.spans, None)):

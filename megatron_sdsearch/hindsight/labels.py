@@ -1,6 +1,6 @@
-"""The label that each attempt is shown with: whether it was correct, or in an ablation something else.
+"""The label of each attempt in a hindsight block: its outcome, or in ablations a shuffled or permuted one.
 
-Which attempts a block shows is decided in ``block.py``.
+``block.py`` chooses the attempts that a block shows.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from megatron_sdsearch.records import RolloutGroup, TrajectoryId
 def shown_labels(
     groups: Sequence[RolloutGroup], labels: Literal["outcome", "none", "shuffled", "permuted"], *, seed: int
 ) -> dict[TrajectoryId, bool]:
-    """Whether each trainable trajectory is shown as CORRECT.
+    """Choose the label of each trainable trajectory: True is shown as CORRECT.
 
-    ``shuffled``: as many CORRECT labels as the step has right answers go to the trajectories whose hashes are lowest. A
-    hash depends on seed, step, question and sibling, so a label depends neither on the own outcome nor on the order of
-    groups nor on the processes that rolled them out. ``permuted``: each group's own labels in another order.
+    ``shuffled``: the trajectories with the lowest hashes are labelled CORRECT, as many as the step has right answers. A
+    hash depends on seed, step, question and sibling, so a label depends neither on the trajectory's own outcome nor on
+    the order of groups or the processes that rolled them out. ``permuted``: the labels of each group in another order.
 
     Args:
-        groups: ALL groups of one step, whichever process rolled them out.
-        labels: of ``hindsight.labels``; ``outcome`` and ``none`` give the true outcomes.
+        groups: ALL groups of one step, from all processes.
+        labels: the setting ``hindsight.labels``; ``outcome`` and ``none`` give the true outcomes.
         seed: of the run.
     """
     by_group = [

@@ -1,1 +1,1 @@
-"""Vocab-parallel losses: torch only, no megatron."""
+"""Vocabulary-parallel losses. They need torch, not megatron-core."""

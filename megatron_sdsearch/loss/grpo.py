@@ -1,9 +1,9 @@
-"""The policy-gradient loss: GRPO's clipped surrogate, token by token, with an optional KL and entropy term.
+"""The policy-gradient loss: GRPO's clipped surrogate per token, with optional KL and entropy terms.
 
-Owns the per-token formula, its correction for an engine that samples from slightly other probabilities than the
-trainer's, and the diagnostics of both. Leaves to others: advantages (``batching/advantages.py``), the
-denominators, which arrive as ``weights`` and so decide between a mean over tokens and a mean over sequences
-(``objective.py``), and the sum over ranks. Elementwise torch, no communication: ``logprobs.py`` has already done it.
+Also holds the correction for the mismatch between the engine's and the trainer's probabilities, and the diagnostics of
+both. Advantages come from ``batching/advantages.py``. Denominators arrive as ``weights`` (``batching/packing.py``),
+which therefore decide between a mean over tokens and a mean over sequences. Everything here is elementwise: the
+communication has been done in ``logprobs.py``, and the caller sums over ranks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 Correction = Literal["none", "truncate", "mask"]
 
 LARGE_GAP = 0.1
-"""Nats: a token's probability differs by about a tenth between engine and trainer (``rollout_gap_share``)."""
+"""Nats; a probability then differs by about 10 % between engine and trainer (see ``rollout_gap_share``)."""
 
-# e^20 = 4.9e8: far beyond any honest ratio, and its square is still finite in fp32, where exp overflows from 88.7 on.
-# Only the upper side is clamped: exp of a very negative number is a harmless 0, and clamping there would cut the k3
-# term's gradient, which is 1 and the only thing that brings a runaway policy back to the reference.
+# e^20 = 4.9e8 is far beyond any meaningful ratio, and its square is still finite in fp32, where exp overflows at 88.7.
+# Only the upper side is clamped: exp of a very negative number is a harmless 0, and clamping it would remove the k3
+# term's gradient, which is 1 there and the only force that pulls a runaway policy back to the reference.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -39,46 +39,59 @@ def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
     entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of ``weight * (-w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + c_kl k3 - c_ent H)``.
+    """Compute GRPO's clipped policy loss, summed over N sampled tokens.
 
-    The importance weight w stands at the surrogate alone: that is an expectation over the trainer's policy which the
-    engine sampled, and w makes good for it. Entropy, and the divergence of ``objective.py``, are taken over the whole
-    distribution at a position; no sampled token enters them. The k3 term does hold the sampled token and is left alone
-    all the same: a token that w masks has gone astray, and must still be pulled to the reference.
+    With the ratio ``r = exp(policy - old)``, advantage ``A``, weight ``v`` and importance weight ``w`` of each token::
 
-    w changes no denominator: ``weights`` stay what they were, so that a masked token counts as 0, and the same batch
-    gives the same loss however it is cut into microbatches and ranks.
+        loss = sum(v * (-w * min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3 - entropy_coef * H))
+
+    ``w`` applies to the surrogate only, which is an expectation over the trainer's policy estimated from the engine's
+    samples. The entropy ``H`` is taken over the whole distribution, so no sampled token enters it. The k3 term does
+    depend on the sampled token and is not weighted on purpose: a token that ``w`` masks must still be pulled towards
+    the reference. ``w`` does not change the denominators either, so a masked token counts as 0, and a batch gives the
+    same loss however it is split into microbatches and ranks.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1, with the separate clip bounds of DAPO, arXiv 2503.14476; the k3
+    estimator ``exp(d) - d - 1``, ``d = ref - policy``, of J. Schulman, "Approximating KL divergence" (2020).
 
     Args:
         policy_logprobs: [N] nats, with gradient.
-        old_logprobs: [N] nats, of the trainer's policy before the update; a constant.
+        old_logprobs: [N] nats, of the trainer's policy before the step's first update; a constant.
         advantages: [N]; a constant.
-        weights: [N], at least 0; they sum to 1 over all tokens of the global minibatch, hence to less than 1 here.
-        clip_low: the ratio ``r`` is clipped below at ``1 - clip_low``; in [0, 1).
-        clip_high: and above at ``1 + clip_high``; at least 0.
+        weights: [N], at least 0. They sum to 1 over all tokens of the global minibatch, so to less than 1 on one rank.
+        clip_low: ``r`` is clipped below at ``1 - clip_low``; in [0, 1).
+        clip_high: ``r`` is clipped above at ``1 + clip_high``; at least 0.
         ref_logprobs: [N] nats, of the reference policy; a constant.
-        kl_coef: weight of the k3 term; needs ``ref_logprobs`` unless 0.
-        entropy: [N] nats, with gradient if it is to have an effect.
-        entropy_coef: weight of the entropy bonus; needs ``entropy`` unless 0.
-        importance_weights: [N], at least 0, a constant; None is 1 everywhere (``importance_weights``).
+        kl_coef: weight of the k3 term; requires ``ref_logprobs`` unless 0.
+        entropy: [N] nats; carries a gradient if the bonus is to have an effect.
+        entropy_coef: weight of the entropy bonus; requires ``entropy`` unless 0.
+        importance_weights: [N], at least 0, a constant; None means 1 everywhere. See ``importance_weights``.
 
     Returns:
-        The loss ``policy_loss + kl_coef * kl - entropy_coef * entropy``, a 0-dim tensor with gradient, and 0-dim
-        diagnostics without one. All are sums over this rank's tokens, to be summed over ranks; since the weights sum to
-        1 over the global minibatch, those sums are weighted means there. In fp32, or float64 if the policy's
-        log-probabilities are. N = 0 gives zeros, with a gradient path. The diagnostics:
+        The loss, a 0-dim tensor with gradient, and 0-dim diagnostics without gradient. All are sums over this rank's
+        tokens, to be summed over ranks; because the weights sum to 1 over the global minibatch, the totals are weighted
+        means. Computed in fp32, or in float64 if ``policy_logprobs`` is. N = 0 gives zeros that still have a gradient
+        path. The diagnostics:
 
-        - ``policy_loss``: the clipped surrogate, negated; with importance weights where there are any.
+        - ``policy_loss``: the clipped surrogate, negated, importance weights included.
         - ``kl``: k3 estimate of KL(policy || reference), nats; 0 without a reference.
         - ``entropy``: mean entropy of the policy, nats; 0 without entropies.
-        - ``clip_fraction``: share of tokens whose gradient the clip has cut.
+        - ``clip_fraction``: share of tokens that get no surrogate gradient because they are clipped.
         - ``old_kl``: k3 estimate of KL(old || policy), nats: how far this update has moved the policy.
 
     Raises:
         ValueError: a shape differs from [N], or an option is out of range or lacks its input.
 
-    Source: GRPO, arXiv 2402.03300, section 4.1, with the separate clip bounds of DAPO, arXiv 2503.14476; the k3
-    estimator ``exp(d) - d - 1``, ``d = ref - policy``, of J. Schulman, "Approximating KL divergence" (2020).
+    Examples:
+        Two tokens of one trajectory with advantage 1; the second one's probability has grown by half, beyond 1.2:
+
+        >>> old = torch.tensor([-1.0, -1.0])
+        >>> policy = (old + torch.tensor([1.0, 1.5]).log()).requires_grad_()
+        >>> loss, diagnostics = grpo_loss(policy, old, torch.ones(2), torch.full((2,), 0.5))
+        >>> round(loss.item(), 4)  # -(0.5 * 1.0 + 0.5 * 1.2)
+        -1.1
+        >>> diagnostics["clip_fraction"].item()
+        0.5
     """
     if policy_logprobs.dim() != 1:
         raise ValueError(f"policy_logprobs must be [N], got {list(policy_logprobs.shape)}")
@@ -91,7 +104,7 @@ def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
         "importance_weights": importance_weights,
     }
     for name, tensor in others.items():
-        # Broadcasting would turn [N] * [N, 1] into a loss over N^2 pairs without a word.
+        # Broadcasting would silently turn [N] * [N, 1] into a loss over N^2 pairs.
         if tensor is not None and tensor.shape != policy_logprobs.shape:
             raise ValueError(f"{name} must be {list(policy_logprobs.shape)}, got {list(tensor.shape)}")
     if not 0 <= clip_low < 1:
@@ -104,7 +117,7 @@ def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
 
     policy = policy_logprobs.to(torch.promote_types(policy_logprobs.dtype, torch.float32))
     log_ratio = policy - old_logprobs.detach()
-    # A token beyond the limit gets no gradient rather than one that drowns all others.
+    # A token beyond the limit gets no gradient, where it would otherwise drown out all others.
     ratio = log_ratio.clamp(max=_MAX_LOG_RATIO).exp()
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -126,23 +139,22 @@ def grpo_loss(  # noqa: PLR0913 (each term of the loss is optional)
 def importance_weights(
     old_logprobs: Tensor, rollout_logprobs: Tensor, correction: Correction, cap: float
 ) -> tuple[Tensor | None, Tensor]:
-    """Weights that turn what the engine sampled into a sample of the trainer's policy, bounded.
+    """Compute bounded importance weights from the engine's policy to the trainer's.
 
-    With ``r = exp(old - rollout)``: ``truncate`` gives ``min(r, cap)``, truncated importance sampling (Yao et al.,
-    "Your efficient RL framework secretly brings you off-policy RL training", 2025): no token is lost, and what the cap
-    cuts is its bias. ``mask`` gives ``r`` inside ``[1 / cap, cap]`` and 0 outside (as IcePop does, Ling Team 2025):
-    where the two disagree that much, a fault is likelier than a rare event.
-
-    Engine and trainer hold the same weights and still disagree: other kernels, another precision, another batch.
+    The two hold the same weights and still give different probabilities: their kernels, precisions and batches differ.
+    With ``r = exp(old - rollout)``, ``truncate`` gives ``min(r, cap)``, truncated importance sampling (Yao et al.,
+    "Your efficient RL framework secretly brings you off-policy RL training", 2025): every token is kept, at the cost of
+    a bias. ``mask`` gives ``r`` inside ``[1 / cap, cap]`` and 0 outside (IcePop, Ling Team 2025): so large a
+    disagreement is more likely a fault than a rare event.
 
     Args:
         old_logprobs: [N] nats, of the trainer before the step's first update; a constant.
         rollout_logprobs: [N] nats, of the engine.
         correction: which weights.
-        cap: more than 1.
+        cap: above 1.
 
     Returns:
-        [N] weights without gradient, None for ``none``; and [N] whether a token was truncated or masked.
+        [N] weights without gradient, or None for ``none``; and [N] bool, True where a token was truncated or masked.
     """
     log_ratio = old_logprobs.detach() - rollout_logprobs
     if correction == "none":
@@ -155,17 +167,17 @@ def importance_weights(
 
 
 def agreement(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Statistics of ``old - rollout`` (nats) over this microbatch's tokens.
+    """Measure how far the engine's log-probabilities are from the trainer's, over this microbatch's tokens.
 
     Args:
-        old_logprobs: [N] of the trainer.
-        rollout_logprobs: [N] of the engine.
-        weights: [N]; sum to 1 over the global minibatch.
+        old_logprobs: [N] nats, of the trainer.
+        rollout_logprobs: [N] nats, of the engine.
+        weights: [N]; they sum to 1 over the global minibatch.
 
     Returns:
-        Parts of global weighted means, to be summed over microbatches and ranks: ``rollout_gap`` (its absolute value),
+        Parts of global weighted means, to be summed over microbatches and ranks: ``rollout_gap`` (|old - rollout|),
         ``rollout_gap_share`` (tokens beyond ``LARGE_GAP``) and ``rollout_k3`` (k3 estimate of KL(engine || trainer));
-        and ``rollout_gap_max``, of which the maximum is to be taken.
+        and ``rollout_gap_max``, to be combined by maximum.
     """
     gap = old_logprobs.detach() - rollout_logprobs
     return {
@@ -177,6 +189,6 @@ def agreement(old_logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """``exp(d) - d - 1`` with d = log(other / sampled): at least 0, unbiased for KL(sampled || other)."""
+    """Estimate KL(sampled || other) by ``exp(d) - d - 1``, ``d = log(other / sampled)``: unbiased and at least 0."""
     limited = log_ratio.clamp(max=_MAX_LOG_RATIO)
     return torch.expm1(limited) - limited

@@ -1,12 +1,11 @@
-"""Log-probabilities and entropies of tokens, from logits whose vocabulary is spread over tensor-parallel ranks.
+"""Log-probabilities and entropies from logits sharded over the vocabulary of tensor-parallel ranks.
 
-Owns the sharded softmax (``LogNormalizer``) that ``jsd.py`` builds on as well. Leaves the choice of tokens, the weights
-and every sum over tokens to ``objective.py``.
+Also defines the sharded softmax (``LogNormalizer``) that ``jsd.py`` uses. ``objective.py`` chooses and weights the
+tokens and sums over them.
 
-Three rules hold for all functions here. Logits are read, never written (megatron-core's cross entropy overwrites its
-input, which makes the logits useless afterwards). What the backward pass needs is computed again from the
-logits, which are alive anyway, so that no fp32 copy of them is kept. And rows are walked in blocks, so that no fp32
-copy of all of them exists even for a moment.
+Three rules hold for all functions here. Logits are read, never written: megatron-core's cross entropy overwrites its
+input. The backward pass recomputes what it needs from the logits, which are alive anyway, so no fp32 copy of them is
+kept. Rows are processed in blocks, so not even a temporary fp32 copy of all of them exists.
 """
 
 from __future__ import annotations
@@ -27,17 +26,18 @@ _BLOCK_ELEMENTS = 2**25
 
 
 def vocab_parallel_logprobs(logits: Tensor, labels: Tensor, shard: VocabShard, *, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each row's label, with gradient.
+    """Compute the log-probability of each row's label.
+
+    The forward pass takes three all-reduces of [N], the backward pass none.
 
     Args:
-        logits: [N, V/tp], any floating point type.
-        labels: [N] global ids, the same on every rank.
-        shard: which columns this rank holds.
+        logits: [N, V/tp], any floating point type. Its gradient has the same type and is zero on padding.
+        labels: [N] int64 global ids, the same on every rank.
+        shard: the vocabulary columns of this rank.
         temperature: divides the logits; above 0.
 
     Returns:
-        [N] nats, the same on every rank, in fp32 (float64 for float64 logits). The gradient comes back in the logits'
-        type and is zero on padding. Forward: three all-reduces of [N]; backward: none.
+        [N] nats, with gradient, the same on every rank, in fp32 (float64 for float64 logits).
 
     Raises:
         ValueError: shapes do not fit, a label is not in ``[0, vocab_size)``, or the temperature is not positive.
@@ -45,7 +45,7 @@ def vocab_parallel_logprobs(logits: Tensor, labels: Tensor, shard: VocabShard, *
     shard.check_logits(logits)
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [{len(logits)}], got {labels.dtype} {list(labels.shape)}")
-    # Every rank holds the same labels, so every rank raises: none is left waiting in a collective.
+    # Every rank holds the same labels, so all ranks raise and none is left waiting in a collective.
     lowest, highest = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
     if lowest < 0 or highest >= shard.vocab_size:
         raise ValueError(
@@ -57,20 +57,21 @@ def vocab_parallel_logprobs(logits: Tensor, labels: Tensor, shard: VocabShard, *
 
 
 def vocab_parallel_entropy(logits: Tensor, shard: VocabShard, *, temperature: float = 1.0) -> Tensor:
-    """Entropy of each row's distribution, with gradient.
+    """Compute the entropy of each row's distribution.
+
+    With the entropy ``H`` and the distribution ``q``, ``dH/dz_i = -q_i (log q_i + H)`` is local once ``H`` is known:
+    the backward pass does not communicate. The forward pass takes three all-reduces of [N].
 
     Args:
-        logits: [N, V/tp], any floating point type.
-        shard: which columns this rank holds.
+        logits: [N, V/tp], any floating point type. Its gradient has the same type and is zero on padding.
+        shard: the vocabulary columns of this rank.
         temperature: divides the logits; above 0.
 
     Returns:
-        [N] nats, the same on every rank, in fp32 (float64 for float64 logits). With ``H`` the entropy and ``q`` the
-        distribution, ``dH/dz_i = -q_i (log q_i + H)``: local once ``H`` is known, so the backward pass does not
-        communicate. Forward: three all-reduces of [N].
+        [N] nats, with gradient, the same on every rank, in fp32 (float64 for float64 logits).
 
     Raises:
-        ValueError: logits do not fit the shard, or the temperature is not positive.
+        ValueError: the logits do not fit the shard, or the temperature is not positive.
     """
     shard.check_logits(logits)
     check_temperature(temperature)
@@ -82,7 +83,7 @@ def vocab_parallel_entropy(logits: Tensor, shard: VocabShard, *, temperature: fl
 class LogNormalizer:
     """The normaliser of a softmax over the whole vocabulary, as two numbers per row.
 
-    They stay apart, for in fp32 the sum ``maximum + log_sum`` loses 5e-4 when logits are near 1e4.
+    They are kept apart because in fp32 the sum ``maximum + log_sum`` loses 5e-4 when logits are near 1e4.
 
     Attributes:
         maximum: [N] largest logit of the row, before the temperature.
@@ -95,15 +96,15 @@ class LogNormalizer:
     temperature: float
 
     def logprobs(self, block: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities of ``block``, the logits of ``rows`` in some columns; in the normaliser's type."""
+        """Compute the log-probabilities of ``block``, logits of ``rows`` in some columns, in the normaliser's type."""
         shifted = block.to(self.maximum.dtype) - self.maximum[rows, None]
         return shifted / self.temperature - self.log_sum[rows, None]
 
 
 def log_normalizers(logits: Sequence[Tensor], shard: VocabShard, temperature: float) -> list[LogNormalizer]:
-    """The normaliser of each of several logits ``[N, V/tp]``, in two all-reduces for all of them together.
+    """Compute the normalisers of several logits ``[N, V/tp]`` with two all-reduces in total.
 
-    Not differentiable: to be called from inside an autograd function.
+    Not differentiable: call it inside an autograd function.
     """
     dtype = compute_dtype(*logits)
     columns = [shard.valid_columns(each) for each in logits]
@@ -122,7 +123,7 @@ def log_normalizers(logits: Sequence[Tensor], shard: VocabShard, temperature: fl
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type to calculate in: the widest of the tensors', and at least fp32."""
+    """Return the widest type of the tensors, at least fp32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -130,7 +131,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def row_blocks(columns: Tensor) -> Iterator[slice]:
-    """Cut the rows into blocks of bounded size; no block at all when there is no element to visit."""
+    """Split the rows into blocks of bounded size; yields nothing when there are no elements."""
     num_rows, num_columns = columns.shape
     if num_rows and num_columns:
         step = max(1, _BLOCK_ELEMENTS // num_columns)
@@ -139,7 +140,7 @@ def row_blocks(columns: Tensor) -> Iterator[slice]:
 
 
 def times_log(weight: Tensor, log_value: Tensor) -> Tensor:
-    """``weight * log_value`` with 0 * inf = 0, the limit of x log x. A NaN weight stays NaN, never hidden."""
+    """Multiply with 0 * inf = 0, the limit of x log x. A NaN weight stays NaN."""
     return torch.where(weight == 0, 0.0, weight * log_value)
 
 
@@ -161,7 +162,7 @@ class _Logprobs(torch.autograd.Function):
         (normalizer,) = log_normalizers([logits], shard, temperature)
         columns, is_local = shard.local_columns(labels)
         shifted = logits.gather(1, columns[:, None])[:, 0].to(normalizer.maximum.dtype) - normalizer.maximum
-        # Exactly one rank owns a label: the sum only carries its value to the others.
+        # Exactly one rank owns a label; the sum sends its value to the others.
         label_logits = shard.all_reduce(torch.where(is_local, shifted / temperature, 0.0), "sum")
         ctx.save_for_backward(logits, columns, is_local, normalizer.maximum, normalizer.log_sum)
         ctx.shard, ctx.temperature = shard, temperature

@@ -1,7 +1,6 @@
-"""What is minimised: L = L_GRPO + alpha * L_SD (paper section 3.3), or the supervised loss of the warm start.
+"""The objective: L = L_GRPO + alpha * L_SD (paper section 3.3), or the supervised loss of the warm start.
 
-Torch only. Denominators come in as the microbatch's weights (``batching/packing.py``), losses leave as sums
-(``parallel/schedule.py``).
+The microbatch's weights already hold the denominators (``batching/packing.py``), so each loss is a plain sum.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from megatron_sdsearch.loss.topk import TopKDistribution, chosen_topk, teacher_t
 from megatron_sdsearch.records import GROUP_CLASSES
 
 Metrics = dict[str, Tensor]
-"""0-dim, on the device and without gradient: reading each there would stall the GPU once per metric."""
+"""0-dim tensors on the device, without gradient: reading each one on the host would stall the GPU once per metric."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TeacherTarget:
-    """The teacher's distributions at a microbatch's Q tokens to distil; constants.
+    """The teacher's distributions at the Q distilled tokens of a microbatch; constants.
 
     Attributes:
-        distribution: [Q, V/tp] logits, or the k most probable ids.
+        distribution: [Q, V/tp] logits, or the k most probable ids with their log-probabilities.
         entropy: [Q] nats, of the distribution over the whole vocabulary.
     """
 
@@ -38,20 +37,17 @@ class TeacherTarget:
 
 
 def read_teacher(logits: RowLogits, batch: Microbatch, config: ObjectiveConfig) -> TeacherTarget:
-    """The target of one microbatch, from the logits of the teacher's sequences; row r is the r-th distilled token."""
+    """Read the target of one microbatch from the teacher's sequences; row r belongs to the r-th distilled token."""
 
     def read(part: Tensor, *_: int) -> tuple[Tensor, ...]:
         entropy = vocab_parallel_entropy(part, logits.shard, temperature=logits.temperature)
-        if config.topk is None or config.topk_of != "teacher":  # other ids are chosen when the student is known
+        if config.topk is None or config.topk_of != "teacher":  # the student's logits decide which ids are read
             return entropy, part
         top = teacher_topk(part, logits.shard, config.topk, temperature=logits.temperature)
         return entropy, top.ids, top.logprobs, top.log_tail_mass
 
-    entropy, first, *others = logits.map(batch.distill_mask.nonzero()[:, 0], read)
-    if not others:
-        return TeacherTarget(distribution=first, entropy=entropy)
-    topk = TopKDistribution(ids=first, logprobs=others[0], log_tail_mass=others[1])
-    return TeacherTarget(distribution=topk, entropy=entropy)
+    entropy, *parts = logits.map(batch.distill_mask.nonzero()[:, 0], read)
+    return TeacherTarget(distribution=parts[0] if len(parts) == 1 else TopKDistribution(*parts), entropy=entropy)
 
 
 def sd_search_loss(
@@ -64,20 +60,20 @@ def sd_search_loss(
     ref_logprobs: Tensor | None = None,
     target: TeacherTarget | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """GRPO plus alpha times the divergence from the teacher, each a sum with global weights.
+    """Compute the GRPO loss plus alpha times the divergence from the teacher, each a sum with global weights.
 
     Args:
         logits: of the policy on ``batch``.
-        batch: N policy tokens, Q of them to distil.
-        config: coefficients and forms.
+        batch: a student's microbatch with N policy tokens, Q of them distilled.
+        config: coefficients, divergence and top-k.
         alpha: weight of the distillation loss at this step.
-        old_logprobs: [N] of the trainer before the step's first update, nats; None where that is this very pass.
-        ref_logprobs: [N] of the reference, nats; None without one.
-        target: of the teacher at the Q tokens; None when nothing is distilled.
+        old_logprobs: [N] nats, of the trainer before the step's first update; None when this is that update.
+        ref_logprobs: [N] nats, of the reference policy; None without one.
+        target: the teacher at the Q tokens; None when nothing is distilled.
 
     Returns:
-        A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks; of those whose name
-        ends in ``_max`` the maximum is to be taken. The divergence is reported under its own name.
+        A scalar with gradient, and metrics that add up over microbatches and data-parallel ranks, except that names
+        ending in ``_max`` are combined by maximum. The divergence is reported under its own name.
     """
     rows = batch.loss_mask.nonzero()[:, 0]
     rollout_logprobs, weights = batch.rollout_logprobs[rows], batch.policy_weights[rows]
@@ -105,7 +101,7 @@ def sd_search_loss(
         values["distill_loss"] = (distill_weights * divergence).sum()
         loss = loss + alpha * values["distill_loss"]
         measured = {config.divergence: divergence, "entropy_gap": student_entropy - target.entropy}
-        # Per group class the weighted values and the weight: sums, whose ratio over all ranks is the class's mean.
+        # Weighted values and weights per group class: after summing over ranks, their ratio is the mean of the class.
         for index, name in enumerate(GROUP_CLASSES):
             class_weights = distill_weights * (classes == index)
             values[f"distill_weight_{name}"] = class_weights.sum()
@@ -116,7 +112,7 @@ def sd_search_loss(
 
 
 def supervised_loss(logits: RowLogits, batch: Microbatch) -> tuple[Tensor, Metrics]:
-    """Cross entropy (nats) of the demonstrated tokens, summed with global weights."""
+    """Compute the cross entropy (nats) of the demonstrated tokens, summed with global weights."""
     rows = batch.loss_mask.nonzero()[:, 0]
     loss = -(batch.policy_weights[rows] * logits.logprobs(batch)).sum()
     return loss, {"loss": loss.detach()}
@@ -125,15 +121,15 @@ def supervised_loss(logits: RowLogits, batch: Microbatch) -> tuple[Tensor, Metri
 def _read_rows(
     logits: RowLogits, batch: Microbatch, rows: Tensor, target: TeacherTarget | None, config: ObjectiveConfig
 ) -> tuple[Tensor, ...]:
-    """Log-probabilities [N], entropies [N], divergences [Q] and the student's entropies [Q] from one pass."""
+    """Compute log-probabilities [N], entropies [N], divergences [Q] and the student's entropies [Q] in one pass."""
     shard, temperature = logits.shard, logits.temperature
     labels = batch.labels[rows]
-    # Distilled tokens are policy tokens: their logits are rows of the same chunk, never projected twice.
+    # Distilled tokens are policy tokens, so their logits are rows of the same chunk and are not projected again.
     distilled = batch.distill_mask[rows].nonzero()[:, 0]
 
     def read(part: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
         logprobs = vocab_parallel_logprobs(part, labels[start:end], shard, temperature=temperature)
-        # Without a bonus the entropy is only watched: -log p of the sampled tokens estimates it, for nothing.
+        # Without a bonus the entropy is only a metric; -log p of the sampled tokens estimates it at no cost.
         entropy = (
             vocab_parallel_entropy(part, shard, temperature=temperature)
             if config.entropy_coef > 0
@@ -145,7 +141,7 @@ def _read_rows(
         first, last = torch.searchsorted(distilled, bounds).tolist()
         student = part[distilled[first:last] - start]
         divergence = _divergence(student, target.distribution[first:last], logits, config)
-        # Last, where a recomputation for the backward pass has already got all that it wants, and stops.
+        # Last, because a recomputation for the backward pass stops as soon as it has what it needs.
         student_entropy = vocab_parallel_entropy(student.detach(), shard, temperature=temperature)
         return logprobs, entropy, divergence, student_entropy
 
@@ -155,7 +151,7 @@ def _read_rows(
 def _divergence(
     student: Tensor, teacher: Tensor | TopKDistribution, logits: RowLogits, config: ObjectiveConfig
 ) -> Tensor:
-    """[Q'] of some rows: the student's logits [Q', V/tp] from the teacher's logits or most probable ids."""
+    """Compute the divergence [Q'] of the student's logits [Q', V/tp] from the teacher's logits or top-k."""
     shard, temperature, beta, divergence = logits.shard, logits.temperature, config.beta, config.divergence
     if isinstance(teacher, Tensor):
         if config.topk is None:

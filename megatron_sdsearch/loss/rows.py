@@ -1,4 +1,4 @@
-"""Logits of chosen rows of a packed microbatch, a chunk at a time, and log-probabilities read from them."""
+"""Logits of selected rows of a packed microbatch, computed one chunk at a time, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_sdsearch.parallel.vocab import VocabShard
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowLogits:
-    """Logits on demand: they exist for the wanted rows alone, ``chunk_rows`` of them at a time.
+    """Logits on demand, for selected rows only and at most ``chunk_rows`` rows at a time.
 
     Attributes:
         hidden: [T, h] final hidden states.
-        project: [n, h] -> [n, V/tp].
+        project: the LM head, [n, h] -> [n, V/tp].
         shard: the vocabulary columns of this rank.
-        chunk_rows: rows whose logits exist at one time.
-        temperature: of sampling; log-probabilities are taken at it.
+        chunk_rows: maximum number of rows with logits in memory at once.
+        temperature: the sampling temperature, at which all log-probabilities are computed.
     """
 
     hidden: Tensor
@@ -33,9 +33,9 @@ class RowLogits:
     temperature: float
 
     def map(self, rows: Tensor, read: Callable[[Tensor, int, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Concatenate ``read(logits, start, end)`` over chunks of ``rows`` [N]; logits of a chunk are not kept.
+        """Apply ``read(logits, start, end)`` to chunks of ``rows`` [N] and concatenate its results.
 
-        With more than one chunk the backward pass projects each again rather than holding all of them.
+        With more than one chunk, the backward pass recomputes the logits of each instead of keeping them.
         """
 
         def run(hidden: Tensor, start: int, end: int) -> tuple[Tensor, ...]:
@@ -49,7 +49,7 @@ class RowLogits:
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def logprobs(self, batch: Microbatch) -> Tensor:
-        """[N] log-probabilities (nats) of the microbatch's policy tokens, with gradient."""
+        """Compute the log-probabilities [N] (nats) of the microbatch's policy tokens, with gradient."""
         rows = batch.loss_mask.nonzero()[:, 0]
         labels = batch.labels[rows]
 

@@ -1,1 +1,1 @@
-"""The megatron-core policy network, its Hugging Face weights, and its checkpoints."""
+"""The policy network on megatron-core, its Hugging Face weights, and its checkpoints."""

@@ -1,7 +1,7 @@
 """Build a megatron-core GPTModel that returns hidden states from a Hugging Face config.
 
-The layer spec is transformer-engine's with CUDA, and our packed local spec without, or where it is asked for.
-``shape.py`` lists the supported models; ``hf_weights.py`` fills them.
+The layer spec is transformer-engine's with CUDA; without CUDA, or on request, it is our local spec with packed
+attention. ``shape.py`` lists the supported models; ``hf_weights.py`` loads their weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_sdsearch.parallel.vocab import VocabShard
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with megatron's constructor; marks its weight so that sequence parallel reduces its gradient."""
+    """torch's RMSNorm with megatron's constructor; sequence parallelism reduces the gradient of its marked weight."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -44,9 +44,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention within each packed sequence, for the local spec; megatron's own refuses packed sequences.
+    """Causal attention within each packed sequence, for the local spec.
 
-    (dot_product_attention.py:153.) The constructor and ``forward`` take what megatron's SelfAttention passes.
+    megatron's own refuses packed sequences (dot_product_attention.py:153). The constructor and ``forward`` accept the
+    arguments that megatron's SelfAttention passes.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
@@ -62,11 +63,11 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
-        """[T, heads, d] query and [T, groups, d] key and value -> [T, heads * d]."""
+        """Attend: query [T, heads, d], key and value [T, groups, d] -> [T, heads * d]."""
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         repeats = query.shape[1] // key.shape[1]
-        # torch's fast CPU kernel takes no grouped heads (enable_gqa falls back to one that is 1.7 times slower), and
-        # one call per sequence beats one padded call by far in the backward pass.
+        # torch's fast CPU kernel does not accept grouped heads (enable_gqa falls back to one that is 1.7 times slower),
+        # and one call per sequence has a much faster backward pass than one padded call.
         heads = (query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1))
         sequences = zip(*(tensor.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for tensor in heads), strict=True)
         outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in sequences]
@@ -74,15 +75,15 @@ class PackedAttention(torch.nn.Module):
 
 
 class HiddenStates(ColumnParallelLinear):  # type: ignore[misc]
-    """LM head that only holds its weight and passes its input through: the loss applies it where needed."""
+    """An LM head that holds its weight but returns its input: the loss projects the rows that it needs."""
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """Hidden states in, hidden states out."""
+        """Return the hidden states unchanged."""
         return input_, None
 
 
 def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> TransformerConfig:
-    """Build megatron's config for this model on this layout."""
+    """Build megatron's config for this model and parallel layout."""
     architecture = ARCHITECTURES[hf_config.model_type]
     dtype = getattr(torch, model.dtype)
     on_gpu = parallel.device.type == "cuda"
@@ -104,8 +105,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=not on_gpu,
-        # Every weight is loaded over, but megatron marks weights as tensor parallel in their initialisation alone
-        # (tensor_parallel/layers.py): unmarked ones are left out of the gradient norm, which then clips wrongly.
+        # All weights are overwritten, but megatron marks them as tensor parallel only when it initialises them
+        # (tensor_parallel/layers.py), and the gradient norm, hence clipping, leaves out unmarked ones.
         perform_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -124,7 +125,10 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel
 
 
 def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelState) -> GPTModel:
-    """Build an uninitialised GPTModel stage whose output is hidden states [1, T, h] (T/tp under sequence parallel)."""
+    """Build this rank's GPTModel stage, weights not loaded; it returns hidden states [1, T, h].
+
+    Under sequence parallelism they are [1, T/tp, h].
+    """
     config = transformer_config(hf_config, model, parallel)
     gpt = GPTModel(
         config=config,
@@ -144,7 +148,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, parallel: Paral
         # megatron's rope_scaling fixes all factors but one at Llama 3.1's (rotary_pos_embedding.py, _apply_scaling).
         rope_type = hf_config.rope_parameters["rope_type"]
         frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](hf_config, "cpu")
-        assert attention_scaling == 1.0, "_ROPE_TYPES holds those without"
+        assert attention_scaling == 1.0, "hf_config.py accepts RoPE types without attention scaling only"
         gpt.rotary_pos_emb.inv_freq = frequencies
     return gpt.to(parallel.device)
 
@@ -170,9 +174,9 @@ class LMHead:
     """The output projection of the last stage, sharded by vocabulary.
 
     Attributes:
-        weight: [V/tp, h], shared with the embedding when the model ties them.
+        weight: [V/tp, h], shared with the embedding if the model ties them.
         shard: this rank's part of the vocabulary.
-        sequence_parallel: hidden states come sharded by sequence.
+        sequence_parallel: hidden states arrive sharded by sequence.
     """
 
     weight: Tensor
@@ -181,13 +185,14 @@ class LMHead:
 
     @classmethod
     def from_model(cls, gpt: GPTModel, hf_config: PretrainedConfig, parallel: ParallelState) -> LMHead:
-        """Take the head of a last-stage model."""
+        """Create the head from a model of the last stage."""
         weight = gpt.shared_embedding_or_output_weight() if hf_config.tie_word_embeddings else gpt.output_layer.weight
-        shard = parallel.vocab_shard(hf_config.vocab_size, padded_vocab_size(hf_config.vocab_size, parallel.tp_size))
+        padded_size = padded_vocab_size(hf_config.vocab_size, parallel.tp_size)
+        shard = VocabShard.split(hf_config.vocab_size, parallel.tp_group, padded_size)
         return cls(weight=weight, shard=shard, sequence_parallel=parallel.sequence_parallel)
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """Gather hidden states of the whole sequence [T, h]; their gradient is summed over the vocabulary shards."""
+        """Gather the hidden states of the whole sequence, [T, h]; sums their gradient over the vocabulary shards."""
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)  # type: ignore[no-any-return]
         return copy_to_tensor_model_parallel_region(hidden)  # type: ignore[no-any-return]

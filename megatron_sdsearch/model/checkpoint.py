@@ -1,7 +1,7 @@
 """Resumable checkpoints through megatron's dist_checkpointing: saving in the background, and loading.
 
-Layout: ``root/step_000040/`` with the shards and ``manifest.json``; ``root/latest`` names the newest, and moves last.
-``checkpoint_folder.py`` owns folders, checksums and retention; ``docs/checkpoints.md`` is the user's guide.
+Layout: ``root/step_000040/`` with the shards and ``manifest.json``; ``root/latest`` names the newest and is written
+last. Folders, checksums and retention are in ``checkpoint_folder.py``; ``docs/checkpoints.md`` is the user's guide.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from megatron_sdsearch.model.megatron_folder import METADATA, forbid_pickles, re
 from megatron_sdsearch.parallel.groups import ParallelState
 
 _log = logging.getLogger(__name__)
-# How the distributed optimizer writes its shards: as whole tensors by parameter, which every other layout can read. Its
-# default, fully_sharded_model_space, is deprecated (distrib_optimizer.py, sharded_state_dict, 0.16.1 and 0.19.2).
+# The distributed optimizer saves whole tensors by parameter, which every other layout can read. Its default,
+# fully_sharded_model_space, is deprecated (distrib_optimizer.py, sharded_state_dict, 0.16.1 and 0.19.2).
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-# CheckpointException, torch's own, is a BaseException.
+# torch's CheckpointException is a BaseException, so no other entry covers it.
 _LIBRARY_ERRORS = (OSError, RuntimeError, CheckpointingException, CheckpointException)
 
 
@@ -65,21 +65,21 @@ class Checkpointable(Protocol):
     scheduler: Any
 
     def load_training_state(self, optimizer: Any, scheduler: Any) -> None:
-        """Take over a checkpoint's optimizer and schedule."""
+        """Load a checkpoint's optimizer and schedule."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """Where a run stands, besides the policy.
+    """The progress of a run, apart from the policy.
 
     Attributes:
-        step: number of finished steps; the next batch of questions is ``step``'s, which is the data position, since a
-            batch is a pure function of (seed, step).
-        wall_s: seconds spent on these steps by all processes that took part, one after the other.
-        scores: held-out EM by step, for the checkpoint that is kept as the best.
-        run_date: on which the run began, for chat templates that mention it: ``checkpoint_folder.run_date_of``.
-        changes: of a loaded one: in what this run differs from the one that saved it, a text each.
+        step: number of finished steps. It is also the position in the data, because a batch of questions is a pure
+            function of (seed, step).
+        wall_s: seconds spent on these steps, summed over a run and its continuations.
+        scores: held-out EM by step; decides which checkpoint is kept as the best.
+        run_date: date on which the run began, for chat templates that print it; see ``checkpoint_folder.run_date_of``.
+        changes: after loading: one text for each difference between this run and the one that saved the checkpoint.
     """
 
     step: int
@@ -91,7 +91,7 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PendingSave:
-    """A save that has begun."""
+    """A save in progress."""
 
     state: TrainingState
     folder: Path
@@ -100,16 +100,16 @@ class _PendingSave:
 
 
 class CheckpointStore:
-    """All checkpoints of a run. Every rank has one; all methods are collectives.
+    """Saves and loads the checkpoints of a run. Every rank has a store; all methods are collectives.
 
     Args:
-        root: of the checkpoints.
-        policy: saved and loaded.
+        root: folder of all checkpoints.
+        policy: the policy to save and load.
         parallel: layout of this run.
         config: of this run.
 
     Raises:
-        CheckpointError: the optimizer is one whose checkpoints are known to be wrong.
+        CheckpointError: checkpoints of this optimizer are known to be wrong.
     """
 
     def __init__(self, root: Path, policy: Checkpointable, parallel: ParallelState, config: RunConfig) -> None:
@@ -130,17 +130,17 @@ class CheckpointStore:
             )
 
     def save(self, state: TrainingState) -> None:
-        """Begin to write ``root/step_N``; returns when the state is copied. ``poll`` and ``finish`` complete it.
+        """Start writing ``root/step_N`` and return once the state is copied; ``poll`` or ``finish`` completes the save.
 
-        Does nothing when this very step is saved already. Without ``checkpoint.async_save`` it is complete on return.
+        Does nothing if this step is already saved. Without ``checkpoint.async_save`` the save is complete on return.
 
         Raises:
-            CheckpointError: this save or the one before cannot be written; the last complete checkpoint is unharmed.
+            CheckpointError: this save or the previous one failed; the last complete checkpoint is unharmed.
         """
         self.finish()
         if state.step == self._saved_step:
             return
-        # Before the first update Adam has no state yet: steps with nothing to learn may come first.
+        # Adam has no state before the first update, and the first steps may have nothing to learn.
         has_moments = any(bool(part.optimizer.state) for part in self._optimizers if part.optimizer is not None)
         manifest, folder = self._run_on_main(
             lambda: (self._describe_run(state, has_moments=has_moments), self._folder.begin(state.step)),
@@ -150,14 +150,14 @@ class CheckpointStore:
         try:
             write = BackgroundWrite(content, folder)
         except _LIBRARY_ERRORS as error:
-            # On one rank perhaps: the others notice when it is gone.
+            # Perhaps on this rank only; the others fail when it is gone.
             raise self._write_error(f"step {state.step}", describe_error(error)) from error
         self._pending = _PendingSave(state=state, folder=folder, manifest=manifest, write=write)
         if not self._config.checkpoint.async_save:
             self.finish()
 
     def poll(self) -> None:
-        """Complete a save whose files all ranks have written. Called once a step.
+        """Complete a pending save if all ranks have written their files. To be called once per step.
 
         Raises:
             CheckpointError: see ``save``.
@@ -166,7 +166,7 @@ class CheckpointStore:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a save that has begun, and complete it: metadata, manifest, name, ``latest``, retention.
+        """Wait for a pending save and complete it: metadata, manifest, folder name, ``latest``, retention.
 
         Raises:
             CheckpointError: see ``save``.
@@ -178,9 +178,9 @@ class CheckpointStore:
         reports = self._parallel.all_gather_object(pending.write.wait())
         if errors := [f"rank {rank}: {error}" for rank, (error, _) in enumerate(reports) if error]:
             if self._parallel.is_main:
-                shutil.rmtree(pending.folder, ignore_errors=True)  # a full disk needs the room
+                shutil.rmtree(pending.folder, ignore_errors=True)  # frees space on a full disk
             raise self._write_error(name, "; ".join(errors))
-        # Only now, for the metadata makes the folder readable: every shard that it names is on the disk.
+        # Last, because the metadata makes the folder readable: all shards that it lists are on the disk by now.
         try:
             pending.write.write_metadata()
         except _LIBRARY_ERRORS as error:
@@ -188,7 +188,7 @@ class CheckpointStore:
 
         def commit() -> None:
             records = {name: record for _, files in reports for name, record in files.items()}
-            for path in pending.folder.iterdir():  # the metadata, which no rank has reported
+            for path in pending.folder.iterdir():  # adds the metadata, which no rank has reported
                 if path.is_file() and path.name not in records:
                     records[path.name] = hash_file(path, should_sync=True)
             self._folder.commit(pending.folder, {**pending.manifest, "files": dict(sorted(records.items()))})
@@ -198,15 +198,15 @@ class CheckpointStore:
         self._saved_step = pending.state.step
 
     def prune(self, state: TrainingState) -> None:
-        """Remove what the settings do not keep, by the newest scores."""
+        """Remove checkpoints that the settings do not keep, given the newest scores."""
         self._run_on_main(lambda: self._folder.prune(state.step, state.scores, self._config.checkpoint), "retention")
 
     def load(self) -> TrainingState:
-        """Continue from ``root/latest``; step 0 without a checkpoint.
+        """Load ``root/latest`` and return the run's state; step 0 without a checkpoint.
 
         Raises:
-            CheckpointError: ``latest`` is damaged (and ``checkpoint.fallback`` is off, or nothing else is whole), the
-                run was configured otherwise, or it has gone beyond ``train.num_steps``.
+            CheckpointError: ``latest`` is damaged (and ``checkpoint.fallback`` is off, or no other one is intact), the
+                run had other settings, or it is beyond ``train.num_steps``.
         """
         folder = self._choose()
         if folder is None:
@@ -218,7 +218,7 @@ class CheckpointStore:
         has_moments = bool(manifest.get("has_moments", True))
         content = self._content(is_loading=True, has_moments=has_moments)
         if manifest["layout"] != self._layout:
-            del content["rng"]  # kept per rank, and there are other ranks now
+            del content["rng"]  # saved per rank, and the ranks are different now
         try:
             loaded = dist_checkpointing.load(content, str(folder))
         except (*_LIBRARY_ERRORS, pickle.UnpicklingError) as error:
@@ -230,9 +230,9 @@ class CheckpointStore:
             self._policy.scheduler.load_state_dict(loaded["scheduler"])
         if "rng" in loaded:
             _set_rng_states(loaded["rng"][0])
-        self._saved_step = int(loaded["step"])  # not to be saved again
+        self._saved_step = int(loaded["step"])  # it need not be saved again
         state = manifest.get("state", {})
-        # What no setting says: the number of processes, and the libraries' versions.
+        # Differences outside the settings: the number of processes, and versions of libraries.
         before = {"ranks": math.prod(manifest["layout"].values()), **manifest.get("versions", {})}
         now = {"ranks": self._parallel.world_size, **package_versions()}
         others = [f"{name} {before[name]} -> {new}" for name, new in now.items() if before.get(name, new) != new]
@@ -244,7 +244,7 @@ class CheckpointStore:
         )
 
     def _choose(self) -> Path | None:
-        """The checkpoint to continue from, undamaged as far as can be seen: the same one on every rank."""
+        """Find the checkpoint to continue from, without visible damage; the same one on every rank."""
         self._run_on_main(self._folder.clean, "start")
         found: list[Path] = self._run_on_main(self._folder.candidates, "start")
         for folder, older in zip_longest(found, found[1:]):
@@ -264,7 +264,7 @@ class CheckpointStore:
         return None
 
     def _find_damage(self, folder: Path) -> list[str]:
-        """What is wrong with a checkpoint; each rank looks at its share of the files, the first at the metadata."""
+        """List the damage of a checkpoint. Each rank checks its share of the files, the main rank the metadata too."""
         problems: list[str] = []
         try:
             files = read_manifest(folder)["files"]
@@ -277,7 +277,7 @@ class CheckpointStore:
         except CheckpointError as error:
             problems.append(str(error))
         found = (problem for part in self._parallel.all_gather_object(problems) for problem in part)
-        return list(dict.fromkeys(found))  # a manifest that cannot be read is the same problem on every rank
+        return list(dict.fromkeys(found))  # every rank reports an unreadable manifest, with the same text
 
     def _check_inputs(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         for name, before in manifest.get("inputs", {}).items():
@@ -286,12 +286,12 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{folder} was trained with other contents of {name} (sha256 {before[:12]}, now "
                     f"{(now or 'nothing')[:12]}): put them back, or take another run_dir; "
-                    "checkpoint.verify=false does not look"
+                    "checkpoint.verify=false skips this check"
                 )
 
     @cached_property
     def _inputs(self) -> dict[str, str]:
-        """Content hashes of the reference policy and the questions, which a continuation must find unchanged."""
+        """Content hashes of the inputs that must be unchanged when a run continues, by setting."""
         config = self._config
         paths = {
             "model.hf_dir": config.model.hf_dir,
@@ -301,7 +301,7 @@ class CheckpointStore:
         return {name: fingerprint(path) for name, path in paths.items() if path is not None}
 
     def _describe_run(self, state: TrainingState, *, has_moments: bool) -> dict[str, Any]:
-        """The manifest without the files, which are not written yet."""
+        """Build the manifest, without the list of files, which are not written yet."""
         return {
             "format": FORMAT,
             "step": state.step,
@@ -311,15 +311,15 @@ class CheckpointStore:
             "state": {"wall_s": state.wall_s, "scores": {str(step): score for step, score in state.scores.items()}},
             "inputs": self._inputs if self._config.checkpoint.verify else {},
             "config": self._config.model_dump(mode="json"),
-            # The version number is not raised at every change of the source.
+            # Not every change of the source raises the version number.
             "code": fingerprint(Path(megatron_sdsearch.__file__).parent, "**/*.py"),
             "versions": package_versions(),
         }
 
     def _content(self, *, is_loading: bool, has_moments: bool) -> dict[str, Any]:
-        """megatron's sharded state dictionary of everything that is saved or loaded, but the step."""
+        """Build megatron's sharded state dictionary of all that is saved or loaded, except the step."""
         policy, parallel = self._policy, self._parallel
-        # Every generator of this process, as plain numbers and tensors, which need no pickle.
+        # The state of every generator of this process, as plain numbers and tensors, which need no pickle.
         algorithm, keys, position, has_gauss, cached = np.random.get_state()  # libraries draw from it
         states = {
             "torch": torch.get_rng_state(),
@@ -341,7 +341,7 @@ class CheckpointStore:
         return content
 
     def _run_on_main(self, work: Callable[[], Any], name: str) -> Any:
-        """Return on every rank what ``work`` returns on the main rank; its failure is raised on every rank."""
+        """Run ``work`` on the main rank only; its result is returned, or its error raised, on every rank."""
         result, error = None, None
         if self._parallel.is_main:
             try:
@@ -376,7 +376,7 @@ def _set_rng_states(states: Mapping[str, Any]) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this package, of Python, and of the libraries that a run's numbers depend on."""
+    """Return the versions of this package, of Python, and of the libraries that affect a run's numbers."""
     packages = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "tantivy")
     own = {"megatron_sdsearch": megatron_sdsearch.__version__, "python": platform.python_version()}
     return own | {name: version(name) for name in packages}

@@ -1,8 +1,7 @@
-"""The folder of checkpoints: which is the newest, whether one is undamaged, which are removed, which run may continue.
+"""The folder of a run's checkpoints: names, manifests, checksums, retention, and whether a run may continue from one.
 
-Knows names, checksums, manifests and retention, and nothing of what a shard holds: that is ``checkpoint.py``'s part.
-A checkpoint counts from the moment its folder has its name, which it gets with its manifest inside; ``latest`` moves
-last.
+The content of shards is handled in ``checkpoint.py``. A checkpoint is complete once its folder, with the manifest in
+it, has its final name; ``latest`` is updated afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from megatron_sdsearch.files import replace_folder, write_file
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = 3
-"""Version of manifests; 2 had ``hindsight.labels=permuted`` under the name of ``shuffled``."""
+"""Version of the manifest; in version 2 ``hindsight.labels=permuted`` was called ``shuffled``."""
 LATEST: Final = "latest"
 BEST: Final = "best"
 _STEP: Final = "step_"
@@ -35,14 +34,14 @@ _log = logging.getLogger(__name__)
 
 
 class FileRecord(TypedDict):
-    """What a manifest says of one file."""
+    """A manifest's entry for one file."""
 
     num_bytes: int
     sha256: str
 
 
 def hash_file(path: Path, *, should_sync: bool = False) -> FileRecord:
-    """Read a file in pieces; with ``should_sync`` it is on the disk afterwards."""
+    """Compute a file's size and checksum; ``should_sync`` also flushes it to the disk."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         if should_sync:
@@ -51,74 +50,76 @@ def hash_file(path: Path, *, should_sync: bool = False) -> FileRecord:
 
 
 def folder_name(step: int) -> str:
-    """Name of the checkpoint after ``step`` finished steps."""
+    """Return the name of the checkpoint after ``step`` finished steps."""
     return f"{_STEP}{step:06d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix(_STEP))
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFolder:
-    """``run_dir/checkpoints``. A single process of the run calls what changes it."""
+    """``run_dir/checkpoints``. Only one process of a run may call the methods that change it."""
 
     root: Path
 
     def steps(self) -> dict[int, Path]:
-        """Folders that were completed, by step in ascending order; they may have been damaged since."""
+        """List completed checkpoints by step, ascending; they may have been damaged since."""
         folders = (f for f in self.root.glob(f"{_STEP}*") if f.name.removeprefix(_STEP).isdigit() and f.is_dir())
         return dict(sorted((step_of(folder), folder) for folder in folders))
 
     def candidates(self) -> list[Path]:
-        """What a run may continue from: first what ``latest`` names, then older ones, the newest of them first.
+        """List the checkpoints that a run may continue from: first ``latest``, then older ones, newest first.
 
-        Without ``latest`` (a run that was killed while it ended its first save) these are all complete ones.
+        Without ``latest`` (a run killed at the end of its first save) these are all completed ones.
 
         Raises:
-            CheckpointError: ``latest`` names something else than a checkpoint.
+            CheckpointError: ``latest`` does not name a checkpoint.
         """
         pointer = self.root / LATEST
         if not pointer.is_file():
             return list(reversed(self.steps().values()))
         latest = self.root / pointer.read_text().strip()
         if not latest.name.removeprefix(_STEP).isdigit():
-            raise CheckpointError(f"{pointer} names {latest.name!r}, no step_* folder: write one's name into it")
+            raise CheckpointError(
+                f"{pointer} names {latest.name!r}, which is not a step_* folder: write the name of one into it"
+            )
         older = [folder for step, folder in self.steps().items() if step < step_of(latest)]
         return [latest, *reversed(older)]
 
     def clean(self) -> None:
-        """Remove what saves that were killed have left behind."""
+        """Remove the leftovers of killed saves."""
         for leftover in (*self.root.glob(f"{_PARTIAL}*"), *self.root.glob(f"{_OLD}*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
-        """Make a new, empty folder to write into.
+        """Create a new, empty folder to write into.
 
-        Its name is unique: a rank of a killed run that lives on for a moment writes into another one.
+        Its name is unique, because a rank of a killed run may go on writing for a moment.
         """
         partial = self.root / f"{_PARTIAL}{folder_name(step)}_{time.time_ns():x}"
         partial.mkdir(parents=True)
         return partial
 
     def commit(self, partial: Path, manifest: Mapping[str, Any]) -> Path:
-        """Complete ``partial`` with its manifest, give it its name, and make it the latest: all flushed to the disk."""
+        """Add the manifest to ``partial``, rename the folder and make it the latest, all flushed to the disk."""
         target = self.root / folder_name(int(manifest["step"]))
         write_file(partial / MANIFEST, json.dumps(manifest, indent=1))
-        replace_folder(partial, target)  # an old one is of a process that was killed before it became the latest
+        replace_folder(partial, target)  # an old target was saved by a process killed before it updated ``latest``
         write_file(self.root / LATEST, target.name)
         return target
 
     def go_back(self, folder: Path) -> None:
-        """Make an older checkpoint the latest; newer ones are kept as ``damaged_*`` for inspection."""
+        """Make an older checkpoint the latest; newer ones are renamed to ``damaged_*`` for inspection."""
         for step, newer in self.steps().items():
             if step > step_of(folder):
                 newer.rename(self.root / f"damaged_{newer.name}_{time.time_ns():x}")
         write_file(self.root / LATEST, folder.name)
 
     def prune(self, current: int, scores: Mapping[int, float], config: CheckpointConfig) -> None:
-        """Remove what the settings do not keep, and name the best; a folder that cannot be removed is a warning."""
+        """Remove checkpoints that the settings do not keep and update ``best``; failed removals only log a warning."""
         folders = self.steps()
         kept, best = select_steps(folders, current, scores, config)
         if best is not None:
@@ -126,10 +127,10 @@ class CheckpointFolder:
         for step in folders.keys() - kept:
             doomed = self.root / f"{_OLD}{folders[step].name}"
             try:
-                folders[step].rename(doomed)  # half a checkpoint must not look like one
+                folders[step].rename(doomed)  # a half-removed checkpoint must not look complete
                 shutil.rmtree(doomed)
             except OSError as error:
-                _log.warning("checkpoint %s is not needed any more and cannot be removed: %s", folders[step], error)
+                _log.warning("checkpoint %s is no longer needed but cannot be removed: %s", folders[step], error)
 
 
 def select_steps(
@@ -137,12 +138,11 @@ def select_steps(
 ) -> tuple[set[int], int | None]:
     """Choose the saved steps to keep: the last N, every Mth, and the best.
 
-    Steps beyond ``current`` belong to a future that this run has left (it went back to an older checkpoint) and are
-    not kept.
+    Steps beyond ``current`` are not kept: they were saved before the run went back to an older checkpoint.
 
     Returns:
-        The steps to keep, and the one with the highest score, the earliest of equal ones; None without a scored step
-        or without ``keep_best``.
+        The steps to keep, and the step with the highest score, the earliest among equals; None without a scored step or
+        without ``keep_best``.
     """
     past = sorted(step for step in steps if step <= current)
     kept = set(past[-config.keep_last :])
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, or is no manifest.
+        CheckpointError: it is missing, or not a manifest.
     """
     path = folder / MANIFEST
     try:
@@ -168,19 +168,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if isinstance(manifest, dict) and "layout" in manifest and "config" not in manifest:
         raise CheckpointError(
-            f"{folder} holds weights alone: start a run from it with model.megatron_dir, nothing can be continued"
+            f"{folder} holds only weights, so no run can continue from it; start a new one with model.megatron_dir"
         )
     if not isinstance(manifest, dict) or not {"step", "config", "layout", "files"} <= manifest.keys():
-        raise CheckpointError(f"{path} is no manifest of this version: it lacks step, config, layout or files")
+        raise CheckpointError(f"{path} is not a manifest of this version: it lacks step, config, layout or files")
     return manifest
 
 
 def run_date_of(run_dir: Path) -> date:
-    """The date on which a run began, by its newest checkpoint that can be read; today for a run without one.
+    """Return the date on which a run began, from its newest readable checkpoint; today without one.
 
-    Chat templates that mention the date get this one, so that prompts change neither at midnight nor at a resume. A
-    checkpoint of an earlier version records no date: its run continues with today's, which its next checkpoint
-    records. What is wrong with a checkpoint is reported by loading it, not here.
+    Chat templates that print the date get this one, so that prompts change neither at midnight nor when a run resumes.
+    Checkpoints of earlier versions have no date: the run then continues with today's, which its next checkpoint
+    records. Damaged checkpoints are reported when they are loaded, not here.
     """
     today = date.today()
     try:
@@ -195,12 +195,14 @@ def run_date_of(run_dir: Path) -> date:
         try:
             return date.fromisoformat(recorded)
         except ValueError:
-            _log.warning("%s records no date of its run: a chat template that asks for one gets %s", folder, today)
+            _log.warning(
+                "%s does not record when its run began: chat templates that print a date get %s", folder, today
+            )
             return today
     return today
 
 
-# What may change between a run and its continuation: where things and servers are, what is written, layout, rates.
+# Settings that may change when a run continues: locations of files and servers, output, layout, learning rates.
 _MAY_CHANGE = (
     *("run_dir", "telemetry.", "evaluation.", "checkpoint.", "parallel.", "optimizer.", "train.num_steps"),
     *("rollout.sglang.", "retrieval.http.", "retrieval.index", "retrieval.elasticsearch.urls"),
@@ -214,13 +216,13 @@ _PATHS = (
 
 
 def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[ContinuationError]:
-    """Why a run of ``config`` cannot continue from a checkpoint: each setting that had another value then."""
+    """Yield the reasons why a run of ``config`` cannot continue from a checkpoint, one for each changed setting."""
     optimizer = "parallel.distributed_optimizer"
     for name, old, new in _differences(manifest, config):
-        if name == optimizer:  # the two keep their state under other names
+        if name == optimizer:  # the two optimizers save their state under different names
             yield ContinuationError(f"{folder} was written with {optimizer} = {old}: set it back")
         elif not name.startswith(_MAY_CHANGE):
-            # Nothing could be taken over from another network.
+            # A changed model cannot start from the old model's weights.
             fork = "" if name == "model.hf_dir" else f", where model.megatron_dir={folder} starts from these weights"
             yield ContinuationError(
                 f"{folder} was trained with {name} = {old}, this run has {new}: "
@@ -233,7 +235,7 @@ def continuation_problems(folder: Path, manifest: Mapping[str, Any], config: Run
 
 
 def changed_settings(manifest: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Settings in which a run of ``config`` differs from its checkpoint: ``optimizer.lr 1e-06 -> 0.0001``."""
+    """List the settings that differ between ``config`` and a checkpoint, as ``optimizer.lr 1e-06 -> 0.0001``."""
     changes = []
     for name, *values in _differences(manifest, config):
         is_hidden = any(is_secret(name, value) for value in values)
@@ -243,12 +245,12 @@ def changed_settings(manifest: Mapping[str, Any], config: RunConfig) -> list[str
 
 
 def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Settings with another value when the checkpoint was written, under today's names: name, value then, value now."""
+    """Yield settings that differ from the checkpoint's: name (the current one), old value, new value."""
     before, now = with_current_names(flatten(manifest["config"])), flatten(config.model_dump(mode="json"))
     if manifest.get("format", 0) < FORMAT:
-        before.setdefault("rollout.eos_without_action", "notice")  # there was no other way
+        before.setdefault("rollout.eos_without_action", "notice")  # there was no other choice
         if before.get("hindsight.labels") == "shuffled":
-            before["hindsight.labels"] = "permuted"  # what format 2 called so
+            before["hindsight.labels"] = "permuted"  # format 2 called it shuffled
         if before.get("train.mode") == "warm_start":
             before.pop("data.prompt_profile", None)  # a warm start did not read it
     for name in sorted(before.keys() | now.keys()):
@@ -256,7 +258,7 @@ def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tup
         if name == "data.prompt_profile" and name not in before:
             continue
         if name not in before and not name.startswith(_FREE_NAMES):
-            old = default_of(name)  # what the version of that time did without knowing the setting
+            old = default_of(name)  # versions without the setting behaved like its default
         if name in _PATHS and old is not None and new is not None:
             old, new = Path(old).name, Path(new).name  # a folder may have moved
         if old != new:
@@ -264,13 +266,13 @@ def _differences(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[tup
 
 
 def damages(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str], *, verify: bool) -> list[str]:
-    """What is wrong with some files of a checkpoint, each named.
+    """List damaged files of a checkpoint, by name.
 
     Args:
-        folder: of the checkpoint.
-        files: of its manifest.
-        names: the files to look at.
-        verify: read them whole and compare checksums; else only presence and size.
+        folder: the checkpoint.
+        files: the manifest's entries.
+        names: the files to check.
+        verify: also read the files and compare checksums, not only presence and size.
     """
     found = []
     for name in names:
@@ -289,7 +291,7 @@ def damages(folder: Path, files: Mapping[str, FileRecord], names: Sequence[str],
 
 
 def fingerprint(path: Path, pattern: str = "*") -> str:
-    """Identity of a file, or of a folder's files that match ``pattern``, by names and content; "" where nothing is."""
+    """Hash a file, or names and content of a folder's files that match ``pattern``; "" if ``path`` does not exist."""
     if path.is_file():
         return hash_file(path)["sha256"]
     if not path.is_dir():

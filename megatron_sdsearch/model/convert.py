@@ -1,7 +1,7 @@
-"""Whole models between Hugging Face folders and megatron checkpoints, tensor by tensor, in one process.
+"""Converts models between Hugging Face folders and megatron checkpoints, tensor by tensor, in one process.
 
-Everything that can be wrong with names and shapes is found before the first byte is written; whatever fails later
-leaves nothing behind. Memory: one megatron tensor to megatron, one shard to Hugging Face.
+Names and shapes are checked before the first byte is written; a later failure leaves nothing behind. Memory use: one
+megatron tensor when converting to megatron, one shard when converting to Hugging Face.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.model.weight_table import HEAD, VOCAB, placements
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes of tensors done, bytes of all)."""
+"""Called with (bytes of tensors converted, bytes of all tensors)."""
 Check = Callable[[Path], None]
-"""Called with the complete result before it is put in position; raises to refuse it."""
+"""Called with the complete result before it gets its final name; raises to refuse it."""
 _SHARDED = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was written.
+    """The size of a converted model.
 
     Attributes:
-        num_tensors: Hugging Face tensors.
-        num_bytes: size of their numbers, padding not counted.
+        num_tensors: number of Hugging Face tensors.
+        num_bytes: their total size, without padding.
     """
 
     num_tensors: int
@@ -68,26 +68,26 @@ def to_megatron(
     check: Check | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
-    """Write a checkpoint of weights alone that ``model.megatron_dir`` starts from, on this layout or another.
+    """Write a checkpoint of weights only, from which ``model.megatron_dir`` starts a run in any layout.
 
     Args:
-        hf_dir: safetensors, single or indexed.
-        out: the new folder; config and tokenizer go to ``out/hf``.
-        tensor: tensor-parallel ranks that the vocabulary is padded for.
-        pipeline: stages, with a file for each.
-        check: of the result.
+        hf_dir: folder with safetensors, single or indexed.
+        out: the new folder; config and tokenizer are written to ``out/hf``.
+        tensor: number of tensor-parallel ranks that the vocabulary is padded for.
+        pipeline: number of pipeline stages; each gets a file.
+        check: called with the result.
         progress: called after every tensor.
 
     Raises:
-        ConfigError: an architecture or a layout that is not supported.
-        DataError: a tensor is missing, unknown, of another shape, or tied in name only.
+        ConfigError: the architecture or the layout is not supported.
+        DataError: a tensor is missing, unknown or has another shape, or a tied head differs from the embedding.
     """
     config = load_hf_config(hf_dir)
     sizes = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     raise_problems(layout_problems(ModelShape.from_hf_config(config), sizes))
     tensors = SafetensorsFolder(hf_dir)
     counts = _check_tensors(tensors, config, hf_dir)
-    # q, k and v become one tensor and all layers one stack, whose type is that of the first piece.
+    # q, k and v become one tensor, and all layers one stack, with the dtype of the first piece.
     first: dict[str, str] = {}
     for placement in placements(config, pp_size=1):
         for name in placement.hf:
@@ -101,7 +101,7 @@ def to_megatron(
         partial.mkdir(parents=True)
         writer = TorchDistWriter(partial)
         for placement in placements(config, pipeline):
-            is_padded = placement.layout is VOCAB  # the others are the same for every tensor-parallel size
+            is_padded = placement.layout is VOCAB  # other tensors do not depend on the tensor-parallel size
             whole = torch.cat(split_shards(placement, tensors, tensor if is_padded else 1, config))
             if placement.layer is None:
                 writer.add(placement.stage, placement.key, whole.shape, (0,) * whole.dim(), whole)
@@ -139,17 +139,17 @@ def to_hf(
     """Write a checkpoint's weights as a Hugging Face folder.
 
     Args:
-        checkpoint: of training or of ``to_megatron``.
+        checkpoint: written by training or by ``to_megatron``.
         out: the new folder.
-        hf_dir: config, tokenizer and everything else but weights are carried over from it.
+        hf_dir: folder from which config, tokenizer and all other files except weights are copied.
         dtype: of the new weights; None keeps the checkpoint's.
-        shard_bytes: of one safetensors file.
-        check: of the result.
+        shard_bytes: maximum size of one safetensors file.
+        check: called with the result.
         progress: called after every tensor.
 
     Raises:
-        ConfigError: an architecture that is not supported.
-        DataError: a tensor is missing, unknown or of another shape.
+        ConfigError: the architecture is not supported.
+        DataError: a tensor is missing, unknown or has another shape.
         CheckpointError: the checkpoint is damaged.
     """
     config = load_hf_config(hf_dir)
@@ -171,7 +171,7 @@ def to_hf(
 
 
 def _check_tensors(tensors: HFTensors, config: PretrainedConfig, source: Path) -> dict[str, int]:
-    """Check names and shapes against the model that transformers builds; returns the size of each tensor in numbers."""
+    """Check names and shapes against the model that transformers builds; returns the number of elements by tensor."""
     check_weights(tensors, config, source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -181,17 +181,15 @@ def _check_tensors(tensors: HFTensors, config: PretrainedConfig, source: Path) -
     for name, wanted in expected.items():
         shape = tensors.shape(name)
         if shape != wanted:
-            raise DataError(f"{source}: {name} is {shape}, the model of config.json wants {wanted}")
+            raise DataError(f"{source}: {name} is {shape}, the model of config.json expects {wanted}")
     return {name: math.prod(shape) for name, shape in expected.items()}
 
 
 class TorchDistWriter:
-    """Writes a ``torch_dist`` checkpoint piece by piece; memory holds the piece at hand. ``finish`` completes it.
-
-    megatron-core reads what is written here (dist_checkpointing.load).
+    """Writes a ``torch_dist`` checkpoint one piece at a time, in the format that dist_checkpointing.load reads.
 
     Args:
-        folder: an empty one.
+        folder: an empty folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -200,14 +198,14 @@ class TorchDistWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, rank: int, key: str, size: Sequence[int], offsets: Sequence[int], piece: Tensor) -> None:
-        """Append one piece to a file.
+        """Append one piece of a tensor to a file.
 
         Args:
-            rank: number of the file.
-            key: of the whole tensor.
+            rank: number in the file's name.
+            key: name of the whole tensor.
             size: of the whole tensor.
-            offsets: of the piece in it.
-            piece: of as many dimensions.
+            offsets: of the piece in the whole tensor.
+            piece: a tensor with as many dimensions as ``size``.
 
         Raises:
             CheckpointError: pieces of one tensor differ in dtype.
@@ -220,15 +218,15 @@ class TorchDistWriter:
         file = f"__{rank}_0.distcp"
         with (self._folder / file).open("ab") as stream:
             start = stream.tell()
-            # A view would be saved with all of the storage behind it.
+            # A view would be saved with its whole storage.
             torch.save(piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone(), stream)
             self._storage[MetadataIndex(key, offsets)] = _StorageInfo(file, start, stream.tell() - start)
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write what makes a folder of files a checkpoint.
+        """Write the metadata, which completes the checkpoint.
 
         Args:
-            common: what is not sharded; plain numbers and texts.
+            common: values that are not sharded; plain numbers and strings.
         """
         torch.save(common, self._folder / "common.pt")
         (self._folder / "metadata.json").write_text(json.dumps(_SHARDED | _COMMON))

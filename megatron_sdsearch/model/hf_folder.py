@@ -1,4 +1,4 @@
-"""Writing a Hugging Face folder shard by shard, from a stream of whole tensors."""
+"""Writes a Hugging Face folder, one shard at a time, from a stream of whole tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sdsearch.files import replacing_folder
 from megatron_sdsearch.model.hf_weights import drain_collective
 
 DEFAULT_SHARD_BYTES = 4 << 30
-# In any format: Llama's and Mistral's own files lie beside transformers'.
+# Weights in any format: Llama's and Mistral's original files are in the same folder.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 _TEMPLATES = "additional_chat_templates"
 
@@ -29,20 +29,20 @@ def write_hf_folder(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write new weights; everything else (config, tokenizer, template) is carried over from ``source``.
+    """Write new weights and copy everything else (config, tokenizer, template) from ``source``.
 
     Memory holds one shard. ``target`` is replaced as a whole once the new folder is complete.
 
     Args:
-        weights: whole tensors; a collective, which every rank drains even when writing fails.
+        weights: whole tensors; a collective, which every rank drains even if writing fails.
         source: the folder that the run started from.
-        target: of the new one.
-        is_writer: this rank writes.
-        shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        target: the new folder.
+        is_writer: whether this rank writes.
+        shard_bytes: maximum size of the tensors in one file; a larger tensor gets a file of its own.
         check: called by the writer with the complete new folder, before it replaces ``target``.
 
     Raises:
-        OSError: on the writer, when the disk is full or the folder may not be written; ``target`` is as before.
+        OSError: on the writer, if the disk is full or the folder cannot be written; ``target`` is unchanged.
     """
     if not is_writer:
         drain_collective(weights)
@@ -57,7 +57,7 @@ def write_hf_folder(
 
 
 class _ShardWriter:
-    """Writes files of about ``shard_bytes`` each; their final names are known at the end only."""
+    """Writes files of about ``shard_bytes`` each; ``finish`` gives them their final names, which hold their number."""
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
         self._folder = folder
@@ -93,21 +93,21 @@ class _ShardWriter:
         file = self._folder / f"shard-{len(self._files)}"
         try:
             save_file(self._tensors, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # raised when the disk is full
+        except SafetensorError as error:  # the disk is full
             raise OSError(f"{file}: {error}") from error
-        file.chmod(self._folder.stat().st_mode & 0o666)  # safetensors makes it private, whatever the umask
+        file.chmod(self._folder.stat().st_mode & 0o666)  # safetensors creates private files, whatever the umask
         self._files.append((file, list(self._tensors)))
         self._total_bytes += self._num_bytes
         self._tensors, self._num_bytes = {}, 0
 
 
 def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
-    """Copy everything but weights: configs, tokenizer, chat templates, licence.
+    """Copy everything except weights: configs, tokenizer, chat templates, licence.
 
     Args:
         source: an existing folder.
-        target: another one.
-        dtype: of the new weights, for config.json, which is copied as it is where it says so already.
+        target: another existing folder.
+        dtype: of the new weights, written to config.json if it differs there; None leaves config.json unchanged.
     """
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHTS):
@@ -116,6 +116,6 @@ def carry_over(source: Path, target: Path, dtype: str | None = None) -> None:
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES)
     config_file = target / "config.json"
     hf_config = json.loads(config_file.read_text())
-    written = hf_config.pop("torch_dtype", None)  # the name of older versions
+    written = hf_config.pop("torch_dtype", None)  # its name in older versions
     if dtype is not None and hf_config.get("dtype", written) != dtype:
         config_file.write_text(json.dumps({**hf_config, "dtype": dtype}, indent=2) + "\n")

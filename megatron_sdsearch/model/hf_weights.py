@@ -1,4 +1,4 @@
-"""Hugging Face weights into megatron's model and out of it, by the table of ``weight_table.py``."""
+"""Loads Hugging Face weights into megatron's model and exports them, by the table in ``weight_table.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.file_kinds import refuse_other_kind
 from megatron_sdsearch.model.weight_table import EMBEDDING, HEAD, VOCAB, Placement, placements
 
-if TYPE_CHECKING:  # what only looks at a folder's weights does not wait for megatron
+if TYPE_CHECKING:  # commands that only inspect a folder's weights need not load megatron
     from megatron.core.models.gpt import GPTModel
 
     from megatron_sdsearch.model.megatron_folder import MegatronFolder
@@ -35,18 +35,18 @@ HFTensors: TypeAlias = "SafetensorsFolder | MegatronFolder"
 def load_weights(
     gpt: GPTModel, tensors: HFTensors, source: Path, config: PretrainedConfig, parallel: ParallelState
 ) -> None:
-    """Fill this rank's shards.
+    """Load this rank's shards of all weights.
 
     Args:
         gpt: this rank's stage.
-        tensors: of ``source``.
+        tensors: the tensors of ``source``.
         source: named in messages.
         config: of the model.
-        parallel: the layout, whatever the one that ``source`` was written with.
+        parallel: the layout of this run, which need not be the one that ``source`` was written with.
 
     Raises:
-        DataError: a tensor is missing, unknown, has another shape or holds what is not finite, naming it; or
-            config.json ties a head that is another one.
+        DataError: names a tensor that is missing, unknown, not finite or of another shape; or config.json ties the
+            head to the embedding, and the two differ.
     """
     parameters = dict(gpt.named_parameters())
     filled: set[int] = set()
@@ -55,11 +55,11 @@ def load_weights(
     def fill(target: Tensor, shards: Sequence[Tensor], sources: Sequence[str]) -> None:
         shard, joined = shards[parallel.tp_rank], ", ".join(sources)
         if target.shape != shard.shape:
-            raise DataError(f"{joined}: {tuple(shard.shape)} per shard, the model wants {tuple(target.shape)}")
+            raise DataError(f"{joined}: {tuple(shard.shape)} per shard, the model expects {tuple(target.shape)}")
         if not shard.is_floating_point():
-            raise DataError(f"{joined}: {shard.dtype} is no type of weights; give a model that is not quantised")
+            raise DataError(f"{joined}: {shard.dtype} is not a weight type; give a model that is not quantised")
         target.copy_(shard)
-        if not target.isfinite().all():  # after the copy: a smaller dtype may not hold what the file does
+        if not target.isfinite().all():  # checked after the copy, because a smaller dtype may overflow
             for name in sources:
                 if count := int((~tensors[name].isfinite()).sum()):
                     raise DataError(
@@ -75,7 +75,7 @@ def load_weights(
             shards = split_shards(placement, tensors, parallel.tp_size, config)
             fill(_find_parameter(parameters, placement), shards, placement.hf)
     if config.tie_word_embeddings and parallel.is_last_stage and not parallel.is_first_stage:
-        # The last stage keeps its own copy of a tied table, kept equal by the embedding group's all-reduce.
+        # The last stage has its own copy of a tied table; all-reduces of the embedding group keep both equal.
         shards = VOCAB.split([tensors[EMBEDDING]], parallel.tp_size, config)
         fill(parameters["output_layer.weight"], shards, (EMBEDDING,))
     missed = [name for name, parameter in parameters.items() if id(parameter) not in filled]
@@ -105,27 +105,21 @@ def split_shards(placement: Placement, tensors: HFTensors, tp_size: int, config:
 
 
 def check_weights(tensors: HFTensors, config: PretrainedConfig, source: Path) -> None:
-    """Check that a folder's weights are those of config.json's model, by their names; a tied head is compared.
+    """Check the names of a folder's tensors against config.json's model; a tied head is compared with the embedding.
+
+    Some files hold a tied table twice. The two are read only if both are present and tied.
 
     Raises:
-        DataError: a tensor is unknown or missing, or config.json ties a head that is another one.
+        DataError: a tensor is missing or unknown (part of the model would be left out), or a tied head differs from the
+            embedding (transformers would load another model).
     """
-    refuse_unknown(tensors.names(), config, source)
-    check_head(tensors, config, source)
-    for placement in placements(config, pp_size=1):
-        for name in placement.hf:
-            tensors.locate(name)
-
-
-def check_head(tensors: HFTensors, config: PretrainedConfig, source: Path) -> None:
-    """Check that the head is where config.json says: the embedding, or a tensor of its own.
-
-    Some files hold a tied table twice. The two are read only where both are there and tied.
-
-    Raises:
-        DataError: another model than transformers loads would be trained, for the two differ; or there is no head.
-    """
-    has_head = HEAD in tensors.names()
+    names, table = tensors.names(), placements(config, pp_size=1, has_head=True)
+    expected = [name for placement in table for name in placement.hf]
+    unknown = sorted(name for name in names.difference(expected) if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        problem = f"{len(unknown)} tensors that a {config.model_type} does not have: {unknown[0]}, ..."
+        raise DataError(f"{source} has {problem}")
+    has_head = HEAD in names
     if config.tie_word_embeddings and has_head:
         head, embedding = tensors[HEAD], tensors[EMBEDDING]
         if head.dtype != embedding.dtype or not torch.equal(head, embedding):
@@ -136,27 +130,18 @@ def check_head(tensors: HFTensors, config: PretrainedConfig, source: Path) -> No
     if not config.tie_word_embeddings and not has_head:
         raise DataError(
             f"{source} has no tensor {HEAD}, and config.json does not tie it to the embedding; fetch the folder again, "
-            "or set tie_word_embeddings to true where the model was trained so"
+            "or set tie_word_embeddings to true if the model was trained with tied tables"
         )
-
-
-def refuse_unknown(names: set[str], config: PretrainedConfig, source: Path) -> None:
-    """Refuse a tensor that no rule reads: a part of the model would be left out of the computation.
-
-    Raises:
-        DataError: there is one.
-    """
-    expected = {name for placement in placements(config, pp_size=1, has_head=True) for name in placement.hf}
-    unknown = sorted(name for name in names - expected if not name.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise DataError(f"{source} has {len(unknown)} tensors that a {config.model_type} has not: {unknown[0]}, ...")
+    for name in expected:
+        if name != HEAD or has_head:
+            tensors.locate(name)
 
 
 class SafetensorsFolder:
     """Tensors of a Hugging Face folder by name, read one at a time; single file or indexed shards.
 
-    A file is opened anew for every tensor: what has been read of an open one stays in the process's resident memory.
-    Every method raises DataError where a file is missing or is none of weights, or where it lacks the tensor.
+    The file is reopened for every tensor, because pages read from an open file stay in resident memory. Every method
+    raises DataError if a file is missing or not a safetensors file, or does not hold the tensor.
     """
 
     def __init__(self, hf_dir: Path) -> None:
@@ -166,9 +151,9 @@ class SafetensorsFolder:
         try:
             self._file_of: dict[str, str] = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
             if not all(isinstance(file, str) and Path(file).name == file for file in self._file_of.values()):
-                raise ValueError("weight_map holds what is no name of a file in this folder")
+                raise ValueError("weight_map holds a value that is not the name of a file in this folder")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{index} is no index of weights ({error!r}); fetch it again") from error
+            raise DataError(f"{index} is not an index of weights ({error!r}); fetch it again") from error
         self._names: dict[Path, set[str]] = {}
 
     def names(self) -> set[str]:
@@ -176,22 +161,22 @@ class SafetensorsFolder:
         return set(self._file_of) or self._names_in(self._dir / "model.safetensors")
 
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor on CPU."""
+        """Read one tensor, on the CPU."""
         with self._open(self.locate(name)) as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, which is not read."""
+        """Return the shape of one tensor without reading it."""
         with self._open(self.locate(name)) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Type of one tensor, as the file spells it, e.g. ``BF16``."""
+        """Return the type of one tensor as the file spells it, e.g. ``BF16``."""
         with self._open(self.locate(name)) as file:
             return str(file.get_slice(name).get_dtype())
 
     def locate(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Return the file that holds a tensor."""
         if self._file_of and name not in self._file_of:
             raise DataError(f"{self._dir / _INDEX} lists no tensor {name}")
         path = self._dir / self._file_of.get(name, "model.safetensors")
@@ -207,22 +192,22 @@ class SafetensorsFolder:
 
     def _open(self, path: Path) -> Any:
         if not path.is_file():
-            raise DataError(f"{path} does not exist: give a folder with safetensors weights")
+            raise DataError(f"{path} does not exist: use a folder with safetensors weights")
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             refuse_other_kind(path, "safetensors")
-            raise DataError(f"{path} is no safetensors file ({error}): fetch it again") from error
+            raise DataError(f"{path} is not a safetensors file ({error}): fetch it again") from error
 
 
 @torch.no_grad()
 def export_hf_weights(
     gpt: GPTModel, config: PretrainedConfig, parallel: ParallelState, *, own_stage_only: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole Hugging Face tensors one at a time: a collective, which its ranks must drain.
+    """Yield whole Hugging Face tensors one at a time: a collective, which all its ranks must drain.
 
-    The ranks are all, and each gets every tensor; with ``own_stage_only`` they are those of a tensor-parallel group,
-    and get the tensors of their pipeline stage.
+    All ranks take part, and each gets every tensor. With ``own_stage_only`` the ranks of a tensor-parallel group take
+    part and get the tensors of their pipeline stage.
     """
     parameters = dict(gpt.named_parameters())
     for placement in placements(config, parallel.pp_size):
@@ -243,7 +228,7 @@ def export_hf_weights(
 def _gather(
     parameters: Mapping[str, Tensor], placement: Placement, config: PretrainedConfig, parallel: ParallelState
 ) -> list[Tensor]:
-    """The whole Hugging Face tensors of one placement; a collective over the tensor-parallel group."""
+    """Gather the whole Hugging Face tensors of one placement; a collective over the tensor-parallel group."""
     shard = _find_parameter(parameters, placement).detach()
     shards = [shard]
     if parallel.tp_size > 1:
@@ -258,15 +243,15 @@ def drain_collective(
     *,
     before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Take every item of a stream that is a collective, even when that fails: peers wait in the collectives.
+    """Consume a stream of collectives to its end even if ``take`` fails, because the peers wait in each of them.
 
     Args:
-        stream: one of the exports.
-        take: called with each item, until it fails.
-        before: called first, as if it were the first ``take``.
+        stream: an export of weights.
+        take: called with each item until it fails.
+        before: called before the first item; its failure is treated like one of ``take``.
 
     Raises:
-        Exception: the first of ``before`` and ``take``, once the stream has ended.
+        Exception: the first error of ``before`` or ``take``, once the stream has ended.
     """
     failure: Exception | None = None
     try:

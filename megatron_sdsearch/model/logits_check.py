@@ -1,6 +1,6 @@
-"""Does a megatron checkpoint compute what a Hugging Face folder computes? The second opinion on a conversion.
+"""Verifies a conversion by comparing the logits of a megatron checkpoint and a Hugging Face folder.
 
-transformers reads the folder, megatron-core's own dist_checkpointing the checkpoint: none of the code that converts.
+transformers loads the folder and megatron-core's dist_checkpointing the checkpoint; no conversion code is involved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.megatron_folder import read_metadata
 from megatron_sdsearch.parallel.groups import ParallelState
 
-# float32 against float32 in another order of summation is about 1e-6; a wrong tensor is of the order of 1.
+# Relative. Another order of summation in float32 changes logits by about 1e-6, a wrong tensor by about 1.
 TOLERANCE = 1e-3
 _NUM_TOKENS = 64
 
@@ -29,10 +29,10 @@ _NUM_TOKENS = 64
 def check_same_logits(hf_dir: Path, checkpoint: Path) -> tuple[float, float]:
     """Compare the logits of both sides on random ids, in float32, one model after the other.
 
-    Takes one whole model of memory, and this process's default process group.
+    Needs memory for one whole model, and this process's default process group.
 
     Returns:
-        The largest difference of two logits, and the largest logit of the Hugging Face side, both absolute.
+        The largest absolute difference of two logits, and the largest absolute logit of the Hugging Face model.
 
     Raises:
         VerificationError: the logits differ, or are not finite.
@@ -47,7 +47,7 @@ def check_same_logits(hf_dir: Path, checkpoint: Path) -> tuple[float, float]:
     finally:
         parallel.shutdown()
     scale = float(expected.abs().max())
-    if not largest <= TOLERANCE * scale:  # nor where one is not finite
+    if not largest <= TOLERANCE * scale:  # also true for NaN
         difference = f"logits differ by {largest:.2e} of {scale:.2e}"
         raise VerificationError(f"{checkpoint} does not compute what {hf_dir} does: {difference}")
     return largest, scale
@@ -55,11 +55,11 @@ def check_same_logits(hf_dir: Path, checkpoint: Path) -> tuple[float, float]:
 
 @torch.no_grad()
 def megatron_logits(hf_dir: Path, checkpoint: Path, ids: Tensor, parallel: ParallelState) -> Tensor:
-    """[T, V] logits of a checkpoint at ids [1, T], loaded by megatron-core; of a single process."""
-    read_metadata(checkpoint)  # refuses a pickle that megatron would run
+    """Compute the logits [T, V] of a checkpoint at ids [1, T], loaded by megatron-core in a single process."""
+    read_metadata(checkpoint)  # refuses a pickle that megatron would execute
     config = load_hf_config(hf_dir)
     gpt = build_model(config, ModelConfig(hf_dir=hf_dir), parallel)
-    # The states of transformer-engine's fp8 recipes are not weights.
+    # States of transformer-engine's fp8 recipes are not weights.
     wanted = {k: v for k, v in gpt.sharded_state_dict().items() if not k.endswith("_extra_state")}
     loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint))
     gpt.load_state_dict(loaded["model"], strict=False)

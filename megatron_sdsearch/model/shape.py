@@ -1,7 +1,7 @@
 """The shape of a model: the sizes in its config.json, and the parameters and key-value bytes that follow from them.
 
-Needs neither torch nor transformers. What of a config.json is refused is in ``hf_config.py``; how to add a family of
-models is in docs/adding-a-model.md.
+Needs neither torch nor transformers. ``hf_config.py`` refuses unsupported config.json files; docs/adding-a-model.md
+explains how to add a model family.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What differs between the supported model families. Source: their modeling files in transformers.
+    """The differences between the supported model families. Source: their modeling files in transformers.
 
     Attributes:
-        has_qkv_bias: query, key and value projections have biases; the others never do.
+        has_qkv_bias: query, key and value projections have biases; other projections never do.
         has_qk_norm: queries and keys are normalised per head.
-        has_window_switch: ``sliding_window`` counts only where ``use_sliding_window`` is true.
+        has_window_switch: ``sliding_window`` only applies if ``use_sliding_window`` is true.
     """
 
     has_qkv_bias: bool = False
@@ -69,7 +69,7 @@ class ModelShape:
 
     @classmethod
     def from_hf_config(cls, config: PretrainedConfig) -> ModelShape:
-        """Read the sizes of a model in whose config ``hf_config.hf_config_problems`` finds nothing."""
+        """Read the sizes of a model; ``hf_config.hf_config_problems`` must find no problem in its config."""
         return cls(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -84,35 +84,35 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads."""
+        """Total width of the query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Width of all key heads; the values have the same."""
+        """Total width of the key heads, which is also that of the value heads."""
         return self.num_groups * self.head_dim
 
     @property
     def layer_matrix_params(self) -> int:
-        """Weights of a layer that every token is multiplied with: QKV and output projection, gate, value and down."""
+        """Number of weights in a layer's matrices: QKV and output projections, gate, up and down projections."""
         return self.hidden * (2 * self.query_width + 2 * self.key_width + 3 * self.intermediate)
 
     def key_width_on(self, tp: int) -> int:
-        """Width of the key heads that a rank attends to: where there are fewer heads than ranks, of one."""
+        """Return the width of the key heads that a rank attends to; at least that of one head."""
         return max(1, self.num_groups // tp) * self.head_dim
 
     def vocab_columns(self, tp: int) -> int:
-        """Rows of the embedding on a rank, padding included."""
+        """Return the number of vocabulary entries on a rank, padding included."""
         return padded_vocab_size(self.vocab, tp) // tp
 
     def layer_params(self, tp: int = 1) -> int:
-        """Parameters of one layer on one rank: matrices and their biases are sharded, norms are not."""
+        """Count the parameters of one layer on one rank: matrices and their biases are sharded, norms are not."""
         bias = (self.query_width + 2 * self.key_width) * self.architecture.has_qkv_bias
         norms = 2 * self.hidden + 2 * self.head_dim * self.architecture.has_qk_norm
         return (self.layer_matrix_params + bias) // tp + norms
 
     def stage_params(self, stage: int, *, tp: int, pp: int) -> int:
-        """Parameters on one rank of a pipeline stage. A tied model has a copy of its embedding on the last stage."""
+        """Count the parameters on one rank of a stage. A tied model has a copy of its embedding on the last stage."""
         is_first, is_last = stage == 0, stage == pp - 1
         num_tables = int(is_first) + int(is_last and not (self.is_tied and is_first))
         table = self.vocab_columns(tp) * self.hidden
@@ -120,29 +120,29 @@ class ModelShape:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the whole model, as Hugging Face counts them."""
+        """Number of parameters of the whole model, as Hugging Face counts them."""
         return self.stage_params(0, tp=1, pp=1)
 
     def kv_bytes_per_token(self, bytes_per_element: int, tp: int = 1) -> int:
-        """Bytes of a token's keys and values in all layers, on one of ``tp`` ranks."""
+        """Return the bytes of one token's keys and values in all layers, on one of ``tp`` ranks."""
         return 2 * self.num_layers * self.key_width_on(tp) * bytes_per_element
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Smallest multiple of ``tp_size`` that holds the vocabulary."""
+    """Return the smallest multiple of ``tp_size`` that holds the vocabulary."""
     return -(-vocab_size // tp_size) * tp_size
 
 
 def layout_problems(shape: ModelShape, parallel: ParallelConfig) -> list[ConfigError]:
-    """List parallel sizes that do not divide the model's figures, with those that do.
+    """List parallel sizes that do not divide the model's sizes, with the possible ones.
 
-    Key-value heads may be fewer than the tensor-parallel ranks: megatron then cuts their projection all the same, and
-    gathers it in the forward pass (attention.py, 0.16.1:1398). Each rank has whole heads, or each head whole ranks.
+    There may be fewer key-value heads than tensor-parallel ranks: megatron still splits their projection evenly and
+    gathers it in the forward pass (attention.py, 0.16.1:1398). One number must divide the other.
     """
     problems, heads = [], shape.num_groups
     sizes = {"num_attention_heads": shape.num_heads, "intermediate_size": shape.intermediate}
@@ -153,7 +153,7 @@ def layout_problems(shape: ModelShape, parallel: ParallelConfig) -> list[ConfigE
         wrong = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % tensor)
         problem = f"{tensor} does not divide the model's {wrong}"
         if not wrong:
-            problem = f"{tensor} is neither divisor nor multiple of the model's num_key_value_heads = {heads}"
+            problem = f"{tensor} is neither a divisor nor a multiple of the model's num_key_value_heads = {heads}"
         fix = f"choose one of {', '.join(map(str, choices))}"
         problems.append(ConfigError("parallel.tensor_model_parallel_size", problem, fix))
     if shape.num_layers % pipeline:

@@ -1,7 +1,7 @@
-"""The table of weights: where each Hugging Face tensor lies in megatron's model, and how it is cut into shards.
+"""The weight table: maps Hugging Face tensors to tensors of megatron's model, and defines how they are sharded.
 
-The same rules serve the initial load, the export, the conversion of checkpoints (``convert.py``), and the publishing of
-weights to rollout engines. docs/adding-a-model.md says how to add an architecture.
+Loading, export, conversion of checkpoints (``convert.py``) and weight sync to rollout engines all use these rules.
+docs/adding-a-model.md explains how to add an architecture.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How Hugging Face tensors become the shards of one megatron tensor, and back.
+    """Converts Hugging Face tensors to the shards of one megatron tensor, and back.
 
     Attributes:
         split: (HF tensors, tp_size, config) -> one tensor per tensor-parallel rank.
-        join: its inverse, padding removed.
+        join: the inverse of ``split``; removes padding.
     """
 
     split: Callable[[list[Tensor], int, PretrainedConfig], list[Tensor]]
@@ -33,7 +33,7 @@ class Layout:
 
 
 def _split_vocab(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
-    # Zeros behind the table, so that all ranks hold as many rows.
+    # Zeros after the table give all ranks the same number of rows.
     padding = padded_vocab_size(config.vocab_size, size) - config.vocab_size
     return list(torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)).chunk(size))
 
@@ -52,7 +52,7 @@ def _join_qkv(shards: list[Tensor], config: PretrainedConfig) -> list[Tensor]:
 
 
 def _split_gate_up(tensors: list[Tensor], size: int, config: PretrainedConfig) -> list[Tensor]:
-    # A rank holds its part of the gate above its part of the up projection.
+    # Each rank stacks its part of the gate on its part of the up projection.
     gate, up = (tensor.chunk(size) for tensor in tensors)
     return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
@@ -69,15 +69,15 @@ QKV = Layout(split=_split_qkv, join=_join_qkv)
 GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One megatron tensor and its Hugging Face sources.
 
     Attributes:
-        megatron: its name inside a layer (or the model), under the local spec and under transformer-engine's; the last
-            one is its name in checkpoints, whatever the spec.
+        megatron: its names inside a layer (or the model) with the local spec and with transformer-engine's; the last
+            one is also its name in checkpoints, with either spec.
         hf: names of the sources inside a layer (or the model), in the order the layout expects.
-        layout: how they are joined and sharded.
+        layout: converts the sources to shards and back.
     """
 
     megatron: tuple[str, ...]
@@ -86,45 +86,35 @@ class Rule:
 
 
 def layer_rules(config: PretrainedConfig) -> list[Rule]:
-    """The tensors of one decoder layer."""
-    architecture = ARCHITECTURES[config.model_type]
-    attention, mlp = "self_attention.", "mlp."
+    """List the rules of one decoder layer."""
+    architecture, qkv, fc1 = ARCHITECTURES[config.model_type], "self_attention.linear_qkv", "mlp.linear_fc1"
     q_k_v = [f"self_attn.{name}_proj" for name in "qkv"]
     rules = [
+        Rule(("input_layernorm.weight", f"{qkv}.layer_norm_weight"), ("input_layernorm.weight",), REPLICATED),
+        Rule((f"{qkv}.weight",), tuple(f"{name}.weight" for name in q_k_v), QKV),
+        Rule(("self_attention.linear_proj.weight",), ("self_attn.o_proj.weight",), ROW),
         Rule(
-            megatron=("input_layernorm.weight", attention + "linear_qkv.layer_norm_weight"),
-            hf=("input_layernorm.weight",),
-            layout=REPLICATED,
+            ("pre_mlp_layernorm.weight", f"{fc1}.layer_norm_weight"), ("post_attention_layernorm.weight",), REPLICATED
         ),
-        Rule(megatron=(attention + "linear_qkv.weight",), hf=tuple(f"{name}.weight" for name in q_k_v), layout=QKV),
-        Rule(megatron=(attention + "linear_proj.weight",), hf=("self_attn.o_proj.weight",), layout=ROW),
-        Rule(
-            megatron=("pre_mlp_layernorm.weight", mlp + "linear_fc1.layer_norm_weight"),
-            hf=("post_attention_layernorm.weight",),
-            layout=REPLICATED,
-        ),
-        Rule(megatron=(mlp + "linear_fc1.weight",), hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"), layout=GATE_UP),
-        Rule(megatron=(mlp + "linear_fc2.weight",), hf=("mlp.down_proj.weight",), layout=ROW),
+        Rule((f"{fc1}.weight",), ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GATE_UP),
+        Rule(("mlp.linear_fc2.weight",), ("mlp.down_proj.weight",), ROW),
     ]
     if architecture.has_qkv_bias:
-        biases = tuple(f"{name}.bias" for name in q_k_v)
-        rules.append(Rule(megatron=(attention + "linear_qkv.bias",), hf=biases, layout=QKV))
+        rules.append(Rule((f"{qkv}.bias",), tuple(f"{name}.bias" for name in q_k_v), QKV))
     if architecture.has_qk_norm:
-        rules += [
-            Rule(megatron=(f"{attention}{n}_layernorm.weight",), hf=(f"self_attn.{n}_norm.weight",), layout=REPLICATED)
-            for n in "qk"
-        ]
+        names = [(f"self_attention.{n}_layernorm.weight", f"self_attn.{n}_norm.weight") for n in "qk"]
+        rules += [Rule((megatron,), (hf,), REPLICATED) for megatron, hf in names]
     return rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement(Rule):
-    """A rule applied to one layer, or outside of the layers; its names are full, on the stage and in the folder.
+    """A rule applied to one layer, or to a tensor outside the layers; ``megatron`` and ``hf`` are full names.
 
     Attributes:
         stage: the pipeline stage that owns the tensor.
-        key: name of the megatron checkpoint's tensor; those of all layers are stacked under one.
-        layer: index in that stack; None outside of layers.
+        key: name of the tensor in megatron checkpoints, which stack all layers.
+        layer: index in that stack; None outside the layers.
     """
 
     stage: int
@@ -133,13 +123,12 @@ class Placement(Rule):
 
 
 def placements(config: PretrainedConfig, pp_size: int, *, has_head: bool | None = None) -> Iterator[Placement]:
-    """Every tensor of the model in Hugging Face order.
+    """Yield every tensor of the model, in Hugging Face order.
 
     Args:
         config: of the model.
-        pp_size: pipeline stages.
-        has_head: whether the head has an entry; by default where config.json does not tie it to the embedding, whose
-            tensor it is then.
+        pp_size: number of pipeline stages.
+        has_head: whether to yield the head; by default only if config.json does not tie it to the embedding.
     """
 
     def outside_layers(stage: int, megatron: str, hf: str, layout: Layout) -> Placement:

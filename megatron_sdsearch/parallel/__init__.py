@@ -1,1 +1,1 @@
-"""Process groups, the CPU layer of megatron-core, the sharded vocabulary, and the pipeline schedule."""
+"""Process groups, the CPU layer for megatron-core, the sharded vocabulary, and the pipeline schedule."""

@@ -1,10 +1,10 @@
-"""The CPU layer: lets an unmodified megatron-core run where there is no CUDA.
+"""The CPU layer: runs an unmodified megatron-core on machines without CUDA.
 
 megatron-core 0.16 names the CUDA device in its schedules, optimizer and RNG whatever the backend; no flag avoids it.
-This module answers those calls with the CPU's own: a handful of ``torch.cuda`` functions, and one TorchFunctionMode
-that rewrites ``device="cuda"`` (schedules.py:596, 983, 2138; clip_grads.py:90-207; optimizer.py:473-485),
+This module redirects those calls to the CPU: it replaces a few ``torch.cuda`` functions, and a TorchFunctionMode
+rewrites ``device="cuda"`` (schedules.py:596, 983, 2138; clip_grads.py:90-207; optimizer.py:473-485),
 ``Tensor.cuda()`` (language_module.py:244) and the type name that clipping compares (clip_grads.py:167).
-Nothing is patched when CUDA is there.
+Nothing is patched when CUDA is available.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 
 
-def _is_cuda(device: object) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
-
-
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites requests for a CUDA device while it is the active mode. Thread-local, like every mode."""
+    """Rewrites requests for a CUDA device while it is active. Thread-local, like every torch function mode."""
 
     def __torch_function__(
         self,
@@ -39,7 +33,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
-        if _is_cuda(kwargs.get("device")):
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs = {**kwargs, "device": _CPU}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
@@ -51,7 +45,7 @@ _mode: _CudaMeansCpu | None = None
 
 
 def install_cpu_layer() -> None:
-    """Make megatron-core run on CPU from here on, in this thread. Does nothing with CUDA, or the second time."""
+    """Make megatron-core run on the CPU in this thread from now on. Does nothing with CUDA, or when called again."""
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return
@@ -67,12 +61,12 @@ def install_cpu_layer() -> None:
     torch.cuda.random.get_rng_state = patches["get_rng_state"]
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _mode = _CudaMeansCpu()
-    _mode.__enter__()  # type: ignore[no-untyped-call]  # for good: megatron is called from everywhere below
+    _mode.__enter__()  # type: ignore[no-untyped-call]  # never left: megatron is called in many places
 
 
 @contextmanager
 def without_cpu_layer() -> Iterator[None]:
-    """Leave the mode for work that calls no megatron: it costs every torch call a detour through Python."""
+    """Leave the mode during work that does not call megatron: it adds a Python call to every torch function."""
     if _mode is None:
         yield
         return

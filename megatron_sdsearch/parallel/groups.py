@@ -1,4 +1,4 @@
-"""Process groups of one run, as a frozen record that all other code reads instead of megatron's globals."""
+"""Ranks and process groups of a run, as a frozen record that all other code reads instead of megatron's globals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # exporte
 
 from megatron_sdsearch.config import ParallelConfig
 from megatron_sdsearch.parallel.cpu import install_cpu_layer
-from megatron_sdsearch.parallel.vocab import VocabShard
 
 T = TypeVar("T")
 
@@ -27,13 +26,13 @@ class ParallelState:
     """This process's ranks and groups.
 
     Attributes:
-        rank, world_size: in the whole run.
+        rank, world_size: over the whole run.
         tp_rank, tp_size: tensor parallel.
-        pp_rank, pp_size: pipeline stage, and their number.
+        pp_rank, pp_size: pipeline parallel; ``pp_rank`` is the stage.
         dp_rank, dp_size: data parallel.
         sequence_parallel: activations between tensor-parallel regions are sharded by sequence.
         tp_group, pp_group: torch process groups.
-        device: where this rank computes.
+        device: the device of this rank.
     """
 
     rank: int
@@ -54,9 +53,9 @@ class ParallelState:
         """Start torch.distributed (from torchrun's environment, else as a single process) and megatron's groups.
 
         Args:
-            config: tensor and pipeline sizes, from which data parallel follows; and how long a collective may wait:
-                gloo notices at once that a peer has died, NCCL never does.
-            seed: of megatron's RNG tracker, without which no parallel layer can be built (random.py:248).
+            config: tensor and pipeline sizes (the data-parallel size follows), and the timeout of collectives: gloo
+                notices at once when a peer has died, NCCL never does.
+            seed: for megatron's RNG tracker, without which no parallel layer can be built (random.py:248).
         """
         minutes = config.collective_timeout_minutes
         device = _start_distributed(timedelta(minutes=minutes))
@@ -65,7 +64,7 @@ class ParallelState:
             config.tensor_model_parallel_size, config.pipeline_model_parallel_size, distributed_timeout_minutes=minutes
         )
         model_parallel_cuda_manual_seed(seed)
-        random.seed(seed)  # nothing of ours draws from these two; a library that did would make a run unrepeatable
+        random.seed(seed)  # our code draws from neither; a library that did would make runs unrepeatable
         np.random.seed(seed % 2**32)
         return cls(
             rank=dist.get_rank(),
@@ -84,38 +83,32 @@ class ParallelState:
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank holds the embedding."""
+        """True if this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank holds the LM head and sees the loss."""
+        """True if this rank holds the LM head and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_main(self) -> bool:
-        """This rank writes logs and pages."""
+        """True if this rank writes logs and pages."""
         return self.rank == 0
 
     @property
     def alignment(self) -> int:
-        """Packed lengths are multiples of this: sequence parallel shards them evenly."""
+        """Divisor of every packed length, so that sequence parallelism can shard it evenly."""
         return self.tp_size if self.sequence_parallel else 1
 
-    def vocab_shard(self, vocab_size: int, padded_vocab_size: int) -> VocabShard:
-        """This rank's part of the vocabulary."""
-        if self.tp_size == 1:
-            return VocabShard.whole(vocab_size)
-        return VocabShard.split(vocab_size, self.tp_group, padded_vocab_size)
-
     def all_gather_object(self, value: T) -> list[T]:
-        """One picklable value of every rank, in rank order, on every rank."""
+        """Gather one picklable value per rank, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
 
     def shutdown(self) -> None:
-        """Give the process groups back."""
+        """Destroy the process groups."""
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -126,7 +119,7 @@ def _start_distributed(timeout: timedelta) -> torch.device:
     if has_gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks share the cores; more threads than cores cost a factor of 2 and more
+        torch.set_num_threads(1)  # ranks share the cores; more threads than cores are at least 2 times slower
     if dist.is_initialized():
         return device
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"

@@ -1,8 +1,8 @@
-"""The only caller of megatron's pipeline schedules, and the only place where losses are scaled.
+"""Runs megatron's pipeline schedules and scales the losses; nothing else does either.
 
-megatron divides a loss by the number of microbatches (schedules.py:255) and DDP averages gradients over data-parallel
+megatron divides a loss by the number of microbatches (schedules.py:255), and DDP averages gradients over data-parallel
 ranks. Our losses are sums with weights that already hold the global denominators (``Microbatch``), so both divisions
-are undone here, once, and any (dp, microbatches) factorisation yields the single-process gradient.
+are undone here, and any split into ranks and microbatches gives the gradient of a single process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sdsearch.batching.packing import Microbatch
 from megatron_sdsearch.parallel.groups import ParallelState
 
 ReadHidden = Callable[[Tensor, Microbatch], Any]
-"""(hidden states [T, h], the microbatch on the device) -> anything; called on the last pipeline stage alone."""
+"""(hidden states [T, h], the microbatch on the device) -> any result; called on the last pipeline stage only."""
 
 
 def forward_backward(
@@ -30,18 +30,18 @@ def forward_backward(
 
     Args:
         model: wrapped in megatron's DistributedDataParallel.
-        microbatches: this data-parallel rank's; the same number on every rank.
+        microbatches: those of this data-parallel rank; every rank must have the same number.
         losses: one per microbatch, each returning (scalar sum with global weights, metrics).
-        parallel: the ranks.
+        parallel: ranks and groups.
 
     Returns:
-        The metrics of each microbatch on the last stage, empty on the others.
+        The metrics of each microbatch on the last stage; an empty list on the others.
     """
     scale = len(microbatches) * parallel.dp_size
 
     def scaled(loss: ReadHidden, batch: Microbatch, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = loss(output.squeeze(0), batch)
-        return value * scale, metrics  # a new tensor: megatron divides it in place
+        return value * scale, metrics  # a new tensor, because megatron divides it in place
 
     return _run(model, microbatches, [partial(scaled, loss) for loss in losses], parallel, is_forward_only=False)
 
@@ -49,7 +49,7 @@ def forward_backward(
 def forward_collect(
     model: torch.nn.Module, microbatches: Sequence[Microbatch], read: ReadHidden, parallel: ParallelState
 ) -> list[Any]:
-    """Run the model without gradient; returns what ``read`` makes of each microbatch, empty off the last stage."""
+    """Run the model without gradients; returns ``read``'s result per microbatch, an empty list off the last stage."""
     if not microbatches:
         return []
 

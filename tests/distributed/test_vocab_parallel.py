@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sdsearch.loss.jsd import DivergenceName, Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.jsd import DivergenceName, Tail, vocab_parallel_jsd, vocab_parallel_topk_jsd
 from megatron_sdsearch.loss.logprobs import vocab_parallel_entropy, vocab_parallel_logprobs
-from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
+from megatron_sdsearch.loss.topk import TopKOf, chosen_topk, teacher_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 from tests.distributed.launch import WorkerFailed, compute_device, run_distributed
 

@@ -47,7 +47,7 @@ def test_there_and_back_with_verification(hf_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (hf_dir / "model.safetensors").read_bytes()
     again = convert("to-hf", tmp_path / "mg", tmp_path / "hf")
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     replaced = convert("to-hf", tmp_path / "mg", tmp_path / "hf", "--overwrite", "--dtype", "bfloat16")
     assert replaced.returncode == 0, replaced.stderr
     size = (hf_dir / "model.safetensors").stat().st_size
@@ -59,8 +59,8 @@ def test_wrong_input_is_one_message_exit_code_2_and_nothing_on_the_disk(hf_dir: 
     for arguments, message in (
         (("to-megatron", tmp_path / "nowhere", out), "holds no config.json"),
         (("to-megatron", hf_dir, out, "--tensor", 3), "3 does not divide the model's num_attention_heads = 4"),
-        (("to-hf", hf_dir, out), "is no checkpoint"),
-        (("to-megatron", hf_dir, hf_dir, "--overwrite"), "holds what is converted"),
+        (("to-hf", hf_dir, out), "is not a checkpoint"),
+        (("to-megatron", hf_dir, hf_dir, "--overwrite"), "holds the model to convert"),
     ):
         done = convert(*arguments)
         assert done.returncode == 2, done.stderr

@@ -80,7 +80,7 @@ def test_a_kind_is_known_and_refused_where_another_is_wanted(tmp_path: Path, nam
         return
     with pytest.raises(DataError) as caught:
         refuse_other_kind(path, "JSON Lines")
-    assert str(caught.value) == f"{path}: is {kind.what}, where JSON Lines is wanted; {kind.fix}"
+    assert str(caught.value) == f"{path}: is {kind.what}, where JSON Lines is expected; {kind.fix}"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])

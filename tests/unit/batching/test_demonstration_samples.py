@@ -71,7 +71,7 @@ def test_sampled_text_without_a_token_is_refused() -> None:
     tokenizer.backend_tokenizer.normalizer = Replace("~", "")  # a tokenizer that loses a character
     lesson = Demonstration(demonstration_id="d7", prompt="why?", spans=(DemonstrationSpan(kind="sampled", text="~~"),))
     with pytest.raises(
-        DataError, match=r"demonstration d7: the tokenizer makes no token of its sampled text.*remove it"
+        DataError, match=r"demonstration d7: the tokenizer encodes its sampled text to no tokens.*remove it"
     ):
         demonstration_sample(lesson, Renderer(tokenizer, []), 10_000)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -186,11 +187,9 @@ def test_shapes_budgets_and_counts(
     for i in range(len(batches[0].minibatches)):
         parts = whole(batches, i)
         assert len({len(part.student) for part in parts}) == 1
-        assert bool(parts[0].student) == (parts[0].num_trajectories > 0)
+        assert bool(parts[0].student) == (parts[0].num_policy_tokens > 0)
         assert all(len(part.teacher) in (0, len(part.student)) for part in parts)
-        assert (
-            len({(p.num_trajectories, p.num_policy_tokens, p.num_distill_tokens, len(p.teacher)) for p in parts}) == 1
-        )
+        assert len({(p.num_policy_tokens, len(p.teacher)) for p in parts}) == 1
         for role in ("student", "teacher"):
             lengths = set()
             for microbatch in (m for part in parts for m in getattr(part, role)):
@@ -258,21 +257,17 @@ def test_weights_sum_to_one_over_all_ranks_or_to_the_share_that_distils(
     )
     for i in range(len(batches[0].minibatches)):
         parts = whole(batches, i)
-        if not parts[0].num_trajectories:
+        if not parts[0].num_policy_tokens:
             continue
         students = microbatches(parts)
         assert sum(m.policy_weights.sum() for m in students) == pytest.approx(1.0, abs=1e-12)
         assert sum(int(m.loss_mask.sum()) for m in students) == parts[0].num_policy_tokens
-        assert sum(int(m.distill_mask.sum()) for m in students) == parts[0].num_distill_tokens
-        distills = parts[0].num_distill_tokens > 0
+        distills = any(m.distill_mask.any() for m in students)
         share = float(distills)
         if aggregation[1] == "all_trajectories":
-            num_distilled = sum(
-                bool(m.distill_mask[start:end].any())
-                for m in students
-                for start, end in zip(m.cu_seqlens, m.cu_seqlens[1:], strict=False)
-            )
-            share = num_distilled / parts[0].num_trajectories
+            bounds = [(m, start, end) for m in students for start, end in pairwise(m.cu_seqlens.tolist())]
+            num_trajectories = sum(bool(m.loss_mask[start:end].any()) for m, start, end in bounds)
+            share = sum(bool(m.distill_mask[start:end].any()) for m, start, end in bounds) / num_trajectories
         assert sum(m.distill_weights.sum() for m in students) == pytest.approx(share, abs=1e-12)
         assert bool(parts[0].teacher) == distills
         for m in students:
@@ -337,14 +332,13 @@ def test_distillation_weights_by_hand(aggregation: str, expected: list[float]) -
     (batch,) = run(samples, objective=objective, max_tokens=100)
     (student,) = batch.minibatches[0].student
     assert sorted(student.distill_weights[student.distill_mask].tolist()) == pytest.approx(expected)
-    assert batch.minibatches[0].num_distill_tokens == 4
-    assert batch.minibatches[0].num_trajectories == 4
+    assert student.distill_mask.sum() == 4
 
 
 def test_weights_are_those_of_the_own_minibatch() -> None:
     samples = [make_sample(0, response=2), make_sample(1, response=2), make_sample(2, response=4)]
     (batch,) = run(samples, num_minibatches=2)
-    assert [m.num_trajectories for m in batch.minibatches] == [2, 1], "the larger part first"
+    assert [len(indices) for indices in contents(batch)] == [2, 1], "the larger part first"
     assert [m.num_policy_tokens for m in batch.minibatches] == [4, 4]
     assert batch.num_policy_tokens == 8
     assert [sequences(m.student[0])[0][0] // 1000 for m in batch.minibatches] == [1, 3], "consecutive samples"
@@ -374,13 +368,12 @@ def test_a_step_makes_the_planned_number_of_nearly_equal_minibatches(
 ) -> None:
     samples = [make_sample(i, prompt=1, response=1) for i in range(num_samples)]
     by_rank = run(samples, num_ranks=2, num_minibatches=num_minibatches, max_tokens=10_000)
-    for batch in by_rank:
-        assert [m.num_trajectories for m in batch.minibatches] == sizes
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     learned = [sorted(a + b) for a, b in zip(*map(contents, by_rank), strict=True)]
     assert learned == [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)], "in their order"
-    idle = [m for batch in by_rank for m in batch.minibatches if not m.num_trajectories]
-    assert all(len(m.student) == len(m.teacher) == m.num_policy_tokens == 0 for m in idle)
+    idle = [m for batch in by_rank for m in batch.minibatches if not m.num_policy_tokens]
+    assert all(len(m.student) == len(m.teacher) == 0 for m in idle)
+    assert len(idle) == 2 * sizes.count(0)
 
 
 def test_the_last_searcher_of_a_minibatch_does_not_carry_the_whole_alpha() -> None:

@@ -89,7 +89,7 @@ def test_a_file_of_weights_that_is_missing_or_cut_is_found(tiny: TinyRun) -> Non
     last = shards(tiny)[-1]
     whole = last.read_bytes()
     last.write_bytes(whole[:-10])
-    assert f"{last} is no safetensors file" in only(tiny.found()).problem
+    assert f"{last} is not a safetensors file" in only(tiny.found()).problem
     last.unlink()
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "model.hf_dir")
@@ -122,7 +122,7 @@ def test_an_index_that_is_none_is_found(tiny: TinyRun, index: str) -> None:
     (tiny.model / "model.safetensors.index.json").write_text(index)
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("error", "model.hf_dir")
-    assert "is no index of weights" in finding.problem
+    assert "is not an index of weights" in finding.problem
 
 
 def test_config_and_weights_of_different_models_are_found(tiny: TinyRun) -> None:

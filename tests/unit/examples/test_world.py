@@ -16,7 +16,7 @@ from examples.tiny import facts as facts_module
 from examples.tiny.demonstrations import NUM_SIBLINGS, Demonstration, build_demonstrations, sample_texts
 from examples.tiny.facts import FactBook, load_facts
 from examples.tiny.model import TAGS, build_tokenizer
-from examples.tiny.world import RELATIONS, World, build_world
+from examples.tiny.world import RELATIONS, DemoWorld, build_world
 from megatron_sdsearch.data.prompts import HINDSIGHT_HEADER
 from megatron_sdsearch.errors import DataError
 
@@ -29,12 +29,12 @@ def facts() -> FactBook:
 
 
 @pytest.fixture(scope="module", params=SEEDS)
-def world(request: pytest.FixtureRequest, facts: FactBook) -> World:
+def world(request: pytest.FixtureRequest, facts: FactBook) -> DemoWorld:
     return build_world(facts, request.param)
 
 
 @pytest.fixture(scope="module")
-def demonstrations(world: World) -> list[Demonstration]:
+def demonstrations(world: DemoWorld) -> list[Demonstration]:
     return build_demonstrations(world, 1500)
 
 
@@ -53,16 +53,16 @@ def demonstration_subject(row: Demonstration) -> str:
     return subject_of(row["prompt"].rpartition("Question: ")[2])
 
 
-def test_world_is_as_large_as_promised(world: World) -> None:
+def test_world_is_as_large_as_promised(world: DemoWorld) -> None:
     assert len(world.passages) >= 2000
-    assert world.num_entities >= 300
+    assert len({subject for table in world.answers.values() for subject in table}) >= 300
     assert len(world.train) >= 400
     assert len(world.heldout) >= 300
     for questions in (world.train, world.heldout):
         assert sum(len(q.gold_passage_ids) == 2 for q in questions) == len(questions) / 2
 
 
-def test_ids_are_unique_and_stable(world: World) -> None:
+def test_ids_are_unique_and_stable(world: DemoWorld) -> None:
     assert len({p.passage_id for p in world.passages}) == len(world.passages)
     assert [q.question_id for q in world.train] == [f"tiny:train:{i}" for i in range(len(world.train))]
     assert [q.question_id for q in world.heldout] == [f"tiny:heldout:{i}" for i in range(len(world.heldout))]
@@ -70,7 +70,7 @@ def test_ids_are_unique_and_stable(world: World) -> None:
 
 
 def test_heldout_subjects_start_no_training_question_and_no_demonstration(
-    world: World, demonstrations: list[Demonstration]
+    world: DemoWorld, demonstrations: list[Demonstration]
 ) -> None:
     heldout = {subject_of(q.text) for q in world.heldout}
     assert not heldout & {subject_of(q.text) for q in world.train}
@@ -78,7 +78,7 @@ def test_heldout_subjects_start_no_training_question_and_no_demonstration(
     assert heldout <= set(world.names)
 
 
-def test_every_gold_passage_leads_on_and_the_last_holds_the_answer(world: World) -> None:
+def test_every_gold_passage_leads_on_and_the_last_holds_the_answer(world: DemoWorld) -> None:
     contents = {p.passage_id: p.contents for p in world.passages}
     for question in (*world.train, *world.heldout):
         facts = [re.fullmatch(r'"(\w+)"\nThe \w+ of \1 is (\w+)\.', contents[p]) for p in question.gold_passage_ids]
@@ -89,7 +89,7 @@ def test_every_gold_passage_leads_on_and_the_last_holds_the_answer(world: World)
         assert question.gold_answers == (hops[-1][1],)
 
 
-def test_each_fact_has_one_telling_passage_and_three_traps_without_a_name(world: World) -> None:
+def test_each_fact_has_one_telling_passage_and_three_traps_without_a_name(world: DemoWorld) -> None:
     names = set(world.names)
     for relation in RELATIONS:
         house = world.house_words[relation.name]
@@ -104,7 +104,7 @@ def test_each_fact_has_one_telling_passage_and_three_traps_without_a_name(world:
         break  # one relation of ~100 subjects is enough for the names; the next test covers all traps
 
 
-def test_traps_hold_nothing_but_their_word(world: World) -> None:
+def test_traps_hold_nothing_but_their_word(world: DemoWorld) -> None:
     house = set(world.house_words.values())
     traps = [p for p in world.passages if p.passage_id.rpartition(".")[2] not in house]
     assert len(traps) == 3 * len(world.passages) / 4
@@ -120,13 +120,13 @@ def test_no_question_tells_a_house_word() -> None:
     assert not cue_words & set(synonyms)
 
 
-def test_search_words_are_no_names(world: World) -> None:
+def test_search_words_are_no_names(world: DemoWorld) -> None:
     words = {word for relation in RELATIONS for word in relation.synonyms} | {"the", "is", "unrecorded"}
     subjects = {subject.lower() for table in world.answers.values() for subject in table}
     assert not words & subjects
 
 
-def test_some_house_words_are_first_and_none_is_last_in_the_prior(world: World) -> None:
+def test_some_house_words_are_first_and_none_is_last_in_the_prior(world: DemoWorld) -> None:
     ranks = [world.word_order[name].index(word) for name, word in world.house_words.items()]
     assert 1 <= ranks.count(0) < len(ranks) / 2 + 1
     assert 3 not in ranks

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_sdsearch.loss import logprobs as logprobs_module
-from megatron_sdsearch.loss.jsd import (
-    DivergenceName,
-    Tail,
-    TopKDistribution,
-    teacher_topk,
-    vocab_parallel_jsd,
-    vocab_parallel_topk_jsd,
-)
+from megatron_sdsearch.loss.jsd import DivergenceName, Tail, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.topk import TopKDistribution, teacher_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 VOCAB = 13

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_sdsearch.loss.jsd import DivergenceName, Tail, teacher_topk, vocab_parallel_jsd, vocab_parallel_topk_jsd
-from megatron_sdsearch.loss.topk import TopKOf, chosen_topk
+from megatron_sdsearch.loss.jsd import DivergenceName, Tail, vocab_parallel_jsd, vocab_parallel_topk_jsd
+from megatron_sdsearch.loss.topk import TopKOf, chosen_topk, teacher_topk
 from megatron_sdsearch.parallel.vocab import VocabShard
 
 VOCAB = 13

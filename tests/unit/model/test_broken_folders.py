@@ -82,7 +82,7 @@ def test_a_weight_that_the_model_s_type_cannot_hold_is_named(folder: Path) -> No
 
 def test_whole_numbers_are_no_weights(folder: Path) -> None:
     change(folder, "model.norm.weight", lambda tensor: tensor.to(torch.int8))
-    with pytest.raises(DataError, match=r"model\.norm\.weight: torch\.int8 is no type of weights"):
+    with pytest.raises(DataError, match=r"model\.norm\.weight: torch\.int8 is not a weight type"):
         load(SafetensorsFolder(folder), folder, load_hf_config(folder))
 
 
@@ -149,5 +149,5 @@ def test_an_index_that_does_not_name_files_of_its_folder_is_refused(folder: Path
     if weight_map == []:  # says nothing, as an index of no tensors does
         assert SafetensorsFolder(folder).names() == set(load_file(folder / "model.safetensors"))
         return
-    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json is no index of weights"):
+    with pytest.raises(DataError, match=r"model\.safetensors\.index\.json is not an index of weights"):
         SafetensorsFolder(folder)

@@ -115,7 +115,7 @@ def test_candidates_begin_with_latest_and_never_lie_in_its_future(tmp_path: Path
     (tmp_path / "latest").unlink()  # killed between a first save's last two moves
     assert folder.candidates()[0].name == "step_000003"
     (tmp_path / "latest").write_text("nonsense")
-    with pytest.raises(CheckpointError, match=r"names 'nonsense', no step_\* folder"):
+    with pytest.raises(CheckpointError, match=r"names 'nonsense', which is not a step_\* folder"):
         folder.candidates()
 
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_without_a_date_goes_on_with_todays_and_says_so(
 ) -> None:
     write_manifest(tmp_path, 2, **manifest)
     assert run_date_of(tmp_path) == date.today()
-    assert "step_000002 records no date of its run" in caplog.text
+    assert "step_000002 does not record when its run began" in caplog.text
 
 
 @pytest.mark.parametrize(

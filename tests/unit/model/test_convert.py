@@ -218,9 +218,9 @@ K_PROJ = "model.layers.2.self_attn.k_proj.weight"
     [
         (drop(K_PROJ), f"has no tensor {K_PROJ}"),
         (drop("lm_head.weight"), "has no tensor lm_head.weight"),
-        (put(K_PROJ, lambda w: w[:8].clone()), rf"{K_PROJ} is \(8, 8\), the model of config.json wants \(16, 8\)"),
+        (put(K_PROJ, lambda w: w[:8].clone()), rf"{K_PROJ} is \(8, 8\), the model of config.json expects \(16, 8\)"),
         (put("model.norm.weight", lambda w: torch.cat([w, w])), r"model.norm.weight is \(16,\)"),
-        (lambda w: w.update({"model.layers.4.extra": torch.ones(1)}), "1 tensors that a qwen2 has not: model.layers.4"),
+        (lambda w: w.update({"model.layers.4.extra": torch.ones(1)}), "1 tensors that a qwen2 does not have: "),
         (put(K_PROJ, lambda w: w.float()), f"{K_PROJ} is F32 and .* BF16: they become one tensor"),
     ],
 )
@@ -263,13 +263,13 @@ def test_a_wrong_architecture_or_layout_is_refused(tmp_path: Path, changes: dict
     ("changes", "message"),
     [
         ({"num_hidden_layers": 5}, "layer_norm_weight has 4 layers, the model of config.json 5"),
-        ({"intermediate_size": 16}, r"mlp.gate_proj.weight is \(12, 8\), the model of config.json wants \(16, 8\)"),
-        ({"vocab_size": 17}, r"embed_tokens.weight is \(14, 8\), .* wants \(17, 8\)"),
-        ({"model_type": "llama"}, "tensors that a llama has not: decoder.layers.self_attention.linear_qkv.bias"),
-        ({"model_type": "qwen3"}, "tensors that a qwen3 has not: decoder.layers.self_attention.linear_qkv.bias"),
+        ({"intermediate_size": 16}, r"mlp.gate_proj.weight is \(12, 8\), the model of config.json expects \(16, 8\)"),
+        ({"vocab_size": 17}, r"embed_tokens.weight is \(14, 8\), .* expects \(17, 8\)"),
+        ({"model_type": "llama"}, "tensors that a llama does not have: decoder.layers.self_attention.linear_qkv.bias"),
+        ({"model_type": "qwen3"}, "tensors that a qwen3 does not have: decoder.layers.self_attention.linear_qkv.bias"),
         (
             {"num_attention_heads": 2, "num_key_value_heads": 2},
-            r"linear_qkv.weight is \(48, 8\), not as config.json says",
+            r"linear_qkv.weight is \(48, 8\), which does not fit config.json",
         ),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_tensor_of_which_a_piece_was_never_written_is_incomplete(tmp_path: Pat
     writer = TorchDistWriter(tmp_path)
     writer.add(0, "whole", (4, 2), (0, 0), torch.ones(2, 2))
     writer.finish({})
-    with pytest.raises(CheckpointError, match=r"whole is incomplete, 4 of 8"):
+    with pytest.raises(CheckpointError, match=r"whole is incomplete, it has 4 of 8"):
         TorchDistReader(tmp_path).read("whole")
 
 
@@ -359,10 +359,10 @@ def test_a_run_a_checkpoints_folder_and_a_step_all_lead_to_the_checkpoint(tmp_pa
     (step / ".metadata").touch()
     (step.parent / "latest").write_text("step_000003")
     assert [find_checkpoint(path) for path in (step, step.parent, tmp_path / "run")] == [step] * 3
-    with pytest.raises(CheckpointError, match=r"is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint"):
         find_checkpoint(tmp_path)
     (step.parent / "latest").write_text("step_000004")
-    with pytest.raises(CheckpointError, match=r"step_000004, which is no complete"):
+    with pytest.raises(CheckpointError, match=r"step_000004, which is not a complete"):
         find_checkpoint(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"give --hf-dir"):
         find_hf_dir(step)

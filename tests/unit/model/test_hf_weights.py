@@ -305,7 +305,7 @@ def test_a_tensor_with_twice_the_rows_is_named_with_both_shapes(tmp_path: Path, 
     save_file(weights, tmp_path / "model.safetensors")
     message = refusal(tmp_path, config)
     assert name in message
-    assert "the model wants" in message
+    assert "the model expects" in message
 
 
 # Rows that do not divide into query groups.
@@ -328,7 +328,7 @@ def test_a_tensor_that_does_not_divide_into_groups_is_named(tmp_path: Path, name
 
 def test_weights_of_a_wider_model_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, tiny_config("qwen2", hidden_size=16))
-    assert "model.embed_tokens.weight: (13, 16) per shard, the model wants (13, 8)" in refusal(
+    assert "model.embed_tokens.weight: (13, 16) per shard, the model expects (13, 8)" in refusal(
         tmp_path, tiny_config("qwen2")
     )
 

@@ -88,7 +88,7 @@ def test_a_layout_is_taken_exactly_when_everything_divides(tensor: int, pipeline
         (
             {"num_attention_heads": 12, "num_key_value_heads": 6},
             {"tensor_model_parallel_size": 4},
-            "4 is neither divisor nor multiple of .* num_key_value_heads = 6",
+            "4 is neither a divisor nor a multiple of .* num_key_value_heads = 6",
             "choose one of 1, 2, 3, 6, 12",
         ),
         (

@@ -151,7 +151,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("c.jsonl.gz", gzip.compress(b"PAR1" + bytes(20)), r"is a parquet file, .*; name it \.parquet"),
         ("c.jsonl.gz", POINTER, "is a git LFS pointer, not the file itself, .*; fetch the file with git lfs pull"),
         ("c.parquet", POINTER, "is a git LFS pointer"),
-        ("c.parquet", b'{"id": "a", "contents": "A"}\n', r"is JSON Lines, where parquet is wanted; name it \.jsonl"),
+        ("c.parquet", b'{"id": "a", "contents": "A"}\n', r"is JSON Lines, where parquet is expected; name it \.jsonl"),
     ],
     ids=["gzip", "tsv", "tsv in gzip", "parquet in gzip", "pointer as gzip", "pointer as parquet", "jsonl as parquet"],
 )
@@ -176,8 +176,18 @@ def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
     whole = write_as("jsonl.gz", tmp_path, ROWS).read_bytes()
     for name, damaged, words in (
         ("cut.jsonl.gz", whole[:-9], "is truncated or not gzip"),
-        ("text.jsonl.gz", b"A\n", "is truncated or not gzip"),
-        ("plain.jsonl.gz", b'{"id": "a", "contents": "A"}\n', "is JSON Lines, where gzip is wanted; name it .jsonl"),
+        (
+            "text.jsonl.gz",
+            b"A\
+",
+            "is truncated or not gzip",
+        ),
+        (
+            "plain.jsonl.gz",
+            b'{"id": "a", "contents": "A"}\
+',
+            "is JSON Lines, where gzip is expected; name it .jsonl",
+        ),
         ("x.parquet", b"PAR1 nonsense PAR1", "is not readable as parquet"),
     ):
         (tmp_path / name).write_bytes(damaged)

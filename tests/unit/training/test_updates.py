@@ -50,7 +50,7 @@ def test_a_step_makes_the_updates_that_are_planned_for_it(
     )
     num_trainable = max(1, int(share * questions * group_size))
     batch = pack_samples([sample(i) for i in range(num_trainable)], config, PARALLEL)
-    sizes = [minibatch.num_trajectories for minibatch in batch.minibatches]
+    sizes = [minibatch.num_policy_tokens // 2 for minibatch in batch.minibatches]  # a sample has two
     assert len(sizes) * config.train.num_steps == config.num_updates
     assert sum(sizes) == num_trainable
     assert max(sizes) <= size
