@@ -1,7 +1,7 @@
 """The run's settings: frozen sections, read from YAML with dotted overrides, checked before anything slow starts.
 
-Every default is the paper's or AutoRefine's recipe where one is published; where neither says, the comment gives the
-reason. Relative paths are taken from the working directory, and ``~`` is a home directory. Nothing here imports torch.
+Defaults are the paper's or AutoRefine's where they are published; otherwise the setting's docstring gives the reason.
+Relative paths start at the working directory, and ``~`` is expanded. Nothing here imports torch.
 """
 
 from megatron_sdsearch.config.loading import examine_tree, load_config, parse_config, read_tree

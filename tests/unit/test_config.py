@@ -112,7 +112,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"rollout.engine": "vllm"}, "rollout.engine", "'vllm'", "'embedded' or 'sglang'"),
-        ({"rollout.oversample": 1.5}, "rollout.oversample", "is no setting any more", "no fair sample"),
+        ({"rollout.oversample": 1.5}, "rollout.oversample", "was removed", "biased sample"),
         ({"objective.alpha": True}, "objective.alpha", "True", "give a number"),
         ({"objective.topk": False}, "objective.topk", "False", "give a number"),
         ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "greater than or equal to 0"),
@@ -124,7 +124,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"objective.importance_cap": 1.0}, "objective.importance_cap", "1.0", "greater than 1"),
         ({"objective.importance_correction": "clip"}, "objective.importance_correction", "'clip'", "'truncate' or"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
-        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "no list", "write [http://a:1]"),
+        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "not a list", "write [http://a:1]"),
         (
             {"parallel.sequence_parallel": True},
             "parallel.sequence_parallel",
@@ -363,7 +363,7 @@ def test_interpolation_follows_overrides(file: Path) -> None:
 def test_an_override_that_is_no_yaml_is_named_itself(file: Path, override: str) -> None:
     error = error_of_file(file, "seed=3", override)
     assert error.field == override.partition("=")[0]
-    assert f"'{override}' is no YAML" in str(error)
+    assert f"'{override}' is not YAML" in str(error)
 
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
@@ -651,11 +651,11 @@ def test_no_error_of_a_broken_file_shows_a_secret(file: Path, lines: list[str]) 
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["retrieval.elasticsearch.password=[hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
-        (["retrieval.elasticsearch.password=*hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
-        (["retrieval.elasticsearch.passwrod=[hunter2"], "'retrieval.elasticsearch.passwrod...' is no YAML"),
-        (["retreival.elasticsearch.password=[hunter2"], "number 1 is no YAML"),
-        (["retrieval.elasticsearch={password: hunter2"], "'retrieval.elasticsearch...' is no YAML"),
+        (["retrieval.elasticsearch.password=[hunter2"], "'retrieval.elasticsearch.password...' is not YAML"),
+        (["retrieval.elasticsearch.password=*hunter2"], "'retrieval.elasticsearch.password...' is not YAML"),
+        (["retrieval.elasticsearch.passwrod=[hunter2"], "'retrieval.elasticsearch.passwrod...' is not YAML"),
+        (["retreival.elasticsearch.password=[hunter2"], "number 1 is not YAML"),
+        (["retrieval.elasticsearch={password: hunter2"], "'retrieval.elasticsearch...' is not YAML"),
         (["retrieval.elasticsearch.password:hunter2"], "'retrieval.elasticsearch.password...' is not key=value"),
         (["retrieval.elasticsearch.password=", "hunter2"], "number 2 is not key=value"),
         (["retrieval.elasticsearch.password=${hunter2}"], "cannot be resolved"),
