@@ -329,7 +329,7 @@ def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
     checkpoint = run_dir / "checkpoints" / folder_name(step)
     outputs = {"page": run_dir / PAGE_FILE, "model": hf_dir, "checkpoint": checkpoint}
     named = {name: str(path) for name, path in outputs.items() if path.exists()}
-    if hf_dir.exists() and config.train.mode == "warm_start":
+    if hf_dir.exists() and not config.is_rl:
         named["next"] = f"train with model.hf_dir={hf_dir}"
     elif hf_dir.exists() and config.data.heldout is not None and resolved.exists():
         named["next"] = shlex.join(["sdsearch", "evaluate", str(resolved), "--model", str(hf_dir)])

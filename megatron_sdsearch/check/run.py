@@ -1,4 +1,4 @@
-"""All parts of a check in turn, none of which depends on another's outcome."""
+"""Run all parts of a check; no part depends on another's outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sdsearch.config import examine_tree, read_tree, setting_warnings
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.training.preflight import attempt, read_files, start_problems
 
-# A further part is one more name; what it finds needs nothing but a RunUnderTest.
+# To add a part, add its function here.
 PARTS: tuple[Callable[[RunUnderTest], Iterable[Finding]], ...] = (
     check_contents,
     check_sizes,
@@ -29,16 +29,16 @@ _SECTIONS = {"parallel": "layout", "--nproc-per-node": "layout", "run_dir": "sto
 def run_checks(
     path: Path, overrides: Sequence[str] = (), *, options: ClusterOptions | None = None, is_online: bool = False
 ) -> Report:
-    """Look at a configuration, the files that it names, and the machine.
+    """Check a configuration, the files that it names, and the machine.
 
     Args:
         path: the YAML file.
-        overrides: as of ``train``.
-        options: what is known of the cluster that it is meant for.
-        is_online: ask servers, too.
+        overrides: ``key=value``, as for ``train``.
+        options: known numbers of the cluster it is meant for.
+        is_online: also send requests to servers.
 
     Returns:
-        Everything that was found; a mistake never ends the check, but for YAML that cannot be read.
+        All findings; only YAML that cannot be read ends the check early.
     """
     problems: list[ConfigError] = []
     tree = attempt(lambda: read_tree(path, overrides), "CONFIG", problems)
@@ -51,14 +51,13 @@ def run_checks(
     cluster = find_cluster(config, options or ClusterOptions())
     files = read_files(config)
     run = RunUnderTest(config=config, cluster=cluster, files=files, is_online=is_online)
-    # Both lists are train's, and both read config.json.
-    refused = [*start_problems(config, cluster.allocation), *files.problems]
-    found = [*errors({str(problem): problem for problem in refused}.values())]
+    refused = [*start_problems(config, cluster), *files.problems]
+    found = [*errors({str(problem): problem for problem in refused}.values())]  # both report config.json
     fields = {problem.field for problem in refused}
     found += [
         finding for finding in _waste(run) if finding.severity is not Severity.WARNING or finding.field not in fields
     ]
-    # A default stands in a refused value's stead: what is found out about that one means nothing.
+    # Findings about a default that replaced a refused value mean nothing.
     defaults = {problem.field for problem in problems}
     findings += [replace(f, section=_section_of(f.field)) for f in found if f.field not in defaults]
     sections = list(dict.fromkeys(finding.section for finding in findings))
@@ -67,7 +66,7 @@ def run_checks(
 
 
 def _waste(run: RunUnderTest) -> Iterator[Finding]:
-    """What training would not notice."""
+    """Find problems that training would not notice."""
     yield from (warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(run.config))
     for part in PARTS:
         yield from part(run)

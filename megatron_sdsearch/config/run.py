@@ -50,17 +50,26 @@ class RunConfig(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
+    def is_rl(self) -> bool:
+        """True when the run samples trajectories, False for a warm start."""
+        return self.train.mode == "rl"
+
+    @property
     def samples_from_sglang(self) -> bool:
         """True when trajectories come from SGLang servers."""
-        return self.train.mode == "rl" and self.rollout.engine == "sglang"
+        return self.is_rl and self.rollout.engine == "sglang"
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """Trajectories of a step; the demonstrations of a warm start."""
+        per_step = self.data.questions_per_step * self.rollout.group_size
+        return per_step if self.is_rl else self.train.demonstrations_per_step
 
     @property
     def updates_per_step(self) -> int:
         """Optimizer updates per step."""
-        if self.train.mode == "warm_start":
-            return 1
-        trajectories = self.data.questions_per_step * self.rollout.group_size
-        return math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
+        per_update = self.train.trajectories_per_minibatch
+        return math.ceil(self.trajectories_per_step / per_update) if self.is_rl and per_update else 1
 
     @property
     def num_updates(self) -> int:
@@ -71,7 +80,7 @@ class RunConfig(Section):
     def is_distilling(self) -> bool:
         """True when some step has a distillation loss; a run that ends within the warm-up of alpha is GRPO alone."""
         first = self.objective.first_distilling_step
-        return self.train.mode == "rl" and first is not None and first < self.train.num_steps
+        return self.is_rl and first is not None and first < self.train.num_steps
 
     @property
     def longest_sequence(self) -> SequenceLimit:

@@ -200,7 +200,7 @@ def _standing(rank: _Rank, *, on_gpu: bool) -> dict[str, int]:
         ),
         "framework": FRAMEWORK_BYTES * on_gpu,
     }
-    if config.train.mode == "rl" and config.rollout.engine == "embedded":
+    if config.is_rl and config.rollout.engine == "embedded":
         # A whole model on every rank, and a slot as long as the longest trajectory for each trajectory.
         tokens = -(-rank.step.num_trajectories // layout.num_ranks) * config.longest_rollout.num_tokens
         standing["embedded engine"] = rank.shape.num_params * element

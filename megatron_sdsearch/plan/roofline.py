@@ -77,7 +77,7 @@ class Estimator:
             kv_tokens: that the cache of one SGLang server holds.
         """
         step, phases = self.step, dict[str, float]()
-        if self.config.train.mode == "rl":
+        if self.config.is_rl:
             phases["rollout"] = self._rollout(layout, kv_tokens)
         reading = self._pass(layout, step.student_tokens, step.generated_tokens)
         if step.has_reference:

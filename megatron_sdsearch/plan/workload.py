@@ -184,7 +184,7 @@ def step_load(config: RunConfig, lengths: Assumptions) -> StepLoad:
     The teacher's sequence is a trajectory up to its last query, behind the block. With ``hindsight.content=documents``
     it reads one for each search, up to that search's query (docs/adr/0007-current-step-documents.md).
     """
-    rollout, is_rl = config.rollout, config.train.mode == "rl"
+    rollout, is_rl = config.rollout, config.is_rl
     per_search = lengths.response_tokens + lengths.observation_tokens
     generated = (lengths.searches + 1) * lengths.response_tokens
     student = lengths.prompt_tokens + generated + lengths.searches * lengths.observation_tokens

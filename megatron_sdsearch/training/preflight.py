@@ -101,7 +101,7 @@ def read_files(config: RunConfig) -> RunFiles:
         is_there = path is not None and path.exists()
         return attempt(lambda: reader(path), field, problems) or () if path is not None and is_there else ()
 
-    is_rl = config.train.mode == "rl"
+    is_rl = config.is_rl
     hf_config, renderer = _read_hf_config(config.model.hf_dir, problems), None
     if (config.model.hf_dir / "config.json").is_file():
         renderer = attempt(lambda: _read_renderer(config), "model.hf_dir", problems)

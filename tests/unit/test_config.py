@@ -97,13 +97,13 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         (
             {"objective": {"topk": None, "topk_of": "union"}},
             "objective.topk_of",
-            "union, and objective.topk is null",
+            "union, but objective.topk is null",
             "set objective.topk",
         ),
         (
             {"hindsight.content": "documents", "hindsight.siblings": "own"},
             "hindsight.siblings",
-            "own, and content=documents shows no siblings",
+            "own, but content=documents shows no siblings",
             "leave it at all",
         ),
         ({"objective": 3}, "objective", "3", "valid dictionary"),
@@ -198,7 +198,7 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
         (["10.0.0.7:30000"], "'10.0.0.7:30000' is not the url", "http://host:port"),
         (["http://a:1", "http:///x"], "'http:///x' is not the url", "http://host:port"),
         (["http://a:port"], "'http://a:port' is not the url", "http://host:port"),
-        (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 stands there 2 times", "once"),
+        (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 is listed 2 times", "once"),
     ],
 )
 def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], problem: str, fix: str) -> None:
@@ -476,7 +476,7 @@ def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> 
     check_files(sglang_config(tmp_path, command=[str(program), "--flag"]))
     check_files(sglang_config(tmp_path, command=["serve"], environment={"PATH": str(program.parent)}))
     for wrong in ({"command": [str(tmp_path / "nowhere")]}, {"command": ["serve"]}, {"command": [str(tmp_path)]}):
-        with pytest.raises(ConfigError, match="is no program") as caught:
+        with pytest.raises(ConfigError, match="is not a program") as caught:
             check_files(sglang_config(tmp_path, **wrong))
         assert caught.value.field == "rollout.sglang.command[0]"
         assert str(wrong["command"][0]) in str(caught.value)
