@@ -1,7 +1,7 @@
-"""Before GPUs are used: do the roles fit the job, does `check` find nothing, has the last start made progress?
+"""Prepare a Slurm job: check that its roles fit, that `check` finds no error, and that the last start made progress.
 
-Runs once, on the first node, at every start of a job. Prints what `train.sh` needs to know as ``name=value`` lines; an
-error is one line on standard error. Exit codes are those of the command line: 1 failed, 2 wrong input.
+Runs once on the first node at every start of a job. Prints ``name=value`` lines for `train.sh`; an error is one line on
+standard error. Exit codes are those of the command line: 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--job", type=int, required=True)
-    parser.add_argument("--restart", type=int, required=True, help="how often Slurm has started the job before")
+    parser.add_argument("--restart", type=int, required=True, help="earlier starts of the job by Slurm")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="on each node; 0 without GPUs")
     parser.add_argument("--sglang-nodes", type=int, required=True)
@@ -57,7 +57,7 @@ def main() -> int:
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    # How the start before this one ended. Its summary stays: training removes it when it goes on.
+    # Left by the last start. A summary stays: training removes it when it continues.
     (config.run_dir / "stopped.json").unlink(missing_ok=True)
     num_serving = roles.servers.num_nodes if roles.servers is not None else 0
     print(f"run_dir={config.run_dir.resolve()}\nstep={step}\nport={port}")
@@ -66,9 +66,9 @@ def main() -> int:
 
 
 def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, ranks_per_node: int) -> bool:
-    """Print errors and warnings of ``check --online`` on standard error, a line each; return whether there are errors.
+    """Print errors and warnings of ``check --online`` on standard error, a line each; return True if there are errors.
 
-    The search engine is asked with the run's own client and patience. Servers that do not run yet are not asked.
+    The search engine is contacted with the run's own client and timeouts; servers that the job starts are not.
     """
     options = ClusterOptions(
         device="gpu" if allocation.gpus_per_node else "cpu",
@@ -86,10 +86,10 @@ def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, r
 
 
 def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
-    """Record that the job starts from the newest checkpoint's step, which is returned.
+    """Record a start from the newest checkpoint's step, and return the step.
 
     Raises:
-        TrainingError: the job has started ``max_stalled`` times in a row at this step: another requeue would not help.
+        TrainingError: the job has started ``max_stalled`` times in a row at this step.
     """
     newest, file = CheckpointFolder(run_dir / "checkpoints").candidates()[:1], run_dir / STARTS_FILE
     step = step_of(newest[0]) if newest else 0
@@ -98,9 +98,9 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
     num_starts = before["num_starts"] + 1 if is_same else 1
     if num_starts > max_stalled:
         raise TrainingError(
-            f"job {job} has begun {max_stalled} times at step {step} and saved nothing beyond it: it is not requeued "
+            f"job {job} has started {max_stalled} times at step {step} without saving a later one: it is not requeued "
             "again; let it run longer (sbatch --time), save more often (checkpoint.every), or give it more time to "
-            "save in (sbatch --signal=B:USR1@SECONDS)"
+            "save (sbatch --signal=B:USR1@SECONDS)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
@@ -108,10 +108,10 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
 
 
 def free_port(job: int, ports: Sequence[int] = RENDEZVOUS_PORTS) -> int:
-    """Find a port that is not in use, from one that differs between jobs on a shared node.
+    """Find a free port, starting at one that differs between jobs on a shared node.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: all are in use.
     """
     for offset in range(len(ports)):
         port = ports[(job + offset) % len(ports)]

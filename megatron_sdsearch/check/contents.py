@@ -50,8 +50,8 @@ def _answers(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
     if bare:
         yield warning(
             field,
-            f"{len(bare)} questions have gold answers of only articles and punctuation, which must be matched character "
-            f"for character, such as {bare[0].question_id} ({bare[0].gold_answers[0]!r})",
+            f"{len(bare)} questions have gold answers of only articles and punctuation, which must be matched "
+            f"character for character, such as {bare[0].question_id} ({bare[0].gold_answers[0]!r})",
             "remove them, or add an answer in words",
         )
 

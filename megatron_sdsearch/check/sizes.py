@@ -80,8 +80,8 @@ def _shares(run: RunUnderTest) -> Iterator[Finding]:
         if per_step <= num_questions < per_step * (1 + refills):
             yield warning(
                 "rollout.max_refills",
-                f"{refills} for each of {per_step} questions may need {per_step * (1 + refills)} in one step, but there "
-                f"are {num_questions}: some would be asked twice in it",
+                f"{refills} for each of {per_step} questions may need {per_step * (1 + refills)} in one step, but "
+                f"there are {num_questions}: some would be asked twice in it",
                 f"lower it to {num_questions // per_step - 1}, or give more questions",
             )
         num_ranks = len(rollout_ranks(config, num_processes))
@@ -89,7 +89,5 @@ def _shares(run: RunUnderTest) -> Iterator[Finding]:
             problem = f"{per_step} for {num_ranks} processes that roll out: {num_ranks - per_step} of them wait"
             yield warning("data.questions_per_step", problem, f"set it to at least {num_ranks}")
     if smallest < num_replicas:
-        problem = (
-            f"an update of {smallest} samples for {num_replicas} data-parallel ranks: some have no samples"
-        )
+        problem = f"an update of {smallest} samples for {num_replicas} data-parallel ranks: some have no samples"
         yield warning(field, problem, f"set it to at least {num_replicas}, better many times that")

@@ -50,7 +50,7 @@ def check_storage(run: RunUnderTest) -> Iterator[Finding]:
 
 
 def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding]:
-    """Check the checkpoint that training would load: the newest, or the newest whole one with ``checkpoint.fallback``."""
+    """Check the checkpoint that training would load: the newest, or with ``checkpoint.fallback`` the newest whole."""
     for folder in candidates:
         try:
             manifest = _read_whole_manifest(folder)

@@ -19,8 +19,8 @@ RENAMED = {
 """Renamed settings and their new names."""
 DROPPED: dict[str, str] = {
     "rollout.oversample": "remove it: its groups were a biased sample of the questions",
-    "retrieval.elasticsearch.dfs": "remove it: an index of one shard (tools/index_corpus.py --shards 1) has exact scores",
-    "retrieval.replay.fingerprint": "remove it, and record each engine into a store of its own (retrieval.replay.store)",
+    "retrieval.elasticsearch.dfs": "remove it: an index of one shard (index_corpus.py --shards 1) has exact scores",
+    "retrieval.replay.fingerprint": "remove it, and record each engine in its own retrieval.replay.store",
     "retrieval.replay.max_mb": "remove it: the store keeps every answer, about 1.3 kB each; delete it to start over",
 }
 """Removed settings, and what to do instead."""

@@ -16,7 +16,7 @@ class RemoteSearchConfig(Section):
     username: str | None = None
     """User for HTTP basic authentication. Elasticsearch falls back to ELASTICSEARCH_USERNAME."""
     password: SecretStr | None = None
-    """Password; ``${oc.env:NAME}`` reads an environment variable. Elasticsearch falls back to ELASTICSEARCH_PASSWORD."""
+    """Password, e.g. ``${oc.env:NAME}`` for a variable. Elasticsearch falls back to ELASTICSEARCH_PASSWORD."""
     timeout_s: Seconds = 30.0
     """Timeout of one request."""
     max_attempts: PositiveInt = 5

@@ -96,8 +96,8 @@ def _length_problems(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("train.max_tokens_per_microbatch", problem, f"set it to at least {longest}")
     if hindsight.content != "everything" or not config.is_distilling:
         return
-    # A response counts with the room that a prompt of full length leaves it. After a shorter prompt it may be longer and
-    # cost the block a sibling, which is counted.
+    # A response counts with the room that a prompt of full length leaves it. After a shorter prompt it may be longer,
+    # and cost the block a sibling, which is counted.
     num_shown = {"own": 1, "others": rollout.group_size - 1}.get(hindsight.siblings, rollout.group_size)
     per_turn = rollout.max_response_tokens + rollout.max_observation_tokens
     response = min(
@@ -215,7 +215,7 @@ def file_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def no_model(field: str, folder: Path) -> ConfigError:
-    """Describe a folder without config.json; for what may be the name of a hub model, with the download command."""
+    """Describe a folder without config.json, with the download command if it may be a hub model's name."""
     fix = "give a Hugging Face model folder"
     hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
     if hub_id is not None:
@@ -256,7 +256,7 @@ def model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
         yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
     dtype = "bfloat16" if has_gpu else "float32"
     if model.dtype != dtype and not (has_gpu and model.layer_spec == "local"):
-        reason = "with transformer-engine, which has no packed attention in float32" if has_gpu else "without a GPU"
+        reason = "with transformer-engine, which has no packed float32 attention" if has_gpu else "without a GPU"
         yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={dtype}")
 
 

@@ -115,7 +115,7 @@ class ObjectiveConfig(Section):
     """``gate``: 0 during the warm-up, then alpha. ``ramp``: linear from 0 to alpha during it. The paper does not say
     which."""
     divergence: Literal["jsd", "forward_kl", "reverse_kl", "mse"] = "jsd"
-    """Divergence of teacher and student; logged as ``loss/<name>``. The paper's is ``jsd``, the others its ablations."""
+    """Divergence of teacher and student, logged as ``loss/<name>``. ``jsd`` is the paper's, others its ablations."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the mixture of ``divergence=jsd``."""
     topk: PositiveInt | None = 50
@@ -124,8 +124,8 @@ class ObjectiveConfig(Section):
     """Model that picks its most probable entries; the paper does not say. ``union``: both, up to twice ``topk``. All
     but ``teacher`` keep the teacher's whole logits until the student has its own, as ``topk=null`` does."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
-    """Probability outside the top k. ``bucket``: one more entry. ``renormalize``: the k entries sum to 1. ``drop``: left
-    out. The paper does not say; a bucket is a lower bound of the whole divergence, for JSD and KL."""
+    """Mass outside the top k. ``bucket``: one more entry. ``renormalize``: the k entries sum to 1. ``drop``: left out.
+    The paper does not say; a bucket is a lower bound of the whole divergence, for JSD and KL."""
     distill_positions: Literal["query", "all"] = "query"
     """Tokens that are distilled: those of search queries without their tags, or all sampled ones."""
     distill_aggregation: Literal["all_trajectories", "trajectory", "token"] = "all_trajectories"

@@ -49,7 +49,7 @@ NUM_WITHOUT_CONTRAST: Final = "train/num_without_contrast"
 #: Groups without contrast that were replaced by another question's, over all ranks. No other metric counts them: with
 #: refills, EM, F1 and reward describe only the remaining groups and do not measure the policy.
 NUM_REFILLED: Final = "train/num_refilled"
-#: Share of groups in which every advantage is 0, because rewards are equal or fewer than two siblings count. GRPO learns
+#: Share of groups in which every advantage is 0: rewards are equal, or fewer than two siblings count. GRPO learns
 #: nothing from them. A group without contrast by F1 may still have advantages, from a shaped reward or partial F1.
 SHARE_WITHOUT_ADVANTAGE: Final = "train/share_without_advantage"
 

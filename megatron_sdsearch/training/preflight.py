@@ -1,4 +1,4 @@
-"""What is wrong with a run's files, model and machine before it starts: `train` raises it, `check` shows it."""
+"""Find problems with a run's files, model and machine before it starts; `train` raises them, `check` shows them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ _QUERY = "capital of France 1998"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What the files of a run hold.
+    """Contents of a run's files.
 
     Attributes:
         hf_config: config.json of ``model.hf_dir``; None where it cannot be read.
         renderer: of its tokenizer; None where that cannot be used.
-        train: questions; empty where none are asked for, or the file cannot be read. So are the next two.
-        heldout: likewise.
+        train: questions; like the next two, empty if the run has none or the file cannot be read.
+        heldout: questions for evaluation.
         demonstrations: of a warm start.
-        problems: what is wrong with the contents, and with settings that depend on them.
+        problems: problems of the contents, and of settings that depend on them.
     """
 
     hf_config: PretrainedConfig | None
@@ -60,7 +60,7 @@ class RunFiles:
 
 
 def attempt(work: Callable[[], T], field: str, problems: list[ConfigError]) -> T | None:
-    """The result of some work; None where it fails, which is then one more of ``problems``, about ``field``."""
+    """Return the result of ``work``; if it fails, None, and append the error to ``problems`` under ``field``."""
     try:
         return work()
     except SDSearchError as error:
@@ -69,16 +69,16 @@ def attempt(work: Callable[[], T], field: str, problems: list[ConfigError]) -> T
 
 
 def refuse_start(config: RunConfig) -> None:
-    """Refuse to start this rank.
+    """Raise all ``start_problems`` of this machine, with the ranks that torchrun started.
 
     Raises:
-        ConfigError: there are ``start_problems`` on this machine, with the ranks that torchrun has started.
+        ConfigError: there is a problem.
     """
     raise_problems(start_problems(config, Allocation.from_environment(torch.cuda.device_count())))
 
 
 def start_problems(config: RunConfig, allocation: Allocation) -> list[ConfigError]:
-    """List what every rank sees by itself: missing files, settings that do not fit model, nodes or GPUs."""
+    """List problems that every rank can see: missing files, settings that do not fit model, nodes or GPUs."""
     problems = [*file_problems(config), *allocation_problems(config, allocation)]
     hf_config = _read_hf_config(config.model.hf_dir, problems)
     if hf_config is None:
@@ -91,9 +91,9 @@ def start_problems(config: RunConfig, allocation: Allocation) -> list[ConfigErro
 
 
 def read_files(config: RunConfig) -> RunFiles:
-    """Read the files of a run and look for problems in them; megatron is imported for ``model.megatron_dir`` alone.
+    """Read the files of a run and find problems in them; imports megatron only for ``model.megatron_dir``.
 
-    Files that are not there are left to ``start_problems``.
+    Missing files are left to ``start_problems``.
     """
     problems: list[ConfigError] = []
 
@@ -144,7 +144,7 @@ def _read_renderer(config: RunConfig) -> Renderer:
 
 
 def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[ConfigError]:
-    """Names and sizes alone: numbers that are not finite are found when the model is loaded."""
+    """Check names and shapes; loading the model checks that numbers are finite."""
     problems: list[ConfigError] = []
     hf_dir, megatron_dir = config.model.hf_dir, config.model.megatron_dir
 
@@ -157,7 +157,7 @@ def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[Con
             raise ConfigError("model.hf_dir", problem, "take config.json and weights from the same model")
 
     def check_megatron(folder: Path) -> None:
-        from megatron_sdsearch.model.megatron_folder import MegatronFolder  # its reader costs a second
+        from megatron_sdsearch.model.megatron_folder import MegatronFolder  # takes a second
 
         check_weights(MegatronFolder(folder, hf_config), hf_config, folder)
 
@@ -186,7 +186,7 @@ def _tokenizer_problems(renderer: Renderer, hf_config: PretrainedConfig) -> list
 def _rollout_problems(
     config: RunConfig, renderer: Renderer, train: Sequence[Question], heldout: Sequence[Question]
 ) -> list[ConfigError]:
-    """Questions suffice for a step, at least one prompt of each file can be asked, and observations have room."""
+    """Check for enough questions for a step, a usable prompt in each file, and room for observations."""
     problems: list[ConfigError] = []
     profile, rollout = get_profile(config.data.prompt_profile), config.rollout
     per_step, field = config.data.questions_per_step, "data.questions_per_step"
@@ -205,7 +205,7 @@ def _rollout_problems(
 def _demonstration_problems(
     config: RunConfig, renderer: Renderer, demonstrations: Sequence[Demonstration]
 ) -> list[ConfigError]:
-    """Demonstrations act as the profile does, and the longest of them fit a microbatch."""
+    """Check that demonstrations follow the profile, and that the longest fit in a microbatch."""
     problems: list[ConfigError] = []
     budget, profile = config.train.max_tokens_per_microbatch, get_profile(config.data.prompt_profile)
 
@@ -222,7 +222,7 @@ def _demonstration_problems(
 
 
 def _retrieval_problems(retrieval: RetrievalConfig) -> list[ConfigError]:
-    """What can be seen of a remote search engine without asking it; the index of tantivy is its reader's."""
+    """Check a remote search engine's settings without a request; tantivy's index is checked when it is opened."""
     problems: list[ConfigError] = []
     elastic, field = retrieval.elasticsearch, "retrieval.elasticsearch.encoder"
     if retrieval.engine == "http":
@@ -240,4 +240,4 @@ async def _make_client(elastic: ElasticsearchConfig) -> None:
         from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
     except ModuleNotFoundError as error:
         raise client_is_missing(error) from error
-    await ElasticsearchClient(elastic, read_credentials(elastic)).api.close()  # has opened no connection
+    await ElasticsearchClient(elastic, read_credentials(elastic)).api.close()  # opens no connection

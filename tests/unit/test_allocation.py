@@ -115,7 +115,12 @@ def test_roles(
             "rollout.sglang.num_servers",
             "the 4 of 8 of the trainer",
         ),
-        ({}, nodes(2, ranks=9), "--nproc-per-node", "9 trainer processes per node, but 8 GPUs.*SDSEARCH_RANKS_PER_NODE"),
+        (
+            {},
+            nodes(2, ranks=9),
+            "--nproc-per-node",
+            "9 trainer processes per node, but 8 GPUs.*SDSEARCH_RANKS_PER_NODE",
+        ),
         ({"tensor": 8, "pipeline": 3}, nodes(4), "parallel.tensor_model_parallel_size", "= 24 does not divide the 32"),
         ({}, nodes(2, gpus=0), "model.dtype", "without a GPU"),
     ],

@@ -135,7 +135,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(cluster: Cluster, worl
     job.signal("--signal=USR1", "--batch")  # before anything was saved
     assert job.wait(2 * LIMIT_S) == 1, job.output[-6000:]
     assert job.show("Restarts") == "1"
-    assert f"job {job.number} has begun 1 times at step 0 and saved nothing beyond it" in job.output
+    assert f"job {job.number} has started 1 times at step 0 without saving a later one" in job.output
 
 
 def test_scancel_saves_and_does_not_requeue(cluster: Cluster, world: Path, tmp_path: Path) -> None:

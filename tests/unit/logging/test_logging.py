@@ -349,6 +349,7 @@ def test_how_many_lost_trajectories_a_number_leaves_out_stands_behind_it() -> No
     first, second = out.getvalue().splitlines()
     assert "reward 0.500 (3 lost)  held-out EM 0.250 (19 lost)" in first
     assert "lost" not in second
+    assert "forward KL 0.12500" in second
 
 
 def test_the_time_left_of_a_resumed_run_counts_its_own_steps() -> None:

@@ -18,7 +18,7 @@ def saved(run_dir: Path, step: int) -> None:
 
 def test_starts_without_progress_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     assert [count_start(tmp_path, 7, restart, 2) for restart in (0, 1)] == [0, 0]
-    with pytest.raises(TrainingError, match="job 7 has begun 2 times at step 0"):
+    with pytest.raises(TrainingError, match="job 7 has started 2 times at step 0"):
         count_start(tmp_path, 7, 2, 2)
 
 
