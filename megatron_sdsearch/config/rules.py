@@ -246,7 +246,9 @@ def _command_problems(command: tuple[str, ...], environment: dict[str, str]) -> 
         yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
     elif shutil.which(command[0], path=path) is None:  # it starts with this environment's PATH
         problem = f"{command[0]} is not a program" + (f" in {path}" if path else " here")
-        fix = "give a path that exists (on a CPU, `make .sglang/.installed` installs one), or attach to rollout.sglang.urls"
+        fix = (
+            "give an existing path (on a CPU, `make .sglang/.installed` installs one), or attach to rollout.sglang.urls"
+        )
         yield ConfigError(f"{field}[0]", problem, fix)
 
 
@@ -256,7 +258,7 @@ def model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
         yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
     dtype = "bfloat16" if has_gpu else "float32"
     if model.dtype != dtype and not (has_gpu and model.layer_spec == "local"):
-        reason = "with transformer-engine, which has no packed float32 attention" if has_gpu else "without a GPU"
+        reason = "with transformer-engine, which has no packed fp32 attention" if has_gpu else "without a GPU"
         yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={dtype}")
 
 
