@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_sdsearch.check.contents import check_contents
@@ -17,7 +18,7 @@ from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.training.preflight import attempt, read_files, start_problems
 
 # To add a part, add its function here.
-PARTS: tuple[Callable[[RunUnderTest], Iterable[Finding]], ...] = (
+PARTS: Sequence[Callable[[RunUnderTest], Iterable[Finding]]] = (
     check_contents,
     check_sizes,
     check_storage,
@@ -54,22 +55,16 @@ def run_checks(
     refused = [*start_problems(config, cluster), *files.problems]
     found = [*errors({str(problem): problem for problem in refused}.values())]  # both report config.json
     fields = {problem.field for problem in refused}
-    found += [
-        finding for finding in _waste(run) if finding.severity is not Severity.WARNING or finding.field not in fields
-    ]
+    # Training would not notice what follows.
+    waste = [warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(config)]
+    waste += chain.from_iterable(part(run) for part in PARTS)
+    found += [finding for finding in waste if finding.severity is not Severity.WARNING or finding.field not in fields]
     # Findings about a default that replaced a refused value mean nothing.
     defaults = {problem.field for problem in problems}
     findings += [replace(f, section=_section_of(f.field)) for f in found if f.field not in defaults]
     sections = list(dict.fromkeys(finding.section for finding in findings))
     findings.sort(key=lambda finding: (sections.index(finding.section), list(Severity).index(finding.severity)))
     return Report(findings=findings, cluster=cluster.description)
-
-
-def _waste(run: RunUnderTest) -> Iterator[Finding]:
-    """Find problems that training would not notice."""
-    yield from (warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(run.config))
-    for part in PARTS:
-        yield from part(run)
 
 
 def _section_of(field: str) -> str:

@@ -144,7 +144,7 @@ class ObjectiveConfig(Section):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus. AutoRefine uses 0.001."""
     importance_correction: Literal["none", "truncate", "mask"] = "none"
-    """Correction for engines whose log-probabilities differ from the trainer's, with r = exp(old - rollout) per token:
+    """Correction for an engine with other log-probabilities than the trainer's, with r = exp(old - rollout) per token:
     ``truncate`` weighs tokens by min(r, cap); ``mask`` by r, and drops tokens outside [1/cap, cap]."""
     importance_cap: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 2.0
     """Cap of ``importance_correction``."""
@@ -237,7 +237,7 @@ class CheckpointConfig(Section):
     async_save: bool = True
     """Continue training while files are written; costs a copy of the rank's state in host memory."""
     verify: bool = True
-    """On loading, compare the checksums of all files, of ``model.hf_dir`` and of the questions with the manifest."""
+    """Compare, when loading, the checksums of all files, of ``model.hf_dir`` and of the questions with the manifest."""
     fallback: bool = False
     """Continue from an older checkpoint when the newest is damaged; otherwise that is an error."""
     export_hf: bool = True
@@ -254,5 +254,5 @@ class TelemetryConfig(Section):
     trajectories: bool = True
     """Write every trajectory of every step to ``run_dir/trajectories`` as JSONL."""
     query_probe: bool = False
-    """At the first distilling step, search for queries sampled from teacher and student at the student's prefixes, and
-    log both hit rates."""
+    """Sample queries from teacher and student at the student's prefixes, at the first distilling step only, search for
+    them, and log both hit rates."""

@@ -68,7 +68,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_INT)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """torch takes 64 bits, and megatron adds a few thousand; 32-bit generators get the seed modulo 2**32."""
 Seconds = Annotated[float, Field(gt=0.0, le=1e9)]
-"""At most 30 years: C clocks overflow soon after."""
+"""Limited to 30 years: C clocks overflow soon after."""
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]

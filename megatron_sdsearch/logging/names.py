@@ -84,7 +84,7 @@ GRAD_NORM: Final = "loss/grad_norm"
 #: Nats: absolute difference between the log-probabilities of engine and trainer, mean over policy tokens. This and the
 #: next three are weighted as the loss is, summed over microbatches and ranks, and averaged over the step's updates.
 ROLLOUT_GAP: Final = "loss/rollout_gap"
-#: Share of policy tokens whose gap exceeds loss.grpo.LARGE_GAP = 0.1 nats.
+#: Share of policy tokens with a gap above loss.grpo.LARGE_GAP = 0.1 nats.
 ROLLOUT_GAP_SHARE: Final = "loss/rollout_gap_share"
 #: Nats: k3 estimate of KL(engine || trainer).
 ROLLOUT_K3: Final = "loss/rollout_k3"

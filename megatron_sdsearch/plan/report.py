@@ -169,13 +169,11 @@ def plan_run(
 
 def plan_layout(estimator: Estimator, layout: Layout) -> Candidate:
     """Plan memory and, on GPUs, time of one layout."""
-    gpu, step = estimator.gpu, estimator.step
-    gpu_bytes = None if gpu.is_cpu else gpu.memory_bytes
+    step, gpu_bytes = estimator.step, None if estimator.gpu.is_cpu else estimator.gpu.memory_bytes
     memory = busiest_rank(plan_memory(estimator.config, estimator.shape, layout, step=step, gpu_bytes=gpu_bytes))
-    if gpu_bytes is None:
-        return Candidate(layout=layout, memory=memory, phases_s={}, why_not=None)
-    phases_s = estimator.phases(layout, memory.kv_tokens)
-    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=memory.why_not(gpu_bytes))
+    phases_s = {} if gpu_bytes is None else estimator.phases(layout, memory.kv_tokens)
+    why_not = None if gpu_bytes is None else memory.why_not(gpu_bytes)
+    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=why_not)
 
 
 def other_layouts(config: RunConfig, shape: ModelShape, given: Layout, ranks_per_node: int) -> Iterator[Layout]:
