@@ -218,7 +218,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "error",
         "rollout.sglang.command[0]",
         "nosuchprogram is not a program",
-        "path that exists",
+        "existing path",
     ),
     (
         (BF16, *SGLANG, "rollout.sglang.tp_size=4"),

@@ -350,7 +350,7 @@ def test_only_checks_for_the_store_instead_of_the_corpus(tmp_path: Path) -> None
     ("setting", "fix"),
     [
         ("retrieval.replay.max_mb=4096", "the store keeps every answer"),
-        ("retrieval.replay.fingerprint=dict", "record each engine into a store of its own"),
+        ("retrieval.replay.fingerprint=dict", "record each engine in its own"),
         ("retrieval.elasticsearch.dfs=false", "an index of one shard"),
     ],
 )
