@@ -1,6 +1,6 @@
-"""Which nodes and GPUs train, and which run SGLang servers: the one place that divides an allocation.
+"""Divide an allocation: nodes and GPUs that train, and those that run SGLang servers.
 
-``train``, ``serve``, ``check``, ``plan`` and ``slurm/prepare.py`` read the roles from here and refuse the same misfits.
+``train``, ``serve``, ``check``, ``plan`` and ``slurm/prepare.py`` all use these roles and raise the same errors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ class Allocation:
     Attributes:
         num_nodes: all nodes, including those that only serve.
         gpus_per_node: 0 without GPUs.
-        num_sglang_nodes: the last so many nodes only run servers, which ``slurm/train.sh`` starts.
-        ranks_per_node: trainer ranks on each other node; None means one for each GPU that servers leave, or one on CPU.
+        num_sglang_nodes: the last nodes, which only run servers; ``slurm/train.sh`` starts them.
+        ranks_per_node: trainer ranks on each other node; None means one per GPU that servers leave, or one on CPU.
     """
 
     num_nodes: int = 1
     gpus_per_node: int
     num_sglang_nodes: int = 0
     ranks_per_node: int | None = None
+
+    @property
+    def has_gpu(self) -> bool:
+        """True when the trainer computes on GPUs."""
+        return self.gpus_per_node > 0
 
     @classmethod
     def from_environment(cls, gpus_per_node: int, environment: Mapping[str, str] = os.environ) -> Allocation:
@@ -50,7 +55,7 @@ class Servers:
         num: all servers.
         tp_size: GPUs of each.
         placement: where these GPUs are.
-        num_nodes: nodes on which `serve` runs; 0 for attached servers and for those that the first rank starts.
+        num_nodes: nodes on which `serve` runs; 0 for attached servers and for those that rank 0 starts.
     """
 
     num: int
@@ -61,12 +66,12 @@ class Servers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
-    """What the nodes of an allocation do.
+    """Roles of the nodes of an allocation.
 
     Attributes:
         train_nodes: nodes with trainer ranks, the first ones.
         ranks_per_node: ranks on each of them.
-        servers: None where no SGLang server is sampled from.
+        servers: None when the run does not sample from SGLang.
     """
 
     train_nodes: int
@@ -85,7 +90,7 @@ def servers_on_node(sglang: SGLangConfig, num_gpus: int) -> int:
 
 
 def gpus_beside_ranks(config: RunConfig, num_sglang_nodes: int = 0) -> int:
-    """GPUs of the first rank's node that its own servers take from the trainer."""
+    """GPUs of rank 0's node that its own servers take from the trainer."""
     sglang = config.rollout.sglang
     is_taken = config.samples_from_sglang and not (sglang.urls or sglang.colocated or num_sglang_nodes)
     return sglang.num_servers * sglang.tp_size if is_taken else 0
@@ -113,18 +118,17 @@ def assign_roles(config: RunConfig, allocation: Allocation) -> Roles:
 
 
 def allocation_problems(config: RunConfig, allocation: Allocation) -> list[ConfigError]:
-    """List what keeps a run from starting on an allocation: its nodes, its GPUs, the parallel sizes, the hardware."""
+    """List what keeps a run from starting on an allocation: nodes, GPUs, parallel sizes, hardware."""
     if problems := _node_problems(config, allocation):
-        return problems  # there are no roles to speak of
-    if allocation.gpus_per_node:
+        return problems  # no roles can be assigned
+    has_gpu, parallel, world_size = allocation.has_gpu, config.parallel, assign_roles(config, allocation).world_size
+    if has_gpu:
         problems = _gpu_problems(config, allocation)
-    parallel, world_size = config.parallel, assign_roles(config, allocation).world_size
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tensor * pipeline):
-        problem = f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the {world_size} ranks"
-        fix = f"start torchrun with --nproc-per-node a multiple of {tensor * pipeline}, or change parallel.*"
+    if world_size % (size := parallel.model_parallel_size):
+        product = f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
+        problem = f"{product} = {size} does not divide the {world_size} ranks"
+        fix = f"start torchrun with --nproc-per-node a multiple of {size}, or change parallel.*"
         problems.append(ConfigError("parallel.tensor_model_parallel_size", problem, fix))
-    has_gpu = allocation.gpus_per_node > 0
     problems += model_problems(config.model, has_gpu)
     if parallel.distributed_optimizer and not has_gpu:
         problem = "true without a GPU, where its checkpoints would be wrong (megatron-core with torch's AdamW)"
@@ -138,39 +142,39 @@ def _node_problems(config: RunConfig, allocation: Allocation) -> list[ConfigErro
     field, sglang = "SDSEARCH_SGLANG_NODES", config.rollout.sglang
     num_nodes, wanted = allocation.num_nodes, allocation.num_sglang_nodes
     if not 0 <= wanted < num_nodes:
-        fix = f"set it to at most {num_nodes - 1}, or take more nodes (sbatch --nodes)"
+        fix = f"set it to at most {num_nodes - 1}, or request more nodes (sbatch --nodes)"
         return [ConfigError(field, f"{wanted} of {num_nodes} nodes leave none to train on", fix)]
     starts_on_nodes = config.samples_from_sglang and not sglang.urls and not sglang.colocated
     if wanted and not starts_on_nodes:
-        problem = f"{wanted}, and the run starts no servers on nodes of their own"
+        problem = f"{wanted}, but the run starts no servers on nodes of their own"
         fix = "set it to 0, or set rollout.engine=sglang without rollout.sglang.urls and rollout.sglang.colocated"
         return [ConfigError(field, problem, fix)]
     if starts_on_nodes and num_nodes > 1 and not wanted:
-        problem = f"0, and servers that the first of {num_nodes} nodes starts listen on its 127.0.0.1"
+        problem = f"0, but servers that the first of {num_nodes} nodes starts listen only on its 127.0.0.1"
         fix = "let slurm/train.sh start them: set it (or --sglang-nodes) to a number of nodes, or set "
         return [ConfigError(field, problem, f"{fix}rollout.sglang.colocated=true; or set rollout.sglang.urls")]
     return []
 
 
 def _gpu_problems(config: RunConfig, allocation: Allocation) -> list[ConfigError]:
-    """List what ranks and own servers do not find on a node with GPUs."""
+    """List misfits of ranks, own servers and the GPUs of a node."""
     num_gpus, roles, problems = allocation.gpus_per_node, assign_roles(config, allocation), []
     ranks, servers = roles.ranks_per_node, roles.servers
     if servers is not None and not config.rollout.sglang.urls:
         is_colocated = servers.placement == "colocated"
         room = ranks if is_colocated else num_gpus - (allocation.ranks_per_node or 1)
         if servers.tp_size > num_gpus:
-            problem = f"{servers.tp_size} GPUs of a server, and nodes have {num_gpus}"
+            problem = f"{servers.tp_size} GPUs per server, but nodes have {num_gpus}"
             problems.append(ConfigError("rollout.sglang.tp_size", problem, "lower it"))
-        # On one node num_servers is read; on several each node that serves holds as many as fit.
+        # On several nodes num_servers is not read: each serving node holds as many as fit.
         elif allocation.num_nodes == 1 and servers.num * servers.tp_size > room:
             problem = f"{servers.num} servers x {servers.tp_size} GPUs are more than the {max(0, room)} of {num_gpus} "
             problem += "of the trainer" if is_colocated else "that the trainer leaves"
             fix = "lower it or rollout.sglang.tp_size, start fewer ranks, set rollout.sglang.colocated=true, or attach"
             problems.append(ConfigError("rollout.sglang.num_servers", problem, f"{fix} to rollout.sglang.urls"))
-            return problems  # a number of ranks that follows from it says nothing new
+            return problems  # the number of ranks follows from it
     if not 1 <= ranks <= num_gpus:
         fix = f"start {num_gpus} per node, or fewer (slurm/train.sh: SDSEARCH_RANKS_PER_NODE)"
-        problem = f"{ranks} trainer processes per node and {num_gpus} GPUs: each takes one"
+        problem = f"{ranks} trainer processes per node, but {num_gpus} GPUs: each takes one"
         problems.append(ConfigError("--nproc-per-node", problem, fix))
     return problems

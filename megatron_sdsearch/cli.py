@@ -1,8 +1,8 @@
 """The command line: ``train``, ``evaluate``, ``report``, ``check``, ``plan`` and ``serve``.
 
-Exit codes: 0 done, or saved and stopped as Ctrl-C or another signal asked (``run_dir/stopped.json`` tells which); 1 the
-run failed; 2 the command or the configuration is wrong; 130 Ctrl-C where there was nothing to save. Of ``check``: 0
-nothing but notes; 1 warnings, and a run would start; 2 errors, it would fail.
+Exit codes: 0 done, or saved and stopped by Ctrl-C or another signal (named in ``run_dir/stopped.json``); 1 the run
+failed; 2 the command or the configuration is wrong; 130 Ctrl-C with nothing to save. For ``check``: 0 only notes; 1
+warnings, the run would start; 2 errors, it would fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, ParamSpec
 
@@ -39,27 +39,28 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 _FOLLOWED_S = 5
 _INTERRUPTED = 130
-_LOST_PEER = "another rank has gone: its own message, or torchrun's report, says why"
-# Of gloo and of torch's store; of NCCL.
+_LOST_PEER = "another rank has died: see its message, or torchrun's report"
+# Messages of gloo, of torch's store, and of NCCL.
 _PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+_say = partial(print, flush=True)
 P = ParamSpec("P")
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command that ends with one message and an exit code when it fails, said by one rank."""
+    """Register a command; when it fails, one rank prints one message, and all exit with a code."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # every rank leaves
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # every rank exits
             _fail(error, failure=2 if function.__name__ in ("check", "report") else 1)
 
     return app.command()(run)
 
 
 def home_path(path: Path | None) -> Path | None:
-    """Callback of an option that is a path: a shell does not expand the ``~`` of ``--model=~/x``."""
+    """Expand a path option; shells do not expand the ``~`` of ``--model=~/x``."""
     try:
         return None if path is None else Path(expand_home(str(path)))
     except ValueError as error:
@@ -74,11 +75,11 @@ OverridesArgument = Annotated[
 
 @command
 def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Train to the configured number of steps, from the newest checkpoint of the run's folder if there is one."""
+    """Train to the configured number of steps; continues from the newest checkpoint of the run's folder."""
     loaded = load_config(config, overrides or [])
     from megatron_sdsearch.training.preflight import refuse_start
 
-    refuse_start(loaded)  # again in the loop; here before the seconds that importing megatron takes
+    refuse_start(loaded)  # the loop checks again, but only after importing megatron, which takes seconds
     check_run_dir(loaded.run_dir)
     is_main = _rank() == 0
     if is_main:
@@ -101,7 +102,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(callback=home_path, help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
     overrides: OverridesArgument = None,
 ) -> None:
-    """Evaluate an exported model on ``data.heldout``, greedily, by stock transformers; one JSON object."""
+    """Evaluate an exported model on ``data.heldout`` greedily with transformers; prints one JSON object."""
     loaded = load_config(config, overrides or [])
     from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 
@@ -117,36 +118,40 @@ def report(
         Path | None, typer.Option(help="The page's file  [default: RUN_DIR/report.html]", callback=home_path)
     ] = None,
 ) -> None:
-    """Write the page of a run, whether it is going, was stopped or killed, failed, or has finished; prints its path."""
+    """Write the page of a running, stopped, killed, failed or finished run; prints its path."""
     from megatron_sdsearch.report.page import write_page
 
     try:
         print(write_page(run_dir, out))
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; give the folder of a run that may be read") from error
+        raise DataError(f"{error.filename}: {error.strerror}; give a run's folder that you may read") from error
 
 
 @command
 def check(  # noqa: PLR0913 (one parameter per option of the command)
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    online: Annotated[bool, typer.Option("--online", help="Ask the search engine and SGLang servers, too.")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Also send requests to the search engine and SGLang servers.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-    nodes: Annotated[int | None, typer.Option(min=1, help="All of the allocation; else Slurm's, else 1.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Else Slurm's, else this machine's.")] = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=1, help="As of torchrun; else one per free GPU.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="All nodes; default: Slurm's, else 1.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Default: Slurm's, else this machine's.")] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="As for torchrun; default: one per free GPU.")
+    ] = None,
     sglang_nodes: Annotated[
         int | None,
-        typer.Option(min=0, help="Of --nodes, that serve and do not train; else SDSEARCH_SGLANG_NODES, else 0."),
+        typer.Option(min=0, help="Those of --nodes that only serve; default: SDSEARCH_SGLANG_NODES, else 0."),
     ] = None,
     device: Annotated[
         Literal["gpu", "cpu"] | None,
-        typer.Option(help="That trains; else gpu where GPUs are visible, else by model.dtype."),
+        typer.Option(help="Device that trains; default: gpu where GPUs are visible, else by model.dtype."),
     ] = None,
 ) -> None:
-    """Find what would fail or be wasted, all of it, before a GPU is taken; needs none, and writes nothing.
+    """List everything that would fail or be wasted, without a GPU and without writing anything.
 
-    Exit codes: 0 nothing but notes; 1 warnings: the run would start; 2 errors: it would fail.
+    Exit codes: 0 only notes; 1 warnings: the run would start; 2 errors: it would fail.
     """
     from megatron_sdsearch.check.run import run_checks
     from megatron_sdsearch.check.run_under_test import ClusterOptions
@@ -170,47 +175,52 @@ def check(  # noqa: PLR0913 (one parameter per option of the command)
 def plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    nodes: Annotated[int, typer.Option(min=1, help="all of the allocation, those with servers alone too")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="with --hardware cpu: processes")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="all nodes, including those that only serve")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="with --hardware cpu, processes")] = 8,
     sglang_nodes: Annotated[
         int,
-        typer.Option(min=0, envvar="SDSEARCH_SGLANG_NODES", help="of --nodes, the last so many serve and do not train"),
+        typer.Option(min=0, envvar="SDSEARCH_SGLANG_NODES", help="last of --nodes, which only serve"),
     ] = 0,
     hardware: Annotated[
         str | None,
-        typer.Option(help="h100, h800, h200, a100, or cpu (memory alone); else h100, cpu for model.dtype=float32"),
+        typer.Option(help="h100, h800, h200, a100, or cpu (only memory); default: h100, cpu for model.dtype=float32"),
     ] = None,
     assume: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="e.g. response_tokens=200; see docs/planning.md")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
-    """Memory per GPU and seconds per step of a run, before it is started; faster layouts of the same GPUs.
+    """Plan a run's memory per GPU and seconds per step, and find faster layouts of the same GPUs.
 
-    Of the model's folder config.json is enough.
+    Only config.json of the model's folder is needed.
     """
     from megatron_sdsearch.allocation import Allocation
-    from megatron_sdsearch.plan.report import plan_config
+    from megatron_sdsearch.model.hf_config import load_hf_config
+    from megatron_sdsearch.model.shape import ModelShape
+    from megatron_sdsearch.plan.report import plan_run
 
     allocation = Allocation(num_nodes=nodes, gpus_per_node=gpus_per_node, num_sglang_nodes=sglang_nodes)
-    planned = plan_config(load_config(config, overrides or []), allocation, hardware, assume or [])
+    loaded = load_config(config, overrides or [])
+    shape = ModelShape.from_hf_config(load_hf_config(loaded.model.hf_dir))
+    planned = plan_run(loaded, shape, allocation, hardware=hardware, assumptions=assume or [])
     print(json.dumps(planned.to_dict()) if as_json else planned.to_text())
 
 
 @command
 def serve(
     config: ConfigArgument,
-    host: Annotated[str, typer.Option(help="address of this node that every rank of the trainer reaches")],
+    host: Annotated[str, typer.Option(help="address of this node that all trainer ranks can reach")],
     urls_file: Annotated[
-        Path, typer.Option(callback=home_path, help="gets one url a line when all servers serve; gone at the end")
+        Path,
+        typer.Option(callback=home_path, help="written when all servers serve, one url per line; removed at the end"),
     ],
     overrides: OverridesArgument = None,
     log_dir: Annotated[
-        Path | None, typer.Option(callback=home_path, help="of server_*.log  [default: run_dir/logs]")
+        Path | None, typer.Option(callback=home_path, help="folder of server_*.log  [default: run_dir/logs]")
     ] = None,
-    index: Annotated[int, typer.Option(min=0, help="of this node among those with servers, from 0")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="number of this node among those with servers, from 0")] = 0,
 ) -> None:
-    """Run SGLang servers on this node's GPUs until SIGTERM, for a trainer that attaches by rollout.sglang.urls."""
+    """Run SGLang servers on this node's GPUs until SIGTERM; a trainer attaches by rollout.sglang.urls."""
     loaded = load_config(config, overrides or [])
     raise_problems(file_problems(loaded))
     from megatron_sdsearch.sglang.serve import serve as run_servers
@@ -219,23 +229,23 @@ def serve(
 
 
 def main() -> None:
-    """Entry point of ``sdsearch`` and ``python -m megatron_sdsearch``."""
+    """Run ``sdsearch`` or ``python -m megatron_sdsearch``."""
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_StandardError()]
     )
-    # megatron says at import, many times over, which GPU libraries it goes without, and announces its own renames.
+    # At import megatron warns repeatedly about missing GPU libraries and its own renames.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)  # at each resume
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)  # on resume
     app()
 
 
 def _fail(error: BaseException, *, failure: int) -> NoReturn:
-    """Print what went wrong if no other rank has failed before, leave it to torchrun, and exit.
+    """Print the error unless another rank failed before, pass it to torchrun, and exit.
 
     Args:
-        error: that ended the command.
-        failure: the exit code for whatever is neither ConfigError nor DataError.
+        error: the error that ended the command.
+        failure: exit code of errors other than ConfigError and DataError.
     """
     message, code = f"{type(error).__name__}: {error}", failure
     if isinstance(error, KeyboardInterrupt):
@@ -245,54 +255,53 @@ def _fail(error: BaseException, *, failure: int) -> NoReturn:
     if isinstance(error, (ConfigError, DataError)):
         code = 2
     elif isinstance(error, RuntimeError) and _PEER_IS_GONE.search(str(error)):
-        message = _LOST_PEER  # a collective broke: that rank, or what ended it, is the cause
+        message = _LOST_PEER  # a broken collective: the cause is on the other rank
     elif not isinstance(error, SDSearchError):
         message = "".join(traceback.format_exception(error)).rstrip()
     is_first = _is_first_to_fail()
     if is_first:
         print(message, file=sys.stderr)
-    # A lost peer's launcher knows what became of it, and sees it in the next seconds.
-    _leave_to_torchrun(message if is_first else _LOST_PEER, is_cause=is_first and message != _LOST_PEER)
+    _report_to_torchrun(message if is_first else _LOST_PEER, is_cause=is_first and message != _LOST_PEER)
     _exit(code)
 
 
-def _leave_to_torchrun(message: str, *, is_cause: bool) -> None:
-    """Write the error where torchrun looks for it, as torch's ``record`` does, which ``os._exit`` would pass by.
+def _report_to_torchrun(message: str, *, is_cause: bool) -> None:
+    """Write torchrun's error file, as torch's ``record`` does, which ``os._exit`` bypasses.
 
-    torchrun reports the failure with the earliest time, in whole seconds: that of a rank that only followed is later.
+    torchrun reports the failure with the earliest time, in whole seconds, so ranks that only followed get a later one.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     when = int(time.time()) + (0 if is_cause else _FOLLOWED_S)
     extra = {"py_callstack": message, "timestamp": str(when)}
-    with suppress(OSError):  # it is torchrun's own folder; the message has been printed
+    with suppress(OSError):  # the message has been printed
         Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _is_first_to_fail() -> bool:
-    """True on one rank only, the first to ask.
+    """Return True on one rank only, the first to call this.
 
-    Before ``init_process_group`` a node's first rank prints at once; the others wait, for torchrun ends all ranks when
-    one exits, and print only if they are still running then: the failure is theirs alone.
+    Before ``init_process_group``, local rank 0 prints at once and the others wait: torchrun ends all ranks when one
+    exits, so a rank that is still running after that is the only one that failed.
     """
-    dist = sys.modules.get("torch.distributed")  # not loaded: a command without torch, or too early to have met
+    dist = sys.modules.get("torch.distributed")  # None in a command that has not loaded torch
     if dist is None or not dist.is_initialized():
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(HEAD_START_S)
         return True
     try:
         return bool(dist.distributed_c10d._get_default_store().add("megatron_sdsearch/failed", 1) == 1)
-    except RuntimeError:  # the store went down with its host: better said twice than not at all
+    except RuntimeError:  # the store's host is gone: better printed twice than not at all
         return True
 
 
 def _exit(code: int) -> NoReturn:
-    """Leave at once: destructors of process groups would wait for peers that are gone."""
+    """Exit at once: destructors of process groups would wait for peers that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():
-        child.kill()  # would outlive us and hold our output open
+        child.kill()  # children would outlive this process and keep its output open
     os._exit(code)
 
 
@@ -300,20 +309,16 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _first_line(config: Path, loaded: RunConfig) -> str:
     world, parallel = int(os.environ.get("WORLD_SIZE", "1")), loaded.parallel
-    replicas = world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    replicas = world // parallel.model_parallel_size
     ranks = f"{world} rank{'s' if world > 1 else ''}"
     layout = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x DP {replicas}"
     return f"sdsearch train: {config} -> {loaded.run_dir}; {ranks}: {layout}"
 
 
 def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
-    """How the run ended, what it left and where, and what to do next."""
+    """Describe the end of the run, its output, and the next command."""
     from megatron_sdsearch.model.checkpoint_folder import folder_name
     from megatron_sdsearch.report.page import PAGE_FILE
     from megatron_sdsearch.training.run_record import config_path
@@ -322,14 +327,14 @@ def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
     if outcome.stopped_by:
         saved = f"saved and stopped at step {step}" if step else "stopped before the first step, with nothing to save"
         return [f"{saved} ({outcome.stopped_by}); the same command continues from here"]
-    lines = [f"finished at step {step}: raise train.num_steps to go on"]
+    lines = [f"finished at step {step}: raise train.num_steps to continue"]
     if outcome.summary is not None:
         lines = [f"WARNING: {line}" for line in idle_step_warnings(read_metrics(run_dir))]
     hf_dir, resolved = run_dir / "hf", config_path(run_dir)
     checkpoint = run_dir / "checkpoints" / folder_name(step)
     outputs = {"page": run_dir / PAGE_FILE, "model": hf_dir, "checkpoint": checkpoint}
     named = {name: str(path) for name, path in outputs.items() if path.exists()}
-    if hf_dir.exists() and config.train.mode == "warm_start":
+    if hf_dir.exists() and not config.is_rl:
         named["next"] = f"train with model.hf_dir={hf_dir}"
     elif hf_dir.exists() and config.data.heldout is not None and resolved.exists():
         named["next"] = shlex.join(["sdsearch", "evaluate", str(resolved), "--model", str(hf_dir)])
@@ -337,10 +342,10 @@ def _last_lines(config: RunConfig, outcome: Outcome) -> list[str]:
 
 
 class _StandardError(logging.Handler):
-    """Writes to what ``sys.stderr`` is at the time: the progress display takes its place, to keep the bar whole."""
+    """Writes to the current ``sys.stderr``, which the progress display replaces to keep its bar intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; a stream that cannot be written is no reason to end a run."""
+        """Write one record; an unwritable stream must not end a run."""
         try:
             print(self.format(record), file=sys.stderr, flush=True)
         except Exception:  # noqa: BLE001

@@ -1,16 +1,16 @@
 """Every error that this package raises on purpose.
 
 SDSearchError
-|-- ConfigError             a setting is wrong: names the field, the value and the fix; exit code 2
+|-- ConfigError             a setting is wrong: names field, value and fix; exit code 2
 |-- DataError               a file with questions, passages or weights is wrong: names file and line; exit code 2
 |-- RetrievalError          the search engine failed (never: it found nothing)
-|   `-- RetrievalDownError      no search has succeeded for long: the run stops
+|   `-- RetrievalDownError      no search has succeeded for a long time: the run stops
 |-- EngineError             the rollout engine failed or refused a request
-|   |-- ServerRefusedError      a server answered no: the same request would be refused again
-|   `-- ServerUnavailableError  no usable answer: another server, or the same one later, may give it
+|   |-- ServerRefusedError      a server refused a request, and would refuse it again
+|   `-- ServerUnavailableError  no usable answer: another server may give it, or this one later
 |-- AlignmentError          teacher and student disagree about a response token: a bug, never data
 |-- TrainingError           the update cannot go on (loss not finite, too many failed searches)
-|-- StorageError            a file of the run cannot be written: the disk is full, or may not be written
+|-- StorageError            a file of the run cannot be written: full disk or no permission
 |-- CheckpointError         a checkpoint is missing, incomplete or does not fit
 `-- VerificationError       a converted model does not compute what its source does
 """
@@ -18,11 +18,11 @@ SDSearchError
 from collections.abc import Iterable
 
 HEAD_START_S = 5.0
-"""Seconds that other ranks wait before they report a failure of which rank 0 may know the cause."""
+"""Seconds that other ranks wait before they report a failure: rank 0 may have its cause."""
 
 
 class SDSearchError(Exception):
-    """Base of all errors raised on purpose; its text is one message for the person at the terminal."""
+    """Base of all errors raised on purpose; its text is one message for the user."""
 
 
 class ConfigError(SDSearchError):
@@ -49,9 +49,9 @@ class RetrievalError(SDSearchError):
     """The search engine failed. "No hits" is not an error and never looks like one.
 
     Attributes:
-        query: that was not answered, whole; None when the error is not about one.
-        num_attempts: requests that carried it.
-        cause: of the last attempt; the message names it, too.
+        query: the whole query that failed; None when the error is not about one.
+        num_attempts: requests that contained it.
+        cause: why the last attempt failed; also part of the message.
     """
 
     def __init__(self, message: str, *, query: str | None = None, num_attempts: int = 0, cause: str = "") -> None:
@@ -62,7 +62,7 @@ class RetrievalError(SDSearchError):
 
 
 class RetrievalDownError(RetrievalError):
-    """No search has succeeded for ``down_timeout_s``: ends the run, not one trajectory."""
+    """No search has succeeded for ``down_timeout_s``; ends the run, not just one trajectory."""
 
 
 class EngineError(SDSearchError):
@@ -70,10 +70,10 @@ class EngineError(SDSearchError):
 
 
 class ServerRefusedError(EngineError):
-    """A sampling server understood and said no; never retried.
+    """A sampling server refused a request; never retried.
 
     Attributes:
-        status: of the HTTP answer; 200 when its body says that it did not succeed.
+        status: HTTP status; 200 when only the body reports the failure.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -82,10 +82,10 @@ class ServerRefusedError(EngineError):
 
 
 class ServerUnavailableError(EngineError):
-    """A sampling server could not be reached, failed, or answered with something that is no answer.
+    """A sampling server could not be reached, failed, or gave an unusable answer.
 
     Attributes:
-        is_timeout: it did not answer in time, so that it may still be at work on the request.
+        is_timeout: it did not answer in time, and may still be processing the request.
     """
 
     def __init__(self, message: str, *, is_timeout: bool = False) -> None:
@@ -98,11 +98,11 @@ class AlignmentError(SDSearchError):
 
 
 class TrainingError(SDSearchError):
-    """Training cannot go on without doing harm."""
+    """Training cannot continue without doing harm."""
 
 
 class StorageError(SDSearchError):
-    """A file of the run cannot be written; names it and the room that is left. What was written before is unharmed."""
+    """A file of the run cannot be written; names it and the free space. Earlier contents are unharmed."""
 
 
 class CheckpointError(SDSearchError):
@@ -110,7 +110,7 @@ class CheckpointError(SDSearchError):
 
 
 class ContinuationError(CheckpointError):
-    """A checkpoint is another run's: this configuration does not continue it. Nothing of that run has been touched."""
+    """A checkpoint belongs to another run, which this configuration does not continue; nothing of it was changed."""
 
 
 class VerificationError(SDSearchError):
@@ -118,7 +118,7 @@ class VerificationError(SDSearchError):
 
 
 def cause_of(error: BaseException) -> str:
-    """What an exception of a library says, in one line; its class where it says nothing, as many of sockets do."""
+    """Return a library exception's message on one line, or its class if it has none, as many socket errors."""
     text = " ".join(str(error).split())
     if text:
         return text
@@ -126,7 +126,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def as_config_error(error: SDSearchError, field: str) -> ConfigError:
-    """An error about a file or a server as one about the setting that names it."""
+    """Turn an error about a file or a server into one about the setting that names it."""
     if isinstance(error, ConfigError):
         return error
     # Messages of this project end with their fix, after a semicolon.

@@ -1,4 +1,4 @@
-"""What the files of a run hold: questions that waste it, and how long prompts and observations really are."""
+"""Check the contents of a run's files: useless questions, real lengths of prompts and observations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _NUM_PASSAGES = 200
 
 
 def check_contents(run: RunUnderTest) -> Iterator[Finding]:
-    """Questions, demonstrations, the corpus's first rows, model and tokenizer; that one cannot be read is known."""
+    """Check questions, demonstrations, the corpus's first rows, model and tokenizer; unreadable ones are skipped."""
     config, files = run.config, run.files
-    per_step = config.data.questions_per_step if run.is_rl else config.train.demonstrations_per_step
+    per_step = config.data.questions_per_step if config.is_rl else config.train.demonstrations_per_step
     for field, rows in {"data.train": files.train, "train.demonstrations": files.demonstrations}.items():
         if rows:
             passes = config.train.num_steps * per_step / len(rows)
@@ -36,7 +36,7 @@ def check_contents(run: RunUnderTest) -> Iterator[Finding]:
         yield from _answers(field, questions)
     yield from _overlap(files.train, files.heldout)
     yield from _model(run)
-    if files.renderer is not None and run.is_rl:
+    if files.renderer is not None and config.is_rl:
         yield from _prompts(config, files.renderer, "data.train", files.train)
         if config.evaluation.every:
             heldout = files.heldout[: config.evaluation.num_questions]
@@ -45,12 +45,12 @@ def check_contents(run: RunUnderTest) -> Iterator[Finding]:
 
 
 def _answers(field: str, questions: Sequence[Question]) -> Iterator[Finding]:
-    # SQuAD's normalisation leaves nothing of an answer such as "The", which is then compared as it is written.
+    # SQuAD's normalisation leaves nothing of an answer such as "The", so it is compared verbatim.
     bare = [q for q in questions if not any(normalize_answer(gold) for gold in q.gold_answers)]
     if bare:
         yield warning(
             field,
-            f"{len(bare)} questions whose gold answers are articles and punctuation alone are answered right only "
+            f"{len(bare)} questions have gold answers of only articles and punctuation, which must be matched "
             f"character for character, such as {bare[0].question_id} ({bare[0].gold_answers[0]!r})",
             "remove them, or add an answer in words",
         )
@@ -65,7 +65,7 @@ def _overlap(train: Sequence[Question], heldout: Sequence[Question]) -> Iterator
             "data.heldout",
             f"{len(shared)} of {len(heldout)} held-out questions are training questions, such as "
             f"{shared[0].question_id}: {shared[0].text!r:.80}",
-            "take them out of one of the two files: evaluation would measure memory",
+            "remove them from one of the two files: evaluation would measure memory",
         )
 
 
@@ -77,24 +77,24 @@ def _model(run: RunUnderTest) -> Iterator[Finding]:
     yield note(field, f"{hf_config.model_type}; prompts ({run.config.data.prompt_profile}) are {how}")
     action = parse_action(renderer.token_bytes.lookup(renderer.encode_own("<search> capital of France 1998 </search>")))
     if not action.query_positions:
-        problem = "every token of a search's query shares characters with a tag: there is nothing to distil at"
+        problem = "every token of a search's query shares characters with a tag: nothing can be distilled"
         yield warning(field, problem, "add the tags to the tokenizer as ordinary (not special) tokens")
     configured = getattr(hf_config, "eos_token_id", None)
     eos_ids: set[int] = set(configured if isinstance(configured, list) else () if configured is None else (configured,))
     if not renderer.eos_ids:
-        problem = "no end-of-sequence token is known: only tags and budgets end a generation"
+        problem = "there is no end-of-sequence token: only tags and budgets end a generation"
         yield warning(field, problem, "set eos_token")
     elif lost := eos_ids - renderer.eos_ids:
         yield warning(
             field,
             f"config.json ends sequences with {sorted(lost)}, the tokenizer with {sorted(renderer.eos_ids)}: the "
-            "former would be sampled on over",
+            "former would not end a generation",
             "list all of them as eos_token_id in generation_config.json",
         )
 
 
 def _prompts(config: RunConfig, renderer: Renderer, field: str, questions: Sequence[Question]) -> Iterator[Finding]:
-    """The longest questions, and others from all over the file."""
+    """Measure the prompts of the longest questions, and of others from the whole file."""
     profile, limit = get_profile(config.data.prompt_profile), config.rollout.max_prompt_tokens
     if not questions or any(prompt_problems(questions, field, renderer, profile, limit)):
         return
@@ -111,7 +111,7 @@ def _prompts(config: RunConfig, renderer: Renderer, field: str, questions: Seque
         effect = "left out of training" if field == "data.train" else "counted as wrong answers"
         yield warning(
             "rollout.max_prompt_tokens",
-            f"{limit}, and {num_over} of {len(lengths)} questions of {field} looked at have longer prompts, such as "
+            f"{limit}, but {num_over} of {len(lengths)} sampled questions of {field} have longer prompts, such as "
             f"{longest} with {lengths[longest]} tokens: they would be {effect}",
             f"set it to at least {lengths[longest]}, or remove them",
         )
@@ -120,7 +120,7 @@ def _prompts(config: RunConfig, renderer: Renderer, field: str, questions: Seque
 
 
 def _turns(config: RunConfig, num_prompt_tokens: int) -> Iterator[Finding]:
-    """How many searches fit when every budget is used up, the last generation included."""
+    """Count the searches that fit when every budget is used up, including the last generation."""
     rollout = config.rollout
     turn = rollout.max_response_tokens + rollout.max_observation_tokens
     fixed = num_prompt_tokens + rollout.max_response_tokens
@@ -128,8 +128,8 @@ def _turns(config: RunConfig, num_prompt_tokens: int) -> Iterator[Finding]:
     if num_turns < rollout.max_turns:
         yield warning(
             "rollout.max_total_tokens",
-            f"{rollout.max_total_tokens} holds {num_turns} searches of full length behind a prompt of "
-            f"{num_prompt_tokens} tokens, and rollout.max_turns is {rollout.max_turns}: long trajectories are cut",
+            f"{rollout.max_total_tokens} holds {num_turns} searches of full length after a prompt of "
+            f"{num_prompt_tokens} tokens, but rollout.max_turns is {rollout.max_turns}: long trajectories are cut",
             f"set it to {fixed + rollout.max_turns * turn}, or lower max_turns, max_response_tokens or "
             "max_observation_tokens",
         )
@@ -150,28 +150,28 @@ def _corpus(run: RunUnderTest) -> Iterator[Finding]:
 
 
 def titles(field: str, rows: Sequence[CorpusRow]) -> Iterator[Finding]:
-    """Prompts show a passage as ``Doc 1(Title: <first line>) <text>``."""
+    """Find passages without a title: prompts show ``Doc 1(Title: <first line>) <text>``."""
     bare = [row for row in rows if not row.title_and_text()[0]]
     if len(bare) * 2 > len(rows):
         yield warning(
             field,
-            f"{len(bare)} of {len(rows)} passages looked at have no title line, such as {bare[0].id}: all of their "
+            f"{len(bare)} of {len(rows)} sampled passages have no title line, such as {bare[0].id}: all of their "
             "text would be shown as a title",
             'write contents as "Title"\\ntext',
         )
 
 
 def cut_observations(run: RunUnderTest, groups: Sequence[Sequence[Passage]]) -> Iterator[Finding]:
-    """Whether most observations would be cut; each group is what one search might return."""
+    """Find out if most observations would be cut; each group is what one search might return."""
     renderer, profile = run.files.renderer, get_profile(run.config.data.prompt_profile)
     limit = run.config.rollout.max_observation_tokens
-    if renderer is None or not run.is_rl:
+    if renderer is None or not run.config.is_rl:
         return
     lengths = [len(renderer.encode(profile.observation(profile.format_passages(group)))) for group in groups]
     if lengths and (typical := int(median(lengths))) > limit:
         yield warning(
             "rollout.max_observation_tokens",
-            f"{limit}, and {max(map(len, groups))} passages take {typical} tokens at the median of {len(lengths)} "
+            f"{limit}, but {max(map(len, groups))} passages take {typical} tokens at the median of {len(lengths)} "
             "samples: most observations are cut, and the last passages never seen",
             f"set it to about {max(lengths)}, or lower retrieval.top_k",
         )

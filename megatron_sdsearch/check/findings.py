@@ -1,4 +1,4 @@
-"""What a check has found, how bad it is, and how it is shown."""
+"""Findings of a check, their severity, and their table."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_sdsearch.errors import ConfigError
 
 
 class Severity(StrEnum):
-    """From worst to best, which is their order on the page."""
+    """Severities from worst to best, their order in the table."""
 
     ERROR = "error"
     """The run would fail, or not start."""
     WARNING = "warning"
-    """It would run, and most likely not do what is wanted."""
+    """The run would start, but most likely not do what is wanted."""
     NOTE = "note"
-    """Good to know."""
+    """Information; nothing to do."""
 
 
 _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
@@ -31,14 +31,14 @@ _STYLES: Final = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severi
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was found.
+    """One problem or note.
 
     Attributes:
         severity: see ``Severity``.
-        field: the setting to look at, dotted.
-        problem: what is wrong, or what was found.
-        fix: what to do about it; notes have none.
-        section: of the check.
+        field: dotted name of the setting concerned.
+        problem: what is wrong, or the text of a note.
+        fix: what to do about it; empty for notes.
+        section: heading in the table.
     """
 
     severity: Severity
@@ -49,17 +49,17 @@ class Finding:
 
 
 def errors(problems: Iterable[ConfigError]) -> Iterator[Finding]:
-    """What training would refuse."""
+    """Turn problems that training would refuse into findings."""
     return (Finding(Severity.ERROR, problem.field, problem.problem, problem.fix) for problem in problems)
 
 
 def warning(field: str, problem: str, fix: str) -> Finding:
-    """What would waste the run, wholly or in part."""
+    """Make a finding about a run that would be wasted, wholly or in part."""
     return Finding(Severity.WARNING, field, problem, fix)
 
 
 def note(field: str, problem: str) -> Finding:
-    """What needs nothing done."""
+    """Make a finding that needs no action."""
     return Finding(Severity.NOTE, field, problem)
 
 
@@ -68,33 +68,33 @@ class Report:
     """All findings of one check.
 
     Attributes:
-        findings: section after section; in each, errors first.
-        cluster: what the run was taken to be meant for, as text.
+        findings: by section; errors first in each.
+        cluster: description of the assumed cluster.
     """
 
     findings: Sequence[Finding]
     cluster: str = ""
 
     def count(self, severity: Severity) -> int:
-        """Findings of that severity."""
+        """Count the findings of a severity."""
         return sum(finding.severity is severity for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
-        """2 with an error, 1 with warnings alone, 0 with neither."""
+        """2 with errors, 1 with only warnings, 0 with neither."""
         if self.count(Severity.ERROR):
             return 2
         return 1 if self.count(Severity.WARNING) else 0
 
     @property
     def summary(self) -> str:
-        """One line that sums it up."""
+        """One line with counts and verdict."""
         counts = {str(severity): self.count(severity) for severity in (Severity.ERROR, Severity.WARNING)}
         verdict = ("ready to run", "the run would start", "the run would fail")[self.exit_code]
         return ", ".join(f"{n or 'no'} {name}{'s' * (n != 1)}" for name, n in counts.items()) + f": {verdict}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the object that ``--json`` prints."""
         return {
             "exit_code": self.exit_code,
             **{f"num_{severity}s": self.count(severity) for severity in Severity},
@@ -103,14 +103,14 @@ class Report:
         }
 
     def page(self) -> Group:
-        """A table, section after section, and the summary."""
+        """Lay out findings by section in a table, then the summary."""
         table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 1))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for section, findings in groupby(self.findings, key=lambda finding: finding.section):
             table.add_row(Text(section, style="bold underline"), "")
             for finding in findings:
-                # Text, not str: a value with square brackets must not be read as markup.
+                # Text, since rich reads square brackets in a str as markup.
                 text = Text(f"{finding.field}: ", style="bold") + Text(finding.problem, style="not bold")
                 if finding.fix:
                     text += Text(f"\n-> {finding.fix}", style="cyan")

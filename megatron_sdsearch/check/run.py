@@ -1,9 +1,10 @@
-"""All parts of a check in turn, none of which depends on another's outcome."""
+"""Run all parts of a check; no part depends on another's outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from megatron_sdsearch.check.contents import check_contents
@@ -16,8 +17,8 @@ from megatron_sdsearch.config import examine_tree, read_tree, setting_warnings
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.training.preflight import attempt, read_files, start_problems
 
-# A further part is one more name; what it finds needs nothing but a RunUnderTest.
-PARTS: tuple[Callable[[RunUnderTest], Iterable[Finding]], ...] = (
+# To add a part, add its function here.
+PARTS: Sequence[Callable[[RunUnderTest], Iterable[Finding]]] = (
     check_contents,
     check_sizes,
     check_storage,
@@ -29,16 +30,16 @@ _SECTIONS = {"parallel": "layout", "--nproc-per-node": "layout", "run_dir": "sto
 def run_checks(
     path: Path, overrides: Sequence[str] = (), *, options: ClusterOptions | None = None, is_online: bool = False
 ) -> Report:
-    """Look at a configuration, the files that it names, and the machine.
+    """Check a configuration, the files that it names, and the machine.
 
     Args:
         path: the YAML file.
-        overrides: as of ``train``.
-        options: what is known of the cluster that it is meant for.
-        is_online: ask servers, too.
+        overrides: ``key=value``, as for ``train``.
+        options: known numbers of the cluster it is meant for.
+        is_online: also send requests to servers.
 
     Returns:
-        Everything that was found; a mistake never ends the check, but for YAML that cannot be read.
+        All findings; only YAML that cannot be read ends the check early.
     """
     problems: list[ConfigError] = []
     tree = attempt(lambda: read_tree(path, overrides), "CONFIG", problems)
@@ -51,26 +52,19 @@ def run_checks(
     cluster = find_cluster(config, options or ClusterOptions())
     files = read_files(config)
     run = RunUnderTest(config=config, cluster=cluster, files=files, is_online=is_online)
-    # Both lists are train's, and both read config.json.
-    refused = [*start_problems(config, cluster.allocation), *files.problems]
-    found = [*errors({str(problem): problem for problem in refused}.values())]
+    refused = [*start_problems(config, cluster), *files.problems]
+    found = [*errors({str(problem): problem for problem in refused}.values())]  # both report config.json
     fields = {problem.field for problem in refused}
-    found += [
-        finding for finding in _waste(run) if finding.severity is not Severity.WARNING or finding.field not in fields
-    ]
-    # A default stands in a refused value's stead: what is found out about that one means nothing.
+    # Training would not notice what follows.
+    waste = [warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(config)]
+    waste += chain.from_iterable(part(run) for part in PARTS)
+    found += [finding for finding in waste if finding.severity is not Severity.WARNING or finding.field not in fields]
+    # Findings about a default that replaced a refused value mean nothing.
     defaults = {problem.field for problem in problems}
     findings += [replace(f, section=_section_of(f.field)) for f in found if f.field not in defaults]
     sections = list(dict.fromkeys(finding.section for finding in findings))
     findings.sort(key=lambda finding: (sections.index(finding.section), list(Severity).index(finding.severity)))
     return Report(findings=findings, cluster=cluster.description)
-
-
-def _waste(run: RunUnderTest) -> Iterator[Finding]:
-    """What training would not notice."""
-    yield from (warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(run.config))
-    for part in PARTS:
-        yield from part(run)
 
 
 def _section_of(field: str) -> str:

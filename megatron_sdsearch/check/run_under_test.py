@@ -1,4 +1,4 @@
-"""What is checked: a run, and the nodes, GPUs and processes that it is meant for, perhaps not those of this machine."""
+"""The run under test: its configuration and files, and the cluster it is meant for, perhaps not this machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _VARIABLES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """What the command line says; None is not said.
+    """Options of the command line; None where one is not given.
 
     Attributes:
-        device: that trains.
-        num_nodes: of the allocation, those with servers alone too.
-        gpus_per_node: of each.
+        device: type of device that trains.
+        num_nodes: all nodes, including those that only serve.
+        gpus_per_node: GPUs of each node.
         ranks_per_node: torchrun's --nproc-per-node.
-        num_sglang_nodes: of them, on which slurm/train.sh starts servers.
+        num_sglang_nodes: nodes on which slurm/train.sh starts servers.
     """
 
     device: Literal["gpu", "cpu"] | None = None
@@ -40,55 +40,34 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """What the run is taken to be meant for.
+class Cluster(Allocation):
+    """The allocation that the run is assumed to get.
 
     Attributes:
-        num_nodes: of the allocation, those with servers alone too.
-        num_sglang_nodes: of them, on which slurm/train.sh starts servers.
-        gpus_per_node: 0 where the trainer computes on CPUs.
-        ranks_per_node: trainer processes on each node that trains.
-        num_idle_gpus: per node, allocated by Slurm although the run was inferred to be for the CPU.
-        description: all of that with where it comes from.
+        ranks_per_node: trainer ranks on each node that trains.
+        num_idle_gpus: GPUs per node that Slurm allocates although the run is assumed to train on CPUs.
+        description: the allocation and the source of each number.
     """
 
-    num_nodes: int
-    num_sglang_nodes: int
-    gpus_per_node: int
     ranks_per_node: int
     num_idle_gpus: int
     description: str
 
     @property
-    def has_gpu(self) -> bool:
-        """The trainer computes on GPUs."""
-        return self.gpus_per_node > 0
-
-    @property
-    def allocation(self) -> Allocation:
-        """Nodes and GPUs, from which the run's roles follow."""
-        return Allocation(
-            num_nodes=self.num_nodes,
-            gpus_per_node=self.gpus_per_node,
-            num_sglang_nodes=self.num_sglang_nodes,
-            ranks_per_node=self.ranks_per_node,
-        )
-
-    @property
     def world_size(self) -> int:
-        """Trainer processes; at least those of one node."""
+        """Trainer ranks; at least those of one node."""
         return max(1, self.num_nodes - self.num_sglang_nodes) * self.ranks_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunUnderTest:
-    """What every part of a check looks at.
+    """Input of every part of a check.
 
     Attributes:
         config: of the run.
-        cluster: that it is meant for.
-        files: what its files hold.
-        is_online: servers may be asked.
+        cluster: the cluster it is meant for.
+        files: contents of its files.
+        is_online: True when requests to servers are allowed.
     """
 
     config: RunConfig
@@ -96,15 +75,10 @@ class RunUnderTest:
     files: RunFiles
     is_online: bool
 
-    @property
-    def is_rl(self) -> bool:
-        """Rollouts are sampled and searched for."""
-        return self.config.train.mode == "rl"
-
 
 def find_cluster(config: RunConfig, options: ClusterOptions, environment: Mapping[str, str] = os.environ) -> Cluster:
-    """Ask the command line first, then torchrun's or Slurm's environment, then this machine; assume what is left."""
-    said = {
+    """Read the command line first, then torchrun's or Slurm's environment, then this machine; assume what is left."""
+    given = {
         "--nodes": options.num_nodes,
         "--gpus-per-node": options.gpus_per_node,
         "--nproc-per-node": options.ranks_per_node,
@@ -112,30 +86,26 @@ def find_cluster(config: RunConfig, options: ClusterOptions, environment: Mappin
     }
     # SLURM_GPUS_PER_NODE may name a type before the number: h100:8.
     numbers = {name: re.search(r"(\d+)$", environment.get(name, "")) for name in _VARIABLES}
-    known = {name: number for name, number in said.items() if number is not None}
+    known = {name: number for name, number in given.items() if number is not None}
     known |= {name: int(match[1]) for name, match in numbers.items() if match}
-    slurm_gpus = known.get("SLURM_GPUS_ON_NODE") or known.get("SLURM_GPUS_PER_NODE") or 0
 
     def first(*names: str) -> tuple[int, str] | None:
         return next(((known[name], name) for name in names if name in known), None)
 
     sglang_nodes, _ = first("--sglang-nodes", "SDSEARCH_SGLANG_NODES") or (0, "")
-    known |= {name: known[name] + sglang_nodes for name in ("GROUP_WORLD_SIZE",) if name in known}  # those that train
-    nodes, nodes_source = first("--nodes", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "GROUP_WORLD_SIZE") or (
-        1 + sglang_nodes,
-        "assumed",
-    )
+    if "GROUP_WORLD_SIZE" in known:
+        known["GROUP_WORLD_SIZE"] += sglang_nodes  # torchrun only counts the nodes that train
+    assumed = 1 + sglang_nodes, "assumed"
+    nodes, nodes_source = first("--nodes", "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "GROUP_WORLD_SIZE") or assumed
     training_nodes = max(1, nodes - sglang_nodes)
     has_gpu, device_source = _find_device(config, options)
     gpus, gpus_source = 0, ""
     if has_gpu:
-        gpus, gpus_source = first("--gpus-per-node", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE") or (
-            torch.cuda.device_count(),
-            "this machine",
-        )
+        here = torch.cuda.device_count(), "this machine"
+        gpus, gpus_source = first("--gpus-per-node", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE") or here
     server_gpus = gpus_beside_ranks(config, sglang_nodes)
-    per_replica = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    assumed = -(-per_replica // training_nodes), "assumed: the fewest that parallel.* allows"
+    fewest = -(-config.parallel.model_parallel_size // training_nodes)
+    assumed = fewest, "assumed: the fewest that parallel.* allows"
     if gpus:
         assumed = max(1, gpus - server_gpus), "all GPUs that servers leave over" if server_gpus else "all GPUs"
     ranks, ranks_source = first("--nproc-per-node", "LOCAL_WORLD_SIZE") or assumed
@@ -143,6 +113,7 @@ def find_cluster(config: RunConfig, options: ClusterOptions, environment: Mappin
         gpus, gpus_source = ranks + server_gpus, "assumed: as many as are used"
     devices = f"{gpus} GPUs each ({gpus_source})" if has_gpu else "no GPU"
     is_cpu_assumed = not has_gpu and options.device is None and options.gpus_per_node is None
+    slurm_gpus = known.get("SLURM_GPUS_ON_NODE") or known.get("SLURM_GPUS_PER_NODE") or 0
     return Cluster(
         num_nodes=nodes,
         num_sglang_nodes=sglang_nodes,
@@ -162,5 +133,5 @@ def _find_device(config: RunConfig, options: ClusterOptions) -> tuple[bool, str]
         return options.gpus_per_node > 0, "" if options.gpus_per_node else " (--gpus-per-node 0)"
     if torch.cuda.is_available():
         return True, ""
-    # A login node sees no GPU, whatever was allocated. Each type of device trains in one dtype alone.
+    # A login node has no GPU, whatever was allocated; but GPUs train in bfloat16 and CPUs in float32.
     return config.model.dtype == "bfloat16", f" (assumed from model.dtype={config.model.dtype})"

@@ -1,4 +1,4 @@
-"""Search engine and SGLang servers: the index, free ports; with ``--online`` what servers say and answer."""
+"""Check search engine and SGLang servers: the index, free ports, and with ``--online`` the servers' answers."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from megatron_sdsearch.training.retrievers import open_retriever
 
 _NUM_QUERIES = 20
 _HASHED_OFFLINE_BYTES = 1 << 30
-"""Reading more takes longer than a check may."""
+"""Larger files take too long to read for an offline check."""
 _ANSWER_S = 10.0
 
 
 def check_servers(run: RunUnderTest) -> Iterator[Finding]:
-    """The engines that the run searches with and samples from."""
+    """Check the engines that the run searches with and samples from."""
     retrieval = run.config.retrieval
     if retrieval is not None and retrieval.replay.mode != "only":
         is_wrong = any(problem.field.startswith("retrieval.") for problem in run.files.problems)
         if retrieval.engine == "tantivy":
             yield from _index(run, retrieval)
         elif not run.is_online:
-            yield note("retrieval.engine", f"{retrieval.engine} was not asked; --online does")
+            yield note("retrieval.engine", f"{retrieval.engine} was not contacted; use --online")
         elif not is_wrong:
             yield from _ask(run, retrieval, f"retrieval.{retrieval.engine}")
     if not run.config.samples_from_sglang:
         return
     sglang, problems = run.config.rollout.sglang, list[ConfigError]()
     if sglang.urls and not run.is_online:
-        yield note("rollout.sglang.urls", f"{len(sglang.urls)} servers were not asked; --online does")
+        yield note("rollout.sglang.urls", f"{len(sglang.urls)} servers were not contacted; use --online")
     elif sglang.urls:
         for url in sglang.urls:
             yield from _attached(run, url)
@@ -55,13 +55,13 @@ def check_servers(run: RunUnderTest) -> Iterator[Finding]:
 
 
 def _index(run: RunUnderTest, retrieval: RetrievalConfig) -> Iterator[Finding]:
-    """Training builds an index by itself; a check leaves no files behind."""
+    """Look for the index; training builds a missing one, but a check writes no files."""
     corpus, field, problems = retrieval.corpus, "retrieval.corpus", list[ConfigError]()
     if corpus is None or not corpus.exists():
         return
     root = index_root(corpus, retrieval.index)
     if not run.is_online and corpus.stat().st_size > _HASHED_OFFLINE_BYTES:
-        yield note(field, f"too large to compare with the indices in {root}; --online does")
+        yield note(field, f"too large to compare offline with the indices in {root}; use --online")
         return
     index = find_built(root, sha256_of_corpus(corpus), retrieval.analyzer)
     manifest = None if index is None else Manifest.read(index)
@@ -73,12 +73,12 @@ def _index(run: RunUnderTest, retrieval: RetrievalConfig) -> Iterator[Finding]:
     attempt(lambda: check_writable(root, corpus, "retrieval.index"), "retrieval.index", problems)
     yield from errors(problems)
     if not problems:
-        problem = f"no {retrieval.analyzer} index in {root} yet: training builds it; tools/index_corpus.py would"
+        problem = f"no {retrieval.analyzer} index in {root} yet: training builds it, or tools/index_corpus.py"
         yield note(field, problem)
 
 
 def _ask(run: RunUnderTest, retrieval: RetrievalConfig, field: str) -> Iterator[Finding]:
-    """The engine's version and size, and questions as queries."""
+    """Check the engine's version and size, and search for questions."""
     questions, problems = (run.files.train or run.files.heldout)[:_NUM_QUERIES], list[ConfigError]()
     answers = attempt(lambda: asyncio.run(_search(retrieval, questions)), field, problems)
     yield from errors(problems)
@@ -118,8 +118,8 @@ def _ask(run: RunUnderTest, retrieval: RetrievalConfig, field: str) -> Iterator[
 async def _search(
     retrieval: RetrievalConfig, questions: Sequence[Question]
 ) -> tuple[int | None, str, list[Sequence[Passage]]]:
-    """Passages in the engine, a warning of its version, and what each question finds, all asked at once."""
-    without_store = retrieval.model_copy(update={"replay": ReplayConfig()})  # which stays as it is
+    """Return the number of passages, a warning about the version, and the passages found for each question."""
+    without_store = retrieval.model_copy(update={"replay": ReplayConfig()})  # which a check does not change
     retriever = await open_retriever(without_store)
     try:
         found = await asyncio.gather(*(retriever.search(q.text, top_k=retrieval.top_k) for q in questions))
@@ -129,19 +129,19 @@ async def _search(
 
 
 def _attached(run: RunUnderTest, url: str) -> Iterator[Finding]:
-    """An attached SGLang server: its model, and its settings as training asks for them."""
+    """Check model and settings of an attached SGLang server."""
     field, problems = "rollout.sglang.urls", list[ConfigError]()
     obstacle = attempt(lambda: find_obstacle(url, _ANSWER_S), field, problems)
     if obstacle:
         problem = f"{url}/model_info does not answer: {obstacle}"
-        problems.append(ConfigError(field, problem, "start it, or give another address"))
+        problems.append(ConfigError(field, problem, "start it, or correct the address"))
     if problems:
         yield from errors(problems)
         return
     server = SGLangServer(url, timeout_s=_ANSWER_S)
     served = attempt(lambda: asyncio.run(server.call("/model_info")), field, [])
     yield from errors(_model_problems(run, url, served or {}))
-    fix = "attach to SGLang itself, with no router in between"
+    fix = "attach to SGLang itself, without a router in between"
     try:
         info = asyncio.run(server.call("/server_info"))
     except EngineError as error:
@@ -150,11 +150,11 @@ def _attached(run: RunUnderTest, url: str) -> Iterator[Finding]:
     yield note(field, f"{url} is SGLang {info.get('version')}")
     yield from errors(server_problems(run.config, url, info))
     if not isinstance(info.get("max_req_input_len"), int):
-        yield warning(field, f"{url} does not tell how long a request it takes (max_req_input_len)", fix)
+        yield warning(field, f"{url} does not report its longest request (max_req_input_len)", fix)
 
 
 def _model_problems(run: RunUnderTest, url: str, info: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Weights are sent into the served model: it must have the policy's shapes."""
+    """Check that the served model has the policy's shapes, since it receives the policy's weights."""
     field, fix, hf_config = "rollout.sglang.urls", "start it with model.hf_dir", run.files.hf_config
     if info.get("is_generation") is False:
         yield ConfigError(field, f"{url} serves an embedding model", "start it with the policy's model")

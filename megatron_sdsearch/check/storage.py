@@ -1,4 +1,4 @@
-"""The run's folder: what is in it already, and room for what the run will write."""
+"""Check the run's folder: its contents, and space for what the run will write."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megatron_sdsearch.training.preflight import attempt
 from megatron_sdsearch.training.run_lock import check_run_dir, live_run
 
 _TRAJECTORY_TOKEN_BYTES = 17
-"""Measured on the tiny world: ids, log-probabilities and text of 192 trajectories."""
+"""Bytes per token in a trajectory file, measured on 192 trajectories of examples/tiny."""
 
 
 def check_storage(run: RunUnderTest) -> Iterator[Finding]:
-    """What is there, and what there is room for."""
+    """Check that ``run_dir`` can be used, continued from, and has space."""
     config, problems = run.config, list[ConfigError]()
     attempt(lambda: check_run_dir(config.run_dir), "run_dir", problems)
     if problems:
@@ -43,14 +43,14 @@ def check_storage(run: RunUnderTest) -> Iterator[Finding]:
     elif candidates is not None and ((config.run_dir / METRICS_FILE).exists() or step_files(config.run_dir)):
         yield warning(
             "run_dir",
-            f"{config.run_dir} holds metrics or trajectories of a run without a checkpoint: they would be deleted",
-            "take another run_dir, or move them away if you want to keep them",
+            f"{config.run_dir} has metrics or trajectories of a run without a checkpoint: they would be deleted",
+            "use another run_dir, or move them away to keep them",
         )
     yield from _room(config, run.files.hf_config)
 
 
 def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding]:
-    """As training looks for it: the newest, or, with ``checkpoint.fallback``, the newest that is whole."""
+    """Check the checkpoint that training would load: the newest, or with ``checkpoint.fallback`` the newest whole."""
     for folder in candidates:
         try:
             manifest = _read_whole_manifest(folder)
@@ -59,7 +59,7 @@ def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding
                 fix = "restore it, or set checkpoint.fallback=true"
                 yield from errors([ConfigError("run_dir", str(error), fix)])
                 return
-            yield warning("run_dir", str(error), "restore it, or let checkpoint.fallback pass it over")
+            yield warning("run_dir", str(error), "restore it, or let checkpoint.fallback skip it")
             continue
         parts = (str(error).rpartition(": ") for error in continuation_problems(folder, manifest, config))
         problems = [ConfigError("run_dir", problem, fix) for problem, _, fix in parts]
@@ -67,12 +67,12 @@ def _newest_whole(candidates: list[Path], config: RunConfig) -> Iterator[Finding
         step, last = manifest["step"], config.train.num_steps
         if not problems and step == last:
             problem = f"{folder} is the end of a run of {last} steps: nothing is left to train"
-            yield warning("run_dir", problem, "raise train.num_steps, or take another run_dir")
+            yield warning("run_dir", problem, "raise train.num_steps, or use another run_dir")
         elif not problems:
-            yield note("run_dir", f"the run goes on from step {step} of {last} ({folder})")
+            yield note("run_dir", f"the run continues from step {step} of {last} ({folder})")
         return
     problem = "no checkpoint of this run is whole"
-    yield from errors([ConfigError("run_dir", problem, "restore one, or take another run_dir")])
+    yield from errors([ConfigError("run_dir", problem, "restore one, or use another run_dir")])
 
 
 def _read_whole_manifest(folder: Path) -> dict[str, Any]:
@@ -84,46 +84,46 @@ def _read_whole_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _room(config: RunConfig, hf_config: PretrainedConfig | None) -> Iterator[Finding]:
-    """Checkpoints, folders of weights and trajectories against the disk, less what is there already."""
+    """Compare the size of checkpoints, weights and trajectories, less what is there already, with the free space."""
     if hf_config is None or hf_config_problems(hf_config):
         return
     num_parameters = ModelShape.from_hf_config(hf_config).num_params
     writable_parent = nearest_existing(config.run_dir)
     free = shutil.disk_usage(writable_parent).free
-    # With Adam's two moments in fp32; bf16 keeps the weights in fp32 as well.
+    # Weights and Adam's two moments in fp32; bf16 also has fp32 weights.
     weight_bytes, checkpoint_bytes = (4, 12) if config.model.dtype == "float32" else (2, 14)
     weights, checkpoint = num_parameters * weight_bytes, num_parameters * checkpoint_bytes
     num_kept, num_folders = _num_kept(config), int(config.checkpoint.export_hf)
     if config.samples_from_sglang and config.rollout.sglang.weight_sync == "disk":
-        num_folders += 2  # the published one, and the next
+        num_folders += 2  # the published one and the next
     needed = num_kept * checkpoint + num_folders * weights
     folders = (config.run_dir / name for name in ("checkpoints", "weights", "hf"))
     written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     trajectories = 0
-    if config.train.mode == "rl" and config.telemetry.trajectories:
-        num_trajectories = config.train.num_steps * config.data.questions_per_step * config.rollout.group_size
+    if config.is_rl and config.telemetry.trajectories:
+        num_trajectories = config.train.num_steps * config.trajectories_per_step
         trajectories = num_trajectories * config.rollout.max_total_tokens * _TRAJECTORY_TOKEN_BYTES
     problem = (
         f"{num_kept} checkpoints of {format_bytes(checkpoint)} and {num_folders} folders of weights of "
         f"{format_bytes(weights)} make {format_bytes(needed)}, "
-        f"of which {format_bytes(min(written, needed))} are there; "
+        f"of which {format_bytes(min(written, needed))} exist; "
         f"trajectories at most {format_bytes(trajectories)} more; {format_bytes(free)} are free on {writable_parent}"
     )
     missing = max(0, needed - written)
     if missing > free:
-        fix = "free some, take a run_dir on another file system, or lower checkpoint.keep_last"
+        fix = "free some space, use a run_dir on another file system, or lower checkpoint.keep_last"
         yield from errors([ConfigError("run_dir", problem, fix)])
     elif missing + trajectories > free:
-        yield warning("run_dir", problem, "free some, or set telemetry.trajectories=false")
+        yield warning("run_dir", problem, "free some space, or set telemetry.trajectories=false")
     else:
         yield note("run_dir", problem)
 
 
 def _num_kept(config: RunConfig) -> int:
-    """Checkpoints at one time: those that stay, the best one, and the one that is being written."""
+    """Count the checkpoints that exist at one time, including the best and the one being written."""
     checkpoint, num_steps = config.checkpoint, config.train.num_steps
     num_saved = -(-num_steps // checkpoint.every) if checkpoint.every else 1
     if checkpoint.every_minutes:
-        num_saved = num_steps  # each step may take longer
+        num_saved = num_steps  # each step may take longer than that
     num_for_good = num_steps // checkpoint.keep_every if checkpoint.keep_every else 0
     return min(num_saved, checkpoint.keep_last + num_for_good + int(checkpoint.keep_best)) + 1

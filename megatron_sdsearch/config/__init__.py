@@ -1,7 +1,7 @@
 """The run's settings: frozen sections, read from YAML with dotted overrides, checked before anything slow starts.
 
-Every default is the paper's or AutoRefine's recipe where one is published; where neither says, the comment gives the
-reason. Relative paths are taken from the working directory, and ``~`` is a home directory. Nothing here imports torch.
+Defaults are the paper's or AutoRefine's where they are published; otherwise the setting's docstring gives the reason.
+Relative paths start at the working directory, and ``~`` is expanded. Nothing here imports torch.
 """
 
 from megatron_sdsearch.config.loading import examine_tree, load_config, parse_config, read_tree
@@ -14,7 +14,7 @@ from megatron_sdsearch.config.retrieval import (
     RetrieveServerConfig,
 )
 from megatron_sdsearch.config.rollout import RolloutConfig, SGLangConfig
-from megatron_sdsearch.config.rules import file_problems, is_server_url, no_model, setting_warnings
+from megatron_sdsearch.config.rules import file_problems, no_model, setting_warnings
 from megatron_sdsearch.config.run import RunConfig
 from megatron_sdsearch.config.sections import (
     CheckpointConfig,
@@ -22,7 +22,6 @@ from megatron_sdsearch.config.sections import (
     HindsightConfig,
     ModelConfig,
     ObjectiveConfig,
-    OptimizerConfig,
     ParallelConfig,
 )
 from megatron_sdsearch.config.types import expand_home, path_argument, shown_url
@@ -34,7 +33,6 @@ __all__ = [
     "HindsightConfig",
     "ModelConfig",
     "ObjectiveConfig",
-    "OptimizerConfig",
     "ParallelConfig",
     "RemoteSearchConfig",
     "ReplayConfig",
@@ -49,7 +47,6 @@ __all__ = [
     "file_problems",
     "flatten",
     "is_secret",
-    "is_server_url",
     "load_config",
     "no_model",
     "parse_config",

@@ -49,11 +49,11 @@ def parse_config(tree: Any) -> RunConfig:
 def examine_tree(tree: Any) -> tuple[RunConfig | None, list[ConfigError]]:
     """Validate a plain nested dict as far as possible.
 
-    Refused values give way to their defaults, so that the others can be looked at as well: such a configuration is for
-    looking at, never for training.
+    Refused values are replaced by their defaults, so that the others can be checked as well: such a configuration is
+    for inspection, never for training.
 
     Returns:
-        The configuration, None where nothing can be made of it; and everything that is wrong with it.
+        The configuration, or None if a required setting is unusable; and all problems.
     """
     if not isinstance(tree, dict):
         problem = ConfigError("CONFIG", "is not a mapping of sections", "start from examples/tiny/config.yaml")
@@ -61,7 +61,7 @@ def examine_tree(tree: Any) -> tuple[RunConfig | None, list[ConfigError]]:
     problems: list[ConfigError] = []
     try:
         config = RunConfig.model_validate(tree)
-    except ValidationError as error:  # its text has no values, its ``errors()`` have
+    except ValidationError as error:  # its text has no values, but ``errors()`` does
         refused = error.errors(include_url=False)
         problems = [ConfigError(*_describe(dict(item))) for item in refused]
         tree = deepcopy(tree)
@@ -69,18 +69,18 @@ def examine_tree(tree: Any) -> tuple[RunConfig | None, list[ConfigError]]:
             _remove(tree, item["loc"])
         try:
             config = RunConfig.model_validate(tree)
-        except ValidationError:  # something is missing that has no default
+        except ValidationError:  # a required setting is missing
             return None, problems
-    # What a rule says of a default in a refused value's stead means nothing.
+    # A rule's verdict on a default that replaced a refused value means nothing.
     refused_fields = {problem.field for problem in problems}
     return config, problems + [p for p in setting_problems(config) if p.field not in refused_fields]
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
-    """The nested dict that a YAML file and its overrides come to, before anything in it is checked.
+    """Merge a YAML file and its overrides into a nested dict, without checking any value.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML, or an override is no ``key=value``.
+        ConfigError: the file is missing or not YAML, or an override is not ``key=value``.
     """
     try:
         path = Path(expand_home(str(path)))
@@ -95,14 +95,14 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, TypeError, ValueError) as error:
-        # Without its cause, which would show values in a traceback.
+        # ``from None``: the cause would show values in a traceback.
         raise ConfigError(str(path), _yaml_problem(error), "fix the YAML or the override") from None
 
 
 def _check_override(override: str, number: int) -> None:
-    """Refuse what is not ``key=value``; it is shown whole only where it can hold no secret.
+    """Refuse what is not ``key=value``; show it only if it cannot hold a secret.
 
-    A shell makes two arguments of ``password= secret``: an argument that begins with no section is not shown either.
+    A shell splits ``password= secret`` into two arguments, so an argument without a section's name is not shown either.
     """
     key = re.split(r"[\s:=]", override, maxsplit=1)[0]
     shown = f"number {number}"
@@ -112,13 +112,13 @@ def _check_override(override: str, number: int) -> None:
         raise ConfigError("override", f"{shown} is not key=value", "write e.g. objective.alpha=0, without spaces")
     try:
         OmegaConf.from_dotlist([override])
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: a number of 5,000 digits
-        problem = f"{shown} is no YAML: {_yaml_problem(error)}"
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # ValueError: a number of 5,000 digits
+        problem = f"{shown} is not YAML: {_yaml_problem(error)}"
         raise ConfigError(override.partition("=")[0], problem, "quote or fix its value") from None
 
 
 def _yaml_problem(error: Exception) -> str:
-    """What is wrong with some YAML, in one line, without a value that may be a secret."""
+    """Describe a YAML error in one line, without values that may be secrets."""
     text = " ".join(str(error).split())
     key = str(getattr(error, "full_key", None) or "")
     if key and is_secret(key) and "Environment variable" not in text:
@@ -127,7 +127,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _remove(tree: dict[str, Any], location: Sequence[int | str]) -> None:
-    """Take a value away; for one inside a list the whole list goes."""
+    """Remove a value; for one inside a list, the whole list."""
     section: Any = tree
     *outer, last = location
     for name in outer:
@@ -139,7 +139,7 @@ def _remove(tree: dict[str, Any], location: Sequence[int | str]) -> None:
 
 
 def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
-    """Field, problem and fix of what pydantic refuses; shows no value that may be a secret."""
+    """Return field, problem and fix of one of pydantic's errors, without values that may be secrets."""
     path, value = [str(part) for part in item["loc"]], item["input"]
     field, fix = ".".join(path), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
@@ -153,7 +153,7 @@ def _describe(item: dict[str, Any]) -> tuple[str, str, str]:
         problem = f"{types.get(type(value), 'this')} is not valid (not shown: it may hold a secret)"
         return field, problem, "write it in quotes" if isinstance(value, int | float) else fix
     if item["type"] == "tuple_type" and isinstance(value, str):
-        return field, f"{shown_url(value)!r} is no list", f"write [{shown_url(value)}]"
+        return field, f"{shown_url(value)!r} is not a list", f"write [{shown_url(value)}]"
     return field, f"{shown_url(repr(value))} is not valid", fix
 
 
@@ -161,12 +161,12 @@ def _describe_unknown_key(path: Sequence[str]) -> tuple[str, str, str]:
     section = section_at(path[:-1])
     known = list(section.model_fields) if section is not None else []
     name, colon, _ = path[-1].partition(":")
-    if colon:  # what follows is a value, which may be a secret
+    if colon:  # the value that follows may be a secret
         return ".".join([*path[:-1], name]), "unknown key", f"write a space after the colon: {name}: ..."
     field = ".".join(path)
     if field in RENAMED:
         return field, "was renamed", f"write {RENAMED[field]}"
     if field in DROPPED:
-        return field, "is no setting any more", DROPPED[field]
+        return field, "was removed", DROPPED[field]
     near = difflib.get_close_matches(name, known, n=1)
     return field, "unknown key", f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

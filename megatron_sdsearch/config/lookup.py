@@ -1,4 +1,4 @@
-"""Settings by their dotted names: earlier names, defaults, and which may hold a secret."""
+"""Look up settings by their dotted names: earlier names, defaults, and which may hold a secret."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ RENAMED = {
     "parallel.sequence": "parallel.sequence_parallel",
     "rollout.sglang.tensor": "rollout.sglang.tp_size",
 }
-"""Settings of earlier versions, and what they are called now; a setting that has gone has its reason in ``DROPPED``."""
+"""Renamed settings and their new names."""
 DROPPED: dict[str, str] = {
-    "rollout.oversample": "leave it out: groups are no fair sample of the questions with it",
-    "retrieval.elasticsearch.dfs": "drop it; an index of one shard (tools/index_corpus.py --shards 1) has exact scores",
-    "retrieval.replay.fingerprint": "drop it, and record each engine into a store of its own (retrieval.replay.store)",
-    "retrieval.replay.max_mb": "drop it: the store keeps every answer, about 1.3 kB each; delete it to begin anew",
+    "rollout.oversample": "remove it: its groups were a biased sample of the questions",
+    "retrieval.elasticsearch.dfs": "remove it: an index of one shard (index_corpus.py --shards 1) has exact scores",
+    "retrieval.replay.fingerprint": "remove it, and record each engine in its own retrieval.replay.store",
+    "retrieval.replay.max_mb": "remove it: the store keeps every answer, about 1.3 kB each; delete it to start over",
 }
-"""Settings of earlier versions without a successor, and what to do instead."""
+"""Removed settings, and what to do instead."""
 
 _SECRET_NAME = re.compile(r"password|passwd|secret|credential|api[-_]?key|_key\b|_token\b", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"--[a-z-]*(api-key|token|password)\b|://[^/\s]*@", re.IGNORECASE)
@@ -32,12 +32,12 @@ _MAY_HOLD_API_KEY = "rollout.sglang.arguments"
 
 
 def with_current_names(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings of an earlier version under their names of today, without those that have gone."""
+    """Rename an earlier version's flat settings to their names of today; removed ones are left out."""
     return {RENAMED.get(name, name): value for name, value in flat.items() if name not in DROPPED}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, names joined by dots; lists stay as they are."""
+    """Flatten nested mappings, with names joined by dots; lists stay as they are."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -48,7 +48,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def default_of(name: str) -> Any:
-    """A setting's default as JSON has it; None for a name within a mapping, which is empty by default."""
+    """Return a setting's default in JSON's types; None for a name inside a mapping, which is empty by default."""
     *outer, last = name.split(".")
     section = section_at(outer)
     if section is None:
@@ -58,7 +58,7 @@ def default_of(name: str) -> Any:
 
 
 def section_at(path: Sequence[str]) -> type[BaseModel] | None:
-    """The section at a path; None where the path leads to a setting that is no section, such as a mapping."""
+    """Return the section at a path; None where the path leads to a setting, such as a mapping."""
     section: type[BaseModel] = RunConfig
     for part in path:
         sections = _sections_in(section.model_fields[part].annotation)
@@ -69,14 +69,14 @@ def section_at(path: Sequence[str]) -> type[BaseModel] | None:
 
 
 def is_secret(name: str, value: object = None) -> bool:
-    """Whether a setting, or for a section anything in it, may hold a secret, and is not to be shown.
+    """Tell whether a setting (of a section: anything in it) may hold a secret, and must not be shown.
 
     True for ``rollout.sglang.environment.HF_TOKEN``, for arguments with ``--api-key``, for a URL with a user in it, and
-    for what pydantic has masked.
+    for values that pydantic has masked.
 
     Args:
-        name: dotted; of an unknown name its section decides. A whole ``key=value`` is searched for secrets as well.
-        value: where it is known. Arguments of servers are secret only by their values, or while these are unknown.
+        name: dotted; for an unknown name its section decides. A whole ``key=value`` is searched for secrets as well.
+        value: if known. Arguments of servers are secret only by their values, or while these are unknown.
     """
     if name.startswith(_MAY_HOLD_API_KEY) and value is None:
         return True
@@ -91,7 +91,7 @@ def is_secret(name: str, value: object = None) -> bool:
 
 
 def shown_command(command: Sequence[str]) -> str:
-    """A command line without the values of flags that hold secrets."""
+    """Join a command line, with the values of flags that hold secrets masked."""
     shown: list[str] = []
     for argument in command:
         flag, equals, _ = argument.partition("=")
@@ -103,7 +103,7 @@ def shown_command(command: Sequence[str]) -> str:
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation names: one, or none."""
+    """Return the sections that an annotation names: one, or none."""
     return [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
 
 

@@ -1,4 +1,4 @@
-"""``retrieval``: the search engine, and the store of what it answered."""
+"""Section ``retrieval``: the search engine, and the store of its recorded answers."""
 
 from __future__ import annotations
 
@@ -11,78 +11,83 @@ from megatron_sdsearch.config.types import HomePath, NonNegativeFloat, PositiveI
 
 
 class RemoteSearchConfig(Section):
-    """How a search engine on other machines is asked; by one rank."""
+    """Requests of one rank to a search engine on other machines."""
 
     username: str | None = None
-    """For HTTP's basic authentication. Elasticsearch: else ELASTICSEARCH_USERNAME."""
+    """User for HTTP basic authentication. Elasticsearch falls back to ELASTICSEARCH_USERNAME."""
     password: SecretStr | None = None
-    """``${oc.env:NAME}`` takes it from the environment. Elasticsearch: else ELASTICSEARCH_PASSWORD."""
+    """Password, e.g. ``${oc.env:NAME}`` for a variable. Elasticsearch falls back to ELASTICSEARCH_PASSWORD."""
     timeout_s: Seconds = 30.0
-    """One request."""
+    """Timeout of one request."""
     max_attempts: PositiveInt = 5
-    """Requests that may carry one query; those during an outage do not count."""
+    """Attempts per query; those during an outage do not count."""
     down_timeout_s: Seconds = 120.0
-    """Nothing was answered for so long: the run stops."""
+    """The run stops when no search has succeeded for this long."""
     max_requests: PositiveInt = 16
-    """Open at one time."""
+    """Most concurrent requests."""
     batch_queries: PositiveInt = 64
-    """The most in one request."""
+    """Most queries per request."""
     batch_window_ms: NonNegativeFloat = 5.0
-    """How long the first query of a request waits for others."""
+    """Milliseconds that the first query of a request waits for others."""
 
 
 class ElasticsearchConfig(RemoteSearchConfig):
-    """A cluster, and how it is asked."""
+    """An Elasticsearch cluster and the search in it."""
 
     urls: tuple[Url, ...] = ("http://127.0.0.1:9200",)
+    """Addresses of the cluster's nodes."""
     index: str = "wiki-18"
-    """Index or alias."""
+    """Name of the index, or an alias of it."""
     mode: Literal["bm25", "dense", "hybrid"] = "bm25"
+    """``bm25``: lexical. ``dense``: by the encoder's embeddings. ``hybrid``: both, fused by rank."""
     fields: Literal["contents", "title_and_text"] = "contents"
-    """What BM25 matches: the whole passage, or title and text as two fields."""
+    """Text that BM25 matches: the whole passage, or title and text as two fields."""
     encoder: HomePath | None = None
-    """Folder of a text encoder, for ``dense`` and ``hybrid``: with sentence-transformers' module files, whose pooling,
-    prompts and normalisation hold, or without any an E5 model."""
+    """Folder of a text encoder, for ``dense`` and ``hybrid``. With sentence-transformers' module files, their pooling,
+    prompts and normalisation apply; without them it must be an E5 model."""
     api_key: SecretStr | None = None
-    """Else ELASTICSEARCH_API_KEY."""
+    """API key; falls back to ELASTICSEARCH_API_KEY."""
     ca_file: HomePath | None = None
-    """Certificate of the authority that signed the cluster's; the system's authorities by default."""
+    """CA certificate for TLS; the system's by default."""
 
 
 class RetrieveServerConfig(RemoteSearchConfig):
-    """A server that speaks Search-R1's /retrieve, perhaps behind a proxy that asks for a password."""
+    """A server with Search-R1's /retrieve API; a proxy before it may require a password."""
 
     url: Url = "http://127.0.0.1:8000/retrieve"
+    """Address of the route, path included."""
 
 
 class ReplayConfig(Section):
-    """What was searched before."""
+    """Recorded answers of the search engine."""
 
     mode: Literal["off", "cache", "only"] = "off"
-    """``cache``: known queries are served from the store, others asked and stored. ``only``: an unknown query is an
-    error, and the engine is never asked."""
+    """``cache``: recorded queries are answered from the store; others go to the engine and are recorded. ``only``: the
+    engine is never opened, and an unrecorded query is an error."""
     store: HomePath | None = None
-    """A file that ranks, and runs, may share."""
+    """SQLite file with the answers; ranks of one machine, and runs, may share it."""
 
 
 class RetrievalConfig(Section):
     """The search engine."""
 
     engine: Literal["tantivy", "elasticsearch", "http"] = "tantivy"
+    """``tantivy``: BM25 inside each rank. ``elasticsearch``: a cluster. ``http``: a Search-R1 server."""
     corpus: HomePath | None = None
-    """tantivy: JSONL of passages ``{"id", "contents"}``; an index is built once per content and analyzer."""
+    """tantivy: JSONL of passages ``{"id", "contents"}``. The index is built once per content and analyzer."""
     index: HomePath | None = None
-    """tantivy: folder for its indices, or of the one that ``tools/index_corpus.py --out`` made; null is the folder
-    ``index`` beside the corpus, where all runs find it. Set it where the corpus's folder may not be written."""
+    """tantivy: folder for indices, or the one made by ``tools/index_corpus.py --out``. null is the folder ``index``
+    beside the corpus, which all runs share; set it when the corpus's folder is read-only."""
     analyzer: Literal["standard", "english"] = "standard"
-    """tantivy: how text becomes terms; an Elasticsearch index has its own."""
+    """tantivy: Lucene analyzer that turns text into terms. An Elasticsearch index has its own."""
     top_k: PositiveInt = 3
+    """Passages per query; the paper's value, and the number that the autorefine prompt announces."""
     elasticsearch: ElasticsearchConfig = ElasticsearchConfig()
     http: RetrieveServerConfig = RetrieveServerConfig()
     replay: ReplayConfig = ReplayConfig()
 
     def files(self) -> dict[str, Path]:
-        """Every path that has to exist before a search, by its field."""
-        # With ``only`` the engine is not opened.
+        """Return the paths that must exist before a search, by field."""
+        # With ``only`` the engine is not opened, so the corpus may be gone.
         name, path = ("replay.store", self.replay.store) if self.replay.mode == "only" else ("corpus", self.corpus)
         return {} if path is None else {f"retrieval.{name}": path}

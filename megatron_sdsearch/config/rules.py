@@ -1,4 +1,4 @@
-"""Rules over a run's settings: each function lists what is broken, one error per problem, and raises nothing.
+"""Rules over a run's settings: each function yields one error per problem, and raises nothing.
 
 ``train`` raises all of them at once and ``check`` shows them. Rules that need the contents of files are in
 ``training/preflight.py``.
@@ -21,31 +21,31 @@ from megatron_sdsearch.errors import ConfigError
 
 _SERVER_FLAGS = ("--model-path", "--model", "--host", "--port", "--tp-size", "--tensor-parallel-size", "--tp")
 _PROMISED_PASSAGES = 3
-"""How many the autorefine profile's instructions announce."""
+"""Number of passages that the autorefine profile's instructions announce."""
 _LOCAL_FOLDERS = ("models/", "model/", "checkpoints/", "runs/", "data/")
 _HUB_ID = re.compile(r"(?:https:/+huggingface\.co/)?([\w-][\w.-]*/([\w-][\w.-]*))")
 
 
 def setting_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """List the settings that contradict or lack each other; needs no other file."""
+    """List settings that contradict each other or are missing; reads no files."""
     parallel, hindsight, objective, optimizer = config.parallel, config.hindsight, config.objective, config.optimizer
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield ConfigError(
             "parallel.sequence_parallel",
-            "true with parallel.tensor_model_parallel_size=1",
+            "is true with parallel.tensor_model_parallel_size=1",
             "set parallel.tensor_model_parallel_size >= 2 or sequence_parallel=false",
         )
     for name in ("siblings", "labels", "drop_leaks") if hindsight.content == "documents" else ():
         value, default = getattr(hindsight, name), getattr(HindsightConfig(), name)
         if value != default:
-            problem = f"{value}, and content=documents shows no siblings"
+            problem = f"{value}, but content=documents shows no siblings"
             yield ConfigError(f"hindsight.{name}", problem, f"leave it at {default}")
     if objective.topk is None and objective.topk_of != "teacher":
-        problem = f"{objective.topk_of}, and objective.topk is null"
-        yield ConfigError("objective.topk_of", problem, "set objective.topk, or drop topk_of")
+        problem = f"{objective.topk_of}, but objective.topk is null"
+        yield ConfigError("objective.topk_of", problem, "set objective.topk, or remove topk_of")
     if config.retrieval is not None:
         yield from _retrieval_problems(config.retrieval)
-    if config.train.mode == "rl":
+    if config.is_rl:
         yield from _missing("data.train", config.data.train, "train.mode=rl samples from it")
         yield from _missing("retrieval", config.retrieval, "train.mode=rl searches")
         yield from _length_problems(config)
@@ -55,7 +55,7 @@ def setting_problems(config: RunConfig) -> Iterator[ConfigError]:
     else:
         yield from _missing("train.demonstrations", config.train.demonstrations, "warm_start learns from them")
         if config.evaluation.every:
-            yield ConfigError("evaluation.every", "set, and a warm start does not evaluate", "set it to 0")
+            yield ConfigError("evaluation.every", "set, but a warm start does not evaluate", "set it to 0")
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr = {optimizer.lr}", "lower it")
     if optimizer.warmup_steps >= config.num_updates:
@@ -65,7 +65,7 @@ def setting_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 def _missing(field: str, value: object, reason: str) -> Iterator[ConfigError]:
     if value is None:
-        yield ConfigError(field, f"missing, and {reason}", f"set {field}")
+        yield ConfigError(field, f"missing, but {reason}", f"set {field}")
 
 
 def _retrieval_problems(retrieval: RetrievalConfig) -> Iterator[ConfigError]:
@@ -78,11 +78,11 @@ def _retrieval_problems(retrieval: RetrievalConfig) -> Iterator[ConfigError]:
         yield from _missing("retrieval.replay.store", replay.store, f"mode is {replay.mode}")
     if (http.username is None) != (http.password is None):
         lacking, other = ("password", "username") if http.password is None else ("username", "password")
-        yield ConfigError(f"retrieval.http.{lacking}", f"missing, and {other} is set", "set both, or neither")
+        yield ConfigError(f"retrieval.http.{lacking}", f"missing, but {other} is set", "set both, or neither")
 
 
 def _length_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """Lengths and sizes of rollouts that do not fit one another."""
+    """List lengths and sizes of rollouts that do not fit each other."""
     rollout, hindsight, budget = config.rollout, config.hindsight, config.train.max_tokens_per_microbatch
     if rollout.group_size < 2:
         yield ConfigError("rollout.group_size", f"{rollout.group_size} gives no advantage", "set it to at least 2")
@@ -96,8 +96,8 @@ def _length_problems(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("train.max_tokens_per_microbatch", problem, f"set it to at least {longest}")
     if hindsight.content != "everything" or not config.is_distilling:
         return
-    # A block of whole responses holds every sibling that it is meant to show. A response counts with what the budgets
-    # leave it behind a prompt of full length; one behind a shorter prompt may cost the block a sibling, counted.
+    # A response counts with the room that a prompt of full length leaves it. After a shorter prompt it may be longer,
+    # and cost the block a sibling, which is counted.
     num_shown = {"own": 1, "others": rollout.group_size - 1}.get(hindsight.siblings, rollout.group_size)
     per_turn = rollout.max_response_tokens + rollout.max_observation_tokens
     response = min(
@@ -115,7 +115,7 @@ def _length_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def _server_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """Addresses and flags of SGLang servers, where they are read."""
+    """List wrong addresses and flags of SGLang servers, if the run uses them."""
     sglang = config.rollout.sglang
     if not config.samples_from_sglang:
         return
@@ -124,54 +124,54 @@ def _server_problems(config: RunConfig) -> Iterator[ConfigError]:
             problem = f"{shown_url(url)!r} is not the url of a server"
             yield ConfigError("rollout.sglang.urls", problem, "write it as http://host:port")
         if (count := sglang.urls.count(url)) > 1:
-            yield ConfigError("rollout.sglang.urls", f"{url} stands there {count} times", "name each server once")
+            yield ConfigError("rollout.sglang.urls", f"{url} is listed {count} times", "list each server once")
     flags = {argument.partition("=")[0] for argument in sglang.arguments}
     for flag in sorted(flags & {*_SERVER_FLAGS}) if not sglang.urls else ():
-        problem = f"{flag} is given by the trainer, and yours would win"
+        problem = f"{flag} is set by the trainer, and yours would override it"
         yield ConfigError("rollout.sglang.arguments", problem, "remove it")
 
 
 def is_server_url(url: str) -> bool:
-    """Whether it is ``http://host:port``, or https, or without a port."""
+    """Tell whether a URL is ``http(s)://host`` with or without a port."""
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         return False
 
 
 def setting_warnings(config: RunConfig) -> Iterator[ConfigError]:
-    """List settings with which a run starts, and most likely does not do what is wanted."""
+    """List settings with which a run would start, but most likely not do what is wanted."""
     yield from _saving_warnings(config.checkpoint, config.train.num_steps)
     if config.retrieval is not None and config.retrieval.engine != "tantivy":
         for name in ("index", "analyzer"):
             value, default = getattr(config.retrieval, name), RetrievalConfig.model_fields[name].default
             if value != default:
-                problem = f"{value}, and only tantivy reads this setting, not {config.retrieval.engine}"
-                yield ConfigError(f"retrieval.{name}", problem, "drop it, or index as you want it there")
-    if config.train.mode != "rl":
+                problem = f"{value}, but only tantivy reads this setting, not {config.retrieval.engine}"
+                yield ConfigError(f"retrieval.{name}", problem, "remove it, or index the corpus there accordingly")
+    if not config.is_rl:
         return
     objective, rollout, num_steps = config.objective, config.rollout, config.train.num_steps
     if objective.alpha > 0 and not config.is_distilling:
         yield ConfigError(
             "objective.alpha_warmup_steps",
             f"{objective.alpha_warmup_steps} of train.num_steps = {num_steps}: the run ends before it distils",
-            f"lower it below {num_steps}, or train longer; objective.alpha=0 says that GRPO alone is meant",
+            f"lower it below {num_steps}, or train longer; set objective.alpha=0 for GRPO alone",
         )
     if config.telemetry.query_probe and not config.is_distilling:
-        problem = "true, and it looks at the first step that distils, which this run has not"
+        problem = "true, but it probes the first step that distils, and this run has none"
         yield ConfigError("telemetry.query_probe", problem, "set it to false")
     if rollout.top_p < 1.0 and objective.importance_correction != "none":
         yield ConfigError(
             "objective.importance_correction",
-            f"{objective.importance_correction} with rollout.top_p={rollout.top_p}: its ratios know nothing of the cut "
-            "tail, so that they correct towards another distribution",
+            f"{objective.importance_correction} with rollout.top_p={rollout.top_p}: its ratios ignore the cut tail, so "
+            "they correct towards another distribution",
             "set rollout.top_p=1 or importance_correction=none",
         )
     top_k = _PROMISED_PASSAGES if config.retrieval is None else config.retrieval.top_k
     if config.data.prompt_profile == "autorefine" and top_k != _PROMISED_PASSAGES:
-        fix = f"set it to {_PROMISED_PASSAGES}, or take another data.prompt_profile"
-        yield ConfigError("retrieval.top_k", f"{top_k}, and the autorefine prompt promises three documents", fix)
+        fix = f"set it to {_PROMISED_PASSAGES}, or use another data.prompt_profile"
+        yield ConfigError("retrieval.top_k", f"{top_k}, but the autorefine prompt promises three documents", fix)
 
 
 def _saving_warnings(checkpoint: CheckpointConfig, num_steps: int) -> Iterator[ConfigError]:
@@ -179,23 +179,23 @@ def _saving_warnings(checkpoint: CheckpointConfig, num_steps: int) -> Iterator[C
     if checkpoint.every_minutes == 0 and not 0 < every < num_steps:
         yield ConfigError(
             "checkpoint.every_minutes",
-            f"0, and checkpoint.every is {every}: nothing is saved before the end of {num_steps} steps, unless a "
-            "signal asks",
-            f"set checkpoint.every_minutes={CheckpointConfig().every_minutes:g}: a run that dies begins anew",
+            f"0, and checkpoint.every is {every}: nothing is saved before the end of {num_steps} steps, except on a "
+            "signal",
+            f"set checkpoint.every_minutes={CheckpointConfig().every_minutes:g}: a run that dies starts over",
         )
     elif keep_every and (every == 0 or every > num_steps):
-        problem = f"{keep_every}, and checkpoint.every is {every}: only by chance is one of these saved"
+        problem = f"{keep_every}, but checkpoint.every is {every}: such a step is only saved by chance"
         yield ConfigError("checkpoint.keep_every", problem, f"set checkpoint.every={keep_every}")
     elif keep_every and keep_every % every:
-        problem = f"{keep_every} is no multiple of checkpoint.every = {every}: most of these are never saved"
+        problem = f"{keep_every} is not a multiple of checkpoint.every = {every}: most such steps are never saved"
         yield ConfigError("checkpoint.keep_every", problem, f"set it to a multiple of {every}")
 
 
 def file_problems(config: RunConfig) -> Iterator[ConfigError]:
-    """List the paths that will be read, and the program that will be started, which are not there."""
+    """List paths that will be read, and the program that will be started, if they do not exist."""
     folders: dict[str, Path | None] = {"model.hf_dir": config.model.hf_dir}
     files = {"data.train": config.data.train, "data.heldout": config.data.heldout}
-    if config.train.mode == "warm_start":
+    if not config.is_rl:
         files = {"train.demonstrations": config.train.demonstrations, "data.heldout": config.data.heldout}
     if config.retrieval is not None:
         files |= config.retrieval.files()
@@ -215,15 +215,15 @@ def file_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def no_model(field: str, folder: Path) -> ConfigError:
-    """What to say of a folder without config.json; of what may be the name of a model on the hub: how to fetch it."""
+    """Describe a folder without config.json, with the download command if it may be a hub model's name."""
     fix = "give a Hugging Face model folder"
     hub_id = None if folder.parent.exists() else _HUB_ID.fullmatch(str(folder))
     if hub_id is not None:
         name, target = hub_id[1], f"models/{hub_id[2]}"
-        if name.startswith(_LOCAL_FOLDERS):  # the folder it is to lie in: its publisher is not known
+        if name.startswith(_LOCAL_FOLDERS):  # a local target folder, without the publisher
             name, target = f"ORGANISATION/{hub_id[2]}", name
         command = f"`hf download {name} --local-dir {target}`"
-        fix += f"; a model of the hub is fetched by {command}, then set {field}={target}"
+        fix += f"; to use a model of the hub, run {command} and set {field}={target}"
     return ConfigError(field, f"{folder} holds no config.json", fix)
 
 
@@ -235,8 +235,8 @@ def _no_checkpoint(folder: Path) -> ConfigError:
     return ConfigError(
         "model.megatron_dir",
         f"{folder} holds no checkpoint of megatron",
-        "give a folder that does; checkpoint.keep_last of the run that wrote it may have removed it: copy a step "
-        "out of its checkpoints before another run begins from it",
+        "give a folder with one; if checkpoint.keep_last of the run that wrote it removed it, copy a step out of its "
+        "checkpoints before another run starts from it",
     )
 
 
@@ -244,27 +244,29 @@ def _command_problems(command: tuple[str, ...], environment: dict[str, str]) -> 
     field, path = "rollout.sglang.command", environment.get("PATH")
     if not command:
         yield ConfigError(field, "is empty", "give the program that starts a server, or rollout.sglang.urls")
-    elif shutil.which(command[0], path=path) is None:  # started with this environment, and found by its PATH
-        problem = f"{command[0]} is no program" + (f" in {path}" if path else " here")
-        fix = "give a path that exists (on a CPU `make .sglang/.installed` makes one), or attach to rollout.sglang.urls"
+    elif shutil.which(command[0], path=path) is None:  # it starts with this environment's PATH
+        problem = f"{command[0]} is not a program" + (f" in {path}" if path else " here")
+        fix = (
+            "give an existing path (on a CPU, `make .sglang/.installed` installs one), or attach to rollout.sglang.urls"
+        )
         yield ConfigError(f"{field}[0]", problem, fix)
 
 
 def model_problems(model: ModelConfig, has_gpu: bool) -> Iterator[ConfigError]:
-    """List settings of the model that the hardware does not run."""
+    """List settings of the model that the hardware does not support."""
     if model.layer_spec == "transformer_engine" and not has_gpu:
         yield ConfigError("model.layer_spec", "transformer_engine without a GPU", "set it to auto")
     dtype = "bfloat16" if has_gpu else "float32"
     if model.dtype != dtype and not (has_gpu and model.layer_spec == "local"):
-        reason = "with transformer-engine, whose packed attention takes no float32" if has_gpu else "without a GPU"
+        reason = "with transformer-engine, which has no packed fp32 attention" if has_gpu else "without a GPU"
         yield ConfigError("model.dtype", f"{model.dtype} {reason}", f"set model.dtype={dtype}")
 
 
 def problems_without_gpu(sglang: SGLangConfig) -> Iterator[ConfigError]:
-    """List settings of servers that need a GPU where there is none."""
+    """List settings of servers that need a GPU."""
     if sglang.colocated:
-        problem = "true without a GPU, where there is no memory to share"
+        problem = "true without a GPU: there is no memory to share"
         yield ConfigError("rollout.sglang.colocated", problem, "set it to false")
     if sglang.tp_size > 1 and not sglang.urls:
-        problem = f"{sglang.tp_size} GPUs of a server, and there is none"
+        problem = f"{sglang.tp_size} GPUs per server, but there is no GPU"
         yield ConfigError("rollout.sglang.tp_size", problem, "set it to 1")

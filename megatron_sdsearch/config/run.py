@@ -1,4 +1,4 @@
-"""The settings of a whole run, and what follows from several of them."""
+"""The settings of a whole run, and values that follow from several of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_sdsearch.config.types import HomePath, Section, Seed
 
 
 class SequenceLimit(NamedTuple):
-    """How long a sequence of the run may become, in tokens, and the settings whose sum that is."""
+    """Longest possible sequence in tokens, and the settings that add up to it."""
 
     num_tokens: int
     settings: str
@@ -33,7 +33,9 @@ class RunConfig(Section):
     """The whole run."""
 
     run_dir: HomePath
+    """Folder for everything that the run writes; a run that is started again continues from its checkpoints."""
     seed: Seed = 1
+    """Seed of all random streams."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
@@ -48,17 +50,26 @@ class RunConfig(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
+    def is_rl(self) -> bool:
+        """True when the run samples trajectories, False for a warm start."""
+        return self.train.mode == "rl"
+
+    @property
     def samples_from_sglang(self) -> bool:
-        """``rollout.sglang`` is read at all."""
-        return self.train.mode == "rl" and self.rollout.engine == "sglang"
+        """True when trajectories come from SGLang servers."""
+        return self.is_rl and self.rollout.engine == "sglang"
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """Trajectories of a step; the demonstrations of a warm start."""
+        per_step = self.data.questions_per_step * self.rollout.group_size
+        return per_step if self.is_rl else self.train.demonstrations_per_step
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer updates that every step takes, and that the learning-rate schedule counts for it."""
-        if self.train.mode == "warm_start":
-            return 1
-        trajectories = self.data.questions_per_step * self.rollout.group_size
-        return math.ceil(trajectories / (self.train.trajectories_per_minibatch or trajectories))
+        """Optimizer updates per step."""
+        per_update = self.train.trajectories_per_minibatch
+        return math.ceil(self.trajectories_per_step / per_update) if self.is_rl and per_update else 1
 
     @property
     def num_updates(self) -> int:
@@ -67,13 +78,13 @@ class RunConfig(Section):
 
     @property
     def is_distilling(self) -> bool:
-        """Some step has a distillation loss; a run that ends within the warm-up of alpha is GRPO alone."""
+        """True when some step has a distillation loss; a run that ends within the warm-up of alpha is GRPO alone."""
         first = self.objective.first_distilling_step
-        return self.train.mode == "rl" and first is not None and first < self.train.num_steps
+        return self.is_rl and first is not None and first < self.train.num_steps
 
     @property
     def longest_sequence(self) -> SequenceLimit:
-        """The longest sequence that the trainer reads: a trajectory, and where the run distils the block before it."""
+        """Longest sequence that the trainer reads: a trajectory, after its hindsight block if the run distils."""
         trajectory, block = self.rollout.max_total_tokens, self.hindsight.max_block_tokens
         if not self.is_distilling:
             return SequenceLimit(trajectory, "rollout.max_total_tokens")
@@ -81,7 +92,7 @@ class RunConfig(Section):
 
     @property
     def longest_rollout(self) -> SequenceLimit:
-        """The longest sequence that the rollout engine reads: only the query probe shows it a block."""
+        """Longest sequence that the rollout engine reads: only the query probe shows it a block."""
         if self.telemetry.query_probe:
             return self.longest_sequence
         return SequenceLimit(self.rollout.max_total_tokens, "rollout.max_total_tokens")

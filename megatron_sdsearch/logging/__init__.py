@@ -1,7 +1,6 @@
-"""What a run writes and shows while it goes: metrics, trajectories, seconds by phase, progress, its summary.
+"""Output of a run: metrics, trajectories, seconds by phase, progress, summary.
 
-Knows nothing of models or search engines: values and records come in, files and lines go out. Only the main rank
-writes; reducing metrics over ranks is the loop's work.
+Independent of models and search engines. Only the main rank writes; the loop reduces metrics over ranks.
 """
 
 from megatron_sdsearch.logging.idle_steps import idle_step_warnings

@@ -1,7 +1,7 @@
-"""Finds consecutive steps that taught nothing in a run's metrics, and names their likely causes.
+"""Find consecutive steps without learning in a run's metrics, and name their likely causes.
 
-Works on the rows of ``metrics.jsonl``, so that a resumed run continues the count. The loop warns while it trains; the
-page and the summary show the same warnings afterwards.
+Works on the rows of ``metrics.jsonl``, so a resumed run continues the count. The loop warns while it trains; page and
+summary show the same warnings afterwards.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _MOST: Final = 0.5
 
 
 def find_idle_steps(rows: Iterable[Row], lacking: Lacking) -> list[list[Row]]:
-    """Stretches of consecutive steps that lack something, of any length, in the order of the steps.
+    """Find stretches of consecutive steps without contrast or gradient, of any length, in order.
 
     Args:
-        rows: of ``metrics.jsonl``; rows without a training step, such as a lone evaluation, are passed over.
-        lacking: ``contrast``: in no group did any trajectory have an advantage. ``gradient``: its norm was exactly 0.
+        rows: rows of ``metrics.jsonl``; those without a training step, such as a lone evaluation, are skipped.
+        lacking: ``contrast``: no trajectory had an advantage. ``gradient``: its norm was exactly 0.
     """
 
     def is_idle(row: Row) -> bool:
         if lacking == "contrast":
             return bool(row.get(names.SHARE_WITHOUT_ADVANTAGE) == 1.0)
-        return bool(row.get(names.GRAD_NORM, 0.0) == 0.0)  # without a norm there was no token to learn from
+        return bool(row.get(names.GRAD_NORM, 0.0) == 0.0)  # no norm: there was no token to train on
 
     steps = (row for row in rows if names.STEP_SECONDS in row)
     return [list(stretch) for idle, stretch in groupby(steps, key=is_idle) if idle]
 
 
 def idle_step_warnings(rows: Sequence[Row]) -> list[str]:
-    """One line for each time that a run taught nothing for ``WARN_AFTER`` steps or more."""
+    """Return one line per stretch of at least ``WARN_AFTER`` steps without learning."""
     return [line for stretch, line in _find_warnings(rows) if len(stretch) >= WARN_AFTER]
 
 
 def due_warnings(rows: Sequence[Row]) -> list[str]:
-    """Warnings to print after the last step of ``rows``: at ``WARN_AFTER`` steps in a row, then at each doubling."""
+    """Return warnings to print after the last step of ``rows``: at ``WARN_AFTER`` steps, then at each doubling."""
     due = []
     for stretch, line in _find_warnings(rows):
         times, remainder = divmod(len(stretch), WARN_AFTER)
@@ -53,7 +53,7 @@ def due_warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def _find_warnings(rows: Sequence[Row]) -> list[tuple[list[Row], str]]:
-    """All stretches with a line about each, by their first steps."""
+    """Return all stretches with a line about each, by first step."""
     found = []
     for lacking in _LACKINGS:
         for stretch in find_idle_steps(rows, lacking):
@@ -68,7 +68,7 @@ def _find_warnings(rows: Sequence[Row]) -> list[tuple[list[Row], str]]:
 
 
 def _likely_causes(row: Row) -> list[str]:
-    """Causes by how the step's trajectories ended; the most specific first."""
+    """Derive causes from how the step's trajectories ended, most specific first."""
     causes = []
     if row.get(f"{names.STATUS_PREFIX}prompt_too_long", 0.0) >= _MOST:
         causes.append("most prompts exceed rollout.max_prompt_tokens: raise it")
@@ -76,14 +76,14 @@ def _likely_causes(row: Row) -> list[str]:
         causes.append("most trajectories reach rollout.max_total_tokens: raise it")
     if row.get(f"{names.STATUS_PREFIX}no_answer", 0.0) >= _MOST:
         causes.append(
-            "most never answer: the model may not write the tags that data.prompt_profile asks for, or is cut off by "
+            "most never answer: the model may not write the tags of data.prompt_profile, or is cut off by "
             "rollout.max_response_tokens; read some in trajectories/"
         )
     if not causes and row.get(names.SHARE_ALL_WRONG, 0.0) == 1.0:
         causes.append(
             "all answers are wrong: look at trajectories/ (do searches find anything? does the answer's form fit the "
-            "gold answers?), or begin with easier questions, or a warm start"
+            "gold answers?), or start with easier questions, or a warm start"
         )
     if not causes and row.get(names.SHARE_ALL_CORRECT, 0.0) == 1.0:
-        causes.append("all answers are right: take harder questions")
+        causes.append("all answers are correct: use harder questions")
     return causes or ["look at objective.reward and at trajectories/"]

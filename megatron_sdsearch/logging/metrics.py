@@ -32,11 +32,11 @@ class MetricsLog:
     Args:
         run_dir: created where missing.
         tensorboard: also write scalars to ``run_dir/tensorboard``.
-        resume_step: the step that the run continues from: lines of later steps are removed, since they will be written
-            again. 0 for a run from the start.
+        resume_step: the step that the run continues from, 0 for a new run. Lines of later steps are removed, since they
+            will be written again.
 
     Attributes:
-        rows: what the file holds, by step.
+        rows: the file's lines, by step.
 
     Raises:
         DataError: a line of an existing file is not JSON with a step; names file and line.
@@ -56,19 +56,19 @@ class MetricsLog:
             with writing(run_dir / "tensorboard"):
                 self._events = _EventFile(run_dir / "tensorboard", purge_step=resume_step)
             if self.rows and self.rows[-1]["step"] == resume_step:
-                self._add_scalars(resume_step, self.rows[-1])  # hidden with the later steps
+                self._add_scalars(resume_step, self.rows[-1])  # the purge hides it together with the later steps
 
     def log(self, step: int, metrics: Mapping[str, MetricLike]) -> None:
         """Write one step's metrics and flush them.
 
         Args:
-            step: at least that of the line before.
-            metrics: numbers (numpy's too) and texts by name; undefined ones are left out, not NaN.
+            step: at least the last line's.
+            metrics: numbers (also numpy's) and texts by name; leave out undefined ones instead of passing NaN.
 
         Raises:
             TrainingError: a number is NaN or infinite; names all such metrics, and nothing is written.
-            ValueError: the step lies before the last one.
-            StorageError: the disk is full; the lines that were there are unharmed.
+            ValueError: the step is before the last one.
+            StorageError: the disk is full; earlier lines are unharmed.
         """
         last = self.rows[-1] if self.rows else {"step": -1}
         if step < last["step"]:
@@ -88,7 +88,7 @@ class MetricsLog:
                 self._replace_last_line(line)
             except OSError:
                 with suppress(OSError):
-                    self._replace_last_line(before)  # there was room for it
+                    self._replace_last_line(before)  # it fitted before
                 raise
         self._add_scalars(step, new_values)  # a resumed run repeats the evaluation of its first step
 
@@ -106,9 +106,9 @@ class MetricsLog:
         self._file.seek(self._last_start)
         remainder = memoryview(line)
         while remainder:
-            remainder = remainder[self._file.write(remainder) :]  # less than all of it when the disk becomes full
+            remainder = remainder[self._file.write(remainder) :]  # a short write when the disk becomes full
         self._file.truncate()
-        os.fsync(self._file.fileno())  # a checkpoint must not know of a step that its metrics have lost
+        os.fsync(self._file.fileno())  # a checkpoint must not be ahead of the metrics
 
     def close(self) -> None:
         """Close the files. Called once."""
@@ -118,13 +118,13 @@ class MetricsLog:
 
 
 class _EventFile:
-    """A file of TensorBoard events, whose reader hides what earlier files hold of ``purge_step`` and later steps.
+    """TensorBoard event file that makes readers hide ``purge_step`` and later steps of earlier files.
 
-    torch's SummaryWriter does the same from a thread, which prints a traceback of its own when the disk is full.
+    torch's SummaryWriter does the same, but from a thread that prints a traceback when the disk is full.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
-        # Imported late: it costs a second, which runs without TensorBoard need not pay.
+        # Imported late: it takes a second, which runs without TensorBoard save.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -140,15 +140,15 @@ class _EventFile:
         self._records.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # all was flushed but for what a full disk has refused, which has been reported
+        with suppress(OSError):  # only what a full disk refused is not flushed, and that was reported
             self._records.close()
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """All whole lines of a run's metrics in order; none where there is no file.
+    """Read all whole lines of a run's metrics; none if there is no file.
 
-    A torn last line is dropped, with or without a line end: a run that was killed while it merged metrics into its last
-    line leaves the end of the old line behind the beginning of the new one.
+    A torn last line is dropped, with or without a line end: a run killed while it rewrites its last line leaves the end
+    of the old one after the beginning of the new one.
 
     Raises:
         DataError: a line is not JSON with a step; names file and line.
@@ -176,7 +176,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _checked(step: int, metrics: Mapping[str, MetricLike]) -> dict[str, Metric]:
-    """Metrics as Python's own numbers and texts."""
+    """Convert metrics to Python's numbers and texts."""
     values = {name: value.item() if isinstance(value, np.generic) else value for name, value in metrics.items()}
     for name, value in values.items():
         if not isinstance(value, Metric):
@@ -187,5 +187,5 @@ def _checked(step: int, metrics: Mapping[str, MetricLike]) -> dict[str, Metric]:
         if not isinstance(value, str) and not math.isfinite(value)
     ]
     if bad:
-        raise TrainingError(f"step {step}: {', '.join(bad)}; such a step must not be learned from or logged")
+        raise TrainingError(f"step {step}: {', '.join(bad)}; such a step must not be trained on or logged")
     return values

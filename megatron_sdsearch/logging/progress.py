@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live bar on a terminal, one plain line per step anywhere else."""
+"""Show progress: a live bar on a terminal, one plain line per step anywhere else."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from rich.text import Text
 
 from megatron_sdsearch.logging import names
 
+#: Labels of the metrics of which a run logs one, by objective.divergence.
+DIVERGENCES: Final = {
+    names.JSD: "JSD, nats",
+    names.FORWARD_KL: "forward KL, nats",
+    names.REVERSE_KL: "reverse KL, nats",
+    names.MSE: "squared error",
+}
 _SHOWN: Final = {
     names.REWARD: ("reward", "{:.3f}"),
     names.EM: ("EM", "{:.3f}"),
     names.EVAL_EM: ("held-out EM", "{:.3f}"),
     names.HIT_RATE: ("hits", "{:.0%}"),
-    names.JSD: ("JSD", "{:.5f}"),
+    **{name: (label.removesuffix(", nats"), "{:.5f}") for name, label in DIVERGENCES.items()},
     names.TOKENS_PER_SECOND: ("tokens/s", "{:,.0f}"),
 }
-# Counts of trajectories that a metric leaves out; shown behind it unless they are 0.
+# Counts of trajectories that a metric leaves out; shown after it unless 0.
 _LOST: Final = {names.REWARD: names.NUM_LOST, names.EM: names.NUM_LOST, names.EVAL_EM: names.EVAL_NUM_LOST}
 
 
@@ -34,7 +41,7 @@ class PhaseTimer:
     Host time: on a GPU a phase that only enqueues kernels looks short, and the phase that waits for them long.
 
     Args:
-        on_phase: called with the name of a phase when it begins, and when it continues after a nested one.
+        on_phase: called with the name of a phase when it starts, and when it continues after a nested one.
         clock: seconds, monotonic.
     """
 
@@ -49,7 +56,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside to ``name``, also when it ends with an exception."""
+        """Add the time inside to ``name``, also when it ends with an exception."""
         outer = self._current
         self._switch(name)
         try:
@@ -58,7 +65,7 @@ class PhaseTimer:
             self._switch(outer)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase in the order of first use; starts over from 0. A phase that is running keeps running."""
+        """Return seconds by phase in order of first use, and reset them to 0. The current phase continues."""
         self._switch(self._current)
         seconds, self._seconds = self._seconds, {}
         return seconds
@@ -73,12 +80,12 @@ class PhaseTimer:
 
 
 class ProgressDisplay:
-    """The bar or the lines of one run, from its construction to ``close``; on the rank that owns the terminal.
+    """Bar or lines of one run, from construction to ``close``; only on the rank that owns the terminal.
 
     Args:
         num_steps: steps of the whole run.
-        first_step: steps done before (a resumed run): the time left is estimated from this process's own steps.
-        console: where to write; standard output without one.
+        first_step: steps done before a resume; the time left is estimated from this process's own steps.
+        console: output; standard output by default.
         clock: seconds, monotonic.
     """
 
@@ -105,7 +112,7 @@ class ProgressDisplay:
         self._task = self._bar.add_task("", total=num_steps, completed=first_step, phase="start", left="")
         self._live: Live | None = None
         if self._console.is_terminal:
-            # What is printed meanwhile goes above the bar, except errors that are redirected to a file.
+            # Other output goes above the bar, except errors that are redirected to a file.
             redirect = sys.stderr.isatty()
             self._live = Live(self._view(), console=self._console, refresh_per_second=4, redirect_stderr=redirect)
             self._live.start()
@@ -116,7 +123,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Show what is happening now, on a terminal only."""
+        """Show the current phase, on a terminal only."""
         self._bar.update(self._task, phase=name)
 
     def step(self, step: int, metrics: Mapping[str, float | int | str]) -> None:

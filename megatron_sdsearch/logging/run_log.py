@@ -1,4 +1,4 @@
-"""The log that the loop writes to: the main rank has the sinks, the others only the timer."""
+"""The loop's log: files and display on the main rank, only the timer on others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RunLog:
     Args:
         config: of the run.
         parallel: its ranks.
-        first_step: steps that were finished before.
+        first_step: steps finished before.
         renderer: decodes the token ids of trajectories.
     """
 
@@ -40,9 +40,9 @@ class RunLog:
         if parallel.is_main:
             run_dir, telemetry = config.run_dir, config.telemetry
             self._metrics = MetricsLog(run_dir, telemetry.tensorboard, resume_step=first_step)
-            if telemetry.trajectories and config.train.mode == "rl":
+            if telemetry.trajectories and config.is_rl:
                 self._trajectories = TrajectoryLog(run_dir, renderer.decode, resume_step=first_step)
-            if telemetry.progress:  # last: nothing may fail between the bar's start and its end
+            if telemetry.progress:  # last, since a failure here would leave the bar running
                 self._display = ProgressDisplay(config.train.num_steps, first_step=first_step)
         self.timer = PhaseTimer(self._display.phase if self._display else None)
 
@@ -67,9 +67,9 @@ class RunLog:
             self._trajectories.write(step, groups, advantages, blocks)
 
     def step(self, step: int, values: Values, num_policy_tokens: int) -> None:
-        """Write and show a finished step (``step`` counts from 1) with its times, and warn when it is due.
+        """Write and show a finished step (``step`` counts from 1) with its times, and print warnings that are due.
 
-        Evaluations, probes and checkpoints are listed among the phases, but do not count to the step's time.
+        Evaluations, probes and checkpoints are listed among the phases, but not part of the step's time.
         """
         phases = {names.PHASE_PREFIX + name: seconds for name, seconds in self.timer.take().items()}
         seconds = sum(value for name, value in phases.items() if name not in _BESIDE_THE_STEP)

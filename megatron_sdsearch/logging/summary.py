@@ -1,4 +1,4 @@
-"""What a finished run came to, from its metrics: ``summary.json``, and a table of it for people."""
+"""Summarize a finished run's metrics in ``summary.json``, and as a table."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _PROBE_SHARES: Final = ("student_hit", "teacher_hit", "student_hit_mixed", "teac
 
 
 def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> dict[str, Any]:
-    """Summarize a run; every rank gets the result, the main one writes it to ``summary.json``.
+    """Summarize a run on every rank; the main rank also writes ``summary.json``.
 
     Args:
         config: of the run.
         parallel: its ranks.
-        wall_s: seconds that the finished steps took.
+        wall_s: seconds taken by the finished steps.
     """
     summary = {
         "steps": config.train.num_steps,
@@ -48,7 +48,7 @@ def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> 
         "pp": parallel.pp_size,
         "dp": parallel.dp_size,
         "seed": config.seed,
-        "rl_wall_s" if config.train.mode == "rl" else "warm_start_wall_s": wall_s,
+        "rl_wall_s" if config.is_rl else "warm_start_wall_s": wall_s,
         **_figures(read_metrics(config.run_dir)),
     }
     if parallel.is_main:
@@ -57,7 +57,7 @@ def write_summary(config: RunConfig, parallel: ParallelState, wall_s: float) -> 
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Totals over all steps, the first and the last evaluation, and the probe's shares."""
+    """Return totals over all steps, the first and the last evaluation, and the probe's shares."""
     seconds = [row[names.STEP_SECONDS] for row in rows if names.STEP_SECONDS in row]
     figures: dict[str, Any] = {"s_per_step": sum(seconds) / len(seconds) if seconds else None}
     for metric in _TOTALS:
@@ -75,18 +75,18 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """A two-column table of everything in ``summary``; nested mappings get dotted names."""
+    """Lay out ``summary`` in two columns; nested mappings get dotted names."""
     table = Table(title="Summary", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in flatten(summary).items():
-        # Text, not str: a value with square brackets must not be read as markup.
+        # Text, since rich reads square brackets in a str as markup.
         table.add_row(Text(name), Text(short(value)))
     return table
 
 
 def short(value: object) -> str:
-    """A number with four significant digits, anything else as text; ``None`` is a dash."""
+    """Format a number with four significant digits, anything else as text; ``None`` is a dash."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Every trajectory of a step as JSON lines: what was sampled, shown and scored, and the teacher's hindsight."""
+"""Write a step's trajectories as JSON lines: sampled and shown spans, scores, and the hindsight block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TrajectoryLog:
 
     Args:
         run_dir: of the run.
-        decode: ids to text, for context spans and for the position of the query in a sampled text.
+        decode: turns ids into text, for context spans and for the position of the query in sampled text.
         resume_step: files of later steps are removed, since the resumed run writes its own.
     """
 
@@ -31,7 +31,7 @@ class TrajectoryLog:
         later = [path for path in step_files(run_dir) if _step(path) > resume_step]
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in (*later, *self._folder.glob("*.tmp")):  # the latter left by a process killed while it wrote
+            for path in (*later, *self._folder.glob("*.tmp")):  # tmp: left by a process that was killed while writing
                 path.unlink()
 
     def write(
@@ -44,7 +44,7 @@ class TrajectoryLog:
         """Write one step's file.
 
         Args:
-            step: names the file; counts from 1.
+            step: number in the file's name, from 1.
             groups: of the step.
             advantages: per group, per trajectory.
             blocks: per group, per trajectory.
@@ -104,10 +104,10 @@ class TrajectoryLog:
         }
 
     def _query_chars(self, span: SampledSpan) -> tuple[int, int] | None:
-        """Character range of the query tokens in the text, so that a reader needs no tokenizer to mark them.
+        """Return the character range of the query tokens in the text, so that readers need no tokenizer to mark them.
 
-        ``None`` without a query, and where the decoded tokens are no prefix of the text (a character split over two
-        tokens, say): no mark is better than a wrong one.
+        ``None`` without a query, and where the decoded tokens are not a prefix of the text (such as a character split
+        over two tokens): no mark is better than a wrong one.
         """
         if not span.query_positions:
             return None
@@ -118,7 +118,7 @@ class TrajectoryLog:
 
 
 def step_files(run_dir: Path) -> list[Path]:
-    """All trajectory files of a run, by step."""
+    """List a run's trajectory files by step."""
     return sorted((run_dir / TRAJECTORIES_DIR).glob("step_*.jsonl"), key=_step)
 
 

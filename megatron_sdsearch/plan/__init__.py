@@ -1,1 +1,1 @@
-"""What a run will need before it is started: memory per GPU, seconds per step, and layouts that do better."""
+"""Plan a run before it starts: memory per GPU, seconds per step, and better layouts."""

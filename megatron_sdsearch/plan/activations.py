@@ -1,8 +1,8 @@
-"""Bytes of a layer's activations and of the loss on one rank.
+"""Count bytes of a layer's activations and of the loss on one rank.
 
-Layers have the two specs of ``model/architecture.py``: ``local``, the one without CUDA, was read off torch's allocator
-tensor by tensor, and tests/distributed/test_memory_plan.py holds it to that; ``te`` is transformer-engine's, from its
-source, and was never measured. The loss was read off the functions of ``loss/objective.py`` one by one.
+Layers follow the specs of ``model/architecture.py``. ``local``, without CUDA, was counted from torch's allocator tensor
+by tensor and is tested against it (tests/distributed/test_memory_plan.py). ``te`` is transformer-engine's, counted from
+its source and never measured. The loss was counted from the functions of ``loss/objective.py``.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ _LOGPROBS_BLOCKS = 3.0  # LogNormalizer.logprobs
 _ENTROPY_BLOCKS = 5.25  # _Entropy.backward: times_log and its mask
 _TOPK_BLOCKS = 4.5  # _TopKDivergence.backward: tail logits, three of logprobs, two masks of bytes
 _FULL_BLOCKS = 9.0  # _FullDivergence.backward: two log-probabilities and the terms of the JSD
-_CHOICE_BLOCKS = (
-    4.75  # the teacher's choice in loss/topk.py: tail logits, three on the way to their sum, masks of bytes
-)
+_CHOICE_BLOCKS = 4.75  # the teacher's choice in loss/topk.py: tail logits, three for their sum, masks of bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBytes:
-    """One layer, one rank, one microbatch.
+    """Bytes of one layer on one rank for one microbatch.
 
     Attributes:
-        boundary: its input [T, h], sharded by sequence under sequence parallel.
-        saved: everything kept for the backward pass, the input included.
-        forward: most that exists at one time in a pass without gradient, the input included.
-        backward: most that its backward pass adds to ``saved``: the gradient that comes in, and two tensors of the
-            gated MLP's width.
+        boundary: the input [T, h], sharded by sequence under sequence parallel.
+        saved: everything kept for the backward pass, including the input.
+        forward: peak of a pass without gradient, including the input.
+        backward: peak that the backward pass adds to ``saved``: the incoming gradient, and two tensors of the gated
+            MLP's width.
     """
 
     boundary: int
@@ -53,7 +51,7 @@ def layer_bytes(
     gated = num_tokens * shape.intermediate // tp * element
     query, key = shape.query_width // tp, shape.key_width_on(tp)
     qkv = shape.query_width + 2 * shape.key_width
-    if tp <= shape.num_groups:  # else ranks share a key head, and each has all of the projection
+    if tp <= shape.num_groups:  # otherwise ranks share a key head, and each holds the whole projection
         qkv //= tp
     has_norm = shape.architecture.has_qk_norm
     if spec == "local":
@@ -91,23 +89,23 @@ class HeadSize:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the head, and of its gradient before that is added to the fp32 buffer."""
+        """Bytes of the head, and of its gradient before it is added to the fp32 buffer."""
         return self.columns * self.hidden * self.element
 
     def logits(self, rows: int) -> int:
-        """Bytes of ``rows`` logits."""
+        """Count the bytes of ``rows`` logits."""
         return rows * self.columns * self.element
 
     def blocks(self, rows: int) -> int:
-        """Bytes of one fp32 temporary when ``rows`` are read in blocks."""
+        """Count the bytes of one fp32 temporary when ``rows`` are read in blocks."""
         return min(rows, max(1, _BLOCK_ELEMENTS // self.columns)) * self.columns * _FP32
 
 
 def loss_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int, objective: ObjectiveConfig) -> int:
-    """Most bytes that the loss adds to a stage's saved activations, from the hidden states to their gradient.
+    """Count the peak bytes that the loss adds to a stage's saved activations, from hidden states to their gradient.
 
-    It projects a chunk of rows, reads it, and in the backward pass (again, when there are several chunks) makes one
-    gradient of the logits per reader: the divergence, the entropy, the log-probabilities, in this order.
+    The loss projects a chunk of rows and reads it. The backward pass, which projects again when there are several
+    chunks, makes one gradient of the logits per reader: divergence, entropy, log-probabilities, in this order.
     """
     rows = min(chunk_rows, load.policy_rows)
     is_chunked = load.policy_rows > chunk_rows
@@ -123,33 +121,33 @@ def loss_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int, objective:
     if objective.entropy_coef > 0:
         moments.append(2 * logits + indexed + _ENTROPY_BLOCKS * head.blocks(rows))
     row = head.hidden * head.element
-    # Several chunks: the hidden states stay, and their gradient and the head's grow. One: its rows stay.
+    # Several chunks: the hidden states stay, and their gradient and the head's grow. One chunk: its rows stay.
     held = 2 * load.num_tokens * row + head.weight_bytes if is_chunked else load.policy_rows * row
     return int(held + max(moments))
 
 
 def kept_entries(objective: ObjectiveConfig) -> int | None:
-    """Entries that a teacher target has per row; None where it is all of the teacher's logits."""
+    """Return the entries of a teacher target per row; None for all of the teacher's logits."""
     return objective.topk if objective.topk_of == "teacher" else None
 
 
 def target_bytes(head: HeadSize, load: MicrobatchLoad, topk: int | None) -> int:
-    """Bytes of all targets of a minibatch: an id and a log-probability per entry and a tail, or whole logits."""
+    """Count the bytes of a minibatch's targets: an id and a log-probability per entry and a tail, or whole logits."""
     rows = load.query_rows * load.num_microbatches
     return rows * (topk * (8 + _FP32) + _FP32) if topk is not None else head.logits(rows)
 
 
 def teacher_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int, topk: int | None) -> int:
-    """Bytes of hidden states and logits of the teacher while one microbatch's targets are made."""
+    """Count the bytes of the teacher's hidden states and logits while one microbatch's targets are made."""
     hidden = load.teacher_tokens * head.hidden * head.element
-    if topk is None:  # the chunks are kept, then put into one tensor
+    if topk is None:  # the chunks are kept, then concatenated
         return hidden + 2 * head.logits(load.query_rows)
     rows = min(chunk_rows, load.query_rows)
     return int(hidden + head.logits(rows) + _CHOICE_BLOCKS * head.blocks(rows))
 
 
 def logprobs_bytes(head: HeadSize, load: MicrobatchLoad, chunk_rows: int) -> int:
-    """Bytes of log-probabilities without gradient: those of the reference and of the old policy."""
+    """Count the bytes for log-probabilities without gradient: of the reference and of the old policy."""
     rows = min(chunk_rows, load.policy_rows)
     hidden = load.num_tokens * head.hidden * head.element
     return int(hidden + head.logits(rows) + _LOGPROBS_BLOCKS * head.blocks(rows))

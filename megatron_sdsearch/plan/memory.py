@@ -1,7 +1,7 @@
-"""Memory of the busiest rank: what is there all the time, and what comes on top at each moment of a step.
+"""Plan the memory of the busiest rank: a constant part, and the additions at each moment of a step.
 
-Exact: weights, gradients, optimizer state. Formulas that tests compare with torch's allocator on CPU: activations and
-loss. Assumed, never measured: what CUDA and NCCL take, and transformer-engine's activations (``activations.py``).
+Exact: weights, gradients, optimizer state. Tested against torch's allocator on CPU: activations and loss. Assumed and
+never measured: CUDA and NCCL, and transformer-engine's activations (``activations.py``).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from megatron_sdsearch.plan.activations import HeadSize, LayerBytes, LayerSpec, 
 from megatron_sdsearch.plan.workload import Layout, MicrobatchLoad, StepLoad, assume, largest_microbatch, step_load
 
 GIB = 2**30
-# CUDA context, cuBLAS workspaces and NCCL buffers of one trainer process. An assumption: no GPU was at hand.
+# CUDA context, cuBLAS workspaces and NCCL buffers of one trainer process. Assumed, never measured.
 FRAMEWORK_BYTES = 3 * GIB
-# The same of an SGLang process, with its CUDA graphs; memory that it releases does not include it. An assumption, too.
+# The same of an SGLang process, with its CUDA graphs; not among the memory that it releases. Assumed as well.
 SERVER_FRAMEWORK_BYTES = 3 * GIB
-HEADROOM = 0.08  # share of a GPU that is left to the allocator's fragmentation
+HEADROOM = 0.08  # share of a GPU reserved for the allocator's fragmentation
 _FP32 = 4
 Parts = Mapping[str, int]
 
@@ -31,11 +31,11 @@ class MemoryPlan:
 
     Attributes:
         stage: pipeline stage of the rank that all parts belong to.
-        standing: there from the first step to the last.
-        moments: what each moment of a step adds.
-        server: a GPU of servers that share none with ranks; empty without such.
-        kv_tokens: tokens that the cache of one SGLang server holds; 0 without one.
-        server_parts_needed: least bytes of ``server`` with which one trajectory can be sampled.
+        standing: parts that exist during the whole run.
+        moments: parts that each moment of a step adds.
+        server: parts on a GPU that only servers use; empty if there is none.
+        kv_tokens: tokens in the cache of one SGLang server; 0 without one.
+        server_parts_needed: least bytes of ``server`` that can sample one trajectory.
     """
 
     stage: int
@@ -47,12 +47,12 @@ class MemoryPlan:
 
     @property
     def peak_moment(self) -> str:
-        """The moment that needs most."""
+        """Moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> Parts:
-        """Everything that exists at the peak."""
+        """All parts that exist at the peak."""
         return {**self.standing, **self.moments[self.peak_moment]}
 
     @property
@@ -61,16 +61,16 @@ class MemoryPlan:
         return sum(self.parts.values())
 
     def why_not(self, gpu_bytes: int) -> str | None:
-        """One sentence with the largest parts if rank or server exceed a GPU less ``HEADROOM``; None if both fit."""
+        """Explain, with the largest parts, if rank or server exceed a GPU less ``HEADROOM``; None if both fit."""
         limit, total = gpu_bytes * (1 - HEADROOM), readable_size(gpu_bytes)
         usable = f"{readable_size(limit)} of the GPU's {total} are usable"
         if self.server_parts_needed > limit:
-            return f"a server needs {readable_size(self.server_parts_needed)} for one trajectory, and {usable}"
+            return f"a server needs {readable_size(self.server_parts_needed)} for one trajectory, but {usable}"
         if self.total_bytes <= limit:
             return None
         largest = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
         parts = ", ".join(f"{name} {readable_size(size)}" for name, size in largest)
-        return f"{readable_size(self.total_bytes)} at {self.peak_moment!r}, and {usable}; largest: {parts}"
+        return f"{readable_size(self.total_bytes)} at {self.peak_moment!r}, but {usable}; largest: {parts}"
 
 
 def readable_size(num_bytes: float) -> str:
@@ -80,7 +80,7 @@ def readable_size(num_bytes: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rank:
-    """What the formulas below read of a rank."""
+    """Inputs of the formulas below."""
 
     config: RunConfig
     shape: ModelShape
@@ -113,16 +113,16 @@ def plan_memory(
     load: MicrobatchLoad | None = None,
     gpu_bytes: int | None = None,
 ) -> list[MemoryPlan]:
-    """Plan the memory of a rank of every pipeline stage, first to last; ``busiest_rank`` picks the one that counts.
+    """Plan the memory of one rank per pipeline stage; ``busiest_rank`` picks the stage that counts.
 
     Args:
         config: of the run.
         shape: of its model.
-        layout: ``Layout.from_config``, or another to try.
-        step: counts for caches and the share of query tokens; by default those of the assumed mean lengths.
-        load: the largest microbatch; by default a full row, every token of which is the policy's.
-        gpu_bytes: memory of one GPU, which the caches of SGLang are cut to; None on CPU, where nothing is added for
-            CUDA and layers are those of the local spec, as they are with ``model.layer_spec=local``.
+        layout: the configured or another one.
+        step: work of a step; by default that of the assumed mean lengths.
+        load: the largest microbatch; by default a full row of the policy's tokens.
+        gpu_bytes: memory of one GPU, to which SGLang's caches are limited; None on CPU, where nothing is added for CUDA
+            and layers have the local spec.
     """
     step = step or step_load(config, assume(config))
     element = 2 if config.model.dtype == "bfloat16" else _FP32
@@ -145,12 +145,12 @@ def plan_memory(
 
 
 def busiest_rank(plans: list[MemoryPlan]) -> MemoryPlan:
-    """The stage that needs most."""
+    """Return the plan of the stage with the most bytes."""
     return max(plans, key=lambda plan: plan.total_bytes)
 
 
 def _plan_rank(rank: _Rank, gpu_bytes: int | None) -> MemoryPlan:
-    """Plan the trainer, then what servers take: beside it from GPUs of their own, colocated from what it leaves."""
+    """Plan the trainer, then the servers, on GPUs of their own or on what the trainer leaves."""
     standing = _standing(rank, on_gpu=gpu_bytes is not None)
     table = rank.head.columns * rank.head.hidden * _FP32  # embedding or head, the largest tensor
     moments = {**_update(rank), **_passes(rank), "optimizer": {"temporaries": 2 * table}}
@@ -188,7 +188,7 @@ def _plan_rank(rank: _Rank, gpu_bytes: int | None) -> MemoryPlan:
 
 def _standing(rank: _Rank, *, on_gpu: bool) -> dict[str, int]:
     config, layout, params, element = rank.config, rank.layout, rank.num_params, rank.element
-    # Adam's two moments; in bf16 the fp32 weights besides (megatron's Float16OptimizerWithFloat16Params).
+    # Adam's two moments; in bf16 also fp32 weights (megatron's Float16OptimizerWithFloat16Params).
     state = params * _FP32 * (3 if element < _FP32 else 2)
     standing = {
         "weights": params * element,
@@ -200,8 +200,8 @@ def _standing(rank: _Rank, *, on_gpu: bool) -> dict[str, int]:
         ),
         "framework": FRAMEWORK_BYTES * on_gpu,
     }
-    if config.train.mode == "rl" and config.rollout.engine == "embedded":
-        # A whole model on every rank, and a slot as long as the longest trajectory for each trajectory.
+    if config.is_rl and config.rollout.engine == "embedded":
+        # A whole model on every rank, and a slot of maximal length for each trajectory.
         tokens = -(-rank.step.num_trajectories // layout.num_ranks) * config.longest_rollout.num_tokens
         standing["embedded engine"] = rank.shape.num_params * element
         standing["embedded KV cache"] = tokens * rank.shape.kv_bytes_per_token(element)
@@ -209,28 +209,28 @@ def _standing(rank: _Rank, *, on_gpu: bool) -> dict[str, int]:
 
 
 def _update(rank: _Rank) -> dict[str, dict[str, int]]:
-    """Two moments: all activations and the loss; all activations and a layer in its backward pass."""
+    """Plan two moments: all activations with the loss, or with one layer in its backward pass."""
     load, layout, layer = rank.load, rank.layout, rank.layer(rank.load.num_tokens)
-    in_flight = min(layout.pp - rank.stage, load.num_microbatches)  # 1F1B: a stage is ahead by those behind it
+    in_flight = min(layout.pp - rank.stage, load.num_microbatches)  # 1F1B: as many as stages follow, plus one
     kept = layer.boundary if layout.recompute else layer.saved
-    # Ids and positions (int64), and of each policy row two int64 and three fp32.
+    # Ids and positions (int64); per policy row, two int64 and three fp32.
     indices = 16 * load.num_tokens + 28 * load.policy_rows
     saved = in_flight * (rank.shape.num_layers // layout.pp * kept + layer.boundary) + indices
     recomputed = layer.saved - layer.boundary if layout.recompute else 0
-    is_whole = rank.shape.is_tied and layout.pp == 1  # the head's gradient waits for the embedding's
+    is_whole = rank.shape.is_tied and layout.pp == 1  # the head's gradient is kept until the embedding's
     backward = layer.backward + recomputed + rank.head.weight_bytes * is_whole
     targets = activations.target_bytes(rank.head, load, kept_entries(rank.config.objective)) * rank.is_last
     common = {"activations": saved, "teacher targets": targets}
     moments = {"backward": {**common, "one layer's backward": backward}}
     if rank.is_last:
-        final_norm = layer.boundary if rank.spec == "local" else 0  # keeps its normalised input besides
+        final_norm = layer.boundary if rank.spec == "local" else 0  # it also keeps its normalised input
         loss = activations.loss_bytes(rank.head, load, layout.chunk_rows, rank.config.objective)
         moments["loss"] = {**common, "activations": saved + final_norm, "logits": loss}
     return moments
 
 
 def _passes(rank: _Rank) -> dict[str, dict[str, int]]:
-    """Passes without gradient: the teacher's, and that of the reference or the old policy."""
+    """Plan passes without gradient: of the teacher, and of the reference or the old policy."""
     head, load, chunk, topk = rank.head, rank.load, rank.layout.chunk_rows, kept_entries(rank.config.objective)
     moments = {}
     if load.teacher_tokens:
@@ -245,7 +245,7 @@ def _passes(rank: _Rank) -> dict[str, dict[str, int]]:
 
 
 def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
-    """The peak is in a layer, or after the last one at the logits: by then no layer holds anything."""
+    """Find the peak: in a layer, or at the logits after the last layer, which holds nothing by then."""
     layer = rank.layer(num_tokens)
     sharded = layer.boundary * rank.layout.sequence  # the hidden states before they are gathered
     before = layer.boundary * (rank.load.num_microbatches > 1)  # the last output stays until there is a new one
@@ -254,7 +254,7 @@ def _peak_of_pass(rank: _Rank, num_tokens: int, logits: int) -> dict[str, int]:
 
 
 def _publish(rank: _Rank) -> dict[str, int]:
-    """The largest tensor, gathered; two buckets, being filled and under way (``sglang/transports.py``)."""
+    """Plan a publish: the largest tensor, gathered, and buckets being filled and sent (``sglang/transports.py``)."""
     sglang = rank.config.rollout.sglang
     whole = rank.shape.vocab * rank.shape.hidden * rank.element
     buckets = 0 if sglang.weight_sync == "disk" else 2 * sglang.weight_bucket_mb * 2**20

@@ -1,4 +1,4 @@
-"""From a configuration and an allocation to a plan: whether it fits, and which layouts of its ranks are faster."""
+"""Plan a configuration on an allocation: memory, time, and faster layouts of the same ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
 from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.errors import ConfigError, raise_problems
-from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.plan.memory import HEADROOM, MemoryPlan, busiest_rank, plan_memory, readable_size
 from megatron_sdsearch.plan.roofline import HARDWARE, Estimator
@@ -22,13 +21,13 @@ _WIDTHS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layout with what it would need.
+    """A layout with its memory and time.
 
     Attributes:
         layout: of the ranks.
-        memory: of the busiest one.
-        phases_s: estimated seconds of a step, uncalibrated; empty on CPU.
-        why_not: what does not fit, in one sentence; None when all does.
+        memory: of the busiest rank.
+        phases_s: estimated seconds of a step by phase, uncalibrated; empty on CPU.
+        why_not: why it does not fit, in one sentence; None if it does.
     """
 
     layout: Layout
@@ -38,7 +37,7 @@ class Candidate:
 
     @property
     def step_s(self) -> float:
-        """Seconds of all phases, one after the other."""
+        """Seconds of all phases in sequence."""
         return sum(self.phases_s.values())
 
 
@@ -47,11 +46,11 @@ class RunPlan:
     """Result of `plan`.
 
     Attributes:
-        estimator: the run, its machine and the assumptions.
+        estimator: the run, its GPUs and the assumptions.
         num_gpus: of the allocation.
         given: the configured layout.
-        better: at most three layouts of the same ranks that fit, and are faster than ``given`` if that fits, too; none
-            on CPU, where memory alone is planned.
+        better: at most three layouts of the same ranks that fit, and are faster than ``given`` if it fits; none on CPU,
+            where only memory is planned.
     """
 
     estimator: Estimator
@@ -60,7 +59,7 @@ class RunPlan:
     better: list[Candidate]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: bytes, seconds, and the assumptions behind them."""
+        """Return plain values: bytes, seconds, and the assumptions behind them."""
         if self.estimator.gpu.is_cpu:
             return {"memory": _memory_dict(self.given.memory)}
         return {
@@ -85,7 +84,7 @@ class RunPlan:
         return candidate.step_s * self.estimator.config.train.num_steps / 3600
 
     def to_text(self) -> str:
-        """Lines for people: the memory by parts, the time by phases, and the settings of better layouts."""
+        """Format the memory by parts, the time by phases, and the settings of better layouts."""
         given, memory, gpu, config = self.given, self.given.memory, self.estimator.gpu, self.estimator.config
         standing, peak = sum(memory.standing.values()), memory.peak_moment
         rows = {
@@ -119,33 +118,27 @@ class RunPlan:
         return "\n".join([*lines, "Nothing of this was measured on a GPU."])
 
 
-def plan_config(
-    config: RunConfig, allocation: Allocation, hardware: str | None = None, assumptions: Sequence[str] = ()
+def plan_run(
+    config: RunConfig,
+    shape: ModelShape,
+    allocation: Allocation,
+    *,
+    hardware: str | None = None,
+    assumptions: Sequence[str] = (),
 ) -> RunPlan:
-    """Plan a run of the model in ``model.hf_dir``, of which config.json is read.
+    """Plan the configured layout, and look for better ones.
 
     Args:
         config: of the run.
+        shape: of its model.
         allocation: nodes and GPUs; with ``hardware="cpu"``, processes instead of GPUs.
-        hardware: a name of ``HARDWARE``, or ``cpu``; by default h100, or cpu where ``model.dtype`` is float32.
+        hardware: a name of ``HARDWARE``; by default h100, or cpu where ``model.dtype`` is float32.
         assumptions: ``name=value``, see ``assume``.
-
-    Raises:
-        ConfigError: the model is not supported, or see ``plan_run``.
-    """
-    shape = ModelShape.from_hf_config(load_hf_config(config.model.hf_dir))
-    default = "cpu" if config.model.dtype == "float32" else "h100"
-    return plan_run(config, shape, allocation, hardware=hardware or default, assumptions=assumptions)
-
-
-def plan_run(
-    config: RunConfig, shape: ModelShape, allocation: Allocation, *, hardware: str, assumptions: Sequence[str] = ()
-) -> RunPlan:
-    """Plan the configured layout, and look for better ones.
 
     Raises:
         ConfigError: the layout does not fit the model or the allocation, or a name or a value is unknown.
     """
+    hardware = hardware or ("cpu" if config.model.dtype == "float32" else "h100")
     if hardware not in HARDWARE:
         raise ConfigError("--hardware", f"{hardware!r} is not known", f"use one of {', '.join(HARDWARE)}")
     gpu, assumed = HARDWARE[hardware], assume(config, assumptions)
@@ -165,7 +158,7 @@ def plan_run(
     limit = given.step_s if given.why_not is None else float("inf")
     for layout in () if gpu.is_cpu else other_layouts(config, shape, given.layout, roles.ranks_per_node):
         candidate = plan_layout(estimator, layout)
-        # Of layouts that differ in token budget, recomputation or optimizer alone, the fastest stands for all.
+        # Only keep the fastest of layouts that differ in token budget, recomputation or optimizer.
         fastest = best.get((layout.tp, layout.pp))
         if candidate.why_not is None and candidate.step_s < (fastest.step_s if fastest is not None else limit):
             best[layout.tp, layout.pp] = candidate
@@ -175,19 +168,17 @@ def plan_run(
 
 
 def plan_layout(estimator: Estimator, layout: Layout) -> Candidate:
-    """Plan memory and, on GPUs, time of one layout, and say what does not fit."""
-    gpu, step = estimator.gpu, estimator.step
-    gpu_bytes = None if gpu.is_cpu else gpu.memory_bytes
+    """Plan memory and, on GPUs, time of one layout."""
+    step, gpu_bytes = estimator.step, None if estimator.gpu.is_cpu else estimator.gpu.memory_bytes
     memory = busiest_rank(plan_memory(estimator.config, estimator.shape, layout, step=step, gpu_bytes=gpu_bytes))
-    if gpu_bytes is None:
-        return Candidate(layout=layout, memory=memory, phases_s={}, why_not=None)
-    phases_s = estimator.phases(layout, memory.kv_tokens)
-    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=memory.why_not(gpu_bytes))
+    phases_s = {} if gpu_bytes is None else estimator.phases(layout, memory.kv_tokens)
+    why_not = None if gpu_bytes is None else memory.why_not(gpu_bytes)
+    return Candidate(layout=layout, memory=memory, phases_s=phases_s, why_not=why_not)
 
 
 def other_layouts(config: RunConfig, shape: ModelShape, given: Layout, ranks_per_node: int) -> Iterator[Layout]:
-    """Every layout of the same ranks that the model can be divided by; tensor-parallel ranks stay on one node."""
-    least = config.longest_sequence.num_tokens  # must fit a row
+    """Yield every layout of the same ranks that divides the model; tensor-parallel ranks stay on one node."""
+    least = config.longest_sequence.num_tokens  # must fit in a row
     budgets = {least, given.max_tokens // 2, given.max_tokens, 2 * given.max_tokens}
     for tp, pp in product(_WIDTHS, range(1, shape.num_layers + 1)):
         sizes = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)

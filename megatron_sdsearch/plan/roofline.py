@@ -1,7 +1,7 @@
-"""Seconds of one step by phase, from a roofline: FLOPs and bytes over assumed shares of the peaks of GPUs and links.
+"""Estimate seconds of a step by phase from a roofline: FLOPs and bytes over assumed shares of peak rates.
 
-UNCALIBRATED: no share was ever compared with a run on GPUs, and nothing is assumed to overlap. Good for comparing
-layouts; a run's own metrics, which name the same phases, are the measure of its hours.
+UNCALIBRATED: no share was compared with a run on GPUs, and phases do not overlap. Use it to compare layouts; to predict
+hours, use the metrics of a run, which name the same phases.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from megatron_sdsearch.plan.workload import Assumptions, Layout, StepLoad, large
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One model of GPU, by its vendor's figures (docs/planning.md names the sources).
+    """A model of GPU, with its vendor's figures (sources: docs/planning.md).
 
     Attributes:
-        name: as the command line has it.
-        tflops: dense bf16, peak.
+        name: name on the command line.
+        tflops: peak dense bf16 TFLOPS.
         memory_bytes: as CUDA reports them, rounded down.
-        hbm_gbs: GB/s of its memory, peak.
-        nvlink_gbs: GB/s that one GPU sends within the node, one direction.
-        network_gbs: GB/s that one GPU sends to other nodes, one direction.
+        hbm_gbs: peak memory bandwidth in GB/s.
+        nvlink_gbs: GB/s from one GPU within the node, one direction.
+        network_gbs: GB/s from one GPU to other nodes, one direction.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Gpu:
 
     @property
     def is_cpu(self) -> bool:
-        """No GPU: memory of processes is planned, and no time."""
+        """True for the entry without a GPU: only memory is planned, not time."""
         return self.name == "cpu"
 
 
@@ -51,15 +51,15 @@ HARDWARE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimator:
-    """Estimates the seconds of steps of one run on one kind of machine.
+    """Estimates seconds per step of one run on one type of GPU.
 
     Attributes:
         config: of the run, in bf16.
         shape: of its model.
-        assumed: lengths of its trajectories, and what is reached of the peaks.
-        step: counts that follow from the lengths.
-        gpu: of all nodes.
-        gpus_per_node: links within are NVLink, between nodes the network.
+        assumed: lengths of its trajectories, and shares of the peak rates.
+        step: work of a step with these lengths.
+        gpu: type of all GPUs.
+        gpus_per_node: GPUs linked by NVLink; others are linked by the network.
     """
 
     config: RunConfig
@@ -70,14 +70,14 @@ class Estimator:
     gpus_per_node: int
 
     def phases(self, layout: Layout, kv_tokens: int) -> dict[str, float]:
-        """Seconds by phase of a step that distils, without publishing, evaluation and checkpoint.
+        """Estimate seconds by phase of a step that distils, without publishing, evaluation and checkpoint.
 
         Args:
             layout: of the ranks.
-            kv_tokens: that the cache of one SGLang server holds.
+            kv_tokens: tokens in the cache of one SGLang server.
         """
         step, phases = self.step, dict[str, float]()
-        if self.config.train.mode == "rl":
+        if self.config.is_rl:
             phases["rollout"] = self._rollout(layout, kv_tokens)
         reading = self._pass(layout, step.student_tokens, step.generated_tokens)
         if step.has_reference:
@@ -86,18 +86,17 @@ class Estimator:
             phases["old"] = reading
         if step.teacher_tokens:
             phases["teacher"] = self._pass(layout, step.teacher_tokens, step.distilled_tokens)
-        num_head = 3 + (layout.max_tokens > layout.chunk_rows)  # logits that come in chunks are projected twice
+        num_head = 3 + (layout.max_tokens > layout.chunk_rows)  # chunked logits are projected twice
         update = self._pass(layout, step.student_tokens, step.generated_tokens, 3 + layout.recompute, num_head)
         gradients = 4 * self.shape.stage_params(0, tp=layout.tp, pp=layout.pp) * 2 * (layout.dp - 1) / layout.dp
         phases["update"] = update + step.num_minibatches * gradients / self._link(layout.num_ranks // layout.pp)
         return phases
 
     def _pass(self, layout: Layout, tokens: float, rows: float, num: int = 1, num_head: int = 1) -> float:
-        """``num`` forward passes over ``tokens`` of each trajectory, and ``num_head`` of the head over ``rows``.
+        """Estimate ``num`` passes over ``tokens`` of each trajectory, and ``num_head`` of the head over ``rows``.
 
-        Two FLOPs per weight and token; a backward pass counts as two in FLOPs, and as one on links. The last stage has
-        the head besides its layers, and sets the pace of all. Sequence parallel moves as much as the two all-reduces of
-        a layer.
+        Two FLOPs per weight and token; a backward pass counts as two passes in FLOPs, and as one on links. The last
+        stage also has the head, and limits all others. Sequence parallel sends as much as a layer's two all-reduces.
         """
         shape, tp, pp, num_trajectories = self.shape, layout.tp, layout.pp, self.step.num_trajectories
         layers = num * tokens * shape.num_layers * shape.layer_matrix_params / pp
@@ -109,9 +108,9 @@ class Estimator:
         return compute * (1 + bubble) + sent / self._link(tp)
 
     def _rollout(self, layout: Layout, kv_tokens: int) -> float:
-        """Waves of as many trajectories as cache and open requests allow; each token reads weights and half the cache.
+        """Estimate waves of as many trajectories as cache and open requests allow.
 
-        The last wave takes as long as the longest trajectory.
+        Each token reads the weights and half the cache. The last wave lasts as long as the longest trajectory.
         """
         step, assumed, servers = self.step, self.assumed, layout.servers
         num_engines, tp = (servers.num, servers.tp_size) if servers is not None else (layout.num_ranks, 1)
@@ -126,6 +125,6 @@ class Estimator:
         return waves * step.generated_tokens * (read_s + assumed.decode_step_s) + searches_s
 
     def _link(self, span: int) -> float:
-        """Bytes per second and GPU in a group whose members are within ``span`` consecutive ranks."""
+        """Return bytes per second and GPU in a group within ``span`` consecutive ranks."""
         gbs = self.gpu.nvlink_gbs if span <= self.gpus_per_node else self.gpu.network_gbs
         return gbs * 1e9 * self.assumed.links

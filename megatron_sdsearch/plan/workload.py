@@ -1,4 +1,4 @@
-"""What a step asks of the GPUs: the layout of its ranks, lengths of its trajectories, and its largest microbatch."""
+"""Work of a step: layout of the ranks, lengths of the trajectories, and the largest microbatch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megatron_sdsearch.allocation import Roles, Servers
 from megatron_sdsearch.config import RunConfig
 from megatron_sdsearch.errors import ConfigError
 
-# Share of each configured budget that a mean trajectory uses. An assumption: no recipe of ours was measured.
+# Share of each configured budget that a mean trajectory uses. An assumption: no recipe was measured.
 DEFAULT_FILL = 0.5
 _QUERY_TOKENS = 16.0  # between the search tags: a dozen words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What may be chosen without changing what is learned.
+    """Settings that can change without changing what is learned.
 
     Attributes:
         tp, pp, dp: tensor, pipeline and data parallel sizes; their product is the number of ranks.
         sequence: sequence parallel.
-        recompute: keep layer inputs alone (``model.recompute=full``).
+        recompute: keep only layer inputs (``model.recompute=full``).
         max_tokens: limit of a microbatch.
         chunk_rows: rows of logits that exist at one time.
         distributed_optimizer: optimizer state is sharded over data-parallel ranks.
@@ -47,7 +47,7 @@ class Layout:
 
     @classmethod
     def from_config(cls, config: RunConfig, roles: Roles) -> Layout:
-        """Read the configured layout, whose sizes divide the ranks."""
+        """Read the configured layout; its sizes must divide the ranks."""
         parallel = config.parallel
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         return cls(
@@ -63,7 +63,7 @@ class Layout:
         )
 
     def overrides(self) -> list[str]:
-        """Settings of the ranks as ``key=value`` of the command line."""
+        """Return the settings as ``key=value`` for the command line."""
         return [
             f"parallel.tensor_model_parallel_size={self.tp}",
             f"parallel.pipeline_model_parallel_size={self.pp}",
@@ -76,14 +76,14 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:
-    """Means over trajectories, shares of a GPU's peaks, and times. No run on GPUs was measured: `--assume` changes any.
+    """Mean lengths, shares of a GPU's peaks, and times. No run on GPUs was measured; `--assume` changes any of them.
 
     Attributes:
         prompt_tokens: the question with its instructions.
         searches: per trajectory.
         response_tokens: per generation; there is one more generation than searches.
         observation_tokens: per search.
-        query_tokens: per search, the distilled ones.
+        query_tokens: distilled tokens per search.
         block_tokens: the hindsight block; with ``hindsight.content=documents``, that of one search.
         search_s: seconds that a trajectory waits for one search.
         training: share of peak FLOPS in matrix products. Megatron-LM reports 41 % to 48 % end to end on H100 for 2B to
@@ -91,7 +91,7 @@ class Assumptions:
         memory: share of peak bandwidth while decoding.
         links: share of NVLink and network.
         decode_step_s: seconds of one decoding step beside reading memory: launches, scheduling, sampling.
-        tail: the step ends with its longest trajectory, which is so many times as long as the mean.
+        tail: length of the longest trajectory, with which the step ends, over the mean length.
     """
 
     prompt_tokens: float
@@ -112,13 +112,13 @@ _SHARES_AND_RATES = ("training", "memory", "links", "decode_step_s", "tail")  # 
 
 
 def assume(config: RunConfig, texts: Sequence[str] = ()) -> Assumptions:
-    """Fill every budget of ``rollout`` and ``hindsight`` to the same share, but for what ``name=value`` texts say.
+    """Fill every budget of ``rollout`` and ``hindsight`` to the same share, except where ``name=value`` texts differ.
 
-    ``fill=value`` is another share than ``DEFAULT_FILL``. There are fewer searches where a trajectory would outgrow
+    ``fill=value`` replaces ``DEFAULT_FILL``. Searches are reduced where a trajectory would exceed
     ``rollout.max_total_tokens``.
 
     Raises:
-        ConfigError: a name is unknown, or a value is no number, or out of range.
+        ConfigError: a name is unknown, or a value is not a number, or out of range.
     """
     field, names, given = "--assume", {each.name for each in fields(Assumptions)} | {"fill"}, dict[str, float]()
     for text in texts:
@@ -131,7 +131,7 @@ def assume(config: RunConfig, texts: Sequence[str] = ()) -> Assumptions:
             raise ConfigError(field, f"{text!r} is not name=number", "write e.g. response_tokens=200") from error
         limit = 1.0 if name == "fill" else sys.float_info.max
         if not 0 <= given[name] <= limit or (given[name] == 0 and name in _SHARES_AND_RATES):
-            raise ConfigError(field, f"{text!r} is out of range", "give a positive number, of fill at most 1")
+            raise ConfigError(field, f"{text!r} is out of range", "give a positive number, for fill at most 1")
     fill, rollout, max_block = given.pop("fill", DEFAULT_FILL), config.rollout, config.hindsight.max_block_tokens
     block = fill * max_block
     if config.hindsight.content == "documents":  # one observation, unless it is cut
@@ -154,18 +154,18 @@ def assume(config: RunConfig, texts: Sequence[str] = ()) -> Assumptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLoad:
-    """What one step does, over all ranks: an RL step that distils, or an update of a warm start.
+    """Work of one step over all ranks: an RL step that distils, or an update of a warm start.
 
     Attributes:
         num_trajectories: trajectories of the step, or its demonstrations.
         num_minibatches: optimizer updates.
         has_reference: a reference model reads the trajectories.
         student_tokens: mean length of a trajectory.
-        generated_tokens: sampled ones of these.
+        generated_tokens: sampled tokens of these.
         distilled_tokens: query tokens of these.
-        teacher_tokens: mean tokens that the teacher reads of a trajectory; 0 when nothing is distilled.
-        longest_documents: most tokens that the teacher reads of a trajectory search by search; 0 where it reads one
-            sequence.
+        teacher_tokens: mean tokens that the teacher reads per trajectory; 0 when nothing is distilled.
+        longest_documents: most tokens that the teacher reads per trajectory with ``hindsight.content=documents``, else
+            0.
     """
 
     num_trajectories: int
@@ -181,19 +181,17 @@ class StepLoad:
 def step_load(config: RunConfig, lengths: Assumptions) -> StepLoad:
     """Count trajectories and tokens of a step.
 
-    The teacher's sequence is a trajectory up to its last query, behind the block. With ``hindsight.content=documents``
-    it reads one for each search, up to that search's query (docs/adr/0007-current-step-documents.md).
+    The teacher reads the block and the trajectory up to its last query. With ``hindsight.content=documents`` it reads
+    one sequence per search, up to that search's query (docs/adr/0007-current-step-documents.md).
     """
-    rollout, is_rl = config.rollout, config.train.mode == "rl"
+    rollout = config.rollout
     per_search = lengths.response_tokens + lengths.observation_tokens
     generated = (lengths.searches + 1) * lengths.response_tokens
     student = lengths.prompt_tokens + generated + lengths.searches * lengths.observation_tokens
     load = StepLoad(
-        num_trajectories=(
-            config.data.questions_per_step * rollout.group_size if is_rl else config.train.demonstrations_per_step
-        ),
+        num_trajectories=config.trajectories_per_step,
         num_minibatches=config.updates_per_step,
-        has_reference=is_rl and config.objective.kl_coef > 0,
+        has_reference=config.is_rl and config.objective.kl_coef > 0,
         student_tokens=student,
         generated_tokens=generated,
         distilled_tokens=lengths.searches * lengths.query_tokens,
@@ -203,8 +201,8 @@ def step_load(config: RunConfig, lengths: Assumptions) -> StepLoad:
     if config.hindsight.content != "documents":
         return replace(load, teacher_tokens=student - per_search + lengths.block_tokens)
     first = lengths.prompt_tokens + lengths.block_tokens + lengths.response_tokens
-    # All budgets full: up to its i-th query a trajectory has i responses and i - 1 observations. A block's header is as
-    # long as an observation's tags.
+    # With all budgets full, there are i responses and i - 1 observations before the end of the i-th query. A block's
+    # header is as long as an observation's tags.
     most, turn = rollout.max_total_tokens, rollout.max_response_tokens + rollout.max_observation_tokens
     block = min(rollout.max_observation_tokens, config.hindsight.max_block_tokens)
     to_first_query = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -222,9 +220,9 @@ class MicrobatchLoad:
     Attributes:
         num_tokens: T of the student's row, padding included.
         policy_rows: N, tokens of the policy's loss.
-        query_rows: Q of them, distilled ones.
+        query_rows: Q, distilled ones of these.
         teacher_tokens: T of the teacher's row; 0 when nothing is distilled.
-        num_microbatches: of a rank's minibatch; all of their teacher targets live at one time.
+        num_microbatches: of a rank's minibatch; the teacher targets of all exist at one time.
     """
 
     num_tokens: int
@@ -235,10 +233,10 @@ class MicrobatchLoad:
 
 
 def largest_microbatch(config: RunConfig, layout: Layout, step: StepLoad) -> MicrobatchLoad:
-    """Fill a row to its limit with the policy's tokens: no batch can ask for more logits.
+    """Fill a row to its limit with the policy's tokens, since no batch can need more logits.
 
-    Rows are filled by the longer of a trajectory's two readings. The teacher's row is longer where the sequences of one
-    trajectory are: they stay in one row (``packing.py``).
+    The longer of a trajectory's student and teacher sequences fills the row. The teacher's row exceeds the limit if the
+    sequences of one trajectory do: they stay in one row (``packing.py``).
     """
     is_distilled = step.teacher_tokens > 0
     share = step.distilled_tokens / max(1.0, step.generated_tokens)

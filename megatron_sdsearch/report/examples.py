@@ -1,4 +1,4 @@
-"""A few groups to read: picked from the trajectory files of a run's first and last step."""
+"""Pick a few groups from the trajectory files of a run's first and last step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sdsearch.errors import DataError
 from megatron_sdsearch.logging.trajectories import step_files
 
 GROUPS_PER_STEP = 3
-#: Bounds the reading of a big step's file, 100 MB at the published sizes.
+#: Limit for reading a large step's file, 100 MB at the published sizes.
 MAX_GROUPS_READ = 64
 
 Row = dict[str, Any]
@@ -24,8 +24,8 @@ class Example:
     """One group.
 
     Attributes:
-        siblings: rows of the trajectory file, one per trajectory.
-        hindsights: distinct hindsight blocks with the siblings that were shown them.
+        siblings: rows of the trajectory file.
+        hindsights: distinct hindsight blocks with the siblings they belong to.
     """
 
     siblings: Sequence[Row]
@@ -33,10 +33,10 @@ class Example:
 
 
 def pick_examples(run_dir: Path) -> list[Example]:
-    """Groups of the first and the last step with a file; of mixed outcome if there are any, they show the contrast.
+    """Pick groups of the first and the last step, preferably of mixed outcome, since they show the contrast.
 
     Raises:
-        DataError: a line is no trajectory; names file and line.
+        DataError: a line is not a trajectory; names file and line.
     """
     files = step_files(run_dir)
     examples = []
@@ -50,7 +50,7 @@ def pick_examples(run_dir: Path) -> list[Example]:
 
 
 def text_pieces(span: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A span's text as (style, text): the style is observation, search, answer, invalid, or query inside a search."""
+    """Split a span into (style, text): observation, search, answer, invalid, or query inside a search."""
     text = span["text"]
     if span["kind"] != "sampled":
         return [(span["kind"], text)]
@@ -64,7 +64,7 @@ def _pick_groups(path: Path) -> list[list[Row]]:
     for _, rows in islice(groupby(_read_rows(path), key=lambda row: row["question_id"]), MAX_GROUPS_READ):
         group = list(rows)
         (mixed if len({row["is_correct"] for row in group}) > 1 else others).append(group)
-        if len(mixed) == GROUPS_PER_STEP:  # the remainder of a big file is not needed
+        if len(mixed) == GROUPS_PER_STEP:  # skip the remainder of a large file
             break
     return (mixed + others)[:GROUPS_PER_STEP]
 

@@ -1,4 +1,4 @@
-"""Headline numbers, charts and the table of metrics on a run's page.
+"""Compute headline numbers, charts and the table of metrics on a run's page.
 
 Charts are coordinates: ``page.html.j2`` draws them as SVG, ``page.css`` colours them.
 """
@@ -12,17 +12,18 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from megatron_sdsearch.logging import names
+from megatron_sdsearch.logging.progress import DIVERGENCES
 from megatron_sdsearch.logging.summary import short
 from megatron_sdsearch.records import GROUP_CLASSES
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
-#: A longer series is drawn without dots: they would merge, and each one weighs 80 bytes.
+#: A longer series has no dots: they would merge, and each takes 80 bytes.
 MAX_DOTS = 120
 Points = Sequence[tuple[float, float]]
 #: Noisy training metrics are compared as means over this many first and last steps.
 EDGE_STEPS = 5
-# Counts of trajectories that are in no mean or never began.
+# Counts of trajectories that were lost or never started.
 _LEFT_OUT = {
     names.NUM_LOST: "training, lost",
     names.EVAL_NUM_LOST: "held-out, lost",
@@ -33,7 +34,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Tile(NamedTuple):
-    """One headline number, and where it came from."""
+    """One headline number and its source."""
 
     label: str
     value: str
@@ -41,12 +42,12 @@ class Tile(NamedTuple):
 
 
 def make_tiles(rows: Rows) -> list[Tile]:
-    """Headline numbers of the metrics that a run has."""
+    """Make headline numbers from the metrics that a run has."""
     tiles = [
         _compare_ends(rows, names.EVAL_EM, "Held-out EM", edge=1, lost=names.EVAL_NUM_LOST),
         _compare_ends(rows, names.REWARD, "Training reward", lost=names.NUM_LOST),
         _compare_ends(rows, names.HIT_RATE, "Retrieval hit rate"),
-        _compare_ends(rows, names.JSD, "JSD, nats"),
+        *(_compare_ends(rows, name, label) for name, label in DIVERGENCES.items()),
     ]
     if seconds := [row[names.STEP_SECONDS] for row in rows if names.STEP_SECONDS in row]:
         total = timedelta(seconds=round(sum(seconds)))
@@ -55,7 +56,7 @@ def make_tiles(rows: Rows) -> list[Tile]:
 
 
 def _compare_ends(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS, lost: str = "") -> Tile | None:
-    """First and last values of a metric; ``lost`` names the count of trajectories that it leaves out."""
+    """Compare the first and last values of a metric; ``lost`` names the count of trajectories that it leaves out."""
     rows = [row for row in rows if name in row]
     values = [float(row[name]) for row in rows]
     if not values:
@@ -70,7 +71,7 @@ def _compare_ends(rows: Rows, name: str, label: str, edge: int = EDGE_STEPS, los
 
 
 def make_charts(rows: Rows) -> list[Chart]:
-    """Charts of the metrics that a run has."""
+    """Draw charts of the metrics that a run has."""
 
     def series(curves: Mapping[str, str]) -> list[Series]:
         return [
@@ -78,30 +79,27 @@ def make_charts(rows: Rows) -> list[Chart]:
             for name, label in curves.items()
         ]
 
-    def by_class(name: str, prefix: str) -> list[Series]:
-        return series(
-            {name: "all groups"} | {prefix + each: each.replace("_", " ") for each in reversed(GROUP_CLASSES)}
-        )
+    def by_class(name: str) -> list[Series]:
+        classes = {f"{name}_{each}": each.replace("_", " ") for each in reversed(GROUP_CLASSES)}
+        return series({name: "all groups"} | classes)
 
     phases = dict.fromkeys(name for row in rows for name in row if name.startswith(names.PHASE_PREFIX))
     accuracy = {names.REWARD: "training reward", names.EM: "training EM", names.EVAL_EM: "held-out EM"}
     left_out = {name: label for name, label in _LEFT_OUT.items() if any(row.get(name) for row in rows)}
-    jsd = by_class(names.JSD, names.JSD_BY_CLASS_PREFIX)
-    entropy_gap = by_class(names.ENTROPY_GAP, names.ENTROPY_GAP_BY_CLASS_PREFIX)
     seconds = series({name: name.removeprefix(names.PHASE_PREFIX) for name in phases})
     drawn = [
         line_chart("Exact match and reward", series(accuracy)),
         line_chart("Retrieval hit rate", series({names.HIT_RATE: "training", names.EVAL_HIT_RATE: "held-out"})),
         line_chart("Trajectories left out", series(left_out)),
-        line_chart("Divergence of teacher and student, nats", jsd),
-        line_chart("Entropy at query tokens, student minus teacher, nats", entropy_gap),
+        *(line_chart(f"Teacher and student: {label}", by_class(name)) for name, label in DIVERGENCES.items()),
+        line_chart("Entropy at query tokens, student minus teacher, nats", by_class(names.ENTROPY_GAP)),
         stacked_chart("Seconds by phase", seconds),
     ]
     return [chart for chart in drawn if chart is not None]
 
 
 def metric_table(rows: Rows) -> list[tuple[str, str, str, str, str]]:
-    """Name, first, last, lowest and highest value of every metric; texts have no lowest."""
+    """List name, first, last, lowest and highest value of every metric; texts have no lowest or highest."""
     table = []
     for name in sorted({name for row in rows for name in row} - {"step"}):
         values = [row[name] for row in rows if name in row]
@@ -112,14 +110,14 @@ def metric_table(rows: Rows) -> list[tuple[str, str, str, str, str]]:
 
 
 class Series(NamedTuple):
-    """A named curve: (step, value) by ascending step; in a stacked chart, the outline of an area."""
+    """A named curve of (step, value) by ascending step; in a stacked chart, the outline of an area."""
 
     label: str
     points: Points
 
 
 class Chart:
-    """Series over common axes, whose y axis holds 0; ``x`` and ``y`` turn steps and values into pixels."""
+    """Series over common axes; the y axis includes 0. ``x`` and ``y`` turn steps and values into pixels."""
 
     def __init__(self, title: str, series: Sequence[Series], *, is_stacked: bool = False) -> None:
         self.title, self.series, self.is_stacked = title, series, is_stacked
@@ -130,17 +128,17 @@ class Chart:
         self._y_range = (y_low, y_high if y_high > y_low else y_low + 1)
 
     def x(self, step: float) -> float:
-        """Pixel of a step."""
+        """Return the pixel of a step."""
         low, high = self._x_range
         return round(LEFT + (step - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        """Pixel of a value, from the top."""
+        """Return the pixel of a value, from the top."""
         low, high = self._y_range
         return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def coordinates(self, points: Points) -> str:
-        """The ``points`` attribute of an SVG polyline or polygon."""
+        """Return the ``points`` attribute of an SVG polyline or polygon."""
         return " ".join(f"{self.x(x):g},{self.y(y):g}" for x, y in points)
 
     @property
@@ -155,13 +153,13 @@ class Chart:
 
 
 def line_chart(title: str, series: Sequence[Series]) -> Chart | None:
-    """Curves; ``None`` when no series has a point."""
+    """Draw curves; ``None`` when no series has a point."""
     drawn = [one for one in series if one.points]
     return Chart(title, drawn) if drawn else None
 
 
 def stacked_chart(title: str, series: Sequence[Series]) -> Chart | None:
-    """Areas on top of each other, the first at the bottom; a step that a series lacks counts 0."""
+    """Stack areas, the first at the bottom; a step missing in a series counts 0."""
     steps = sorted({step for one in series for step, _ in one.points})
     if not steps:
         return None
@@ -176,7 +174,7 @@ def stacked_chart(title: str, series: Sequence[Series]) -> Chart | None:
 
 
 def nice_ticks(low: float, high: float, num: int = 4) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from ``low`` to at most ``high``, about ``num`` of them."""
+    """Return about ``num`` multiples of 1, 2 or 5 times a power of ten within ``low`` and ``high``."""
     rough = (high - low) / num
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

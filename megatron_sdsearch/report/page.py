@@ -1,8 +1,7 @@
-"""One self-contained page about a run: headline numbers, curves, and a few groups to read.
+"""Write one self-contained page about a run: headline numbers, curves, and a few groups to read.
 
-Reads only what the run wrote (``metrics.jsonl``, ``summary.json``, ``stopped.json``, ``trajectories/``), finished or
-not. The page holds no script and loads nothing from the network; all text of a run is escaped, whatever a model or a
-passage put into it.
+Reads only the run's files (``metrics.jsonl``, ``summary.json``, ``stopped.json``, ``trajectories/``), finished or not.
+The page has no scripts and loads nothing from the network; all text of models and passages is escaped.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ _log = logging.getLogger(__name__)
 
 
 def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = False) -> Path:
-    """Write the page of a run that is going, has stopped, failed or finished, replacing an older one whole.
+    """Write the page of a running, stopped, failed or finished run, atomically replacing an older one.
 
     Args:
         run_dir: of the run.
-        out: the page's file; ``run_dir/report.html`` without one.
-        is_running: True when the run itself writes.
+        out: the page's file; ``run_dir/report.html`` by default.
+        is_running: True when called by the run itself, since some file systems have no locks.
 
     Returns:
         The page's path.
 
     Raises:
-        DataError: the folder is no run's, or one of its files is malformed; names it.
+        DataError: not a run's folder, or one of its files is malformed; names it.
         StorageError: the page cannot be written.
     """
     path = run_dir / PAGE_FILE if out is None else out
@@ -78,26 +77,25 @@ def write_page(run_dir: Path, out: Path | None = None, *, is_running: bool = Fal
 
 
 def _read_state(run_dir: Path, last_step: int, *, is_running: bool) -> tuple[str, str]:
-    """How a run stands by what its folder holds: running, stopped, finished or failed, and a sentence about it.
+    """Derive a run's state from its folder: running, stopped, finished or failed, and a sentence about it.
 
-    ``failed`` covers every end that left neither a summary nor ``stopped.json``, SIGKILL included. ``is_running`` is
-    True when the run itself asks, since some file systems have no locks.
+    ``failed`` covers every end without a summary and without ``stopped.json``, including SIGKILL.
     """
     after = f"after step {last_step}" if last_step else "before the first step was done"
     if (run_dir / SUMMARY_FILE).exists():
         return "finished", f"Finished {after}."
     if stopped := _read_object(run_dir / STOPPED_FILE):
         by = stopped.get("signal", "a signal")
-        saved = " and saved: the same command goes on from there" if stopped.get("step") else ", with nothing to save"
+        saved = " and saved: the same command continues from there" if stopped.get("step") else ", with nothing to save"
         return "stopped", f"Stopped {after} ({by}){saved}."
     if is_running or live_run(run_dir) is not None:
         done = f"step {last_step} is done" if last_step else "no step is done yet"
         return "running", f"Running: {done}."
-    return "failed", f"Failed or was killed {after}: the same command goes on from the newest checkpoint."
+    return "failed", f"Failed or was killed {after}: the same command continues from the newest checkpoint."
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a run wrote; empty where there is no file."""
+    """Read a run's JSON object; empty if there is no file."""
     if not path.exists():
         return {}
     try:
@@ -111,14 +109,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def live_page(run_dir: Path, *, is_writer: bool = True) -> Iterator[Callable[[], None]]:
-    """Yield a function that brings ``run_dir/report.html`` up to date, and write the last page of a run that fails.
+    """Yield a function that updates ``run_dir/report.html``, and write the last page of a run that fails.
 
-    The function is for a run that goes on, or has just written ``summary.json`` or ``stopped.json``. It never ends the
-    run: the first error in writing is logged as a warning, later ones are passed over.
+    Call the function while the run continues, or after it has written ``summary.json`` or ``stopped.json``. It never
+    ends the run: the first error is logged as a warning, later ones are ignored.
 
     Args:
         run_dir: of the run.
-        is_writer: True on the main rank; elsewhere nothing is written.
+        is_writer: True on the main rank, which alone writes.
     """
     has_warned = False
 
@@ -127,7 +125,7 @@ def live_page(run_dir: Path, *, is_writer: bool = True) -> Iterator[Callable[[],
         try:
             if is_writer:
                 write_page(run_dir, is_running=is_running)
-        except Exception as error:  # noqa: BLE001  # the run matters more than its page
+        except Exception as error:  # noqa: BLE001  # the page must not end the run
             if not has_warned:
                 path = run_dir / PAGE_FILE
                 _log.warning("%s is not up to date: %s: %s", path, type(error).__name__, error)
@@ -136,7 +134,7 @@ def live_page(run_dir: Path, *, is_writer: bool = True) -> Iterator[Callable[[],
     try:
         yield refresh
     except (ConfigError, ContinuationError):
-        raise  # a start that was refused changes no page
+        raise  # a refused start leaves the page alone
     except BaseException:
         if (run_dir / METRICS_FILE).exists():
             refresh(is_running=False)

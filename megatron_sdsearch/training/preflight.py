@@ -100,7 +100,7 @@ def read_files(config: RunConfig) -> RunFiles:
     def read(field: str, path: Path | None, reader: Callable[[Path], Sequence[T]]) -> Sequence[T]:
         return attempt(lambda: reader(path), field, problems) or () if path is not None and path.exists() else ()
 
-    is_rl = config.train.mode == "rl"
+    is_rl = config.is_rl
     hf_config, renderer = _read_hf_config(config.model.hf_dir, problems), None
     if (config.model.hf_dir / "config.json").is_file():
         renderer = attempt(lambda: _read_renderer(config), "model.hf_dir", problems)
@@ -241,4 +241,4 @@ async def _make_client(elastic: ElasticsearchConfig) -> None:
         from megatron_sdsearch.retrieval.elasticsearch_client import ElasticsearchClient, read_credentials
     except ModuleNotFoundError as error:
         raise client_is_missing(error) from error
-    await ElasticsearchClient(elastic, read_credentials(elastic)).api.close()  # has opened no connection
+    await ElasticsearchClient(elastic, read_credentials(elastic)).api.close()  # opens no connection

@@ -37,7 +37,7 @@ _HEADER: Final = "# Written by `sdsearch train` at every start: all settings, de
 _OTHER_CONFIG_FILE: Final = "config.resolved.yaml"
 _GIT_TIMEOUT_S: Final = 10.0
 _INTERPOLATION: Final = re.compile(r"(\\*)\$\{")
-_USELESS_ALONE: Final = "retrieval.http.username"  # refused without its password
+_USELESS_ALONE: Final = "retrieval.http.username"  # a username without its password is refused
 Tree = dict[str, Any]
 
 

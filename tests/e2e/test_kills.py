@@ -162,7 +162,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_does_nothing(
     before = content()
     with Ranks(arguments(world, uninterrupted, "optimizer.lr=0.5"), tmp_path / "log") as ranks:
         assert ranks.wait(LIMIT_S) == [0, 0], ranks.output[-4000:]
-    assert f"finished at step {NUM_STEPS}: raise train.num_steps to go on\n" in ranks.output
+    assert f"finished at step {NUM_STEPS}: raise train.num_steps to continue\n" in ranks.output
     assert content() == before
 
 

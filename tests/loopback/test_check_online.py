@@ -75,7 +75,7 @@ def test_a_cluster_in_order_is_asked_and_has_hits(tiny: TinyRun, cluster: FakeEl
 
 
 def test_offline_no_cluster_is_asked(tiny: TinyRun, cluster: FakeElastic) -> None:
-    assert "elasticsearch was not asked; --online does" in tiny.notes(*elastic(cluster.url))
+    assert "elasticsearch was not contacted; use --online" in tiny.notes(*elastic(cluster.url))
     assert cluster.bodies == []
 
 
@@ -139,7 +139,7 @@ def test_a_server_in_order_is_asked(tiny: TinyRun, server: FakeSGLang) -> None:
     assert tiny.found(*sglang(server.url), is_online=True) == []
     assert "SGLang 0.5.23" in online_notes(tiny, *sglang(server.url))
     server.calls.clear()
-    assert "1 servers were not asked; --online does" in tiny.notes(*sglang(server.url))
+    assert "1 servers were not contacted; use --online" in tiny.notes(*sglang(server.url))
     assert server.calls == []
 
 

@@ -216,7 +216,7 @@ def test_the_last_lines_name_what_is_there_and_the_next_command(tmp_path: Path) 
         ["next:", f"sdsearch evaluate {tmp_path}/config.yaml --model {tmp_path}/hf"],
     ]
     again = cli._last_lines(of_run(tmp_path), Outcome(step=4))
-    assert again == ["finished at step 4: raise train.num_steps to go on", *paths]
+    assert again == ["finished at step 4: raise train.num_steps to continue", *paths]
 
 
 def test_a_stopped_run_says_what_is_saved(tmp_path: Path) -> None:

@@ -97,13 +97,13 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         (
             {"objective": {"topk": None, "topk_of": "union"}},
             "objective.topk_of",
-            "union, and objective.topk is null",
+            "union, but objective.topk is null",
             "set objective.topk",
         ),
         (
             {"hindsight.content": "documents", "hindsight.siblings": "own"},
             "hindsight.siblings",
-            "own, and content=documents shows no siblings",
+            "own, but content=documents shows no siblings",
             "leave it at all",
         ),
         ({"objective": 3}, "objective", "3", "valid dictionary"),
@@ -112,7 +112,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"rollout.temperature": 0}, "rollout.temperature", "0", "greater than 0"),
         ({"rollout.top_p": 1.5}, "rollout.top_p", "1.5", "less than or equal to 1"),
         ({"rollout.engine": "vllm"}, "rollout.engine", "'vllm'", "'embedded' or 'sglang'"),
-        ({"rollout.oversample": 1.5}, "rollout.oversample", "is no setting any more", "no fair sample"),
+        ({"rollout.oversample": 1.5}, "rollout.oversample", "was removed", "biased sample"),
         ({"objective.alpha": True}, "objective.alpha", "True", "give a number"),
         ({"objective.topk": False}, "objective.topk", "False", "give a number"),
         ({"rollout.max_refills": -1}, "rollout.max_refills", "-1", "greater than or equal to 0"),
@@ -124,7 +124,7 @@ def test_a_right_config_parses(base: dict[str, Any]) -> None:
         ({"objective.importance_cap": 1.0}, "objective.importance_cap", "1.0", "greater than 1"),
         ({"objective.importance_correction": "clip"}, "objective.importance_correction", "'clip'", "'truncate' or"),
         ({"optimizer.lr": float("inf")}, "optimizer.lr", "inf", "finite"),
-        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "no list", "write [http://a:1]"),
+        ({"rollout.sglang.urls": "http://a:1"}, "rollout.sglang.urls", "not a list", "write [http://a:1]"),
         (
             {"parallel.sequence_parallel": True},
             "parallel.sequence_parallel",
@@ -198,7 +198,7 @@ SGLANG: dict[str, Any] = merged(RL, {"rollout.engine": "sglang"})
         (["10.0.0.7:30000"], "'10.0.0.7:30000' is not the url", "http://host:port"),
         (["http://a:1", "http:///x"], "'http:///x' is not the url", "http://host:port"),
         (["http://a:port"], "'http://a:port' is not the url", "http://host:port"),
-        (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 stands there 2 times", "once"),
+        (["http://a:1", "http://b:1", "http://a:1/"], "http://a:1 is listed 2 times", "once"),
     ],
 )
 def test_urls_that_are_none_are_refused_where_servers_are_used(urls: list[str], problem: str, fix: str) -> None:
@@ -357,7 +357,7 @@ def test_interpolation_follows_overrides(file: Path) -> None:
 def test_an_override_that_is_no_yaml_is_named_itself(file: Path, override: str) -> None:
     error = error_of_file(file, "seed=3", override)
     assert error.field == override.partition("=")[0]
-    assert f"'{override}' is no YAML" in str(error)
+    assert f"'{override}' is not YAML" in str(error)
 
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_a_program_that_is_not_there_is_named_with_its_field(tmp_path: Path) -> 
     check_files(sglang_config(tmp_path, command=[str(program), "--flag"]))
     check_files(sglang_config(tmp_path, command=["serve"], environment={"PATH": str(program.parent)}))
     for wrong in ({"command": [str(tmp_path / "nowhere")]}, {"command": ["serve"]}, {"command": [str(tmp_path)]}):
-        with pytest.raises(ConfigError, match="is no program") as caught:
+        with pytest.raises(ConfigError, match="is not a program") as caught:
             check_files(sglang_config(tmp_path, **wrong))
         assert caught.value.field == "rollout.sglang.command[0]"
         assert str(wrong["command"][0]) in str(caught.value)
@@ -645,11 +645,11 @@ def test_no_error_of_a_broken_file_shows_a_secret(file: Path, lines: list[str]) 
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["retrieval.elasticsearch.password=[hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
-        (["retrieval.elasticsearch.password=*hunter2"], "'retrieval.elasticsearch.password...' is no YAML"),
-        (["retrieval.elasticsearch.passwrod=[hunter2"], "'retrieval.elasticsearch.passwrod...' is no YAML"),
-        (["retreival.elasticsearch.password=[hunter2"], "number 1 is no YAML"),
-        (["retrieval.elasticsearch={password: hunter2"], "'retrieval.elasticsearch...' is no YAML"),
+        (["retrieval.elasticsearch.password=[hunter2"], "'retrieval.elasticsearch.password...' is not YAML"),
+        (["retrieval.elasticsearch.password=*hunter2"], "'retrieval.elasticsearch.password...' is not YAML"),
+        (["retrieval.elasticsearch.passwrod=[hunter2"], "'retrieval.elasticsearch.passwrod...' is not YAML"),
+        (["retreival.elasticsearch.password=[hunter2"], "number 1 is not YAML"),
+        (["retrieval.elasticsearch={password: hunter2"], "'retrieval.elasticsearch...' is not YAML"),
         (["retrieval.elasticsearch.password:hunter2"], "'retrieval.elasticsearch.password...' is not key=value"),
         (["retrieval.elasticsearch.password=", "hunter2"], "number 2 is not key=value"),
         (["retrieval.elasticsearch.password=${hunter2}"], "cannot be resolved"),

@@ -71,7 +71,7 @@ def test_a_path_of_the_settings_may_begin_at_home(home: Path, field: str) -> Non
     assert value_of(parse_config(with_value(field, "~/x/y")), field) == home / "x/y"
     assert value_of(parse_config(with_value(field, "~root/x")), field) == Path("/root/x")
     assert value_of(parse_config(with_value(field, "a/~/$HOME")), field) == Path("a/~/$HOME")
-    with pytest.raises(ConfigError, match=rf"^{field}: '~nosuchuser/x' is not valid; ~nosuchuser is no home directory"):
+    with pytest.raises(ConfigError, match=rf"^{field}: '~nosuchuser/x' is not valid; ~nosuchuser is not a user"):
         parse_config(with_value(field, "~nosuchuser/x"))
 
 
@@ -95,17 +95,17 @@ def test_options_of_the_program_begin_at_home(home: Path) -> None:
         "run_dir: r\nmodel: {hf_dir: m}\ndata: {train: t, heldout: h}\nretrieval: {corpus: c}\n"
     )
     result = CliRunner().invoke(app, ["evaluate", "~/c.yaml", "--model=~nosuchuser/hf"])
-    assert (result.exit_code, "~nosuchuser is no home directory here" in result.output) == (2, True)
+    assert (result.exit_code, "~nosuchuser is not a user here" in result.output) == (2, True)
     for option in ("--urls-file", "--log-dir"):
         result = CliRunner().invoke(app, ["serve", "c.yaml", "--host=h", "--urls-file=u", f"{option}=~nosuchuser/x"])
-        assert (result.exit_code, "~nosuchuser is no home directory here" in result.output) == (2, True)
+        assert (result.exit_code, "~nosuchuser is not a user here" in result.output) == (2, True)
 
 
 def test_arguments_of_the_tools_begin_at_home(home: Path) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--out", type=path_argument)
     assert parser.parse_args(["--out=~/x"]).out == home / "x"
-    with pytest.raises(argparse.ArgumentError, match="argument --out: ~nosuchuser is no home directory here"):
+    with pytest.raises(argparse.ArgumentError, match="argument --out: ~nosuchuser is not a user here"):
         parser.parse_args(["--out=~nosuchuser/x"])
     (home / "nq").mkdir()
     (home / "nq/train.jsonl").write_text("")
@@ -130,7 +130,7 @@ def test_no_tool_reads_a_path_otherwise(tool: str) -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B", "https://huggingface.co/Qwen/Qwen2.5-3B"])
 def test_a_hub_id_gets_the_line_that_fetches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    line = r"`hf download Qwen/Qwen2\.5-3B --local-dir models/Qwen2\.5-3B`, then set {}=models/Qwen2\.5-3B"
+    line = r"`hf download Qwen/Qwen2\.5-3B --local-dir models/Qwen2\.5-3B` and set {}=models/Qwen2\.5-3B"
     config = parse_config(with_value("model.hf_dir", name))
     with pytest.raises(ConfigError, match=r"^model\.hf_dir: .*" + line.format(r"model\.hf_dir")):
         raise_problems(file_problems(config))
@@ -188,7 +188,7 @@ def test_a_number_that_would_overflow_deep_down_is_refused(field: str, value: fl
 
 def test_a_number_that_python_will_not_read_is_refused_as_well(home: Path) -> None:
     (home / "c.yaml").write_text("run_dir: r\n")
-    with pytest.raises(ConfigError, match=r"^seed: .* is no YAML"):
+    with pytest.raises(ConfigError, match=r"^seed: .* is not YAML"):
         load_config(home / "c.yaml", [f"seed={'9' * 5000}"])
 
 

@@ -45,7 +45,7 @@ def test_heldout_questions_that_are_trained_on_are_counted(tiny: TinyRun) -> Non
 def test_answers_that_normalise_to_nothing_are_found(tiny: TinyRun) -> None:
     write_rows(tiny.heldout, [question("h0", "which article?", "The", "a"), question("h1", "who?", "The Who")])
     finding = only(tiny.found())
-    assert "answered right only character for character, such as h0 ('The')" in finding.problem
+    assert "matched character for character, such as h0 ('The')" in finding.problem
     assert finding.problem.startswith("1 questions")
 
 
@@ -219,7 +219,7 @@ def test_longer_prompts_of_the_held_out_set_are_counted_where_it_is_asked(tiny: 
     write_rows(tiny.heldout, [question("h0", "where is it?", "x"), question("h1", "where is " + "far " * 100, "x")])
     finding = only(tiny.found())
     assert (finding.severity, finding.field) == ("warning", "rollout.max_prompt_tokens")
-    assert "1 of 2 questions of data.heldout" in finding.problem
+    assert "1 of 2 sampled questions of data.heldout" in finding.problem
     assert "counted as wrong answers" in finding.problem
     assert tiny.found("evaluation.every=0") == []
 
@@ -228,7 +228,7 @@ def test_a_few_prompts_that_can_be_asked_are_enough_to_train(tiny: TinyRun) -> N
     write_rows(tiny.train, [question("t0", "where?", "x"), *(question(f"t{i}", "far " * 100, "x") for i in (1, 2))])
     finding = only(tiny.found("data.questions_per_step=1", "train.trajectories_per_minibatch=2"))
     assert (finding.severity, finding.field) == ("warning", "rollout.max_prompt_tokens")
-    assert "2 of 3 questions of data.train" in finding.problem
+    assert "2 of 3 sampled questions of data.train" in finding.problem
 
 
 # The run's folder
@@ -263,7 +263,7 @@ def write_checkpoint(tiny: TinyRun, step: int, *overrides: str) -> Path:
 
 def test_a_checkpoint_to_go_on_from_is_named(tiny: TinyRun) -> None:
     write_checkpoint(tiny, 2)
-    assert "the run goes on from step 2 of 4" in tiny.notes()
+    assert "the run continues from step 2 of 4" in tiny.notes()
     assert tiny.found() == []
 
 
@@ -310,7 +310,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_training_would_do_so(tiny: Ti
     assert "or set checkpoint.fallback=true" in only(tiny.found()).fix
     passed_over = only(tiny.found("checkpoint.fallback=true"))
     assert (passed_over.severity, "step_000002 is damaged" in passed_over.problem) == ("warning", True)
-    assert "the run goes on from step 1 of 4" in tiny.notes("checkpoint.fallback=true")
+    assert "the run continues from step 1 of 4" in tiny.notes("checkpoint.fallback=true")
     (tiny.folder / "run/checkpoints/step_000001/shard").unlink()
     found = tiny.found("checkpoint.fallback=true")
     assert [finding.severity for finding in found] == ["error", "warning", "warning"]

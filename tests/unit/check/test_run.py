@@ -154,7 +154,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "warning",
         "telemetry.query_probe",
-        "which this run has not",
+        "this run has none",
         "false",
     ),
     (
@@ -181,10 +181,10 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "warning",
         "checkpoint.keep_every",
-        "only by chance",
+        "only saved by chance",
         "checkpoint.every=2",
     ),
-    (("checkpoint.keep_every=3",), {}, "warning", "checkpoint.keep_every", "no multiple", "multiple of 2"),
+    (("checkpoint.keep_every=3",), {}, "warning", "checkpoint.keep_every", "not a multiple", "multiple of 2"),
     (("retrieval.engine=http", "retrieval.http.url=http://h:1"), {}, "error", "retrieval.http.url", "full URL", "all"),
     (
         ("retrieval.http.url=http://me:pw@h:1/r",),
@@ -200,7 +200,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "warning",
         "retrieval.index",
         "only tantivy",
-        "drop it",
+        "remove it",
     ),
     (
         ("retrieval.engine=elasticsearch", "retrieval.elasticsearch.urls=[h:9200]"),
@@ -224,8 +224,8 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "rollout.sglang.command[0]",
-        "nosuchprogram is no program",
-        "path that exists",
+        "nosuchprogram is not a program",
+        "existing path",
     ),
     (
         (BF16, *SGLANG, "rollout.sglang.tp_size=4"),
@@ -257,7 +257,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "rollout.sglang.arguments",
-        "--port is given",
+        "--port is set",
         "it",
     ),
     (
@@ -266,7 +266,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "warning",
         "retrieval.analyzer",
         "only tantivy reads",
-        "index as you want",
+        "index the corpus",
     ),
     ((*SGLANG, "rollout.sglang.colocated=true"), {}, "error", "rollout.sglang.colocated", "without a GPU", "false"),
 ]

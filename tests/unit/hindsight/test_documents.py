@@ -156,7 +156,7 @@ def test_prompts_whose_ranges_overlap_or_leave_a_token_out_are_refused() -> None
 
 @pytest.mark.parametrize("setting", [{"siblings": "own"}, {"labels": "none"}, {"drop_leaks": True}])
 def test_settings_of_siblings_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"hindsight\.\w+: .*, and content=documents shows no siblings; leave it at"):
+    with pytest.raises(ConfigError, match=r"hindsight\.\w+: .*, but content=documents shows no siblings; leave it at"):
         parse_config(
             {
                 "run_dir": "run",

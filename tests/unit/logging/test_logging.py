@@ -345,10 +345,11 @@ def test_how_many_lost_trajectories_a_number_leaves_out_stands_behind_it() -> No
     out = io.StringIO()
     with closing(ProgressDisplay(10, console=Console(file=out, width=40), clock=Clock())) as display:
         display.step(1, {names.REWARD: 0.5, names.NUM_LOST: 3, names.EVAL_EM: 0.25, names.EVAL_NUM_LOST: 19})
-        display.step(2, {names.REWARD: 0.5, names.NUM_LOST: 0})
+        display.step(2, {names.REWARD: 0.5, names.NUM_LOST: 0, names.FORWARD_KL: 0.125})
     first, second = out.getvalue().splitlines()
     assert "reward 0.500 (3 lost)  held-out EM 0.250 (19 lost)" in first
     assert "lost" not in second
+    assert "forward KL 0.12500" in second
 
 
 def test_the_time_left_of_a_resumed_run_counts_its_own_steps() -> None:

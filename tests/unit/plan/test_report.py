@@ -91,7 +91,7 @@ def test_the_reason_names_the_moment_the_limit_and_the_largest_parts() -> None:
 def test_a_server_that_holds_no_trajectory_is_the_reason() -> None:
     plan = _plan(QWEN_7B, rollout={**BESIDE, "max_total_tokens": 2_000_000}, train={"max_tokens_per_microbatch": 2**21})
     assert plan.given.why_not is not None
-    assert re.match(r"a server needs .* GiB for one trajectory, and 72\.7 GiB", plan.given.why_not)
+    assert re.match(r"a server needs .* GiB for one trajectory, but 72\.7 GiB", plan.given.why_not)
 
 
 def test_when_nothing_fits_that_is_said() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,17 @@ def test_curves_and_all_metrics_are_there(tmp_path: Path) -> None:
     assert "eval.em_last" in page.text
 
 
+def test_the_divergence_that_the_run_logged_is_charted(tmp_path: Path) -> None:
+    with closing(MetricsLog(tmp_path, tensorboard=False)) as log:
+        for step in (1, 2):
+            log.log(step, {names.FORWARD_KL: 0.5, f"{names.FORWARD_KL}_mixed": 0.25})
+    _, page = read_page(tmp_path)
+    assert "forward KL, nats0.5 → 0.5" in page.text
+    assert "Teacher and student: forward KL, nats" in page.text
+    assert [tag for tag, _ in page.tags].count("polyline") == 2, "all groups, mixed ones"
+    assert "JSD" not in page.text
+
+
 def test_points_show_their_value_unless_there_are_too_many(tmp_path: Path) -> None:
     for num_steps, has_dots in ((MAX_DOTS, True), (MAX_DOTS + 1, False)):
         log_metrics(tmp_path / str(num_steps), num_steps)
@@ -228,12 +240,12 @@ def test_a_run_without_trajectories_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "state", "sentence"),
     [
-        ({}, "failed", "Failed or was killed after step 6: the same command goes on from the newest checkpoint."),
+        ({}, "failed", "Failed or was killed after step 6: the same command continues from the newest checkpoint."),
         ({"summary.json": {"steps": 6}}, "finished", "Finished after step 6."),
         (
             {"stopped.json": {"signal": "SIGTERM", "step": 6}},
             "stopped",
-            "Stopped after step 6 (SIGTERM) and saved: the same command goes on from there.",
+            "Stopped after step 6 (SIGTERM) and saved: the same command continues from there.",
         ),
     ],
 )

@@ -178,14 +178,12 @@ def test_damaged_files_are_data_errors(tmp_path: Path) -> None:
         ("cut.jsonl.gz", whole[:-9], "is truncated or not gzip"),
         (
             "text.jsonl.gz",
-            b"A\
-",
+            b"A\n",
             "is truncated or not gzip",
         ),
         (
             "plain.jsonl.gz",
-            b'{"id": "a", "contents": "A"}\
-',
+            b'{"id": "a", "contents": "A"}\n',
             "is JSON Lines, where gzip is expected; name it .jsonl",
         ),
         ("x.parquet", b"PAR1 nonsense PAR1", "is not readable as parquet"),

@@ -350,11 +350,11 @@ def test_only_checks_for_the_store_instead_of_the_corpus(tmp_path: Path) -> None
     ("setting", "fix"),
     [
         ("retrieval.replay.max_mb=4096", "the store keeps every answer"),
-        ("retrieval.replay.fingerprint=dict", "record each engine into a store of its own"),
+        ("retrieval.replay.fingerprint=dict", "record each engine in its own"),
         ("retrieval.elasticsearch.dfs=false", "an index of one shard"),
     ],
 )
 def test_settings_of_earlier_versions_say_what_to_do_instead(setting: str, fix: str) -> None:
     config = Path(__file__).parents[3] / "examples/tiny/config.yaml"
-    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: is no setting any more; drop it.*{fix}"):
+    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: was removed; remove it.*{fix}"):
         load_config(config, [setting])

@@ -56,7 +56,7 @@ def test_secrets_are_left_out_and_named_and_nothing_else_changes(tmp_path: Path)
         "rollout.sglang.environment.HOME",
         "rollout.sglang.arguments",
     }
-    assert all(f"# Left out, for it may be a secret: {name}\n" in text for name in changed)
+    assert all(f"# Left out because it may be a secret: {name}\n" in text for name in changed)
 
 
 def test_what_is_left_out_never_keeps_the_file_from_loading(tmp_path: Path) -> None:

@@ -257,10 +257,10 @@ def test_the_divergence_of_a_class_is_its_sum_over_its_weight() -> None:
             by_class(mixed=(0.3, 0.5, 0.5), all_wrong=(0.2, 0.1, 0.5)),
         ]
     )
-    assert values[f"{names.JSD_BY_CLASS_PREFIX}mixed"] == pytest.approx((0.4 + 0.6) / 2)
-    assert values[f"{names.JSD_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.4), "only one update had such a token"
-    assert values[f"{names.ENTROPY_GAP_BY_CLASS_PREFIX}mixed"] == pytest.approx((-2.0 + 1.0) / 2)
-    assert values[f"{names.ENTROPY_GAP_BY_CLASS_PREFIX}all_wrong"] == pytest.approx(0.2)
+    assert values[f"{names.JSD}_mixed"] == pytest.approx((0.4 + 0.6) / 2)
+    assert values[f"{names.JSD}_all_wrong"] == pytest.approx(0.4), "only one update had such a token"
+    assert values[f"{names.ENTROPY_GAP}_mixed"] == pytest.approx((-2.0 + 1.0) / 2)
+    assert values[f"{names.ENTROPY_GAP}_all_wrong"] == pytest.approx(0.2)
     assert not [name for name in values if name.endswith("all_correct")]
     assert not [name for name in values if "weight" in name]
     # Over all classes: of those that distil, a quarter of the first update's trajectories.
