@@ -29,7 +29,7 @@ import numpy as np
 
 from megatron_sdsearch.config import RetrievalConfig, path_argument
 from megatron_sdsearch.errors import RetrievalError, SDSearchError
-from megatron_sdsearch.training.retrievers import open_retriever
+from megatron_sdsearch.retrieval.engines import open_retriever
 
 PROSE = Path(__file__).parents[1] / "tests" / "golden" / "bm25" / "factbook.jsonl.gz"
 VOCABULARY_SIZE = 300_000

@@ -29,6 +29,7 @@ from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError, SDSearchError
 from megatron_sdsearch.model.hf_config import load_hf_config
 from megatron_sdsearch.records import TrajectoryId
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.embedded import EmbeddedEngine
 from megatron_sdsearch.rollout.engine import Engine, Generation, GenerationRequest
@@ -36,7 +37,6 @@ from megatron_sdsearch.rollout.requests import one_group_each
 from megatron_sdsearch.sglang.api import SGLangServer, call_servers
 from megatron_sdsearch.sglang.engine import SGLangEngine
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.retrievers import open_retriever
 
 WORDS = "river mountain author capital painter novel engine island treaty comet harbour opera bridge planet".split()
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from megatron_sdsearch.config import ElasticsearchConfig, RetrievalConfig, path_argument
 from megatron_sdsearch.errors import ConfigError, DataError, SDSearchError
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, find_indices
-from megatron_sdsearch.training.retrievers import open_retriever
 
 
 def main() -> None:

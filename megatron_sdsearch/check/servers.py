@@ -17,12 +17,12 @@ from megatron_sdsearch.errors import ConfigError, EngineError
 from megatron_sdsearch.model.hf_config import read_hf_config
 from megatron_sdsearch.records import Passage, Question
 from megatron_sdsearch.retrieval.corpus import CorpusRow, sha256_of_corpus
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.retrieval.tantivy_index import Manifest, check_writable, find_built, index_root
 from megatron_sdsearch.sglang.api import SGLangServer
 from megatron_sdsearch.sglang.rules import server_problems
 from megatron_sdsearch.sglang.servers import find_obstacle, free_ports
 from megatron_sdsearch.training.preflight import attempt
-from megatron_sdsearch.training.retrievers import open_retriever
 
 _NUM_QUERIES = 20
 _HASHED_OFFLINE_BYTES = 1 << 30

@@ -16,12 +16,12 @@ from megatron_sdsearch.errors import ConfigError, DataError, raise_problems
 from megatron_sdsearch.evaluation.metrics import require_sampled, summarize_datasets
 from megatron_sdsearch.model.checkpoint_folder import run_date_of
 from megatron_sdsearch.model.hf_weights import SafetensorsFolder
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.rollout.checks import prompt_problems
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.plain import PlainEngine
 from megatron_sdsearch.rollout.requests import one_group_each
 from megatron_sdsearch.tokenization.renderer import Renderer
-from megatron_sdsearch.training.retrievers import open_retriever
 
 
 def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from megatron_sdsearch.model.shape import ModelShape, layout_problems
 from megatron_sdsearch.model.weight_table import EMBEDDING
 from megatron_sdsearch.records import Question
 from megatron_sdsearch.retrieval.encoder import read_encoder_settings
+from megatron_sdsearch.retrieval.engines import client_is_missing
 from megatron_sdsearch.retrieval.http import check_url
 from megatron_sdsearch.rollout.checks import prompt_problems
 from megatron_sdsearch.rollout.episode import ObservationWriter
 from megatron_sdsearch.sglang.rules import own_server_problems
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.tokenization.spans import parse_action
-from megatron_sdsearch.training.retrievers import client_is_missing
 
 T = TypeVar("T")
 _NUM_DEMONSTRATIONS = 200

@@ -15,12 +15,12 @@ from megatron_sdsearch.evaluation.query_probe import QueryHitComparison, TurnHit
 from megatron_sdsearch.parallel.cpu import without_cpu_layer
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.records import HindsightBlock, Question, RolloutGroup, TrajectoryStatus
+from megatron_sdsearch.retrieval.engines import open_retriever, take_counts
 from megatron_sdsearch.rollout.collector import RolloutCollector
 from megatron_sdsearch.rollout.lost import LostTrajectories
 from megatron_sdsearch.rollout.requests import Slot, one_group_each, plan_step, rollout_ranks
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import start_engine
-from megatron_sdsearch.training.retrievers import open_retriever, take_counts
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_sdsearch.config import RetrievalConfig
 from megatron_sdsearch.errors import ConfigError, RetrievalError
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.retrieval.tantivy_index import TantivyRetriever, default_root
-from megatron_sdsearch.training.retrievers import open_retriever
 from tools.index_corpus import to_tantivy
 from tools.serve_retriever import index_folder
 

@@ -16,8 +16,8 @@ from megatron_sdsearch.config import ReplayConfig, RetrievalConfig, file_problem
 from megatron_sdsearch.errors import ConfigError, RetrievalError, raise_problems
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
+from megatron_sdsearch.retrieval.engines import open_retriever
 from megatron_sdsearch.retrieval.replay import HITS, MISSES, ReplayRetriever, ReplayStore, open_with_replay
-from megatron_sdsearch.training.retrievers import open_retriever
 from tests.unit.fakes import DictRetriever
 
 LISBON = Passage(passage_id="p1", contents='"Lisbon"\nCapital of Portugal.', score=0.1 + 0.2)

@@ -10,8 +10,8 @@ from megatron_sdsearch.config import RemoteSearchConfig, ReplayConfig
 from megatron_sdsearch.records import Passage
 from megatron_sdsearch.retrieval.base import Retriever
 from megatron_sdsearch.retrieval.batched import BatchedRetriever, SearchError
+from megatron_sdsearch.retrieval.engines import take_counts
 from megatron_sdsearch.retrieval.replay import open_with_replay
-from megatron_sdsearch.training.retrievers import take_counts
 from tests.unit.fakes import DictRetriever
 
 Open = Callable[[], Awaitable[Retriever]]
