@@ -342,7 +342,7 @@ class TrainingSample:
         advantage: of the whole trajectory.
         prompt_length: number of prompt tokens in ``token_ids``.
         teacher_prompts: in the order of their ranges, which do not overlap; empty when nothing is distilled.
-        group_class: class of its group; metrics are reported by class.
+        group_class: the class that its group belongs to; metrics are reported by class.
         policy_weight: weight of each policy token in the loss; set by ``batching/packing.py``.
         distill_weight: weight of each distilled token in the loss; set by ``batching/packing.py``.
     """
