@@ -1,19 +1,19 @@
-# Every target makes .venv first, from nothing if need be, and uses it; a second call installs nothing again.
-# On a machine with a GPU use the image of the Dockerfile instead: it brings its own torch.
+# Every target creates .venv if it is missing, and uses it.
+# On a machine with a GPU use the image of the Dockerfile instead, which has its own torch.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# The first of these that is a Python this package supports.
+# The first of these with a supported version.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
-# Installed before everything else, so that nobody's dependencies choose another build. Arguments of pip are welcome:
+# Installed first, so that no dependency selects another build. May hold arguments of pip:
 #     make test TORCH="torch==2.13.0 --index-url <where the CPU-only wheels are>"
 TORCH ?= torch==2.13.0
 
-# For the newest megatron-core that pyproject.toml allows, whose 0.17 and later want Python 3.12. pyenv keeps its own aside.
+# For the newest megatron-core that pyproject.toml allows: 0.17 and later require Python 3.12. Also searches pyenv.
 LATEST_PYTHON ?= $(shell for p in python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 
@@ -25,12 +25,10 @@ STAMP := .venv/.installed
 SGLANG := .sglang/.installed
 LATEST := .venv-latest/.installed
 GPU := .venv-gpu/.installed
-# Without what a benchmark runs in somebody else's environment.
-BENCHES = $(filter-out %_trl.py,$(wildcard tools/bench_*.py))
 SHELL_FILES = $(wildcard .ci/run docker/*.sh findings/*.sh slurm/*.sh tools/*/*.sh)
 COMPOSE_FILES = docker-compose.yml docs/elasticsearch/docker-compose.yml
 
-# Two processes run tests, whatever the number of cores: one of them mostly waits for ranks (tests/conftest.py).
+# Two test processes on any number of cores: one of them mostly waits for ranks (tests/conftest.py).
 PARALLEL ?= -n 2 --no-loadscope-reorder
 
 # Ranks of one test share the machine's few cores.
@@ -40,17 +38,17 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help demo test test-latest test-sglang test-elasticsearch test-slurm test-gpu check docs docs-pages format bench clean
 
 help:
-	@echo "make demo   train on CPU, TP=2: ends with \$$OUT/summary.json and a page (OUT=$(OUT) SEED=$(SEED))"
+	@echo "make demo   train on CPU, TP=2; writes \$$OUT/summary.json and a report (OUT=$(OUT) SEED=$(SEED))"
 	@echo "make test   unit, loopback, distributed and end-to-end tests"
 	@echo "make test-sglang  tests with real SGLang servers on the CPU (installs them into .sglang, 2.4 GB)"
 	@echo "make test-elasticsearch  tests with a real server of Elasticsearch's protocol (noida-db, 12 MB, in .venv)"
 	@echo "make test-slurm  tests with a real Slurm of two nodes on this machine (Debian's packages, as root), and SGLang"
 	@echo "make test-latest  unit and distributed tests on Python 3.12 with the newest megatron-core (in .venv-latest, 5.5 GB)"
-	@echo "make test-gpu     what only GPUs can show, on a machine with four of them: docs/gpu-first-run.md"
+	@echo "make test-gpu     tests that need four GPUs: docs/gpu-first-run.md"
 	@echo "make check  format, lint, types, import floors, shell scripts, image and compose files"
-	@echo "make docs   the documentation's site; make docs-pages rewrites the pages that are made from the code"
-	@echo "make format rewrite the files as make check wants them"
-	@echo "make bench  each benchmark prints one JSON object"
+	@echo "make docs   the documentation site; make docs-pages regenerates the pages made from code"
+	@echo "make format reformat the files for make check"
+	@echo "make bench  benchmarks, one JSON object each; that of rollouts uses the model of make demo in OUT"
 	@echo "make clean  delete .venv, caches and runs/demo"
 
 demo: $(STAMP)
@@ -101,12 +99,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	for bench in $(BENCHES); do $(BIN)/python "$$bench"; done
+	$(BIN)/python tools/bench_retrieval.py
+	$(BIN)/python tools/bench_step.py
+	if [ -d $(OUT)/warm_start/hf ]; then $(BIN)/python tools/bench_rollout.py examples/tiny/config.yaml run_dir=$(OUT); \
+	else echo "tools/bench_rollout.py needs the model of make demo, and $(OUT) has none" >&2; fi
 
 clean:
 	rm -rf site .venv .venv-latest .venv-gpu .sglang .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info runs/demo
 
-# $(call require,PROGRAM,VERSIONS,SETTING): before anything is downloaded. A .venv that is there is what is used.
+# $(call require,PROGRAM,VERSIONS,SETTING): check the Python before anything is downloaded. An existing .venv wins.
 require = @found=$$("$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || found="no Python"; \
 	case " $(2) " in *" $$found "*) ;; *) \
 		echo "Python $(subst $() $(), or ,$(2)) is needed, and '$(1)' is $$found: $(if $(filter .%/python,$(1)),make clean and )make $(3)=/path/to/python" >&2; exit 1;; esac
@@ -125,13 +126,13 @@ $(LATEST): pyproject.toml constraints.txt
 	.venv-latest/bin/python -m pip install --quiet -c <(grep -v '^megatron-core==' constraints.txt) -e '.[dev,demo]'
 	touch $@
 
-# Over the packages of a GPU image's python3: its torch, megatron-core, transformer-engine and SGLang are what is tested.
+# On top of a GPU image's packages, so that its torch, megatron-core, transformer-engine and SGLang are tested.
 $(GPU): constraints.txt
 	test -x .venv-gpu/bin/python || python3 -m venv --system-site-packages .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet -c constraints.txt pytest pytest-timeout hypothesis
 	touch $@
 
-# SGLang wants other versions of the trainer's libraries, so it has an environment of its own.
+# SGLang requires other versions of the trainer's libraries, so it gets its own environment.
 $(SGLANG): tools/sglang_cpu/install.sh tools/sglang_cpu/requirements.txt
 	$(call require,$(if $(wildcard .sglang/venv/bin/python),.sglang/venv/bin/python,$(PYTHON)),3.11 3.12,PYTHON)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/sglang_cpu/install.sh .sglang

@@ -3,7 +3,7 @@
 # entrypoint.sh COMMAND [arguments ...]         any other command of the package: evaluate, --help ...
 # entrypoint.sh -- PROGRAM [arguments ...]      any program: bash, python3 tools/index_corpus.py ...
 #
-#   NUM_TRAINERS             processes of `train`, one per GPU; all GPUs by default. Servers of the run's own get the rest
+#   NUM_TRAINERS             processes of `train`, one per GPU; all GPUs by default. The run's servers get the others
 #   SDSEARCH_STOP_TIMEOUT_S  from a signal to the end of the processes, in which they save (600)
 set -euo pipefail
 
@@ -24,7 +24,7 @@ case ${1:-} in
     code=0
     "$SDSEARCH_PYTHON" -m megatron_sdsearch check "${@:2}" --nproc-per-node "$num_trainers" || code=$?
     if [ "$code" -gt 1 ]; then exit "$code"; fi # 1 is warnings alone: docs/check.md
-    # SIGUSR1 would kill torchrun unless it is told to hand it on; the ranks save at either.
+    # By default SIGUSR1 would kill torchrun; with --signals-to-handle it is forwarded, and the ranks save.
     exec "$SDSEARCH_PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$num_trainers" \
       --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SDSEARCH_STOP_TIMEOUT_S:-600}" \
       -m megatron_sdsearch "$@"

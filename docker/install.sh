@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# install.sh STEP: one step of the image, into the environment of PYTHON (python3). Run outside docker by tests, too.
-#   libraries  megatron-core, transformer-engine and our other dependencies
+# install.sh STEP: install one step of the image into the environment of PYTHON (python3). Tests run it without docker.
+#   libraries  megatron-core, transformer-engine and the other dependencies
 #   apex       NVIDIA's apex, from source
 #   package    this package
-# Whatever the environment holds at the start stays as it is: SGLang is tested with exactly that. A requirement that it
-# does not meet ends the build.
+# Installed packages keep their versions, with which SGLang is tested. A requirement that they do not meet ends the
+# build.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 APEX_COMMIT=6424da3b4faa6c8f062da4a48c424fff3f02d42d # 2026-07-08
-export PIP_BREAK_SYSTEM_PACKAGES=1 # the base's Python may be marked as the distribution's own
+export PIP_BREAK_SYSTEM_PACKAGES=1 # the base's Python may be marked as externally managed
 
 pip() {
   "$python" -m pip --no-cache-dir --disable-pip-version-check "$@"
 }
 
-# What is installed, then our own pins of what is not: "name==version" lines, the first of a name counts.
+# "name==version" lines of installed packages, then the pins of this repository; the first line of a name counts.
 constraints() {
   { pip list --format=freeze; grep -v '^#' "$root/docker/requirements.txt"; cat "$root/constraints.txt"; } |
     grep -v '^megatron-sdsearch==' |
@@ -30,7 +30,7 @@ print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"]
 }
 
 install_libraries() {
-  # transformer-engine's torch part is a source package that needs the torch that is there, and no NCCL of its own.
+  # transformer-engine's torch part is compiled against the installed torch, without an NCCL of its own.
   pip install --constraint "$1" pybind11 ninja wheel
   NVTE_FRAMEWORK=pytorch NVTE_WITH_NCCL_EP=0 MAX_JOBS=${MAX_JOBS:-8} \
     pip install --no-build-isolation --constraint "$1" \

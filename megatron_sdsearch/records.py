@@ -280,22 +280,6 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CollectionCounts:
-    """What a step's collection did beside the groups that it gave; adds up over processes.
-
-    Attributes:
-        num_refilled: groups without contrast that gave way to another question, thrown away whole.
-    """
-
-    num_refilled: int = 0
-
-    def __add__(self, other: CollectionCounts) -> CollectionCounts:
-        return CollectionCounts(
-            num_refilled=self.num_refilled + other.num_refilled,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HindsightBlock:
     """What the teacher is shown on top of the student's prompt.
 

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Environment of every process of a run: on_node.sh sources it, and whatever else starts one, e.g. an image's entry.
-# What is set already stays as it is. One table of all variables, with reasons: docs/cluster.md.
+# Environment of every process of a run, sourced by on_node.sh and by the image's entry point. Variables that are already
+# set are kept. docs/cluster.md has a table of all variables with reasons.
 
-# What a site needs before anything else: module loads, an interface's name. Runs on every node.
+# Site-specific setup on every node: module loads, names of network interfaces.
 if [ -n "${SDSEARCH_SETUP:-}" ]; then
   case $- in *u*) is_strict=yes ;; *) is_strict='' ;; esac
   set +u # modules and conda read variables that may be unset
@@ -20,13 +20,13 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
-# Models and data are local folders; a node without a way out must not wait for the hub.
+# Models and data are local folders; nodes without internet access must not wait for the hub.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 
 # megatron-core: the order of kernels in which tensor-parallel communication overlaps with compute (Hopper and older).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
-# Trainer and SGLang form one NCCL group with weight_sync=distributed. SGLang sets this for its own processes; where the
-# two differ, the group hangs or fails (NovaSky-AI/SkyRL#143).
+# With weight_sync=distributed trainer and SGLang form one NCCL group, which hangs or fails if their values differ
+# (NovaSky-AI/SkyRL#143). SGLang sets this for its own processes.
 export NCCL_CUMEM_ENABLE="${NCCL_CUMEM_ENABLE:-0}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# on_node.sh prepare|serve|train ...: what srun starts once on each node. Not for calling by hand.
+# on_node.sh prepare|serve|train ...: started by srun once on each node; not for use by hand.
 #
-# Everything ends in `exec`: Slurm sends its signals to this process, and with cgroups to this one alone, so it has to
-# be the one that hears them. torchrun hands SIGUSR1 on to its ranks, which save and leave (docs/checkpoints.md).
+# Every role ends in `exec`, because Slurm sends signals to this process (with cgroups only to this one). torchrun
+# forwards SIGUSR1 to its ranks, which save and stop (docs/checkpoints.md).
 set -euo pipefail
 
-# shellcheck disable=SC1091  # pre-commit looks at one file alone
+# shellcheck disable=SC1091  # pre-commit checks files one at a time
 source slurm/env.sh
 role=$1
 shift
@@ -29,7 +29,7 @@ case $role in
   train) # FOLDER HOST PORT RANKS CONFIG [key=value ...]
     folder=$1 host=$2 port=$3 ranks=$4
     shift 4
-    # Without elastic restarts: a run that lost a rank goes on from its checkpoint, in a new job or a requeued one.
+    # No elastic restarts: a run that lost a rank continues from its checkpoint in a new or requeued job.
     exec "$SDSEARCH_PYTHON" -m torch.distributed.run --nnodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_PROCID" \
       --master-addr "$host" --master-port "$port" --nproc-per-node "$ranks" --max-restarts 0 \
       --rdzv-id "$SLURM_JOB_ID" --log-dir "$folder/ranks_$SLURMD_NODENAME" --redirects 3 --tee 3 \
@@ -37,7 +37,7 @@ case $role in
       -m megatron_sdsearch train "$@"
     ;;
   *)
-    echo "on_node.sh: $role is no role" >&2
+    echo "on_node.sh: unknown role $role" >&2
     exit 2
     ;;
 esac

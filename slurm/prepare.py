@@ -1,16 +1,16 @@
-"""Before GPUs are used: do the roles fit the job, does `check` find nothing, has the last start made progress?
+"""Checks a job before it uses GPUs: its roles, the problems that `check` finds, and progress since the last start.
 
-Runs once, on the first node, at every start of a job. Prints what `train.sh` needs to know as ``name=value`` lines; an
-error is one line on standard error. Exit codes are those of the command line: 1 failed, 2 wrong input.
+Runs once on the first node at every start of a job. Prints the settings of `train.sh` as ``name=value`` lines; an error
+is one line on standard error. Exit codes are those of the command line: 1 failed, 2 wrong input.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_sdsearch.allocation import Allocation, allocation_problems, assign_roles
@@ -21,9 +21,10 @@ from megatron_sdsearch.config import load_config
 from megatron_sdsearch.errors import ConfigError, SDSearchError, TrainingError, raise_problems
 from megatron_sdsearch.files import write_file
 from megatron_sdsearch.model.checkpoint_folder import CheckpointFolder, step_of
+from megatron_sdsearch.sglang.servers import free_ports
 
 STARTS_FILE = "slurm_starts.json"
-# Below the ports of SGLang servers (`sglang.servers.PORTS`), and below those of outgoing connections.
+# Below the ports of SGLang servers (`sglang.servers.PORTS`) and those of outgoing connections.
 RENDEZVOUS_PORTS = range(10_000, 20_000)
 
 
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--job", type=int, required=True)
-    parser.add_argument("--restart", type=int, required=True, help="how often Slurm has started the job before")
+    parser.add_argument("--restart", type=int, required=True, help="number of earlier starts of the job")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="on each node; 0 without GPUs")
     parser.add_argument("--sglang-nodes", type=int, required=True)
@@ -50,14 +51,16 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         raise_problems(allocation_problems(config, allocation))
         roles = assign_roles(config, allocation)
-        if has_errors(arguments.config, arguments.overrides, allocation, roles.ranks_per_node):
+        allocation = replace(allocation, ranks_per_node=roles.ranks_per_node)
+        if has_errors(arguments.config, arguments.overrides, allocation):
             return 2
         step = count_start(config.run_dir, arguments.job, arguments.restart, arguments.max_stalled_starts)
-        port = free_port(arguments.job)
+        first = arguments.job % len(RENDEZVOUS_PORTS)  # differs between jobs on a shared node
+        (port,) = free_ports(1, "", [*RENDEZVOUS_PORTS[first:], *RENDEZVOUS_PORTS[:first]])
     except SDSearchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    # How the start before this one ended. Its summary stays: training removes it when it goes on.
+    # Written by the previous start. Its summary stays until training continues.
     (config.run_dir / "stopped.json").unlink(missing_ok=True)
     num_serving = roles.servers.num_nodes if roles.servers is not None else 0
     print(f"run_dir={config.run_dir.resolve()}\nstep={step}\nport={port}")
@@ -65,18 +68,12 @@ def main() -> int:
     return 0
 
 
-def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, ranks_per_node: int) -> bool:
-    """Print errors and warnings of ``check --online`` on standard error, a line each; return whether there are errors.
+def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation) -> bool:
+    """Print errors and warnings of ``check --online`` to standard error, one per line; return whether there are errors.
 
-    The search engine is asked with the run's own client and patience. Servers that do not run yet are not asked.
+    Contacts the search engine with the run's own client and time limits, but no servers that are not running yet.
     """
-    options = ClusterOptions(
-        device="gpu" if allocation.gpus_per_node else "cpu",
-        num_nodes=allocation.num_nodes,
-        gpus_per_node=allocation.gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        num_sglang_nodes=allocation.num_sglang_nodes,
-    )
+    options = ClusterOptions(device="gpu" if allocation.gpus_per_node else "cpu", **asdict(allocation))
     report = run_checks(config, overrides, options=options, is_online=True)
     for finding in report.findings:
         if finding.severity is not Severity.NOTE:
@@ -86,10 +83,10 @@ def has_errors(config: Path, overrides: Sequence[str], allocation: Allocation, r
 
 
 def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
-    """Record that the job starts from the newest checkpoint's step, which is returned.
+    """Record a start of the job and return the step of the newest checkpoint.
 
     Raises:
-        TrainingError: the job has started ``max_stalled`` times in a row at this step: another requeue would not help.
+        TrainingError: the job has started ``max_stalled`` times in a row at this step, so another requeue is useless.
     """
     newest, file = CheckpointFolder(run_dir / "checkpoints").candidates()[:1], run_dir / STARTS_FILE
     step = step_of(newest[0]) if newest else 0
@@ -98,30 +95,13 @@ def count_start(run_dir: Path, job: int, restart: int, max_stalled: int) -> int:
     num_starts = before["num_starts"] + 1 if is_same else 1
     if num_starts > max_stalled:
         raise TrainingError(
-            f"job {job} has begun {max_stalled} times at step {step} and saved nothing beyond it: it is not requeued "
-            "again; let it run longer (sbatch --time), save more often (checkpoint.every), or give it more time to "
-            "save in (sbatch --signal=B:USR1@SECONDS)"
+            f"job {job} has started {max_stalled} times at step {step} and saved nothing after it, so it is not "
+            "requeued; run it longer (sbatch --time), save more often (checkpoint.every), or give it more time to "
+            "save (sbatch --signal=B:USR1@SECONDS)"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps({"job": job, "step": step, "num_starts": num_starts}) + "\n")
     return step
-
-
-def free_port(job: int, ports: Sequence[int] = RENDEZVOUS_PORTS) -> int:
-    """Find a port that is not in use, from one that differs between jobs on a shared node.
-
-    Raises:
-        TrainingError: there is none.
-    """
-    for offset in range(len(ports)):
-        port = ports[(job + offset) % len(ports)]
-        with socket.socket() as attempt:
-            try:
-                attempt.bind(("", port))
-            except OSError:
-                continue
-        return port
-    raise TrainingError(f"no free port within {ports[0]}-{ports[-1]}")
 
 
 if __name__ == "__main__":

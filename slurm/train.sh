@@ -6,9 +6,9 @@
 #
 # sbatch [sbatch's flags] slurm/train.sh CONFIG [key=value ...]
 #
-# One torchrun per node, SGLang servers on the last SDSEARCH_SGLANG_NODES of them, or beside the ranks when
-# rollout.sglang.colocated is set. Account, partition, nodes and time are sbatch's flags, or SBATCH_* in the
-# environment. Submit it from the root of this repository. Settings: docs/cluster.md.
+# Runs one torchrun per node, and SGLang servers on the last SDSEARCH_SGLANG_NODES nodes, or on all nodes with
+# rollout.sglang.colocated. Set account, partition, nodes and time by sbatch's flags or SBATCH_* variables. Submit it
+# from the root of this repository. Settings: docs/cluster.md.
 #
 # Exit codes: 0 trained; 1 failed, with the cause in the last line; 2 wrong input; 143 ended by scancel.
 set -euo pipefail
@@ -20,7 +20,7 @@ die() {
   exit "$code"
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || die 2 "no Slurm job: submit it, sbatch slurm/train.sh CONFIG [key=value ...]"
+[ -n "${SLURM_JOB_ID:-}" ] || die 2 "not in a Slurm job: submit it with sbatch slurm/train.sh CONFIG [key=value ...]"
 [ $# -ge 1 ] || die 2 "no CONFIG: sbatch slurm/train.sh CONFIG [key=value ...]"
 [ -f slurm/on_node.sh ] || die 2 "$PWD is not the root of the repository: submit from there, or add sbatch --chdir"
 
@@ -31,27 +31,27 @@ export SDSEARCH_STOP_TIMEOUT_S="${SDSEARCH_STOP_TIMEOUT_S:-540}" # less than in 
 
 case $SDSEARCH_REQUEUE in
   never | signal | failure) ;;
-  *) die 2 "SDSEARCH_REQUEUE: $SDSEARCH_REQUEUE is none of never, signal, failure" ;;
+  *) die 2 "SDSEARCH_REQUEUE: $SDSEARCH_REQUEUE is not one of never, signal, failure" ;;
 esac
 for name in SDSEARCH_SGLANG_NODES SDSEARCH_MAX_STALLED_STARTS SDSEARCH_STOP_TIMEOUT_S; do
-  [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name: ${!name} is no number"
+  [[ ${!name} =~ ^[0-9]+$ ]] || die 2 "$name: ${!name} is not a number"
 done
 
-# srun of Slurm 23.11 reads them again, and would give a node's one task one rank's share of the cores.
+# srun of Slurm 23.11 reads these and would give the one task of a node only one rank's share of the cores.
 unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_TRES_PER_TASK
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 restart=${SLURM_RESTART_COUNT:-0}
-is_asked='' serve_pid='' train_pid=''
+is_requested='' serve_pid='' train_pid=''
 
 container=()
 if [ -n "${SDSEARCH_CONTAINER_IMAGE:-}" ]; then
-  export SDSEARCH_PYTHON="${SDSEARCH_PYTHON:-python3}" # the image's, not that of a .venv beside this script
+  export SDSEARCH_PYTHON="${SDSEARCH_PYTHON:-python3}" # the image's, not .venv's
   container=(--container-image="$SDSEARCH_CONTAINER_IMAGE" --container-workdir="$PWD" --no-container-mount-home
     --container-mounts="$PWD:$PWD${SDSEARCH_CONTAINER_MOUNTS:+,$SDSEARCH_CONTAINER_MOUNTS}")
 fi
 
-# on_nodes STEP NODE... -- ROLE ...: on_node.sh once on each of the nodes. Call it in a subshell, which becomes srun:
-# with `&`, $! is then srun's own, which hands signals on to its tasks.
+# on_nodes STEP NODE... -- ROLE ...: run on_node.sh once on each node. Call it in a subshell, which becomes srun: with
+# `&`, $! is then the id of srun, which forwards signals to its tasks.
 on_nodes() {
   local step=$1 on=()
   shift
@@ -67,23 +67,23 @@ address_of() {
   scontrol show node "$1" --oneliner | sed -E 's/.* NodeAddr=([^ ]+).*/\1/'
 }
 
-# end_step STEP PID SECONDS: SIGTERM to all of its processes; SIGKILL to those that are still there after so long.
+# end_step STEP PID SECONDS: send SIGTERM to all processes of a step, and SIGKILL after SECONDS.
 end_step() {
   local id waited
   id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format='%i %j' | awk -v name="$1" '$2 == name { print $1 }') \
-    || id='' # a controller that does not answer: srun hands the signal on
-  # Slurm 22.05 signals a step and says besides that it does not know it.
+    || id='' # the controller does not answer: srun forwards the signal
+  # Slurm 22.05 signals the step but also reports that it does not exist.
   [ -z "$id" ] || scancel --signal=TERM "$id" 2> /dev/null || true
   for ((waited = 0; waited < $3; waited++)); do
     kill -0 "$2" 2> /dev/null || break
     sleep 1
   done
-  kill "$2" 2> /dev/null || true # srun then ends its tasks the hard way
+  kill "$2" 2> /dev/null || true # srun then kills its tasks
   wait "$2" || true
 }
 
-# cause LOG NODE...: which node failed first, in srun's and torchrun's words. What a signal ended comes before all
-# others, who fail because of it.
+# cause LOG NODE...: print the first failure, as srun or torchrun reports it. A process ended by a signal comes first,
+# because others fail as a consequence.
 cause() {
   local log=$1 line
   shift
@@ -100,13 +100,13 @@ cause() {
 
 # shellcheck disable=SC2317,SC2329  # called by trap, as the next two
 on_usr1() {
-  is_asked=yes
+  is_requested=yes
   echo "train.sh: SIGUSR1: the ranks save, then the job is requeued"
   if [ -n "$train_pid" ]; then kill -USR1 "$train_pid" 2> /dev/null || true; fi
 }
 # shellcheck disable=SC2317,SC2329
 on_term() {
-  echo "train.sh: SIGTERM: the ranks save if Slurm's KillWait lets them; the job is not requeued by train.sh"
+  echo "train.sh: SIGTERM: the ranks save if Slurm's KillWait is long enough; train.sh does not requeue the job"
   if [ -n "$train_pid" ]; then kill -0 "$train_pid" 2> /dev/null || exit 143; else exit 143; fi
 }
 # shellcheck disable=SC2317,SC2329
@@ -121,10 +121,10 @@ requeue() {
   [ -z "$serve_pid" ] || end_step sglang "$serve_pid" 60
   [ "$SDSEARCH_REQUEUE" != never ] || die 1 "$1; not requeued (SDSEARCH_REQUEUE=never): submit the same command again"
   echo "train.sh: $1; requeueing"
-  trap 'exit 0' TERM # with which Slurm ends this script
+  trap 'exit 0' TERM # Slurm ends this script with it
   scontrol requeue "$SLURM_JOB_ID" || die 1 "$1, and Slurm refuses to requeue: submit the same command again"
   sleep 300
-  die 1 "requeued, and still here after 300 s"
+  die 1 "requeued, but still running after 300 s"
 }
 
 fail() {
@@ -134,7 +134,7 @@ fail() {
 
 echo "train.sh: job $SLURM_JOB_ID, start $((restart + 1)), on ${nodes[*]}"
 
-# 1. Before GPUs work: settings, roles, search engine, progress since the last start.
+# 1. Before GPUs are used: check settings, roles, search engine, and progress since the last start.
 code=0
 # shellcheck disable=SC2086
 settings=$(on_nodes prepare "${nodes[0]}" -- prepare --job "$SLURM_JOB_ID" --restart "$restart" \
@@ -165,7 +165,7 @@ if [ "$num_serve" -gt 0 ]; then
       cat "$logs/sglang.log" >&2
       fail "SGLang did not start: $(cause "$logs/sglang.log" "${serve_nodes[@]}")"
     fi
-    [ -z "$is_asked" ] || requeue "asked to stop before training began"
+    [ -z "$is_requested" ] || requeue "stop requested before training began"
     sleep 1
   done
   mapfile -t urls < <(cat "$logs"/urls.*)
@@ -173,20 +173,20 @@ if [ "$num_serve" -gt 0 ]; then
 fi
 
 # 3. Training.
-[ -z "$is_asked" ] || requeue "asked to stop before training began"
+[ -z "$is_requested" ] || requeue "stop requested before training began"
 master=$(address_of "${nodes[0]}")
-[ -n "$master" ] || fail "scontrol does not tell the address of ${nodes[0]}"
-exec 3> >(tee "$logs/train.log") # the job's own log, too
+[ -n "$master" ] || fail "scontrol does not report the address of ${nodes[0]}"
+exec 3> >(tee "$logs/train.log") # and the job's own log
 tee_pid=$!
 SLURM_LABELIO=1 on_nodes train "${train_nodes[@]}" -- train "$logs" \
   "$master" "$(setting port)" "$(setting ranks)" "$@" >&3 2>&3 &
 train_pid=$!
 exec 3>&-
-if [ -n "$is_asked" ]; then kill -USR1 "$train_pid" 2> /dev/null || true; fi # it came before there was anybody to tell
+if [ -n "$is_requested" ]; then kill -USR1 "$train_pid" 2> /dev/null || true; fi # arrived before training started
 while kill -0 "$train_pid" 2> /dev/null; do
-  wait -n "$train_pid" ${serve_pid:+"$serve_pid"} || true # a signal ends it, too
+  wait -n "$train_pid" ${serve_pid:+"$serve_pid"} || true # also returns after a signal
   if [ -n "$serve_pid" ] && ! kill -0 "$serve_pid" 2> /dev/null; then
-    echo "train.sh: SGLang is gone; the ranks are asked to save and leave" >&2
+    echo "train.sh: SGLang has ended; the ranks save and stop" >&2
     end_step train "$train_pid" "$SDSEARCH_STOP_TIMEOUT_S"
     fail "SGLang failed: $(cause "$logs/sglang.log" "${serve_nodes[@]}"); logs: $logs"
   fi
@@ -194,7 +194,7 @@ done
 wait "$train_pid" || code=$?
 wait "$tee_pid" || true
 
-# 4. How it ended: the trainer's own word, in files.
+# 4. The outcome, from the files that the trainer has written.
 latest=$run_dir/checkpoints/latest
 saved="newest checkpoint: $([ -f "$latest" ] && cat "$latest" || echo none)"
 if [ "$code" = 0 ] && [ -f "$run_dir/summary.json" ]; then
@@ -203,11 +203,11 @@ if [ "$code" = 0 ] && [ -f "$run_dir/summary.json" ]; then
 fi
 stopped_by=$(sed -n 's/.*"signal": "\([^"]*\)".*/\1/p' "$run_dir/stopped.json" 2> /dev/null || true)
 if [ "$stopped_by" = SIGUSR1 ]; then
-  requeue "stopped as SIGUSR1 asked; $saved"
-elif [ -n "$is_asked" ] || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
-  # Mostly a rank, or torchrun, that was not yet able to save when the signal came.
-  requeue "stopped as SIGUSR1 asked, without saving: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved"
+  requeue "stopped on SIGUSR1; $saved"
+elif [ -n "$is_requested" ] || grep -qE 'Received 10 death signal|User defined signal 1' "$logs/train.log"; then
+  # Usually a rank or torchrun was not able to save yet when the signal arrived.
+  requeue "stopped on SIGUSR1 without saving: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved"
 elif [ "$stopped_by" = SIGTERM ] || [ "$stopped_by" = SIGINT ]; then
-  die 143 "stopped by $stopped_by; $saved; the same command goes on from there"
+  die 143 "stopped by $stopped_by; $saved; the same command continues from there"
 fi
 fail "failed: $(cause "$logs/train.log" "${train_nodes[@]}"); $saved; logs: $logs"

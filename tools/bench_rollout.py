@@ -1,13 +1,12 @@
-"""Trajectories and tokens per second of a run's rollout engine under the package's collector, as one JSON object.
+"""Measures trajectories and tokens per second of a run's rollout engine; prints one JSON object.
 
     python tools/bench_rollout.py CONFIG
     python tools/bench_rollout.py CONFIG rollout.engine=sglang 'rollout.sglang.urls=["http://10.0.0.7:30000"]'
 
-Measures the embedded engine, or attached servers, which must hold the model of ``model.hf_dir``; it starts no server
-and changes no weights. A random policy searches for nothing. So the engine samples ``rollout.max_response_tokens`` per
-turn, and the last few are overwritten by a query of random words, or in the last turn by an answer: every trajectory
-makes ``rollout.max_turns`` searches in the run's search engine, the rollout engine does all of its work, and later
-turns continue what was sampled.
+Measures the embedded engine, or attached servers with the model of ``model.hf_dir``; starts no server and changes no
+weights. An untrained policy does not search, so the engine samples ``rollout.max_response_tokens`` per turn and a query
+of random words, or in the last turn an answer, overwrites the last of them. Every trajectory thus makes
+``rollout.max_turns`` searches in the run's search engine, and later turns continue the sampled text.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ WORDS = "river mountain author capital painter novel engine island treaty comet 
 
 
 class ScriptedEngine:
-    """Another engine, whose turns end with a query or an answer that is written over the last tokens."""
+    """Overwrites the end of each turn of another engine with a query or an answer."""
 
     def __init__(self, inner: Engine, renderer: Renderer, num_searches: int) -> None:
         self._inner = inner
@@ -75,7 +74,7 @@ class ScriptedEngine:
 
 
 def main() -> None:
-    """Measure, and print the result."""
+    """Run the benchmark and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=path_argument, help="YAML file of a run")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data.questions_per_step=16")
@@ -94,7 +93,7 @@ def bench(config: RunConfig, num_steps: int) -> dict[str, object]:
     inner, version = make_engine(config, renderer)
     engine = ScriptedEngine(inner, renderer, rollout.max_turns)
     if config.retrieval is None or data.train is None:
-        raise ConfigError("train.mode", "has no rollouts", "take a configuration of reinforcement learning")
+        raise ConfigError("train.mode", "warm_start has no rollouts", "set it to rl")
     runner = asyncio.Runner()
     retriever = runner.run(open_retriever(config.retrieval))
     collector = RolloutCollector(engine, retriever, renderer, config, runner)
@@ -123,7 +122,7 @@ def bench(config: RunConfig, num_steps: int) -> dict[str, object]:
 
 
 def make_engine(config: RunConfig, renderer: Renderer) -> tuple[Engine, int]:
-    """Return the engine, and the version of the weights that it holds."""
+    """Return the engine and the version of its weights."""
     longest, hf_dir, sglang = config.rollout.max_total_tokens, config.model.hf_dir, config.rollout.sglang
     if config.rollout.engine == "embedded":
         torch.set_num_threads(1)
@@ -132,9 +131,9 @@ def make_engine(config: RunConfig, renderer: Renderer) -> tuple[Engine, int]:
     servers = [SGLangServer(url, timeout_s=10.0) for url in sglang.urls]
     versions = [info["weight_version"] for info in call_servers(servers, lambda server: server.call("/model_info"))]
     if len(set(versions)) > 1:
-        sys.exit(f"the servers hold different weights: versions {versions}")
+        sys.exit(f"the servers have different weights: versions {versions}")
     vocab_size = load_hf_config(hf_dir).vocab_size
-    # A text, for a server that nothing was published to says "default"; versions are only compared.
+    # A string: a server without a publish reports "default". Versions are only compared.
     version: int = versions[0]
     tokens, eos_ids = renderer.token_bytes, renderer.eos_ids
     engine = SGLangEngine(sglang.urls, tokens, eos_ids, vocab_size, longest, sglang, policy_version=version)

@@ -1,13 +1,13 @@
-"""Seconds per training step by phase, on a model of 3 layers x 96: single turn, no search, as one JSON object.
+"""Measures seconds per training step by phase on a tiny model, single turn, without search; prints one JSON object.
 
     python tools/bench_step.py --questions 12 --group 8 --new-tokens 64 --tensor 2
 
-The work of a step: publish the weights to the engine, sample ``group`` continuations of each prompt, one GRPO update on
-all of them. With ``--query-tokens`` the first so many sampled tokens count as a query, and the teacher pass and the JSD
-join in. Starts its own processes; nothing is written outside a temporary folder.
+A step publishes the weights of a model of 3 layers x 96 to the engine, samples ``group`` continuations of each prompt,
+and takes one GRPO update on all of them. With ``--query-tokens N`` the first N sampled tokens count as a query, which
+adds the teacher pass and the JSD. Starts its own processes; writes only to a temporary folder.
 
-With ``--trl PYTHON``, an interpreter that has trl and datasets, TRL's GRPO trainer does the same work in the same run,
-before and after, with as many threads as there are ranks here; the smaller of its two medians is reported.
+With ``--trl PYTHON``, an interpreter with trl and datasets, TRL's GRPO trainer does the same work before and after, on
+as many threads as there are ranks; the smaller of its two medians is reported.
 """
 
 from __future__ import annotations
@@ -67,17 +67,14 @@ SIZES = {
 
 
 class NoText:
-    """Stands in for token bytes: nothing stops a continuation before its budget."""
+    """Token bytes of a tokenizer without text, so that nothing stops a continuation before its budget."""
 
     def __getitem__(self, token_id: int) -> bytes:
         return b""
 
-    def of(self, ids: tuple[int, ...]) -> list[bytes]:
-        return [b""] * len(ids)
-
 
 def main() -> None:
-    """Start the processes, or be one of them."""
+    """Start the processes, or run as one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, text) in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
@@ -103,7 +100,7 @@ def main() -> None:
 
 
 def _run(command: list[str], folder: str, num_threads: int) -> dict[str, float]:
-    """The JSON object on the last line that a command prints."""
+    """Return the JSON object on the last line of a command's output."""
     environment = {**os.environ, "BENCH_STEP_DIR": folder, "OMP_NUM_THREADS": str(num_threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

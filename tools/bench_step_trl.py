@@ -1,6 +1,6 @@
-"""The work of ``bench_step.py`` done by TRL's GRPO trainer: seconds per step, as one JSON object.
+"""Measures seconds per step of TRL's GRPO trainer on the work of ``bench_step.py``; prints one JSON object.
 
-Run by ``bench_step.py --trl PYTHON`` with an interpreter that has ``trl``; imports nothing of this project.
+``bench_step.py --trl PYTHON`` runs it with an interpreter that has ``trl``; imports nothing of this project.
 
     python tools/bench_step_trl.py MODEL_DIR QUESTIONS GROUP NEW_TOKENS PROMPT_TOKENS STEPS THREADS
 """
@@ -25,18 +25,18 @@ NUM_WARMUP_STEPS = 2
 
 
 class StepTimes(TrainerCallback):
-    """When each step ended."""
+    """Records the end of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the result."""
     folder, *sizes = sys.argv[1:]
     questions, group, new_tokens, prompt_tokens, steps, threads = map(int, sizes)
     torch.set_num_threads(threads)
@@ -49,7 +49,7 @@ def main() -> None:
             per_device_train_batch_size=questions * group,
             num_generations=group,
             max_completion_length=new_tokens,
-            generation_kwargs={"min_new_tokens": new_tokens},  # an end-of-sequence id would make less work of it
+            generation_kwargs={"min_new_tokens": new_tokens},  # no early end-of-sequence
             max_steps=NUM_WARMUP_STEPS + steps,
             beta=0.0,
             use_cpu=True,

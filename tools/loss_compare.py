@@ -35,7 +35,11 @@ def main() -> int:
     parser.add_argument("after", type=path_argument, help="run folder of the same seed and settings")
     parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that is allowed (0: equal bits)")
     parser.add_argument(
-        "--ignore", action="append", default=["time/*"], metavar="PATTERN", help="metrics to leave out, e.g. 'probe/*'"
+        "--ignore",
+        action="append",
+        default=["time/*"],
+        metavar="PATTERN",
+        help="metrics or places to leave out, e.g. 'probe/*'",
     )
     arguments = parser.parse_args()
     for folder in (arguments.before, arguments.after):
@@ -54,7 +58,7 @@ def compare_runs(before: Path, after: Path, rtol: float, ignored: list[str]) -> 
         before: run folder.
         after: run folder.
         rtol: relative difference that counts as equal.
-        ignored: patterns of metric names that are left out.
+        ignored: patterns of metric names, or of places such as ``trajectories/step_000001.jsonl*``, that are left out.
     """
     old, new = (_read_metrics(folder / "metrics.jsonl", ignored) for folder in (before, after))
     differences = list(_differences("metrics", old, new, rtol))
@@ -64,6 +68,7 @@ def compare_runs(before: Path, after: Path, rtol: float, ignored: list[str]) -> 
         differences += _differences(f"trajectories/{name}", old_lines, new_lines, rtol)
     tensors = list(_tensor_differences(before / "hf", after / "hf", rtol))
     differences += [problem for _, problem in tensors if problem]
+    differences = [problem for problem in differences if not _is_ignored(problem.partition(": ")[0], ignored)]
     return {
         "equal": not differences,
         "num_metric_rows": len(old),
@@ -74,15 +79,16 @@ def compare_runs(before: Path, after: Path, rtol: float, ignored: list[str]) -> 
     }
 
 
+def _is_ignored(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _read_metrics(path: Path, ignored: list[str]) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in row.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
-        for row in _read_lines(path)
-    ]
+    return [{name: value for name, value in row.items() if not _is_ignored(name, ignored)} for row in _read_lines(path)]
 
 
 def _differences(path: str, before: Any, after: Any, rtol: float) -> Iterator[str]:

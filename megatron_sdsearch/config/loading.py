@@ -80,7 +80,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     """The nested dict that a YAML file and its overrides come to, before anything in it is checked.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML, or an override is no ``key=value`` or given twice.
+        ConfigError: there is no such file, it is no YAML, or an override is no ``key=value``.
     """
     try:
         path = Path(expand_home(str(path)))
@@ -89,9 +89,8 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise ConfigError("CONFIG", f"{path} {problem}", "give the path of a YAML file")
-    keys = [_key_of(override, number) for number, override in enumerate(overrides, start=1)]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ConfigError(twice, f"given {keys.count(twice)} times on the command line", "give it once")
+    for number, override in enumerate(overrides, start=1):
+        _check_override(override, number)
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
@@ -100,8 +99,8 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(str(path), _yaml_problem(error), "fix the YAML or the override") from None
 
 
-def _key_of(override: str, number: int) -> str:
-    """Read the key of ``key=value`` and refuse anything else, which is shown whole only where it can hold no secret.
+def _check_override(override: str, number: int) -> None:
+    """Refuse what is not ``key=value``; it is shown whole only where it can hold no secret.
 
     A shell makes two arguments of ``password= secret``: an argument that begins with no section is not shown either.
     """
@@ -116,7 +115,6 @@ def _key_of(override: str, number: int) -> str:
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # the last: a number of 5,000 digits
         problem = f"{shown} is no YAML: {_yaml_problem(error)}"
         raise ConfigError(override.partition("=")[0], problem, "quote or fix its value") from None
-    return override.partition("=")[0]
 
 
 def _yaml_problem(error: Exception) -> str:

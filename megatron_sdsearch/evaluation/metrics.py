@@ -19,30 +19,30 @@ from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.records import Question, RolloutGroup, Score, Trajectory, TrajectoryStatus
 
 _ADVICE = {
-    TrajectoryStatus.PROMPT_TOO_LONG: "raise rollout.max_prompt_tokens, `check` says how long prompts are",
-    TrajectoryStatus.RETRIEVAL_FAILED: "see why searches fail, above; the search engine may be down",
-    TrajectoryStatus.ABORTED: "see why the rollout engine gives up, in its log",
+    TrajectoryStatus.PROMPT_TOO_LONG: "raise rollout.max_prompt_tokens; `check` reports the lengths of prompts",
+    TrajectoryStatus.RETRIEVAL_FAILED: "the messages above say why searches fail; the search engine may be down",
+    TrajectoryStatus.ABORTED: "the log of the rollout engine says why it gives up",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutStats:
-    """Means over the trajectories of one set that were not lost; None where there is nothing to average.
+    """Counts of trajectories, and means over those that were not lost; None without anything to average.
 
     Attributes:
         num_questions: groups.
-        num_trajectories: over all groups, lost ones included.
-        num_lost: of them, those that a failed search or the engine has ended.
-        num_prompt_too_long: of them, those whose prompt exceeds ``rollout.max_prompt_tokens``: wrong answers without a
-            token, which are in the means.
-        num_eos_without_action: generations that ended with EOS and asked for nothing, lost trajectories included.
+        num_trajectories: over all groups, including lost ones.
+        num_lost: of them, ended by a failed search or by the engine.
+        num_prompt_too_long: of them, with a prompt longer than ``rollout.max_prompt_tokens``: wrong answers without a
+            token, included in the means.
+        num_eos_without_action: generations that ended with EOS and no action, including lost trajectories.
         em: exact match in [0, 1].
         f1: token F1 in [0, 1].
         hit: share of trajectories that were shown their question's last gold passage (the one that holds the answer),
-            among questions that know it.
-        searches_per_question: searches asked for, per trajectory, whether or not they found anything.
-        mean_response_tokens: sampled tokens per trajectory, observations not counted.
-        status_shares: share of all trajectories by how they ended; the shares sum to 1, absent ones are 0.
+            among questions with gold passages.
+        searches_per_question: searches per trajectory, including those without results.
+        mean_response_tokens: sampled tokens per trajectory, without observations.
+        status_shares: share of all trajectories by status; the shares sum to 1, absent ones are 0.
     """
 
     num_questions: int
@@ -58,53 +58,41 @@ class RolloutStats:
     status_shares: dict[TrajectoryStatus, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, unknown ones left out."""
+        """Return plain values for JSON, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationSummary:
-    """Metrics over everything, and per data set in alphabetical order."""
-
-    overall: RolloutStats
-    by_dataset: dict[str, RolloutStats]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        by_dataset = {name: stats.to_dict() for name, stats in self.by_dataset.items()}
-        return {"overall": self.overall.to_dict(), "by_dataset": by_dataset}
-
-
-def summarize(groups: Sequence[RolloutGroup]) -> EvaluationSummary:
-    """Average over all groups, and over those of each data set. No groups give counts of 0 and no means."""
-    names = sorted({group.question.dataset for group in groups})
-    by_dataset = {name: _stats([g for g in groups if g.question.dataset == name]) for name in names}
-    return EvaluationSummary(overall=_stats(groups), by_dataset=by_dataset)
+def summarize_datasets(groups: Sequence[RolloutGroup]) -> dict[str, Any]:
+    """Average over all groups and over those of each data set, as plain values for JSON."""
+    datasets = sorted({group.question.dataset for group in groups})
+    by_dataset = {name: summarize([g for g in groups if g.question.dataset == name]).to_dict() for name in datasets}
+    return {"overall": summarize(groups).to_dict(), "by_dataset": by_dataset}
 
 
 def require_sampled(groups: Sequence[RolloutGroup], what: str) -> None:
-    """Check that some trajectory was not lost and has sampled tokens: else there is nothing to learn from or to judge.
+    """Check that at least one trajectory was not lost and has sampled tokens.
 
     Args:
         groups: of all ranks.
-        what: the message begins with, e.g. ``step 3``.
+        what: begins the message, e.g. ``step 3``.
 
     Raises:
-        TrainingError: there is none; with the counts by status, and what most likely helps.
+        TrainingError: there is none; with the counts by status and the likely fix.
     """
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     if any(trajectory.is_trainable for trajectory in trajectories):
         return
     statuses = Counter(trajectory.status for trajectory in trajectories)
     counts = ", ".join(f"{number} {status.value}" for status, number in statuses.most_common())
-    advice = next((_ADVICE[status] for status, _ in statuses.most_common() if status in _ADVICE), "ask more questions")
+    advice = next((_ADVICE[status] for status, _ in statuses.most_common() if status in _ADVICE), "use more questions")
     raise TrainingError(
-        f"{what}: none of its {len(trajectories)} trajectories ({counts}) has a token to learn from or to judge; "
+        f"{what}: none of its {len(trajectories)} trajectories ({counts}) has a token to learn from or to score; "
         f"{advice}"
     )
 
 
-def _stats(groups: Sequence[RolloutGroup]) -> RolloutStats:
+def summarize(groups: Sequence[RolloutGroup]) -> RolloutStats:
+    """Average over all groups; no groups give counts of 0 and no means."""
     rollouts: list[tuple[Question, Trajectory, Score]] = [
         (group.question, trajectory, score)
         for group in groups

@@ -1,1 +1,1 @@
-"""Sampling trajectories: engines, one episode, groups of them."""
+"""Samples trajectories: engines, episodes, groups."""

@@ -1,8 +1,7 @@
-"""All trajectories of a step at once, as complete groups in the order of their slots.
+"""Rolls out all trajectories of a step concurrently and returns complete groups in the order of their slots.
 
-Owns the event loop on which engine and retriever live, and the refills of groups without contrast. Each trajectory is
-a task of its own (``episode.py``); a group is complete when its last sibling is, and nothing of an incomplete group
-leaves. What is asked is ``requests.py``'s, what a score means ``data/scoring.py``'s.
+Owns the event loop of engine and retriever, and refills groups without contrast. Each trajectory is a separate task
+(``episode.py``). ``requests.py`` chooses the questions, ``data/scoring.py`` scores the trajectories.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What one rank has rolled out.
+    """Rollouts of one rank.
 
     Attributes:
         groups: complete, in the order of their slots.
-        num_refilled: groups without contrast that gave way to another question, thrown away whole.
-        lost: trajectories of these groups, and of those thrown away, that say nothing of the policy.
+        num_refilled: groups without contrast that were discarded for another question's.
+        lost: trajectories lost to an outage, including those of discarded groups.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -43,15 +42,15 @@ class Collected:
 
 
 class RolloutCollector:
-    """Runs episodes on an event loop of its own, which lives as long as the collector.
+    """Runs episodes on its own event loop.
 
     Args:
-        engine: belongs to the collector from now on, as does ``retriever``: ``close`` closes both.
-        retriever: searches.
+        engine: samples; closed by ``close``.
+        retriever: searches; closed by ``close``.
         renderer: of the engine's tokenizer.
         config: ``seed``, ``data.prompt_profile``, ``rollout``, ``retrieval.top_k``, ``hindsight.rho`` and
             ``objective.reward`` are read.
-        runner: of the event loop on which the retriever was opened, where that matters; the collector's from now on.
+        runner: of the event loop on which the retriever was opened, if that matters; closed by ``close``.
 
     Raises:
         ConfigError: there is no retrieval section, or an observation cannot hold its tags.
@@ -66,12 +65,12 @@ class RolloutCollector:
         runner: asyncio.Runner | None = None,
     ) -> None:
         if config.retrieval is None:
-            raise ConfigError("retrieval", "missing, and rollouts search", "set retrieval")
+            raise ConfigError("retrieval", "missing, but rollouts search", "set retrieval")
         profile = get_profile(config.data.prompt_profile)
         top_k, seed = config.retrieval.top_k, config.seed
         self._episodes = EpisodeRunner(engine, retriever, renderer, profile, config.rollout, top_k=top_k, seed=seed)
         self._engine = engine
-        self._retriever = retriever
+        self.retriever = retriever
         self._config = config
         self._runner = runner or asyncio.Runner()
         self._is_closed = False
@@ -81,13 +80,13 @@ class RolloutCollector:
 
         Args:
             slots: the requests of each.
-            policy_version: of the weights that every token must have been sampled from.
+            policy_version: of the weights from which every token must be sampled.
             is_greedy: sample at temperature 0 instead of ``rollout.temperature`` and ``rollout.top_p``.
 
         Raises:
-            RetrievalDownError: the search engine is down. A single search that failed is counted instead.
-            EngineError: the engine failed, or serves another policy version.
-            Exception: whatever else a trajectory raised, as it is, after all others have ended.
+            RetrievalDownError: the search engine is down; single failed searches are only counted.
+            EngineError: the engine failed, or sampled from another policy version.
+            Exception: any other error of a trajectory, after all others have ended.
         """
         lost = LostTrajectories()
         try:
@@ -101,7 +100,7 @@ class RolloutCollector:
         return Collected(groups=groups, num_refilled=sum(number for _, number in filled), lost=lost)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do other work that needs the engine or the retriever, on the loop where they live."""
+        """Run other work that needs the engine or the retriever, on their event loop."""
         return self._runner.run(work)
 
     def close(self) -> None:
@@ -109,19 +108,17 @@ class RolloutCollector:
         if self._is_closed:
             return
         self._is_closed = True
-        try:
-            self._runner.run(self._engine.close())
-        finally:
+        with self._runner:
             try:
-                self._runner.run(self._retriever.close())
+                self._runner.run(self._engine.close())
             finally:
-                self._runner.close()
+                self._runner.run(self.retriever.close())
 
     async def _fill(self, slot: Slot, is_greedy: bool, lost: LostTrajectories) -> tuple[RolloutGroup, int]:
-        """The slot's first group with a contrast, else its last one; and how many groups gave way to it.
+        """Return the slot's first group with contrast, else its last one, and the number of discarded groups.
 
-        Contrast is what training would see: two trainable siblings, one right and one wrong by F1, never by the shaped
-        reward. A trajectory lost to a failed search is neither, and a group of such alone has no contrast.
+        Contrast means one right and one wrong trainable sibling by F1, never by the shaped reward. A trajectory lost to
+        a failed search is neither.
         """
         groups: list[RolloutGroup] = []
         for request in slot:
@@ -147,7 +144,7 @@ class RolloutCollector:
 
 
 async def _run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; when one raises, the others are cancelled and end before its exception comes out."""
+    """Return all results in order; if one raises, cancel the others and wait for them first."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

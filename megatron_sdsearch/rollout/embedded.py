@@ -1,9 +1,9 @@
 """A rollout engine in the trainer's own process: batched decoding of a plain transformers model.
 
-Rows at different turns share a step. ``generate`` puts a request into a queue; one task per burst of requests admits
-them, decodes one token for every running row, hands finished rows back and lets the event loop run, so that episodes
-search while the others go on. Token ids and log-probabilities are those of the model, and depend on the other rows of
-the batch only through float rounding (``sampling.py``). Memory layout is ``kv_cache.py``'s.
+``generate`` queues a request; one task per burst of requests admits them, decodes one token for every running row,
+returns finished rows and yields to the event loop, so that some episodes search while others decode. Rows at different
+turns share a step. Token ids and log-probabilities are those of the model, and depend on the other rows of the batch
+only through float rounding (``sampling.py``). ``kv_cache.py`` defines the memory layout.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FinishReason = Literal["stop", "eos", "length"]
-_MAX_PREFILL_TOKENS = 8192  # padded tokens per forward pass; bounds its mask and activations
+_Prefill = tuple[int, int, tuple[int, ...]]  # slot, start, new ids
+_MAX_PREFILL_TOKENS = 8192  # padded tokens per forward pass; limits its mask and activations
 
 
 class _Row:
-    """One request while it is being answered."""
+    """A request that is waiting or running."""
 
     def __init__(self, request: GenerationRequest, answer: asyncio.Future[Generation]) -> None:
         params, start = request.params, len(request.prompt_ids)
@@ -50,7 +51,7 @@ class _Row:
         self.logprobs: list[float] = []
 
     def push(self, token_id: int, logprob: float, token: bytes, eos_ids: Collection[int]) -> FinishReason | None:
-        """Append a sampled token; returns the reason to finish, if there is one."""
+        """Append a sampled token; return the finish reason, or None."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         self.next_input = token_id
@@ -65,26 +66,20 @@ class EmbeddedEngine:
     """Implements ``Engine`` with a causal language model of transformers.
 
     Args:
-        model: with full (not sliding-window) attention; put into evaluation mode, its weights are updated in place.
+        model: with full (not sliding-window) attention; set to evaluation mode, its weights are updated in place.
         token_bytes: of the model's tokenizer, for stop strings.
         eos_ids: ids that end a generation.
         max_total_tokens: of prompt and new tokens together.
-        policy_version: of the weights the model holds now.
 
     Attributes:
-        policy_version: of the weights that the next token is sampled from.
+        policy_version: of the current weights; 0 for the model's initial ones.
 
     Raises:
-        EngineError: the model's attention or its position range does not fit.
+        EngineError: the model's attention or number of positions is not supported.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        token_bytes: TokenBytes,
-        eos_ids: Collection[int],
-        max_total_tokens: int,
-        policy_version: int = 0,
+        self, model: PreTrainedModel, token_bytes: TokenBytes, eos_ids: Collection[int], max_total_tokens: int
     ) -> None:
         check_model(model, max_total_tokens)
         self._model = model
@@ -92,7 +87,7 @@ class EmbeddedEngine:
         self._token_bytes = token_bytes
         self._eos_ids = frozenset(eos_ids)
         self._max_total_tokens = max_total_tokens
-        self.policy_version = policy_version
+        self.policy_version = 0
         self._has_whole_weights = True
         self._cache = SlotCache()
         self._waiting: list[_Row] = []
@@ -101,12 +96,12 @@ class EmbeddedEngine:
         self._driver: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine``. One request at a time per trajectory."""
+        """Sample as ``Engine.generate`` does; one request at a time per trajectory."""
         check_request(request, self._model.config.vocab_size, self._max_total_tokens)
         if not self._has_whole_weights:
-            raise EngineError("the last load_weights failed half-way; load a whole set before sampling")
+            raise EngineError("the last load_weights failed half-way; load all weights before sampling")
         if request.trajectory_id in self._busy:
-            raise EngineError(f"{request.trajectory_id}: already being generated")
+            raise EngineError(f"{request.trajectory_id}: a request is already open")
         loop = asyncio.get_running_loop()
         row = _Row(request, loop.create_future())
         self._waiting.append(row)
@@ -127,22 +122,22 @@ class EmbeddedEngine:
         self._cache.release(trajectory_id)
 
     async def close(self) -> None:
-        """End the driver; callers that still wait get an EngineError."""
+        """Stop decoding; waiting callers get an EngineError."""
         if self._driver is not None and not self._driver.done():
             self._driver.cancel()
             await asyncio.gather(self._driver, return_exceptions=True)
         self._fail(EngineError("the engine was closed"))
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Copy new weights into the model in place and forget everything cached.
+        """Copy new weights into the model in place and clear the cache.
 
         Args:
-            named_tensors: under the names of the model's ``state_dict``; of tied tensors one is enough.
-            policy_version: the version they are from now on.
+            named_tensors: with the names of the model's ``state_dict``; one of several tied tensors is enough.
+            policy_version: of these weights.
 
         Raises:
-            EngineError: a name is unknown or missing, a shape or dtype differs, or a generation is under way. After any
-                but the last the weights are a mixture, and ``generate`` refuses until a whole set was loaded.
+            EngineError: a name is unknown or missing, a shape or dtype differs, or a generation is under way. Except in
+                the last case the weights are then a mixture, and ``generate`` fails until all weights are loaded.
         """
         if num_open := len(self._waiting) + len(self._running):
             raise EngineError(f"weights cannot change while {num_open} generations are under way")
@@ -156,10 +151,14 @@ class EmbeddedEngine:
             if tensor.shape != own[name].shape:
                 raise EngineError(f"weight {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
             if tensor.dtype != own[name].dtype:
-                raise EngineError(f"weight {name} is {tensor.dtype}, the engine's is {own[name].dtype}: build it alike")
+                raise EngineError(
+                    f"weight {name} is {tensor.dtype}, the engine's is {own[name].dtype}; build it with the same dtype"
+                )
             own[name].copy_(tensor)
             written.add(own[name].data_ptr())
-        missing = [name for name, tensor in own.items() if tensor.data_ptr() not in written]  # tied: one address
+        missing = [
+            name for name, tensor in own.items() if tensor.data_ptr() not in written
+        ]  # tied tensors share an address
         if missing:
             raise EngineError(f"{len(missing)} weights are missing, the first is {missing[0]}")
         self._has_whole_weights = True
@@ -170,7 +169,7 @@ class EmbeddedEngine:
             while self._waiting or self._running:
                 self._step()
                 await asyncio.sleep(0)
-        except Exception as error:  # noqa: BLE001  # whatever broke the step, no caller may wait for ever
+        except Exception as error:  # noqa: BLE001  # no caller may wait for ever
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -185,7 +184,7 @@ class EmbeddedEngine:
     def _step(self) -> None:
         """Admit the waiting requests, then decode one token for every running row."""
         admitted, self._waiting = self._waiting, []
-        self._running += admitted  # first, so that a failure reaches them
+        self._running += admitted  # before anything that may fail, so that a failure reaches them
         for row in admitted:
             row.slot = self._cache.acquire(row.request.trajectory_id)
         self._prefill(admitted)
@@ -216,9 +215,9 @@ class EmbeddedEngine:
         self._running = running
 
     def _prefill(self, rows: list[_Row]) -> None:
-        """Compute keys and values of all new prompt tokens but the last, which the next decode step takes.
+        """Compute keys and values of all new prompt tokens but the last, the input of the next decode step.
 
-        Siblings that start together share one computation of their prompt.
+        Siblings that start together share the computation of their prompt.
         """
         prefills = []
         siblings: dict[tuple[int, ...], list[int]] = {}
@@ -245,7 +244,7 @@ class EmbeddedEngine:
                     self._cache.copy_prefix(slot, siblings[new_ids], len(new_ids))
 
     def _compact_slots(self) -> None:
-        """Move running rows to the lowest slots when fewer than half of the rows a step would compute are running."""
+        """Move running rows to the lowest slots if fewer than half of the rows that a step computes are running."""
         num_running = len(self._running)
         if max(row.slot for row in self._running) < 2 * num_running:
             return
@@ -258,10 +257,10 @@ class EmbeddedEngine:
                 row.slot = hole
 
     def _decode(self) -> Tensor:
-        """[running, V] logits of each running row's next token.
+        """Return [running, V] logits of each running row's next token.
 
-        All slots up to the highest running one are computed: reading them in place is cheaper than gathering the
-        running ones. The others get an arbitrary token at the end of their text, to be overwritten.
+        Computes all slots up to the highest running one: reading them in place is cheaper than gathering the running
+        ones. Idle slots get an arbitrary token at their end, which is overwritten later.
         """
         span = max(row.slot for row in self._running) + 1
         ids = [0] * span
@@ -277,7 +276,7 @@ class EmbeddedEngine:
         return logits if slots == list(range(span)) else logits[self._tensor(slots)]
 
     def _forward(self, module: torch.nn.Module, ids: Tensor, positions: Tensor, visible: int) -> Any:
-        """Run ``module`` on [n, m] ids; each token attends to positions up to its own."""
+        """Run ``module`` on [n, m] ids with causal attention."""
         mask = torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
         return module(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
@@ -287,11 +286,9 @@ class EmbeddedEngine:
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
 
-def _batch_prefills(
-    prefills: Sequence[tuple[int, int, tuple[int, ...]]],
-) -> Iterator[list[tuple[int, int, tuple[int, ...]]]]:
-    """Parts of (slot, start, new ids), alike in length, each within the padded-token budget (or a single row)."""
-    part: list[tuple[int, int, tuple[int, ...]]] = []
+def _batch_prefills(prefills: Sequence[_Prefill]) -> Iterator[list[_Prefill]]:
+    """Group prefills of similar lengths, each group within the padded-token budget or a single row."""
+    part: list[_Prefill] = []
     for prefill in sorted(prefills, key=lambda prefill: len(prefill[2])):
         if part and (len(part) + 1) * len(prefill[2]) > _MAX_PREFILL_TOKENS:
             yield part

@@ -1,4 +1,4 @@
-"""The protocol of every rollout engine: token ids in, token ids out."""
+"""The protocol of rollout engines: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_sdsearch.records import TrajectoryId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to sample.
+    """Sampling parameters of one request.
 
     Attributes:
         temperature: 0 is greedy.
         top_p: nucleus mass in (0, 1].
-        max_new_tokens: upper bound for this call.
-        stop: strings at whose end sampling stops; the ids that cover one are kept.
+        max_new_tokens: limit of this request.
+        stop: strings that end sampling; the ids that cover one are kept.
     """
 
     temperature: float
@@ -27,14 +27,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Continue one trajectory.
+    """A request to continue one trajectory.
 
     Attributes:
-        trajectory_id: of the trajectory to continue; turns of one trajectory share a prefix, which an engine may cache.
-        seed: with ``trajectory_id`` the key of the random stream; the number drawn for the token at absolute
-            position p (0 = first prompt token) depends on (seed, trajectory_id, p) alone.
-        prompt_ids: everything so far: prompt, sampled tokens, observations.
-        params: how to sample.
+        trajectory_id: of the trajectory; its turns share a prefix, which an engine may cache.
+        seed: with ``trajectory_id`` the key of the random stream: the number drawn for the token at absolute position p
+            (0 = first prompt token) depends only on (seed, trajectory_id, p).
+        prompt_ids: all ids so far: prompt, sampled tokens, observations.
+        params: of sampling.
     """
 
     trajectory_id: TrajectoryId
@@ -45,13 +45,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What was sampled.
+    """A sampled continuation.
 
     Attributes:
-        token_ids: new ids, the end-of-sequence id or the tokens that cover a stop string included.
+        token_ids: new ids, including the end-of-sequence id or the tokens that cover a stop string.
         logprobs: of each id at the sampling temperature, before top-p, nats (temperature 0: at temperature 1).
         finish_reason: ``stop`` (a stop string), ``eos``, ``length`` or ``abort``.
-        policy_version: of the weights that sampled it.
+        policy_version: of the weights it was sampled from.
     """
 
     token_ids: tuple[int, ...]
@@ -61,18 +61,18 @@ class Generation:
 
 
 class Engine(Protocol):
-    """Samples continuations. Calls of many trajectories run at the same time on one event loop."""
+    """Samples continuations; calls of many trajectories run concurrently on one event loop."""
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Sample one continuation.
 
         Raises:
-            EngineError: an id is outside the vocabulary, the request does not fit the context, or the engine died.
+            EngineError: an id is outside the vocabulary, the request exceeds the context, or the engine failed.
         """
         ...
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
-        """Forget what is cached for a trajectory that is over."""
+        """Free the cache of a finished trajectory."""
         ...
 
     async def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Keys and values of many trajectories in one block of memory, one slot each, each slot with its own length.
+"""Keys and values of many trajectories in one block of memory: a slot for each, with its own length.
 
-``SlotCache`` is handed to a plain transformers model as ``past_key_values``. Nothing is concatenated or moved as text
-grows: a forward pass writes at the rows and positions it was pointed at and reads a slice up to the longest of them.
-Whatever is stored beyond a slot's length is stale and must be masked by the caller. Scheduling is ``embedded.py``'s.
+``SlotCache`` is the ``past_key_values`` of a plain transformers model. Nothing is concatenated or moved as text grows:
+a forward pass writes at the rows and positions set by ``point_at`` and reads a slice up to the longest of them. Content
+beyond a slot's length is stale; the caller masks it. ``embedded.py`` schedules the rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _GRANULE = 64  # tokens; capacity is rounded up to it
 
 
 class SlotCache(Cache):
-    """A key-value cache of rows that start, grow and end independently.
+    """A key-value cache with rows that start, grow and end independently.
 
     Attributes:
-        token_ids: per slot, the ids whose keys and values it holds.
+        token_ids: per slot, the ids of the keys and values in it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SlotCache(Cache):
         self._target: tuple[Tensor | slice, Tensor, Tensor, int] | None = None
 
     def acquire(self, trajectory_id: TrajectoryId) -> int:
-        """The trajectory's slot; the lowest free one when it is new, so that slots in use stay close together."""
+        """Return the trajectory's slot; a new one gets the lowest free slot, so that used slots stay close together."""
         if trajectory_id not in self._slot_of:
             if not self._free:
                 self._free.append(len(self.token_ids))
@@ -53,9 +53,9 @@ class SlotCache(Cache):
             heapq.heappush(self._free, slot)
 
     def keep_prefix(self, slot: int, prompt_ids: Sequence[int]) -> int:
-        """Forget what does not match ``prompt_ids``, and its last id in any case; returns the length that is kept.
+        """Drop what does not match ``prompt_ids``, and the last id in any case; return the length kept.
 
-        The last id is always computed afresh, because its logits are what the next token is drawn from.
+        The last id is always recomputed, because the next token is sampled from its logits.
         """
         held = self.token_ids[slot]
         limit = min(len(held), len(prompt_ids) - 1)
@@ -77,7 +77,7 @@ class SlotCache(Cache):
         heapq.heapify(self._free)
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give ``targets`` the first ``length`` keys and values of ``source``."""
+        """Copy the first ``length`` keys and values of ``source`` to ``targets``."""
         for block in (*self._keys, *self._values):
             block[targets, :, :length] = block[source, :, :length]
         for target in targets:
@@ -87,12 +87,12 @@ class SlotCache(Cache):
         """Set where the next forward pass writes, and make room for it.
 
         Args:
-            slots: the rows that attention reads; a slice reads in place, an index tensor copies.
+            slots: rows that attention reads; a slice reads in place, an index tensor copies.
             rows: [n, 1] the same rows as an index tensor.
-            positions: [n, m] where each new token goes.
+            positions: [n, m] of the new tokens.
 
         Returns:
-            number of positions that attention will see.
+            The number of positions that attention sees.
         """
         visible = int(positions.max()) + 1
         if visible > self._capacity:
@@ -103,7 +103,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new [n, heads, m, head_dim] keys and values; returns [n, heads, visible, head_dim] of each.
+        """Store a layer's new [n, heads, m, head_dim] keys and values; return [n, heads, visible, head_dim] of each.
 
         Called by each attention layer.
 
@@ -111,7 +111,7 @@ class SlotCache(Cache):
             RuntimeError: ``point_at`` was not called before.
         """
         if self._target is None:
-            raise RuntimeError("point_at comes before the forward pass")
+            raise RuntimeError("call point_at before the forward pass")
         slots, rows, positions, visible = self._target
         if layer_idx == len(self._keys):
             self._keys.append(key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3])))

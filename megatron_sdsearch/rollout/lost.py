@@ -1,4 +1,4 @@
-"""Trajectories that an outage ended, and how many of them a step or an evaluation bears."""
+"""Counts trajectories lost to an outage, and limits their share in a step or an evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SHOWN_CAUSES, _CAUSE_LENGTH = 3, 120
 
 @dataclass(slots=True, kw_only=True)
 class LostTrajectories:
-    """Trajectories whose end says nothing of the policy, out of all that ended; those of several ranks add up.
+    """Counts of trajectories lost to the rollout or search engine rather than to the policy; add up over ranks.
 
     Attributes:
-        num_ended: trajectories that ended in any way, those of replaced groups included.
-        num_aborted: of them, given up by the rollout engine.
-        failed_searches: of them, lost to a failed search, by its cause.
-        first_error: message of the first failed search; empty without one.
+        num_ended: all trajectories that have ended, including those of discarded groups.
+        num_aborted: of them, aborted by the rollout engine.
+        failed_searches: of them, lost to a failed search, by cause.
+        first_error: message of the first failed search; "" without one.
     """
 
     num_ended: int = 0
@@ -39,19 +39,19 @@ class LostTrajectories:
         )
 
     def count(self, status: TrajectoryStatus, error: RetrievalError | None) -> None:
-        """Count one trajectory that has ended, and its failed search; the first failure is logged."""
+        """Count one ended trajectory and its failed search; log the first failure."""
         self.num_ended += 1
         self.num_aborted += status is TrajectoryStatus.ABORTED
         if error is None:
             return
         if not self.failed_searches:
             self.first_error = str(error)
-            _log.warning("a search failed: %s; further ones are counted until the step's end", error)
-        cause = error.cause or "no cause was given"
+            _log.warning("a search failed: %s; further failures are reported at the end of the step", error)
+        cause = error.cause or "unknown cause"
         self.failed_searches[cause if len(cause) <= _CAUSE_LENGTH else f"{cause[:_CAUSE_LENGTH]}..."] += 1
 
     def log_failed_searches(self) -> None:
-        """Log one line with the most frequent causes, if more than one search failed: an outage fails thousands."""
+        """Log the most frequent causes in one line if several searches failed: an outage fails thousands."""
         if (num_failed := self.failed_searches.total()) < 2:
             return
         shown = [f"{count} x {cause}" for cause, count in self.failed_searches.most_common(_SHOWN_CAUSES)]
@@ -60,11 +60,11 @@ class LostTrajectories:
         _log.warning("%d searches failed: %s", num_failed, "; ".join(shown))
 
     def check(self, limit: float) -> None:
-        """Compare the share of lost trajectories with ``rollout.max_failed_search_share``.
+        """Check that the share of lost trajectories is at most ``limit`` (``rollout.max_failed_search_share``).
 
         Raises:
-            RetrievalError: it is larger, and searches have failed.
-            EngineError: it is larger, and the rollout engine has given up on all of them.
+            RetrievalError: it is larger, and some were lost to failed searches.
+            EngineError: it is larger, and the rollout engine aborted all of them.
         """
         num_failed = self.failed_searches.total()
         num_lost = num_failed + self.num_aborted
@@ -73,8 +73,8 @@ class LostTrajectories:
         share = f"{num_lost} of {self.num_ended} trajectories ({num_lost / self.num_ended:.0%})"
         more = f"more than rollout.max_failed_search_share = {limit:.0%}"
         if not num_failed:
-            raise EngineError(f"the rollout engine gave up on {share}, {more}")
-        aborted = f" or given up by the rollout engine ({self.num_aborted})" if self.num_aborted else ""
+            raise EngineError(f"the rollout engine aborted {share}, {more}")
+        aborted = f" or aborted by the rollout engine ({self.num_aborted})" if self.num_aborted else ""
         raise RetrievalError(
             f"{share} were lost to failed searches{aborted}, {more}; first cause: {self.first_error}",
             cause=self.first_error,

@@ -1,7 +1,6 @@
-"""The simplest engine that can be right: every call is one greedy ``generate`` of stock transformers, without batching.
+"""The simplest engine: every call is one greedy ``generate`` of stock transformers, without batching.
 
-It shares no decoding code with ``embedded.py``, which makes it the second opinion: for the evaluation of an exported
-model, and for the tests of the other engine.
+Shares no decoding code with ``embedded.py``, so that it can verify exported models and the other engine.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ class _StopStrings(StoppingCriteria):
 
 
 class PlainEngine:
-    """Implements ``Engine`` for temperature 0; a call blocks the event loop until it is done.
+    """Implements ``Engine`` for temperature 0; calls block the event loop.
 
     Args:
-        model: a causal language model; its own generation defaults (a repetition penalty, say) are replaced by plain
+        model: a causal language model; its generation defaults (e.g. a repetition penalty) are replaced by plain
             greedy decoding. Its weights count as policy version 0.
         token_bytes: of the model's tokenizer, for stop strings.
         eos_ids: ids that end a generation.
@@ -60,14 +59,14 @@ class PlainEngine:
         )
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine``.
+        """Sample as ``Engine.generate`` does.
 
         Raises:
             EngineError: also for a temperature other than 0.
         """
         check_request(request, self._model.config.vocab_size, self._max_total_tokens)
         if request.params.temperature != 0.0:
-            raise EngineError(f"the plain engine is greedy: temperature {request.params.temperature} is not 0")
+            raise EngineError(f"the plain engine only samples at temperature 0, not {request.params.temperature}")
         prompt = torch.tensor([request.prompt_ids], device=self._model.device)
         stop_strings = _StopStrings(self._token_bytes, request.params.stop, len(request.prompt_ids))
         with torch.inference_mode():
@@ -92,7 +91,7 @@ class PlainEngine:
         )
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
-        """Nothing is kept between calls."""
+        """Do nothing: no cache is kept between calls."""
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""

@@ -1,7 +1,8 @@
-"""Which groups a step rolls out, and which ranks do it: pure functions of configuration, seed and step.
+"""Plans the groups of a step and the ranks that roll them out: pure functions of configuration, seed and step.
 
 A slot is the position of a group in the step's batch. It holds one request, or with refills several that are tried in
-turn (``collector.py``). Neither the order in which groups complete nor the number of ranks changes a slot's requests.
+order (``collector.py``). A slot's requests depend neither on the order in which groups complete nor on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ class GroupRequest:
     """One group to roll out.
 
     Attributes:
-        question: to ask.
-        trajectory_ids: of its siblings. Where a step asks a question again the numbering goes on, so that every
-            trajectory has an id and a random stream of its own.
+        question: of all siblings.
+        trajectory_ids: of its siblings. If a question occurs again in a step, numbering continues, so that every
+            trajectory has its own id and random stream.
     """
 
     question: Question
@@ -33,10 +34,10 @@ Slot = tuple[GroupRequest, ...]
 
 
 def rollout_ranks(config: RunConfig, world_size: int) -> range:
-    """The ranks that roll out, in the order of their shares.
+    """Return the ranks that roll out, in the order of their shares.
 
-    With servers the first rank of each data-parallel replica (tensor and pipeline rank 0) is the only client of them
-    and of the search engine. With the embedded engine every rank holds a whole copy of the weights and samples.
+    With servers, only the first rank of each data-parallel replica (tensor and pipeline rank 0) is a client of them and
+    of the search engine. With the embedded engine, every rank has a whole copy of the weights and samples.
     """
     if not config.samples_from_sglang:
         return range(world_size)
@@ -46,7 +47,7 @@ def rollout_ranks(config: RunConfig, world_size: int) -> range:
 
 
 def plan_step(sampler: QuestionSampler, rollout: RolloutConfig, *, step: int) -> list[Slot]:
-    """The slots of a step, each with the question of the batch and ``rollout.max_refills`` others behind it.
+    """Return the slots of a step: each has the batch's question, then ``rollout.max_refills`` others.
 
     Args:
         sampler: of the run.
@@ -55,16 +56,16 @@ def plan_step(sampler: QuestionSampler, rollout: RolloutConfig, *, step: int) ->
     """
     slots: list[Slot] = []
     for index, question in enumerate(sampler.batch(step)):
-        # Every refill has an entry of the sampler's list to itself, used or not: no rank needs to know what the others
+        # Every refill has its own entry of the sampler's list, used or not, so that ranks need not exchange what they
         # have refilled.
         first = index * rollout.max_refills
-        asked = [(question, 0), *(sampler.fresh(step, first + refill) for refill in range(rollout.max_refills))]
-        slots.append(tuple(_request(q, num_before, step, rollout.group_size) for q, num_before in asked))
+        candidates = [(question, 0), *(sampler.fresh(step, first + refill) for refill in range(rollout.max_refills))]
+        slots.append(tuple(_request(q, num_before, step, rollout.group_size) for q, num_before in candidates))
     return slots
 
 
 def one_group_each(questions: Sequence[Question], *, step: int, group_size: int) -> list[Slot]:
-    """One slot without refills for each question listed, duplicates included."""
+    """Return one slot without refills for each listed question, including duplicates."""
     num_seen: Counter[str] = Counter()
     slots: list[Slot] = []
     for question in questions:
@@ -74,7 +75,7 @@ def one_group_each(questions: Sequence[Question], *, step: int, group_size: int)
 
 
 def _request(question: Question, num_before: int, step: int, group_size: int) -> GroupRequest:
-    """The group of a question that ``num_before`` groups of the step have asked already."""
+    """Return the request for a question that ``num_before`` earlier groups of the step have."""
     siblings = range(num_before * group_size, (num_before + 1) * group_size)
     ids = tuple(TrajectoryId(step=step, question_id=question.question_id, sibling=sibling) for sibling in siblings)
     return GroupRequest(question=question, trajectory_ids=ids)

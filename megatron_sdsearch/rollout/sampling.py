@@ -1,8 +1,8 @@
-"""Draw the next token of many rows at once, each row from its own random stream.
+"""Samples the next token of many rows at once, each row from its own random stream.
 
-The numbers are keyed by (seed, trajectory) and indexed by absolute position, and a row's draw looks at that row alone:
-the other rows of the batch have no influence. What remains is the model itself, whose logits move by a few float ulps
-with the shape of the batch; a draw changes only when a random number falls within that distance of a boundary.
+Random numbers are keyed by (seed, trajectory) and indexed by absolute position, and a row's sample depends on that row
+only, not on the rest of the batch. The model's logits however change by a few float ulps with the shape of the batch: a
+sample changes only if a random number falls within that distance of a boundary.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_sdsearch.records import FloatArray, IntArray, TrajectoryId
 
 
 def uniforms(seed: int, trajectory_id: TrajectoryId, start: int, stop: int) -> FloatArray:
-    """[stop - start] numbers in [0, 1) for the tokens at absolute positions ``start`` to ``stop``.
+    """Return [stop - start] numbers in [0, 1) for the tokens at absolute positions ``start`` to ``stop``.
 
-    Philox is a counter-based generator, and raw 64-bit words are the part of it whose values numpy never changes.
+    Philox is counter-based, and numpy guarantees that its raw 64-bit output never changes.
     """
     name = f"{seed}\0{trajectory_id.step}\0{trajectory_id.sibling}\0{trajectory_id.question_id}"
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), dtype="<u8")
@@ -30,12 +30,12 @@ def uniforms(seed: int, trajectory_id: TrajectoryId, start: int, stop: int) -> F
 def sample_tokens(
     logits: Tensor, temperature: FloatArray, top_p: FloatArray, uniform: FloatArray
 ) -> tuple[IntArray, FloatArray]:
-    """Draw one id per row by inverse CDF in float64.
+    """Sample one id per row by inverse CDF in float64.
 
     Args:
         logits: [n, V], any float type; not modified.
         temperature: [n], 0 is greedy.
-        top_p: [n] in (0, 1]; the smallest set of most probable ids whose mass reaches it is kept.
+        top_p: [n] in (0, 1]; keeps the smallest set of most probable ids with at least this mass.
         uniform: [n] in [0, 1); unused by greedy rows.
 
     Returns:
@@ -58,20 +58,22 @@ def sample_tokens(
 
 
 def _nucleus(probs: Tensor, top_p: FloatArray) -> Tensor:
-    """[n, V] probabilities with everything outside the nucleus at 0, not normalised again."""
+    """Return [n, V] probabilities, 0 outside the nucleus and not normalised again."""
     if np.all(top_p >= 1.0):
         return probs
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     mass_before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
-    # A bound above 1 keeps every id of the rows with top_p = 1, whatever the rounding of their sum.
+    # A bound above 1 keeps every id of rows with top_p = 1, regardless of rounding in their sum.
     bound = torch.from_numpy(np.where(top_p >= 1.0, 2.0, top_p)).to(probs.device)
     return torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill(mass_before >= bound[:, None], 0.0))
 
 
 def _inverse_cdf(weights: Tensor, uniform: FloatArray) -> Tensor:
-    """[n] first id whose cumulative weight exceeds ``uniform`` times the row's total: never an id of weight 0."""
+    """Return the [n] first ids with cumulative weight above ``uniform`` times the row's total, never of weight 0."""
     cdf = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
     target = torch.from_numpy(uniform).to(total.device)[:, None] * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to it
+    target = torch.minimum(
+        target, torch.nextafter(total, torch.zeros_like(total))
+    )  # the product may round up to the total
     return torch.searchsorted(cdf, target, right=True)[:, 0]

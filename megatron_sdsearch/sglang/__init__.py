@@ -1,11 +1,11 @@
 """SGLang servers for rollouts: one HTTP client, the engine that samples from them, their processes and their weights.
 
-api.py         requests to servers, and what their failures mean
-rules.py       what a run needs of its servers
+api.py         requests to servers and the meaning of their failures
+rules.py       what a run requires of its servers
 engine.py      the rollout engine over several servers
-servers.py     starting, watching and restarting own servers
-guardian.py    the program between trainer and server, which leaves no process behind
-serve.py       the GPUs of a node for servers, and the ``serve`` command
-transports.py  three ways for weights: a folder, HTTP, a process group
-publish.py     the steps of a publish, its attempts, and proof of what servers hold
+servers.py     starts, watches and restarts the run's own servers
+guardian.py    wrapper process of one server: kills its whole process tree
+serve.py       the ``serve`` command, and the GPUs of a node for servers
+transports.py  weight transports: a folder, HTTP, a process group
+publish.py     publishes weights: steps, attempts, verification
 """

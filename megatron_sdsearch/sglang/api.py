@@ -1,4 +1,4 @@
-"""Requests to SGLang servers: deadlines, and what counts as refused and what as unavailable.
+"""Requests to SGLang servers: deadlines, refusals and unavailability.
 
 Checked against SGLang 0.5.23; docs/sglang.md lists what was run with which version.
 """
@@ -25,25 +25,24 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 _MAX_QUOTED = 500  # characters of a server's own message
-# The deadline of a whole call is SGLangServer's; a host that is off is noticed earlier.
+# SGLangServer sets the deadline of a whole call; this one detects a host that is off earlier.
 _HTTP_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
 
 
 class SGLangServer:
     """A client of the server at ``url``.
 
-    It holds no connection and belongs to no event loop: each request has a connection of its own. Event loops stand
-    still while the trainer trains, servers close idle connections meanwhile, and a request on one of those would look
-    like a dead server.
+    Opens a connection for each request and belongs to no event loop. Event loops do not run while the trainer trains;
+    servers close idle connections meanwhile, and a request on a closed one would look like a dead server.
 
     Every method raises:
         ServerRefusedError: the server answered with a 4xx status, or with ``"success": false``.
-        ServerUnavailableError: no connection, a lost one, a 5xx status, not JSON, or no whole answer in time.
-    Both name the url, the route and the server's own message.
+        ServerUnavailableError: no connection, a lost one, a 5xx status, invalid JSON, or no complete answer in time.
+    Both give the url, the route and the server's own message.
 
     Args:
         url: ``http://host:port``.
-        timeout_s: deadline of each call, from its start to the last byte; ``None`` in a call means this.
+        timeout_s: default deadline of a call, from its start to the last byte.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 60.0) -> None:
@@ -51,11 +50,11 @@ class SGLangServer:
         self._timeout_s = timeout_s
 
     async def send(self, route: str, body: Json | None = None, *, timeout_s: float | None = None) -> bytes:
-        """Post a JSON body, or get the route where there is none; return the content of the answer."""
+        """Send a POST with a JSON body, or a GET without one; return the content of the answer."""
         limit = self._timeout_s if timeout_s is None else timeout_s
         where = self.url + route
         headers = {"Content-Type": "application/json"} if body is not None else {}
-        # aiohttp warns about large bodies in one piece, and weights are large.
+        # A stream: aiohttp warns about large bodies given as bytes, and weights are large.
         data = io.BytesIO(json.dumps(body).encode()) if body is not None else None
         method = "GET" if body is None else "POST"
         try:
@@ -65,7 +64,7 @@ class SGLangServer:
             ):
                 status, content = response.status, await response.read()
         except (aiohttp.ClientError, OSError) as error:
-            # Some of aiohttp's errors are timeouts too, but of a connection, over which nothing was sent.
+            # Some errors of aiohttp are timeouts too, but of connecting, before anything was sent.
             is_timeout = isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError)
             problem = f"no answer within {limit:g} s" if is_timeout else cause_of(error)
             if isinstance(error, aiohttp.ClientConnectorError) and error.errno and error.errno > 0:
@@ -79,33 +78,32 @@ class SGLangServer:
         raise ServerUnavailableError(message)
 
     async def call(self, route: str, body: Json | None = None, *, timeout_s: float | None = None) -> Json:
-        """Send a request whose answer is a JSON object; return that."""
+        """Send a request and return its answer, a JSON object."""
         content = await self.send(route, body, timeout_s=timeout_s)
         try:
             answer = json.loads(content)
             if not isinstance(answer, dict):
-                raise ValueError("another type")
+                raise ValueError("not an object")
         except ValueError as error:
             raise ServerUnavailableError(f"{self.url}{route}: not a JSON object: {_quote(content)}") from error
         if answer.get("success") is False:
             raise ServerRefusedError(f"{self.url}{route}: {str(answer.get('message', answer))[:_MAX_QUOTED]}", 200)
         return answer
 
-    async def load_folder(self, path: str, version: str, *, timeout_s: float | None = None) -> None:
-        """Read a Hugging Face folder that the server sees under the same path, and call its weights ``version``.
+    async def load_folder(self, path: str, version: str) -> None:
+        """Load a Hugging Face folder that the server sees under the same path, as weight version ``version``.
 
-        After a refusal the weights are unknown, though the version is the old one. The server loads first, then flushes
-        its cache, and refuses when requests keep it from that: it then holds the new weights under the old version
-        (0.5.23, scheduler_components/weight_updater.py, ``flush_cache_after_weight_update``). Give it weights again
-        before its tokens are believed.
+        After a refusal the server's weights are unknown although it reports the old version: it loads first, then
+        flushes its cache, and refuses if open requests prevent that (0.5.23, scheduler_components/weight_updater.py,
+        ``flush_cache_after_weight_update``). Send it weights again before using its tokens.
         """
         body = {"model_path": path, "weight_version": version, "flush_cache": True}
-        await self.call("/update_weights_from_disk", body, timeout_s=timeout_s)
+        await self.call("/update_weights_from_disk", body)
 
     async def begin_weight_update(self) -> None:
-        """Open the session that tensor and distributed updates need; a server before 0.5.21 has none and answers 404.
+        """Open the session of tensor and distributed updates; servers before 0.5.21 have none and answer 404.
 
-        A session that an interrupted publish has left open is closed first.
+        Closes a session that an interrupted publish left open.
         """
         try:
             await self.call("/begin_weight_update", {"selector": "all"})
@@ -131,20 +129,20 @@ def call_servers(
     work: Callable[[SGLangServer], Awaitable[T]],
     meanwhile: Callable[[], None] | None = None,
 ) -> list[T]:
-    """Do ``work`` on all servers at the same time, and ``meanwhile`` in a thread; for code outside an event loop.
+    """Run ``work`` for all servers concurrently, and ``meanwhile`` in a thread; for code outside an event loop.
 
     Args:
         servers: to call.
-        work: of one server.
-        meanwhile: the trainer's side of what the servers wait for, in a process group with them.
+        work: called for each server.
+        meanwhile: the trainer's side of a collective with the servers.
 
     Returns:
         The results, in the order of ``servers``.
 
     Raises:
-        EngineError: the failure of one server, once all have answered; refusals come before absences. ``meanwhile`` is
-            then not waited for: what it waits for may never come. Or a RuntimeError of ``meanwhile``, which torch
-            raises for a lost peer and for a timeout.
+        EngineError: the failure of one server, after all have answered; refusals take precedence over unavailability.
+            ``meanwhile`` is then left behind, since it may wait for ever. Also raised for a RuntimeError of
+            ``meanwhile``, with which torch reports a lost peer or a timeout.
     """
     beside: Future[None] = Future()
 
@@ -162,7 +160,7 @@ def call_servers(
         return await asyncio.gather(*(work(server) for server in servers), return_exceptions=True)
 
     if meanwhile is not None:
-        # A daemon: a thread that hangs in a collective with a dead peer is left behind.
+        # A daemon thread may hang in a collective with a dead peer without blocking exit.
         threading.Thread(target=run_beside, args=(meanwhile,), daemon=True).start()
     answers = asyncio.run(gather())
     failures = [answer for answer in answers if isinstance(answer, BaseException)]

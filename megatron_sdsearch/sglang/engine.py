@@ -1,8 +1,7 @@
-"""The rollout engine over several SGLang servers: which server is asked, retries, and which answers may be believed.
+"""The rollout engine over several SGLang servers: choice of server, retries, and checks of answers.
 
-Restarting servers and giving them weights happens elsewhere: a server is used again when it is found alive with the
-current weights, whatever brought it there. No answer is returned twice: a request is sent again only when no answer to
-it was used.
+Restarts and weight updates happen elsewhere: a server that failed is used again once it answers with the current
+weights. A request is sent again only if no answer to it was used.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _MAX_ATTEMPTS = 6
 _FIRST_BACKOFF_S = 0.05
 _ABORT_TIMEOUT_S = 5.0
 _POLL_TIMEOUT_S = 5.0
-_SAMPLE_TIMEOUT_S = 30.0  # of /health_generate; SGLang itself gives up after 20 s
+_SAMPLE_TIMEOUT_S = 30.0  # of /health_generate; SGLang's own limit is 20 s
 _COUNTS = ("num_retries", "num_moved", "num_wrong_version", "num_prompt_tokens", "num_cached_tokens")
-# A server's --preferred-sampling-params must not change the distribution that the log-probabilities are of.
+# Overrides a server's --preferred-sampling-params, which would change the distribution of the log-probabilities.
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
 
@@ -45,10 +44,10 @@ class PooledServer:
 
     Attributes:
         api: sends requests to it.
-        slots: bounds this rank's open requests.
-        is_usable: new requests may go there.
-        last_error: why it was, or is, not usable.
-        poll: asks a server that is down whether it can be used again.
+        slots: limits this rank's open requests.
+        is_usable: whether it gets new requests.
+        last_error: why it is, or was, not usable.
+        poll: task that waits until a server that is down is usable again.
     """
 
     api: SGLangServer
@@ -62,25 +61,25 @@ class PooledServer:
 class SGLangEngine:
     """Samples from servers that hold the policy's weights; implements ``Engine``.
 
-    A trajectory's turns go to one server, whose prefix cache then has all but the newest tokens. When a server fails,
-    its trajectories go on elsewhere. An answer counts only when all of its tokens are from the current policy version.
+    All turns of a trajectory go to one server, so that its prefix cache holds all but the newest tokens. When a server
+    fails, its trajectories continue on another. An answer counts only if all its tokens are from the current policy
+    version.
 
-    The protocol's random stream per trajectory is not kept: what is drawn depends on the server. With
-    ``deterministic`` a seed made of (seed, trajectory, position) is sent along, which SGLang honours on GPUs under
-    ``--enable-deterministic-inference`` and ignores on a CPU.
+    Unlike the protocol demands, the random stream depends on the server. With ``deterministic`` a seed derived from
+    (seed, trajectory, position) is sent; SGLang uses it on GPUs with ``--enable-deterministic-inference`` and ignores
+    it on CPU.
 
     Attributes:
         urls: of the servers, ``http://host:port``.
         token_bytes: of the model's tokenizer, for stop strings.
-        eos_ids: ids that end a generation; the server's own end it, too.
-        vocab_size: of the model; an id outside kills an SGLang server, so it is never sent.
+        eos_ids: ids that end a generation, besides the server's own.
+        vocab_size: of the model; an id outside would kill an SGLang server, so it is never sent.
         max_total_tokens: of prompt and new tokens together.
         config: ``request_timeout_s``, ``down_timeout_s`` and ``max_concurrency`` are read.
-        policy_version: assigned after each publish. Nothing else is returned from then on: a server that does not hold
-            it goes down at its first answer and is used again once it does.
+        policy_version: set after each publish; answers of any other version are discarded.
         deterministic: see above.
-        retry_interval_s: between polls of a server that is down, and the longest pause before a retry.
-        raise_root_cause: awaited before an EngineError is raised; may raise one that knows more.
+        retry_interval_s: between polls of a server that is down; also the longest pause before a retry.
+        raise_root_cause: awaited before an EngineError is raised; may raise a more specific one.
         servers: in the order of the urls.
     """
 
@@ -104,28 +103,28 @@ class SGLangEngine:
             )
             for url in self.urls
         ]
-        self._random = random.Random()  # not the global one, which is seeded for the run
+        self._random = random.Random()  # the global one is seeded for the run
         self._counts: Counter[str] = Counter()
         self._assigned: dict[TrajectoryId, PooledServer] = {}
         self._has_usable = asyncio.Event()
 
     def take_counts(self) -> dict[str, int]:
-        """Return what happened since the last call, under names of metrics.
+        """Return the counts since the last call, by metric name.
 
-        ``num_retries``: requests sent again. ``num_moved``: trajectories that went on at another server.
-        ``num_wrong_version``: answers discarded because a token may be from other weights than the current ones.
-        ``num_prompt_tokens``: of the answered requests, and ``num_cached_tokens`` of those in prefix caches.
+        ``num_retries``: requests sent again. ``num_moved``: trajectories that continued on another server.
+        ``num_wrong_version``: answers discarded because a token may be from other than the current weights.
+        ``num_prompt_tokens``: of the answered requests; ``num_cached_tokens`` of them were in prefix caches.
         """
         counts, self._counts = self._counts, Counter()
         return {f"engine/{name}": counts[name] for name in _COUNTS}
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Sample one continuation. A caller that is cancelled ends its request at the server, too.
+        """Sample one continuation. Cancelling the call also aborts the request on the server.
 
         Raises:
             EngineError: the request would crash a model or does not fit (nothing was sent); a server refused it; no
-                server was usable for ``down_timeout_s``; several attempts failed; or the answer is not an SGLang's,
-                or was decoded with another tokenizer.
+                server was usable for ``down_timeout_s``; all attempts failed; the answer is not from SGLang, or was
+                decoded with another tokenizer.
         """
         check_request(request, self.vocab_size, self.max_total_tokens)
         try:
@@ -136,11 +135,11 @@ class SGLangEngine:
             raise
 
     async def release(self, trajectory_id: TrajectoryId) -> None:
-        """Forget the trajectory's server, which evicts its cache by itself."""
+        """Forget the trajectory's server; the server evicts its cache itself."""
         self._assigned.pop(trajectory_id, None)
 
     async def close(self) -> None:
-        """End polls."""
+        """Cancel the polls of servers that are down."""
         polls = [server.poll for server in self.servers if server.poll is not None]
         for poll in polls:
             poll.cancel()
@@ -155,7 +154,7 @@ class SGLangEngine:
             if attempt:
                 self._counts["num_retries"] += 1
                 longest = min(_FIRST_BACKOFF_S * float(2 ** (attempt - 1)), self.retry_interval_s)
-                await asyncio.sleep(longest * self._random.uniform(0.5, 1.0))  # what failed together comes back apart
+                await asyncio.sleep(longest * self._random.uniform(0.5, 1.0))  # spreads requests that failed together
             async with self._slot(request.trajectory_id) as server:
                 version = self.policy_version
                 try:
@@ -170,7 +169,7 @@ class SGLangEngine:
                 except (LookupError, TypeError, ValueError, AttributeError) as error:
                     problem = f"its answer {str(answer)[:500]} cannot be read ({error!r}); is it an SGLang server?"
                     raise EngineError(f"{server.api.url}: {problem}") from error
-        raise EngineError(f"{request.trajectory_id}: gave up after {_MAX_ATTEMPTS} attempts, the last one: {problem}")
+        raise EngineError(f"{request.trajectory_id}: all {_MAX_ATTEMPTS} attempts failed, the last one: {problem}")
 
     def _payload(self, request: GenerationRequest) -> Json:
         params = request.params
@@ -189,12 +188,12 @@ class SGLangEngine:
         return {"input_ids": list(request.prompt_ids), "sampling_params": sampling, "return_logprob": True}
 
     async def _send(self, server: PooledServer, payload: Json) -> Json:
-        # Unique per attempt: a server refuses an id that it is still at work on.
+        # Unique per attempt: a server refuses the id of a request that it is still processing.
         rid = f"sdsearch-{uuid4().hex}"
         try:
             return await server.api.call("/generate", {**payload, "rid": rid})
         except (asyncio.CancelledError, ServerUnavailableError) as error:
-            is_open = True  # the server may still be at work on it
+            is_open = True  # the server may still be processing it
             if isinstance(error, ServerUnavailableError):
                 is_open = error.is_timeout
                 self._take_down(server, str(error))
@@ -206,13 +205,13 @@ class SGLangEngine:
             raise
 
     def _version_problem(self, server: PooledServer, answer: Json, version: int) -> str:
-        """Why the answer must not be used; empty when it may. ``version`` was current when the request was sent."""
+        """Return why the answer must be discarded, or "". ``version`` was current when the request was sent."""
         url = server.api.url
         meta = answer["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             return f"{url} aborted the request: {meta['finish_reason'].get('message')}"
         held = str(meta.get("weight_version"))
-        # Without spans a change of weights half-way goes unseen by the server, but not by the publisher.
+        # Servers without spans do not report a change of weights in mid-request.
         spans = meta.get("weight_versions") or [{"version": version}]
         versions = {held, *(str(span.get("version")) for span in spans)}
         if versions == {str(self.policy_version)}:
@@ -244,7 +243,7 @@ class SGLangEngine:
     def _find_end(
         self, request: GenerationRequest, token_ids: Sequence[int], finish: Json, url: str
     ) -> tuple[int, Literal["stop", "eos", "length"]]:
-        """How many ids belong to the generation, and what ends it: our own bytes decide, the server looks at text."""
+        """Return length and finish reason, from the bytes of the ids; the server looks at decoded text instead."""
         matcher = StopMatcher(request.params.stop)
         for length, token_id in enumerate(token_ids, 1):
             if matcher.push(self.token_bytes[token_id]):
@@ -258,15 +257,15 @@ class SGLangEngine:
         if finish["type"] == "stop" and token_ids and finish.get("matched") == token_ids[-1]:
             return len(token_ids), "eos"  # one of the server's own
         raise EngineError(
-            f"{url}: {request.trajectory_id} ended as {finish} after ids {list(token_ids[-8:])}, whose bytes say "
-            "nothing of it; the server's tokenizer is not the trainer's, or its model computes NaN"
+            f"{url}: {request.trajectory_id} ended with {finish} after ids {list(token_ids[-8:])}, but their bytes "
+            "hold no such end; the server's tokenizer is not the trainer's, or its model computes NaN"
         )
 
     # Which server
 
     @asynccontextmanager
     async def _slot(self, trajectory_id: TrajectoryId) -> AsyncIterator[PooledServer]:
-        """Wait for a slot of a usable server: that of the trajectory's earlier turns as long as it is usable.
+        """Wait for a slot of a usable server, preferably that of the trajectory's earlier turns.
 
         Raises:
             EngineError: no server has been usable for ``down_timeout_s``.
@@ -283,7 +282,7 @@ class SGLangEngine:
                         f"(rollout.sglang.down_timeout_s); {errors}"
                     ) from None
             async with server.slots:
-                if server.is_usable:  # it may have gone down while this call waited for its slot
+                if server.is_usable:  # it may have gone down meanwhile
                     yield server
                     return
 
@@ -295,14 +294,14 @@ class SGLangEngine:
         if not usable:
             return None
         loads = Counter(assigned.api.url for assigned in self._assigned.values())
-        # Ties are broken at random: the ranks do not know of each other's load.
+        # Ties are broken at random, because ranks do not see each other's load.
         server = min(usable, key=lambda server: (loads[server.api.url], self._random.random()))
         self._assigned[trajectory_id] = server
         self._counts["num_moved"] += before is not None
         return server
 
     def _take_down(self, server: PooledServer, problem: str) -> None:
-        """Send nothing to the server until a poll finds it alive with the current weights, and able to sample."""
+        """Send nothing to the server until it has the current weights and can sample."""
         server.last_error = problem
         if server.is_usable:
             server.is_usable = False
@@ -316,10 +315,10 @@ class SGLangEngine:
                 info = await server.api.call("/model_info", timeout_s=_POLL_TIMEOUT_S)  # answers while paused, too
                 version = str(info.get("weight_version"))
                 if version == str(self.policy_version):
-                    # One whose scheduler hangs tells its version all the same.
+                    # A server with a hanging scheduler still reports its version.
                     await server.api.send("/health_generate", timeout_s=_SAMPLE_TIMEOUT_S)
                     break
-                server.last_error = f"it holds weight version {version!r}, the current one is '{self.policy_version}'"
+                server.last_error = f"its weight version is {version!r}, the current one is '{self.policy_version}'"
             except EngineError as error:
                 server.last_error = str(error)
         _log.warning("%s is back with weight version %d", server.api.url, self.policy_version)
@@ -328,7 +327,7 @@ class SGLangEngine:
 
 
 def sampling_seed(request: GenerationRequest) -> int:
-    """Seed of a request, in [0, 2**31): a function of seed, trajectory and position alone."""
+    """Return the seed of a request in [0, 2**31), a function of seed, trajectory and position only."""
     name = request.trajectory_id
     key = f"{request.seed}\0{name.step}\0{name.sibling}\0{name.question_id}\0{len(request.prompt_ids)}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little") >> 1

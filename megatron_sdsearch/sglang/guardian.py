@@ -1,13 +1,13 @@
-"""A program that starts one server, and ends all of its processes when the server or its owner has ended.
+"""Wrapper process: starts one server and ends its whole process tree when the server or its owner has ended.
 
-Reads one JSON object from standard input: ``command``, ``environment``, ``owner`` (process id), ``grace_s``. Its exit
-code is the server's. Also removes what the server leaves in shared memory; restarts are `servers`'.
+Reads one JSON object from standard input: ``command``, ``environment``, ``owner`` (process id), ``grace_s``. Exits with
+the server's exit code. Also removes what the server leaves in shared memory; `servers` restarts servers.
 
-Why a process between trainer and server: the server has to end however the trainer ends, SIGKILL included. A death
-signal (PR_SET_PDEATHSIG) in the server itself would fire with the *thread* that forked, and reaches no grandchildren.
-A pipe to the trainer stays open in every forked copy of it. But a parent's id changes when the parent is gone, and only
-then: this process watches that. It is a subreaper besides: whatever loses its parent below it becomes its child, in
-whatever group or session, so that no descendant can get away.
+The server must end however the trainer ends, SIGKILL included. A death signal (PR_SET_PDEATHSIG) in the server itself
+would fire when the *thread* that forked ends, and would not reach grandchildren. A pipe to the trainer stays open in
+every forked copy of the trainer. But the id of a process's parent changes when the parent ends, and only then: this
+process polls it. It is also a subreaper: descendants that lose their parent become its children, whatever their group
+or session, so none can escape.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from types import FrameType
 import psutil  # type: ignore[import-untyped]
 
 POLL_S = 0.2
-SCAN_S = 0.5  # a server that is killed sooner after it has made a segment leaves it behind; a look takes milliseconds
+SCAN_S = 0.5  # a segment younger than this is missed when the server is killed; a scan takes milliseconds
 SHARED_MEMORY = Path("/dev/shm")
-# SGLang's load snapshots and buffers; Python's semaphores, whose cleaner SGLang kills when it shuts down. The remainder
-# of a name is random. Files of NCCL and CUDA are not here: they may be shared with the trainer.
+# SGLang's load snapshots and buffers, and Python's semaphores: SGLang kills their resource tracker when it shuts down.
+# The names end in random characters. Files of NCCL and CUDA are left alone: the trainer may share them.
 SEGMENT_PREFIXES = ("sglang_", "sgl_", "sem.mp-")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -40,7 +40,7 @@ class Guardian:
     """One server and its descendants.
 
     Attributes:
-        end_requested: a signal has come.
+        end_requested: a signal has arrived.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
@@ -50,10 +50,9 @@ class Guardian:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        # With it Slurm asks all of a job to save: nothing is to be saved here, and the trainer needs its server still.
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server inherits it
-        # Safe here: this process has one thread, which lives as long as the process. When the guardian is killed, the
-        # server ends, too.
+        # SIGUSR1 asks a whole Slurm job to save: there is nothing to save here, and the trainer still needs its server.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the server
+        # The death signal ends the server when the guardian is killed. It is safe here: this process has one thread.
         self._server = subprocess.Popen(
             command,
             env=environment,
@@ -63,7 +62,7 @@ class Guardian:
         )
 
     def watch(self, owner: int) -> None:
-        """Wait until the server has ended, a signal has come, or the owner is gone."""
+        """Wait until the server ends, a signal arrives, or the owner ends."""
         while self._server.poll() is None and not self.end_requested and os.getppid() == owner:
             if time.monotonic() >= self._next_scan:
                 self._note_segments()
@@ -75,7 +74,7 @@ class Guardian:
         self._note_segments()
         deadline = time.monotonic() + grace_s
         terminated: set[int] = set()
-        # Looks again each time: a process may fork between look and signal, and orphans arrive here.
+        # Lists them again each time: a process may fork before the signal reaches it, and orphans are adopted.
         while living := self._living():
             for process in living:
                 with suppress(psutil.NoSuchProcess):
@@ -87,7 +86,7 @@ class Guardian:
             time.sleep(0.05)
         for path in SHARED_MEMORY.iterdir():
             if path.name.startswith(SEGMENT_PREFIXES):
-                with suppress(FileNotFoundError):  # another server's, gone since the look
+                with suppress(FileNotFoundError):  # another server has just removed its own
                     if path.stat().st_ino in self._segments:
                         path.unlink()
         code = self._server.wait()
@@ -97,7 +96,7 @@ class Guardian:
         self.end_requested = True
 
     def _living(self) -> list[psutil.Process]:
-        """Return all descendants, after waiting for children that have ended: adopted ones have no other parent."""
+        """Return all descendants, after reaping children that have ended: only this process can reap adopted ones."""
         self._server.poll()
         this = psutil.Process()
         for child in this.children():
@@ -106,14 +105,14 @@ class Guardian:
         return list(this.children(recursive=True))
 
     def _note_segments(self) -> None:
-        """Remember what the server's processes map: only that tells which files in shared memory are theirs.
+        """Remember the files in shared memory that the server's processes map: nothing else identifies them.
 
-        By inode, for a semaphore is mapped under a name that it has no longer.
+        Remembers inodes, because a semaphore stays mapped under a temporary name.
         """
         for process in self._living():
             try:
                 maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
-            except OSError:  # it ended meanwhile
+            except OSError:  # the process has ended
                 continue
             self._segments |= {int(line.split()[4]) for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line}
 
@@ -124,7 +123,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def main() -> int:
-    """Run the program; 127 when the server's command cannot be started."""
+    """Run the program; returns 127 if the server's command cannot be started."""
     request = json.load(sys.stdin)
     try:
         guardian = Guardian(request["command"], request["environment"])

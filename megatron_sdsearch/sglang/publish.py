@@ -1,8 +1,7 @@
-"""A publish: pause, send, continue, verify; again when a server was lost on the way.
+"""Publishes weights to servers: pause, send, resume, verify; tries again if a server was lost.
 
-Servers are proven to hold what the trainer holds. On CPU exactly: SGLang's hashes of all its tensors, computed here
-while the tensors are sent. On GPUs its hash is a kernel's, so there log-probabilities of a fixed sequence are compared
-instead.
+Verification on CPU is exact: SGLang's hashes of all its tensors are compared with hashes computed while sending. On
+GPUs SGLang hashes with a kernel of its own, so log-probabilities of a fixed sequence are compared instead.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 NUM_PROBE_TOKENS = 64
-# Largest difference of one token's log-probability, nats: kernels sum in other orders.
+# Largest difference of a token's log-probability in nats: kernels sum in different orders.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 _MAX_ATTEMPTS = 3
 _POLL_S = 1.0
 _PROBE_TIMEOUT_S = 5.0
 _WEIGHTS = ("weights",)
-# After the weights: the buckets that bring them and the cache need not fit at the same time.
+# Taken back after the weights, so that buckets of weights and the cache need not fit at the same time.
 _CACHE = ("kv_cache", "cuda_graph")
 
 
@@ -46,9 +45,9 @@ def run_on_all_ranks(parallel: ParallelState, work: Callable[[], T]) -> list[T]:
     """Run ``work`` on every rank, wait for all, and return the results in rank order.
 
     Raises:
-        EngineError: on every rank, when ``work`` raised EngineError, StorageError or OSError on any: all messages, with
-            each rank's name unless all ranks give the same one.
-        ConfigError: on every rank, when ``work`` raised it on any: the first one.
+        EngineError: on every rank if ``work`` raised EngineError, StorageError or OSError on any: all messages, each
+            with its rank unless all are the same.
+        ConfigError: on every rank if ``work`` raised it on any: the first one.
     """
     result: T | None = None
     failure, refusal = "", None
@@ -68,19 +67,19 @@ def run_on_all_ranks(parallel: ParallelState, work: Callable[[], T]) -> list[T]:
 
 
 class WeightPublisher:
-    """Brings the servers to the policy's weights. Every rank has one, and calls it together with the others.
+    """Gives the servers the policy's weights. Every rank has one; all methods are collectives.
 
-    Servers that do not answer are left out: what restarts them brings them back with a later version, and engines use
-    none that lacks the current one.
+    Servers that do not answer are skipped: engines do not use them until a later publish or their supervisor has
+    given them the current version.
 
     Args:
         config: of the run.
         urls: of all servers.
-        parallel: ranks of the trainer; the first one gives the orders.
+        parallel: ranks of the trainer; the first one commands the servers.
         supervisor: of the servers, on the first rank.
 
     Attributes:
-        transport: how weights travel.
+        transport: sends the weights.
     """
 
     def __init__(
@@ -97,23 +96,23 @@ class WeightPublisher:
         self._supervisor = supervisor
         self._restart_counts = supervisor.restart_counts if supervisor is not None else dict[str, int]
         self._num_published = 0
-        # SGLang's scheduler dies of a request to take back memory that it has not released: for each kind of memory,
-        # the servers that still owe it, with their number of restarts then. A restarted one has all of its memory.
+        # By tags of memory: the servers that have released it, with their number of restarts then. SGLang's scheduler
+        # dies on a request to resume memory that it has not released, and a restarted server has released none.
         self._released: dict[tuple[str, ...], dict[str, int]] = {}
 
     def publish(self, policy: Network, version: int) -> None:
-        """Give every server that answers exactly ``policy``, under the name ``version``.
+        """Give every server that answers the weights of ``policy``, as ``version``.
 
         Raises:
-            EngineError: on every rank: no server answers within ``down_timeout_s``, none could be given the weights,
-                or one holds others than it was given.
+            EngineError: on every rank: no server answers within ``down_timeout_s``, sending failed, or a server holds
+                other weights than were sent.
         """
         if self._config.colocated:
-            torch.cuda.empty_cache()  # what torch keeps for itself, servers cannot take back
+            torch.cuda.empty_cache()  # servers cannot take back what torch has cached
         every = self._config.verify_every
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             urls = run_on_all_ranks(self._parallel, self._wait_for_servers)[0]
-            # Also what did not succeed at once: a server that failed may hold anything.
+            # A retry is always verified: a server that failed may hold anything.
             is_verified = every > 0 and (attempt > 1 or self._num_published % every == 0)
             try:
                 for step in self._steps(policy, version, urls, is_verified=is_verified):
@@ -129,21 +128,21 @@ class WeightPublisher:
             self._supervisor.set_weights(self.transport.folder, version)
 
     def release_memory(self) -> None:
-        """Let colocated servers give their memory to the trainer until the next publish."""
+        """Let colocated servers release their memory to the trainer until the next publish."""
         if self._config.colocated:
             run_on_all_ranks(self._parallel, self._release_memory)
 
     def _steps(self, policy: Network, version: int, urls: Sequence[str], *, is_verified: bool) -> list[Step]:
-        """Return what all ranks do in turn; each step ends with all ranks knowing whether it succeeded."""
+        """Return the steps of a publish, which all ranks run in order."""
         parallel = self._parallel
         servers = [server for server in self._servers if server.url in urls]
         commanded = servers if parallel.is_main else []
-        # A server of several ranks hashes shards, and on a GPU its hash is a kernel's.
+        # A server of several ranks hashes shards, and a GPU hashes with a kernel.
         has_comparable_hashes = parallel.device.type == "cpu" and self._config.tp_size == 1
         hashes = WeightHashes(is_needed=is_verified and has_comparable_hashes)
 
         def pause() -> None:
-            # Nothing is being sampled now, but for requests that a client gave up and the server does not know yet.
+            # Only requests that a client has just given up can still be open.
             call_servers(commanded, lambda server: server.send("/pause_generation", {"mode": "abort"}))
             self._resume_memory(commanded, _WEIGHTS)
 
@@ -161,7 +160,7 @@ class WeightPublisher:
         return [*steps, verify] if is_verified else steps
 
     def _wait_for_servers(self) -> list[str]:
-        """Return the urls of servers that answer, on the first rank; waits for the first one."""
+        """Wait until a server answers; return the urls of all that do, on the first rank only."""
         if not self._parallel.is_main:
             return []
         deadline = time.monotonic() + self._config.down_timeout_s
@@ -189,12 +188,12 @@ class WeightPublisher:
     # Memory of colocated servers
 
     def _release_memory(self) -> None:
-        """Let every server that answers release all it can; one that is lost meanwhile has none any more."""
+        """Let every server that answers release its memory; one that is lost meanwhile holds none."""
         if not self._parallel.is_main:
             return
 
         async def release(server: SGLangServer) -> bool:
-            try:  # a server must be idle for it, and may not know yet of requests that clients gave up
+            try:  # a server must be idle for this, but requests that clients gave up may still be open
                 await server.send("/pause_generation", {"mode": "abort"})
                 await server.send("/flush_cache", {})
                 await server.send("/release_memory_occupation", {"tags": [*_WEIGHTS, *_CACHE]})
@@ -206,32 +205,32 @@ class WeightPublisher:
         restarts = self._restart_counts()
         servers = self._reachable()
         has_released = zip(servers, call_servers(servers, release), strict=True)
-        owed = {server.url: restarts.get(server.url, 0) for server, is_done in has_released if is_done}
-        self._released = {_WEIGHTS: dict(owed), _CACHE: dict(owed)}
+        released = {server.url: restarts.get(server.url, 0) for server, is_done in has_released if is_done}
+        self._released = {_WEIGHTS: dict(released), _CACHE: dict(released)}
 
     def _resume_memory(self, servers: Sequence[SGLangServer], tags: tuple[str, ...]) -> None:
-        owed, restarts = self._released.get(tags, {}), self._restart_counts()
+        released, restarts = self._released.get(tags, {}), self._restart_counts()
 
         async def resume(server: SGLangServer) -> None:
             await server.send("/resume_memory_occupation", {"tags": list(tags)})
-            del owed[server.url]
+            del released[server.url]
 
-        call_servers([s for s in servers if owed.get(s.url) == restarts.get(s.url, 0)], resume)
+        call_servers([s for s in servers if released.get(s.url) == restarts.get(s.url, 0)], resume)
 
 
 def verify_hashes(servers: Sequence[SGLangServer], parallel: ParallelState, hashes: WeightHashes) -> None:
-    """Compare SGLang's own hashes of all its tensors with those of what was sent: exact; a collective.
+    """Compare SGLang's hashes of all its tensors with those of the tensors sent; exact. A collective.
 
     Args:
-        servers: to ask; those of the first rank count.
+        servers: to compare; empty on all ranks but the first.
         parallel: ranks of the trainer.
-        hashes: of what this rank has gathered.
+        hashes: of the tensors that this rank has gathered.
 
     Raises:
-        EngineError: on the first rank: a server holds something else.
+        EngineError: on the first rank: a server holds other weights.
     """
     expected: dict[str, str] = {}
-    for of_rank in parallel.all_gather_object(hashes.by_name()):  # each pipeline stage may have sent its own
+    for of_rank in parallel.all_gather_object(hashes.by_name()):  # pipeline stages may have sent their own
         expected |= of_rank
     answers = call_servers(servers, lambda server: server.call("/weights_checker", {"action": "checksum"}))
     for server, answer in zip(servers, answers, strict=True):
@@ -245,7 +244,7 @@ def verify_hashes(servers: Sequence[SGLangServer], parallel: ParallelState, hash
 
 
 def verify_logprobs(policy: Network, servers: Sequence[SGLangServer], parallel: ParallelState) -> None:
-    """Compare what servers compute on a fixed sequence, within ``TOLERANCE``. Raises as ``verify_hashes``."""
+    """Compare log-probabilities of a fixed sequence, within ``TOLERANCE``. Raises as ``verify_hashes``."""
     ids = probe_ids(policy.hf_config.vocab_size)
     expected = trainer_logprobs(policy, ids, parallel)
     limit = TOLERANCE[next(policy.gpt.parameters()).dtype]
@@ -253,7 +252,7 @@ def verify_logprobs(policy: Network, servers: Sequence[SGLangServer], parallel: 
         "input_ids": ids,
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 0},
         "return_logprob": True,
-        "logprob_start_len": 0,  # everything afresh: the prefix cache is not asked
+        "logprob_start_len": 0,  # bypasses the prefix cache
     }
     answers = call_servers(servers, lambda server: server.call("/generate", request))
     for server, answer in zip(servers, answers, strict=True):
@@ -266,12 +265,12 @@ def verify_logprobs(policy: Network, servers: Sequence[SGLangServer], parallel: 
 
 
 def probe_ids(vocab_size: int) -> list[int]:
-    """Return the fixed sequence."""
+    """Return the ids of the fixed sequence."""
     return [int(i) for i in np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, NUM_PROBE_TOKENS)]
 
 
 def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelState) -> list[float]:
-    """Return log-probabilities (nats, temperature 1) of all ids but the first under the policy, on every rank."""
+    """Return the policy's log-probabilities (nats, temperature 1) of all ids but the first, on every rank."""
     array = np.array(ids)
     is_label = np.arange(len(ids)) < len(ids) - 1
     sample = TrainingSample(
@@ -286,7 +285,7 @@ def trainer_logprobs(policy: Network, ids: Sequence[int], parallel: ParallelStat
     )
     batch = pack(
         [sample],
-        num_ranks=1,  # every replica reads it
+        num_ranks=1,  # every replica computes it
         rank=0,
         num_minibatches=1,
         max_tokens=len(ids) + parallel.alignment,

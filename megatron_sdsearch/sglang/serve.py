@@ -1,6 +1,6 @@
-"""A node's GPUs for SGLang servers, and the ``serve`` command on a node that does nothing else.
+"""GPUs of a node for SGLang servers, and the ``serve`` command for a node that only serves.
 
-There the servers are watched until SIGTERM, and their urls are written down for the trainer, which attaches to them.
+The command watches its servers until SIGTERM and writes their urls to a file; the trainer attaches to them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import NoReturn
 
 import torch
 
+from megatron_sdsearch.allocation import servers_on_node
 from megatron_sdsearch.config import RunConfig, SGLangConfig
 from megatron_sdsearch.errors import ConfigError
 from megatron_sdsearch.files import write_file
-from megatron_sdsearch.sglang.rules import no_gpus_left
 from megatron_sdsearch.sglang.servers import ServerSupervisor
 
 _POLL_S = 1.0
@@ -31,35 +31,28 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def gpus_beside_trainer(sglang: SGLangConfig) -> tuple[str, ...]:
-    """Return this node's GPUs for servers of the first rank: those that its local ranks leave over, or share.
-
-    Raises:
-        ConfigError: there are GPUs, and the ranks take them all: servers without a share would sit on the first one.
-    """
+    """Return the GPUs for servers of the first rank's node: those that its ranks leave, or share when colocated."""
     names = visible_gpus()
     num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = names[:num_trainers] if sglang.colocated else names[num_trainers:]
-    if names and not share and not sglang.urls:
-        raise no_gpus_left(num_trainers, len(names))
-    return share
+    return names[:num_trainers] if sglang.colocated else names[num_trainers:]
 
 
 def serve(config: RunConfig, *, host: str, urls_file: Path, log_dir: Path | None = None, index: int = 0) -> NoReturn:
-    """Run a node's servers until SIGTERM: as many as its GPUs hold, without GPUs ``num_servers``.
+    """Run as many servers as the node's GPUs hold (on CPU ``num_servers``) until SIGTERM.
 
-    SIGUSR1, with which Slurm asks whole jobs to save, is ignored: the trainer may need its servers for that.
+    Ignores SIGUSR1, which asks a whole Slurm job to save: the trainer may need its servers until it has saved.
 
     Args:
         config: of the run.
         host: address of this node that every rank reaches.
-        urls_file: gets one url a line when all servers serve, and is removed at the end.
-        log_dir: of their logs; ``run_dir/logs`` by default.
-        index: of this node among those with servers, from 0: no two servers of a run sample with the same seed.
+        urls_file: written when all servers are ready, one url per line; removed at the end.
+        log_dir: of the servers' logs; ``run_dir/logs`` by default.
+        index: of this node among the nodes with servers, from 0; gives each server of a run a seed of its own.
 
     Raises:
-        SystemExit: the end that SIGTERM asked for; code 0.
-        ConfigError: the run does not sample from SGLang, or the GPUs do not suffice.
-        EngineError: a server did not start, or has used up its restarts.
+        SystemExit: with code 0, after SIGTERM.
+        ConfigError: the run does not sample from SGLang, or the node has too few GPUs.
+        EngineError: a server did not start or has used up its restarts.
     """
     config = _for_this_node(config, index)
     sglang = config.rollout.sglang
@@ -68,11 +61,11 @@ def serve(config: RunConfig, *, host: str, urls_file: Path, log_dir: Path | None
         gpus=visible_gpus(),
         host=host,
         log_dir=log_dir,
-        leaves_first_life_alone=True,  # the trainer gives weights to living servers itself
+        only_loads_into_restarted=True,  # the trainer itself sends weights to the others
     )
     weights = config.run_dir / "weights"
-    # Folders of another process's run: a trainer that went back to an older checkpoint may write the same version anew,
-    # with other weights.
+    # Folders of an earlier trainer: one that resumes from an older checkpoint writes the same version again, with other
+    # weights.
     old_folders = set(_find_folders(weights))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,16 +90,16 @@ def _for_this_node(config: RunConfig, index: int) -> RunConfig:
         raise ConfigError("rollout.engine", f"{config.rollout.engine} has no servers", "set rollout.engine=sglang")
     sglang, num_gpus = config.rollout.sglang, len(visible_gpus())
     if num_gpus and num_gpus < sglang.tp_size:
-        problem = f"{sglang.tp_size} GPUs of a server, and this node has {num_gpus}"
+        problem = f"{sglang.tp_size} GPUs per server, but this node has {num_gpus}"
         raise ConfigError("rollout.sglang.tp_size", problem, "lower it")
-    num_servers = num_gpus // sglang.tp_size if num_gpus else sglang.num_servers
+    num_servers = servers_on_node(sglang, num_gpus)
     here = sglang.model_copy(update={"urls": (), "num_servers": num_servers})
     rollout = config.rollout.model_copy(update={"sglang": here})
     return config.model_copy(update={"rollout": rollout, "seed": config.seed + index * num_servers})
 
 
 def _find_folders(root: Path) -> list[tuple[int, Path]]:
-    """Return when each published folder was written (ns), and the folder."""
+    """Return modification time (ns) and path of each published folder."""
     found = []
     for folder in root.glob("v*"):
         try:
@@ -118,5 +111,5 @@ def _find_folders(root: Path) -> list[tuple[int, Path]]:
 
 def _exit(_number: int, _frame: FrameType | None) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the ending of the servers
+        signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the shutdown of the servers
     raise SystemExit(0)

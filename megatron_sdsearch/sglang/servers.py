@@ -1,7 +1,7 @@
-"""SGLang servers over their lives: started, watched, restarted when they die or hang, and given the published weights.
+"""Supervises SGLang servers: starts and watches them, restarts them when they die or hang, loads published weights.
 
-Runs in threads of the trainer's first rank, whose main thread sits in collectives. Each rank's engine decides by the
-weight version whether a server can be used; a restart keeps the url. Each server's processes are `guardian`'s.
+Runs in threads of the first rank, because its main thread blocks in collectives. A restart keeps the url; each rank's
+engine decides by the weight version whether it may use a server. `guardian` owns the processes of a server.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from megatron_sdsearch.errors import (
 )
 from megatron_sdsearch.sglang import guardian
 from megatron_sdsearch.sglang.api import Json, SGLangServer
-from megatron_sdsearch.sglang.rules import own_server_problems, server_problems, split_gpus
+from megatron_sdsearch.sglang.rules import own_server_problems, server_problems
 
 _log = logging.getLogger(__name__)
 
-# Below Linux's ephemeral ports: between two lives no outgoing connection can take a server's port.
+# Below Linux's ephemeral ports: during a restart no outgoing connection can take a server's port.
 PORTS = range(20_000, 32_000)
-# Seconds. SGLang looks for a SIGTERM every 5 s alone, and has nothing to save: the time to SIGKILL is short.
+# Seconds. SGLang checks for SIGTERM only every 5 s and has nothing to save, so SIGKILL follows soon.
 POLL_S, INFO_TIMEOUT_S, HANG_S, GRACE_S = 1.0, 5.0, 60.0, 1.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 _NUM_LOG_LINES = 20
-# Torchrun's variables for its workers: a server that reads them would join the trainer's rendezvous, not its own.
+# Set by torchrun for its workers: a server that inherits them would join the trainer's rendezvous.
 _TORCHRUN_NAMES = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK ROLE_WORLD_SIZE "
     "MASTER_ADDR MASTER_PORT".split()
@@ -51,20 +51,20 @@ _TORCHRUN_NAMES = frozenset(
 
 @dataclass(kw_only=True, eq=False, repr=False)  # the environment holds secrets
 class SupervisedServer:
-    """One server of our own over all of its lives, in a thread of its own.
+    """One own server and its restarts, supervised by a thread.
 
     Attributes:
         index: among the servers of this process.
-        url: the same for all lives.
-        command: starts it.
+        url: kept over restarts.
+        command: starts the server.
         environment: added to this process's.
-        log: gets its output.
+        log: file for the server's output.
         config: ``start_timeout_s`` and ``max_restarts`` are read.
-        leaves_first_life_alone: see ``ServerSupervisor``.
-        published: folder and version of the newest weights; None while there is no folder to read.
+        only_loads_into_restarted: see ``ServerSupervisor``.
+        published: folder and version of the newest weights; None if there is no folder to read.
         num_restarts: so far.
-        has_served: set once it has answered.
-        failure: why it is given up.
+        has_served: set after its first answer.
+        failure: why no further restart is tried.
     """
 
     index: int
@@ -73,25 +73,25 @@ class SupervisedServer:
     environment: dict[str, str]
     log: Path
     config: SGLangConfig
-    leaves_first_life_alone: bool
+    only_loads_into_restarted: bool
     published: tuple[Path, int] | None = None
     num_restarts: int = 0
     failure: str | None = None
     has_served: threading.Event = field(default_factory=threading.Event)
     _closing: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # no start after the end was asked for
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # prevents a start after request_end
     _guardian: subprocess.Popen[bytes] | None = None
     _thread: threading.Thread | None = None
     _log_begin: int = 0
 
     def start(self) -> None:
-        """Begin the first life, and do not wait."""
-        self._log_begin = self.log.stat().st_size if self.log.exists() else 0  # what is before is of another run
+        """Start the server without waiting for it."""
+        self._log_begin = self.log.stat().st_size if self.log.exists() else 0  # earlier output is another run's
         self._thread = threading.Thread(target=self._run, name=f"sglang-server-{self.index}", daemon=True)
         self._thread.start()
 
     def request_end(self) -> None:
-        """Begin no further life, send SIGTERM to this one, and do not wait."""
+        """Send SIGTERM to the server and start it no more; returns without waiting."""
         with self._lock:
             self._closing.set()
             if self._guardian is not None:
@@ -106,7 +106,7 @@ class SupervisedServer:
         try:
             while (cause := self._live_once()) is not None:
                 if not self.has_served.is_set() or self.num_restarts == self.config.max_restarts:
-                    at_start = " at its start (see rollout.sglang.command and .arguments)"
+                    at_start = " while starting (check rollout.sglang.command and rollout.sglang.arguments)"
                     when = f" (restarts: {self.num_restarts})" if self.has_served.is_set() else at_start
                     failure = f"SGLang server {self.index} ({self.url}) {cause}{when}; {self.log} ends with:\n"
                     with self.log.open("rb") as stream:
@@ -121,12 +121,12 @@ class SupervisedServer:
                     "SGLang server %d (%s) %s; restart in %g s, log: %s", self.index, self.url, cause, delay, self.log
                 )
                 self._closing.wait(delay)
-        except BaseException as error:  # a thread's death must not look like health
+        except BaseException as error:  # else a dead thread would look like a healthy server
             self.failure = f"SGLang server {self.index}: its supervisor failed: {error!r}"
             raise
 
     def _live_once(self) -> str | None:
-        """Start the server, watch it, and end all of its processes; return what broke, None at the requested end."""
+        """Run the server until it fails or should end, then end its processes; return the failure, if any."""
         with self._lock:
             if self._closing.is_set():
                 return None
@@ -134,15 +134,16 @@ class SupervisedServer:
             self._note(f"start, restart {self.num_restarts} of {self.config.max_restarts}: {shown}")
             with self.log.open("ab") as stream:
                 process = self._guardian = subprocess.Popen(
-                    [sys.executable, "-P", guardian.__file__],  # -P: beside it lie modules that only look importable
+                    [sys.executable, "-P", guardian.__file__],  # -P: its folder stays out of sys.path
                     stdin=subprocess.PIPE,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C at the terminal is for the trainer
+                    start_new_session=True,  # Ctrl-C is meant for the trainer
                 )
+            inherited = {name: value for name, value in os.environ.items() if not _is_torchrun_variable(name)}
             request = {
                 "command": list(self.command),
-                "environment": server_environment() | self.environment,  # others can read arguments
+                "environment": inherited | self.environment,  # not as arguments, which other users can read
                 "owner": os.getpid(),
                 "grace_s": GRACE_S,
             }
@@ -154,21 +155,21 @@ class SupervisedServer:
         try:
             process.wait(GRACE_S + 30.0)
         except subprocess.TimeoutExpired:
-            raise EngineError(f"processes below {process.pid} do not end on SIGKILL") from None
+            raise EngineError(f"child processes of {process.pid} survive SIGKILL") from None
         return cause
 
     def _watch(self, process: subprocess.Popen[bytes]) -> str | None:
-        """Wait until the server breaks, and return how; None when the end was asked for."""
+        """Wait until the server fails and return how; None if it should end."""
         limit, last_answer = self.config.start_timeout_s, time.monotonic()
         while not self._closing.wait(POLL_S):
             if (code := process.poll()) is not None:
                 return None if self._closing.is_set() else f"ended with exit code {code}"
             try:
-                # Not /health: that one runs a generation, and fails while generation is paused.
+                # Not /health, which runs a generation and fails while generation is paused.
                 info = asyncio.run(SGLangServer(self.url, timeout_s=INFO_TIMEOUT_S).call("/model_info"))
             except EngineError:
                 if time.monotonic() - last_answer > limit:
-                    return f"does not answer /model_info since {limit:g} s"
+                    return f"has not answered /model_info for {limit:g} s"
                 continue
             if (cause := self._load_published(info)) is not None:
                 return cause
@@ -177,21 +178,20 @@ class SupervisedServer:
         return None
 
     def _load_published(self, info: Json) -> str | None:
-        """Load what was published, if the server is behind it; return why that failed.
+        """Load the published weights if the server's are older; return why that failed.
 
-        A server starts as SGLang's ``default``. One that is ahead has just been reached by a publish which
-        `ServerSupervisor.set_weights` does not know of yet. After a load that failed nothing is known of its weights:
-        they may be this folder's, under a version that a publish has given it meanwhile. It is restarted, even where
-        the folder was outdated and is gone.
+        A server starts with version ``default``. Its version is newer while a publish is under way that has not called
+        `ServerSupervisor.set_weights` yet. A failed load requires a restart, even if the folder was outdated and is
+        gone: the server may hold this folder's weights under a newer version, which a publish has set meanwhile.
         """
         if (published := self.published) is None:
             return None
         folder, version = published
         reported = str(info.get("weight_version"))
         held = int(reported) if reported.isdecimal() else None
-        if held is not None and (held >= version or self.leaves_first_life_alone):
+        if held is not None and (held >= version or self.only_loads_into_restarted):
             return None
-        if self.leaves_first_life_alone and self.num_restarts == 0:
+        if self.only_loads_into_restarted and self.num_restarts == 0:
             return None
         try:
             server = SGLangServer(self.url, timeout_s=self.config.start_timeout_s)
@@ -207,9 +207,9 @@ class SupervisedServer:
 
 
 class ServerSupervisor:
-    """The servers of one run: started here, or attached when ``rollout.sglang.urls`` is given.
+    """The servers of one run: its own ones, or those of ``rollout.sglang.urls``.
 
-    Whatever way this process ends, SIGKILL included, its servers end within about ``GRACE_S`` (`guardian`).
+    However this process ends, SIGKILL included, its servers end within about ``GRACE_S`` (`guardian`).
     """
 
     def __init__(
@@ -219,22 +219,22 @@ class ServerSupervisor:
         gpus: Sequence[str] = (),
         host: str = "127.0.0.1",
         log_dir: Path | None = None,
-        leaves_first_life_alone: bool = False,
+        only_loads_into_restarted: bool = False,
     ) -> None:
-        """Prepare the servers; nothing starts yet.
+        """Prepare the servers without starting them.
 
         Args:
-            config: ``rollout.sglang`` says how many servers and how they are started, or where they are.
-            gpus: of this node for servers, as in CUDA_VISIBLE_DEVICES; ``tp_size`` for each server in turn. Empty: no
-                GPU is assigned.
+            config: ``rollout.sglang`` is read.
+            gpus: of this node for servers, as in CUDA_VISIBLE_DEVICES, ``tp_size`` for each server in turn; empty on
+                CPU.
             host: address that servers listen on and that every rank reaches.
-            log_dir: ``server_{i}.log`` goes here, appended over restarts; ``run_dir/logs`` by default.
-            leaves_first_life_alone: load published weights into restarted servers only; for a process that watches the
-                weights folder, and would otherwise load it at the same time as the trainer does.
+            log_dir: of ``server_{i}.log``, to which restarts append; ``run_dir/logs`` by default.
+            only_loads_into_restarted: load published weights into restarted servers only; for a process that watches
+                the weights folder and must not load it at the same time as the trainer.
 
         Raises:
             ConfigError: ``model.hf_dir`` holds no weights, or there are too few GPUs.
-            EngineError: no free port.
+            EngineError: no port is free.
         """
         self._config = config
         self._sglang = sglang = config.rollout.sglang
@@ -242,18 +242,21 @@ class ServerSupervisor:
         if sglang.urls:
             return
         raise_problems(own_server_problems(config, None))
-        shares = split_gpus(gpus, sglang)
+        if gpus and len(gpus) < sglang.num_servers * sglang.tp_size:
+            problem = f"{sglang.num_servers} servers x {sglang.tp_size} GPUs are more than the {len(gpus)} of this node"
+            raise ConfigError("rollout.sglang.num_servers", problem, "lower it or rollout.sglang.tp_size")
         log_dir = log_dir or config.run_dir / "logs"
         log_dir.mkdir(parents=True, exist_ok=True)
         for index, port in enumerate(free_ports(sglang.num_servers, host)):
             flags = ["--model-path", str(config.model.hf_dir.resolve()), "--host", host, "--port", str(port)]
-            # SGLang seeds numpy with it, which takes 32 bits.
+            # SGLang passes the seed to numpy, which takes 32 bits.
             flags += ["--random-seed", str((config.seed + index) % 2**32), "--dtype", config.model.dtype]
             environment = sglang.plain_environment
-            if shares[index]:
+            if gpus:
                 flags += ["--tp-size", str(sglang.tp_size)]
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(shares[index])
-            if sglang.colocated:  # without it a server answers that it has released its memory, and keeps it
+                share = gpus[index * sglang.tp_size : (index + 1) * sglang.tp_size]
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(share)
+            if sglang.colocated:  # without the flag a server reports that it has released its memory, and keeps it
                 flags.append("--enable-memory-saver")
             self._servers.append(
                 SupervisedServer(
@@ -263,25 +266,23 @@ class ServerSupervisor:
                     environment=environment,
                     log=log_dir / f"server_{index}.log",
                     config=sglang,
-                    leaves_first_life_alone=leaves_first_life_alone,
+                    only_loads_into_restarted=only_loads_into_restarted,
                 )
             )
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """All servers, usable or not; the same for the whole run."""
+        """Urls of all servers, usable or not; constant over the run."""
         return self._sglang.urls or tuple(server.url for server in self._servers)
 
     def start(self) -> None:
-        """Start all servers at once, wait until each serves, and compare with the run what it reports of itself.
-
-        Attached ones are not started.
+        """Start own servers, wait until all servers are ready, and check that they fit the run.
 
         Raises:
-            EngineError: one died, or does not serve within ``start_timeout_s``, with the end of its log. A first start
-                is not tried again. All own servers are ended.
-            ConfigError: at an attached one's url there is something else, or no such host; or a server does not fit the
-                run, and would fail in the middle of a step or of a publish.
+            EngineError: a server died or is not ready within ``start_timeout_s``; with the end of its log. There is no
+                second try, and all own servers are ended.
+            ConfigError: the url of an attached server has no host or is not an SGLang server; or a server does not fit
+                the run, so that a step or a publish would fail.
         """
         deadline = time.monotonic() + self._sglang.start_timeout_s
         for url in self._sglang.urls:
@@ -296,7 +297,7 @@ class ServerSupervisor:
                 try:
                     info = asyncio.run(SGLangServer(url).call("/server_info"))
                 except EngineError as error:
-                    _log.warning("%s; whether it takes the run's longest request is not known", error)
+                    _log.warning("%s; cannot check whether the server accepts the run's longest request", error)
                 else:
                     raise_problems(server_problems(self._config, url, info))
         except BaseException:  # Ctrl-C too
@@ -304,32 +305,32 @@ class ServerSupervisor:
             raise
 
     def set_weights(self, folder: Path | None, version: int) -> None:
-        """Set what restarted servers are brought to; call it after each publish.
+        """Set the weights for restarted servers; call it after each publish.
 
         Args:
-            folder: readable until the next call. None: there is no folder, and a restarted server keeps reporting an
-                older version, unused, until the trainer's next publish reaches it.
-            version: of the policy, rising.
+            folder: readable until the next call. None if there is no folder: a restarted server then stays unused
+                until the next publish.
+            version: of the policy, increasing.
         """
         for server in self._servers:
             server.published = None if folder is None else (folder, version)
 
     def check(self) -> None:
-        """Raise if a server is given up; call it often.
+        """Check that no server has failed for good; call it often.
 
         Raises:
-            EngineError: servers did not start or have used up their restarts, with the ends of their logs.
+            EngineError: a server did not start or has used up its restarts; with the end of its log.
         """
         failures = [server.failure for server in self._servers if server.failure is not None]
         if failures:
             raise EngineError("\n".join(failures))
 
     def restart_counts(self) -> dict[str, int]:
-        """Return the restarts so far by url, of own servers."""
+        """Return the number of restarts of each own server, by url."""
         return {server.url: server.num_restarts for server in self._servers}
 
     def close(self) -> None:
-        """End all own servers with all of their processes. May be called again."""
+        """End all processes of all own servers. May be called again."""
         for server in self._servers:
             server.request_end()
         for server in self._servers:
@@ -342,62 +343,64 @@ class ServerSupervisor:
             message = f"{url}/model_info does not answer: {obstacle}"
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"{message} within {limit_s:g} s; correct rollout.sglang.urls, or, if it is still starting, "
-                    "raise rollout.sglang.start_timeout_s"
+                    f"{message} within {limit_s:g} s; correct rollout.sglang.urls, or, if the server is still "
+                    "starting, raise rollout.sglang.start_timeout_s"
                 )
-            if not has_warned:  # a mistyped port looks like a server that is still starting
+            if not has_warned:  # a wrong port looks like a server that is still starting
                 _log.warning("%s; waiting up to %g s (rollout.sglang.start_timeout_s)", message, limit_s)
                 has_warned = True
             time.sleep(POLL_S)
 
 
 def find_obstacle(url: str, timeout_s: float) -> str:
-    """Return why an attached server does not answer /model_info yet; empty when it does.
+    """Return why an attached server does not answer /model_info; empty if it does.
 
     Raises:
-        ConfigError: waiting is of no use: the host has no address, or something else than SGLang answers.
+        ConfigError: waiting does not help: the host name does not resolve, or the answer is not SGLang's.
     """
     try:
         asyncio.run(SGLangServer(url, timeout_s=timeout_s).call("/model_info"))
         return ""
     except ServerRefusedError as error:
-        problem = f"{url}/model_info answers HTTP {error.status}"
+        problem = f"{url}/model_info returns HTTP {error.status}"
     except ServerUnavailableError as error:
         cause = error.__cause__
         if isinstance(cause, ValueError):
-            problem = f"{url}/model_info does not answer with JSON"
+            problem = f"{url}/model_info does not return JSON"
         elif isinstance(cause, aiohttp.ClientConnectorDNSError) and cause.errno == socket.EAI_NONAME:
             problem = f"{url}: {cause.strerror}"
         else:
             return str(error).removeprefix(f"{url}/model_info: ")
-    raise ConfigError("rollout.sglang.urls", problem, "give the url of an SGLang server")
+    raise ConfigError("rollout.sglang.urls", problem, "set it to the url of an SGLang server")
 
 
-def server_environment() -> dict[str, str]:
-    """Return this process's environment without torchrun's variables."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _TORCHRUN_NAMES and not name.startswith("TORCHELASTIC_")
-    }
+def _is_torchrun_variable(name: str) -> bool:
+    return name in _TORCHRUN_NAMES or name.startswith("TORCHELASTIC_")
 
 
-def free_ports(num_ports: int, host: str) -> list[int]:
-    """Find ports of ``host`` that are not in use now.
+def free_ports(num_ports: int, host: str, candidates: Sequence[int] = ()) -> list[int]:
+    """Find ports of ``host`` that are free now.
+
+    Args:
+        num_ports: to find.
+        host: to bind to.
+        candidates: tried in this order; some of ``PORTS`` by default.
 
     Raises:
-        EngineError: there are too few.
+        EngineError: too few candidates are free.
     """
     found: list[int] = []
-    refusal: OSError | None = None
-    for port in random.SystemRandom().sample(PORTS, k=num_ports + 100):
+    failure: OSError | None = None
+    for port in candidates or random.SystemRandom().sample(PORTS, k=num_ports + 100):
+        if len(found) == num_ports:
+            return found
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
             try:
                 probe.bind((host, port))
                 found.append(port)
             except OSError as error:
-                refusal = error
+                failure = error
     if len(found) < num_ports:
-        raise EngineError(f"no {num_ports} free ports on {host} within {PORTS.start}-{PORTS.stop}: {refusal}")
-    return found[:num_ports]
+        raise EngineError(f"fewer than {num_ports} free ports on {host or 'this host'}: {failure}")
+    return found

@@ -1,6 +1,6 @@
-"""Three ways for weights to reach the servers: a folder, buckets through HTTP, and a process group.
+"""Weight transports to SGLang servers: a folder, buckets through HTTP, and a process group.
 
-All send whole tensors under Hugging Face names, gathered one at a time: no server knows how the trainer is sharded.
+All send whole tensors under Hugging Face names, gathered one at a time: servers need not know the trainer's sharding.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _FUSED = ((re.compile(r"\.[qkv]_proj\."), ".qkv_proj."), (re.compile(r"\.(gate|u
 
 
 class Transport:
-    """A way for weights to travel.
+    """Sends weights to servers.
 
     Args:
         config: of the run.
         parallel: ranks of the trainer.
 
     Attributes:
-        bucket_bytes: of tensors that travel at once; of one file of a folder.
-        folder: where a server that starts later finds the weights that were sent last; None when it cannot.
+        bucket_bytes: of tensors sent at once; of one file of a folder.
+        folder: with the weights sent last, for a server that starts later; None if there is none.
     """
 
     def __init__(self, config: RunConfig, parallel: ParallelState) -> None:
@@ -60,30 +60,29 @@ class Transport:
         self._parallel = parallel
 
     def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
-        """Return what every rank does to give the servers the policy's weights, under the name ``version``.
+        """Return the steps, for every rank, that give the servers the policy's weights as ``version``.
 
         All ranks agree on the outcome of a step before they begin the next. A rank that fails in a step still takes
         part in the collectives that gather the weights.
 
-        A step raises EngineError or OSError, on any rank. Servers may then hold the old weights, the new ones or a
-        mixture, under the old version or, after the last bucket, the new one: what they hold is unknown until a publish
-        succeeds.
+        A step raises EngineError or OSError, on any rank. Servers then hold unknown weights (old, new or a mixture, of
+        the old version or, after the last bucket, the new one) until a publish succeeds.
         """
         return [partial(self.send, policy, servers, version, hashes)]
 
     def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
-        """Do all of it in one step."""
+        """Send everything in one step."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget what was set up with the servers: a step failed, and it may be of no use."""
+        """Discard what was set up with the servers, because a step failed."""
 
 
 class DiskTransport(Transport):
     """Writes ``run_dir/weights/v000012`` shard by shard and has the servers load it.
 
-    Servers on other nodes must see it under the same path. Restarted servers read the newest folder again; the one
-    before it stays until the next publish, for a server may still be reading it.
+    Servers on other nodes must see it under the same path. Restarted servers read the newest folder; the previous one
+    stays until the next publish, because a server may still be reading it.
     """
 
     def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
@@ -102,13 +101,13 @@ class DiskTransport(Transport):
 
 
 class TensorTransport(Transport):
-    """Posts each bucket to all servers before it gathers the next; a third more than its bytes travels.
+    """Posts each bucket to all servers before it gathers the next; base64 adds a third to the bytes.
 
-    Each tensor-parallel rank of a server gets the whole bucket and cuts its own shard.
+    Each tensor-parallel rank of a server gets the whole bucket and cuts out its shard.
     """
 
     def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
-        """Post all buckets, inside a session of the servers."""
+        """Post all buckets within an update session of the servers."""
         weights = hashes.watch(policy.hf_weights())
         if not self._parallel.is_main:
             drain_collective(weights)
@@ -134,23 +133,23 @@ class DistributedTransport(Transport):
     """Broadcasts in a process group of trainer and servers: NCCL between GPUs, gloo without.
 
     Each pipeline stage sends its own layers: the first tensor-parallel rank of its first replica gathers the stage's
-    tensors one at a time and broadcasts them in buckets, in a group of its own with all servers. Nothing crosses
-    stages. A group is kept for as long as the same servers answer and nothing fails.
+    tensors one at a time and broadcasts them in buckets, in its own group with all servers. A group is reused as long
+    as the same servers answer and nothing fails.
     """
 
-    # This rank is its first member, and behind it come all tensor-parallel ranks of all servers. Servers leave a group
-    # when they end; after a failure it is not destroyed by name, for its members may hang.
+    # This rank is rank 0 of the group; all tensor-parallel ranks of all servers follow. After a failure the group is
+    # not destroyed, because its members may hang; servers leave it when they end.
     _group: dist.ProcessGroup | None = None
     _group_name = ""
     _group_urls: Sequence[str] = ()
 
     def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
-        """Send stage after stage: the version comes with the last bucket, and only if all before it have arrived."""
+        """Send stage after stage, so that the version, in the last bucket, arrives after all others."""
         stages = range(self._parallel.pp_size)
         return [partial(self._send_stage, stage, policy, servers, version, hashes) for stage in stages]
 
     def reset(self) -> None:
-        """Forget the group: after a failure it is not known which servers are still in it."""
+        """Discard the group: after a failure its members are unknown."""
         self._group = None
 
     def _send_stage(
@@ -199,7 +198,7 @@ class DistributedTransport(Transport):
     def _join(self, servers: Sequence[SGLangServer]) -> None:
         tp_size = self._config.rollout.sglang.tp_size
         timeout = timedelta(seconds=self._config.rollout.sglang.request_timeout_s)
-        name = f"sdsearch-{uuid4().hex[:12]}"  # unique, also to the servers
+        name = f"sdsearch-{uuid4().hex[:12]}"  # unique on the servers, too
         urls, world_size = [server.url for server in servers], 1 + len(servers) * tp_size
         backend, host = "nccl" if self._parallel.device.type == "cuda" else "gloo", _own_address(urls)
         store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
@@ -213,8 +212,8 @@ class DistributedTransport(Transport):
         ranks = {url: {"rank_offset": 1 + index * tp_size} for index, url in enumerate(urls)}
 
         def join() -> None:
-            # A group beside the default one: no public call makes it. The server does the same, with the same prefix
-            # (sglang/srt/utils/common.py, init_custom_process_group, 0.5.23), or the members would not find each other.
+            # No public call makes a second group across programs. The server does the same with the same prefix
+            # (sglang/srt/utils/common.py, init_custom_process_group, 0.5.23), so that the members find each other.
             group, _ = distributed_c10d._new_process_group_helper(
                 world_size,
                 0,
@@ -232,17 +231,17 @@ class DistributedTransport(Transport):
 
 
 TRANSPORTS = {"disk": DiskTransport, "tensor": TensorTransport, "distributed": DistributedTransport}
-"""By ``rollout.sglang.weight_sync``."""
+"""Values of ``rollout.sglang.weight_sync``."""
 
 
 class WeightHashes:
-    """Hashes of SGLang's tensors, taken from Hugging Face tensors that pass by.
+    """Computes hashes of SGLang's tensors from a stream of Hugging Face tensors.
 
-    SHA-256 of the bytes, its first 8 bytes in hexadecimal (sglang/srt/managers/mm_utils.py:899, 0.5.23). SGLang joins
-    q, k, v and gate, up by rows, in this order, which is the order of the stream.
+    A hash is the first 8 bytes of the SHA-256, in hexadecimal (sglang/srt/managers/mm_utils.py:899, 0.5.23). SGLang
+    concatenates q, k, v and gate, up by rows, in the order of the stream.
 
     Attributes:
-        is_needed: else streams pass by untouched.
+        is_needed: False turns hashing off.
     """
 
     def __init__(self, *, is_needed: bool) -> None:
@@ -250,7 +249,7 @@ class WeightHashes:
         self._hashes: dict[str, hashlib._Hash] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass a stream on, and add its tensors."""
+        """Hash the tensors of a stream while passing them on."""
         for name, tensor in weights:
             if self.is_needed:
                 fused = name
@@ -269,26 +268,26 @@ class WeightHashes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bucket:
-    """Tensors that travel together.
+    """Tensors that are sent together.
 
     Attributes:
         tensors: of one dtype, with their Hugging Face names.
-        is_last: nothing comes after it.
+        is_last: whether it is the last one.
     """
 
     tensors: Sequence[NamedTensor]
     is_last: bool
 
     def flat(self) -> Tensor:
-        """Return [bytes] uint8: one tensor after the other, without padding, in memory of its own."""
+        """Return a copy of all tensors' bytes, [bytes] uint8, without padding."""
         return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in self.tensors])
 
 
 def buckets(weights: Iterable[NamedTensor], max_bytes: int) -> Iterator[Bucket]:
-    """Cut a stream; a tensor larger than ``max_bytes`` gets a bucket of its own, and so does another dtype.
+    """Split a stream into buckets of one dtype; a tensor larger than ``max_bytes`` gets its own bucket.
 
-    The stream is at its end when the last bucket is given out. Tensors may be reused by the stream: they are not kept
-    beyond the bucket.
+    The stream is exhausted when the last bucket is yielded. A bucket's tensors are not kept, so the stream may reuse
+    them.
     """
     held: list[NamedTensor] = []
     num_bytes = 0
@@ -302,10 +301,10 @@ def buckets(weights: Iterable[NamedTensor], max_bytes: int) -> Iterator[Bucket]:
 
 
 def serialize(bucket: Bucket) -> str:
-    """Write a bucket as SGLang's ``flattened_bucket``, for a server without shared memory.
+    """Return a bucket as SGLang's ``flattened_bucket``, for a server without shared memory.
 
-    Base64 of a pickle of the flat bytes and, per tensor, the attributes that the server's ``FlattenedTensorMetadata``
-    has (sglang/srt/weight_sync/tensor_bucket.py, 0.5.23); its unpickler admits SimpleNamespace. Offsets are in bytes.
+    Base64 of a pickle of the flat bytes and, per tensor, the attributes of the server's ``FlattenedTensorMetadata``
+    (sglang/srt/weight_sync/tensor_bucket.py, 0.5.23); its unpickler admits SimpleNamespace. Offsets are in bytes.
     """
     metadata, start = [], 0
     for name, tensor in bucket.tensors:
@@ -318,16 +317,16 @@ def serialize(bucket: Bucket) -> str:
 
 
 def _last_fields(version: int, *, is_last: bool) -> dict[str, object]:
-    """Return what comes with the last bucket alone: a server announces the version as soon as it has it."""
+    """Return the fields that end an update: a server reports the version as soon as it receives it."""
     return {"weight_version": str(version), "flush_cache": True} if is_last else {"flush_cache": False}
 
 
 def _own_address(urls: Sequence[str]) -> str:
-    """Return this host's address as the servers' hosts reach it: the loopback's only where all of them are here."""
+    """Return the address of this host for the servers' hosts: loopback only if all servers are local."""
     addresses = []
     for url in urls:
         parts = urlsplit(url)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((parts.hostname, parts.port or 80))  # sends nothing: it only picks the route
+            probe.connect((parts.hostname, parts.port or 80))  # sends nothing, only selects the route
             addresses.append(str(probe.getsockname()[0]))
     return min(addresses, key=lambda address: address.startswith("127."))

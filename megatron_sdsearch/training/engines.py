@@ -1,4 +1,4 @@
-"""The rollout engine of a run on one rank, together with what brings the policy's weights to it."""
+"""The rollout engine of a run on one rank, and how it gets the policy's weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PolicyEngine:
     """An engine that samples from the policy. Every rank has one; all methods are collectives.
 
     Attributes:
-        engine: for this rank's rollouts; what collects with it closes it.
-        publisher: of servers; None where the engine holds the weights itself.
+        engine: for this rank's rollouts; the collector closes it.
+        publisher: of servers; None if the engine itself holds the weights.
         supervisor: of servers, on the first rank.
     """
 
@@ -36,10 +36,10 @@ class PolicyEngine:
     supervisor: ServerSupervisor | None = None
 
     def publish(self, policy: Network, version: int) -> None:
-        """Let the engine sample from exactly this policy, and call it ``version``.
+        """Give the engine the weights of ``policy``, as ``version``: all rollouts from here on use them.
 
         Raises:
-            EngineError: on every rank, when that cannot be.
+            EngineError: on every rank: publishing failed.
         """
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.load_weights(policy.hf_weights(), version)
@@ -48,14 +48,14 @@ class PolicyEngine:
             self.engine.policy_version = version
 
     def release_memory(self) -> None:
-        """Let colocated servers give their memory up: nothing is sampled until the next publish."""
+        """Let colocated servers release their memory; no rollouts until the next publish."""
         if self.publisher is not None:
             self.publisher.release_memory()
 
     def take_counts(self) -> dict[str, int]:
-        """Return what happened on this rank since the last call, under names of metrics; adds up over ranks.
+        """Return this rank's counts since the last call, by metric name; they add up over ranks.
 
-        Restarts are counted from the start of the run, on the first rank.
+        Restarts count from the start of the run, on the first rank.
         """
         if not isinstance(self.engine, SGLangEngine):
             return {}
@@ -69,15 +69,15 @@ class PolicyEngine:
 
 
 def start_engine(config: RunConfig, renderer: Renderer, parallel: ParallelState) -> PolicyEngine:
-    """Start the engine that ``rollout.engine`` names, ready for the first publish.
+    """Start the engine of ``rollout.engine``, ready for the first publish.
 
     Raises:
-        EngineError, ConfigError: on every rank: servers do not start, do not answer, or do not fit the run.
+        EngineError, ConfigError: on every rank: a server does not start, does not answer, or does not fit the run.
     """
     hf_config = load_hf_config(config.model.hf_dir)
     longest = config.longest_rollout.num_tokens
     if config.rollout.engine == "embedded":
-        dtype = getattr(torch, config.model.dtype)  # the policy's, whatever config.json says the folder was saved in
+        dtype = getattr(torch, config.model.dtype)  # not config.json's
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).to(parallel.device).eval()
         return PolicyEngine(engine=EmbeddedEngine(model, renderer.token_bytes, renderer.eos_ids, longest))
     sglang = config.rollout.sglang

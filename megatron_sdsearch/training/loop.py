@@ -1,4 +1,4 @@
-"""The loop: publish, roll out, build hindsight, pack, learn."""
+"""The training loop: publish, roll out, build hindsight, pack, update."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a start of a run ended.
+    """The outcome of one start of a run.
 
     Attributes:
         step: finished steps of the run.
-        stopped_by: the signal that asked to stop; the run was saved. "" for a run that is finished.
-        summary: of a run that this start has finished, also in ``run_dir/summary.json``; None when it was stopped, or
-            when nothing was left to do.
+        stopped_by: the signal after which the run was saved and stopped; "" for a finished run.
+        summary: of a run that this start has finished, also in ``run_dir/summary.json``; None if it was stopped or
+            nothing was left to do.
     """
 
     step: int
@@ -63,11 +63,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Display:
-    """What a user sees of a run while it goes on; neither call may raise.
+    """Callbacks that show a run's progress to the user; they must not raise.
 
     Attributes:
         say: shows one line at the terminal; called on the main rank only.
-        refresh_page: called on every rank after each evaluation, and when the run has finished or stopped.
+        refresh_page: updates the report; called on every rank after each evaluation and at the end.
     """
 
     say: Callable[[str], None] = lambda _: None
@@ -79,7 +79,7 @@ NO_DISPLAY = Display()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What the steps of either mode need."""
+    """State shared by the steps of both modes."""
 
     config: RunConfig
     policy: Policy
@@ -89,9 +89,9 @@ class _Run:
     display: Display
 
     def load_checkpoint(self) -> int:
-        """Load the newest checkpoint and report it; returns its step.
+        """Load the newest checkpoint, report it, and return its step.
 
-        Called right before the loop, because the random state continues from there.
+        Called right before the loop, because it restores the random state.
         """
         loaded = self.saving.load()
         if self.policy.parallel.is_main:
@@ -104,29 +104,29 @@ class _Run:
 
 
 def train(config: RunConfig, display: Display = NO_DISPLAY) -> Outcome:
-    """Run ``train.mode`` to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
+    """Run ``train.mode`` up to ``train.num_steps``, continuing from the newest checkpoint of ``run_dir``.
 
-    Every rank of the run calls it; ranks come from torchrun's environment. No other run may be at work in ``run_dir``.
+    Called on every rank; torchrun's environment defines the ranks. No other run may use ``run_dir``.
 
     Args:
         config: of the run.
         display: of the run.
 
     Raises:
-        ConfigError: before anything slow has started.
-        SDSearchError: the run cannot go on; the newest checkpoint stays as it was.
+        ConfigError: a setting is wrong; raised before anything slow starts.
+        SDSearchError: the run cannot continue; the newest checkpoint is unchanged.
     """
     start = time.monotonic()
     forbid_pickles()
     refuse_start(config)
-    # Rank 0 alone reads files whole, before the process groups exist.
+    # Only rank 0 reads the files completely, before the process groups exist.
     if os.environ.get("RANK", "0") != "0":
         return _train(config, start, display, was_finished=False)
     raise_problems(read_files(config).problems)
     with lock_run_dir(config.run_dir):
         was_finished = is_finished(config)
         if not was_finished:
-            for name in (SUMMARY_FILE, STOPPED_FILE):  # how a process before this one ended
+            for name in (SUMMARY_FILE, STOPPED_FILE):  # of an earlier start
                 (config.run_dir / name).unlink(missing_ok=True)
             write_run_record(config)
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -139,9 +139,9 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
     if parallel.all_gather_object(was_finished)[0]:
         parallel.shutdown()
         return Outcome(step=config.train.num_steps)
-    # The main rank's date: midnight may pass between two ranks, and a folder look different from two nodes.
+    # All ranks use the main rank's date: midnight may pass between two ranks, and nodes may see run_dir differently.
     run_date: date = parallel.all_gather_object(run_date_of(config.run_dir) if parallel.is_main else date.min)[0]
-    # Before anything slow: a tokenizer or a chat template that cannot be used ends the run here.
+    # Before anything slow, because an unusable tokenizer or chat template ends the run here.
     renderer = Renderer.from_folder(
         config.model.hf_dir,
         profile=get_profile(config.data.prompt_profile),
@@ -158,7 +158,7 @@ def _train(config: RunConfig, start: float, display: Display, *, was_finished: b
         if is_stopped and parallel.is_main:
             write_stopped(config.run_dir, stop.name, step)
             display.refresh_page()
-        parallel.all_gather_object(None)  # no rank leaves before: srun ends all nodes when the first one ends
+        parallel.all_gather_object(None)  # ranks leave together: srun ends all nodes when the first one ends
     summary = None
     if not is_stopped:
         if config.checkpoint.export_hf:
@@ -179,10 +179,10 @@ def _describe_model(config: RunConfig) -> str:
 
 
 def _reinforce(run: _Run) -> int:
-    """Returns the number of finished steps: fewer than asked for when all ranks were asked to stop.
+    """Run reinforcement learning; returns the number of finished steps, fewer than ``num_steps`` after a stop request.
 
-    Inside, ``step`` counts finished steps: the step at work is number ``step + 1`` in every file and message, while
-    random streams and the schedule of alpha are keyed by ``step``, from 0.
+    ``step`` counts finished steps. Files and messages call the current step ``step + 1``; random streams and the
+    schedule of alpha use ``step``, from 0.
     """
     config, policy, saving, stop = run.config, run.policy, run.saving, run.stop
     objective, profile = config.objective, get_profile(config.data.prompt_profile)
@@ -199,11 +199,11 @@ def _reinforce(run: _Run) -> int:
         phase = log.timer.phase
         while step == num_steps or not stop.is_agreed():
             with phase("publish"):
-                rollouts.publish(policy, version=step)
+                rollouts.source.publish(policy, version=step)
             every = config.evaluation.every
             if every > 0 and (step % every == 0 or step == num_steps):
                 with phase("evaluate"):
-                    evaluated = step_metrics.measure_evaluation(rollouts.evaluate(heldout, step=step))
+                    evaluated = step_metrics.measure_rollouts(rollouts.evaluate(heldout, step=step), names.EVAL_PREFIX)
                 log.add(step, evaluated)
                 saving.score(step, evaluated)
                 run.display.refresh_page()
@@ -215,7 +215,7 @@ def _reinforce(run: _Run) -> int:
                 collected = rollouts.collect(questions, step=step)
                 groups = collected.groups
             if stop.is_agreed():
-                break  # nothing was learned from them: the step will begin anew
+                break  # the step was not learned from and will be repeated
 
             with phase("hindsight"):
                 if alpha > 0:
@@ -226,7 +226,7 @@ def _reinforce(run: _Run) -> int:
             if config.telemetry.query_probe and step == objective.first_distilling_step:
                 with phase("probe"):
                     probed = step_metrics.measure_probe(rollouts.probe(list(zip(groups, blocks, strict=True))))
-            rollouts.release_memory()
+            rollouts.source.release_memory()
 
             with phase("pack"):
                 advantages = [group_advantages(group, objective.normalize_advantage_std) for group in groups]
@@ -241,8 +241,8 @@ def _reinforce(run: _Run) -> int:
             if (num_emptied := measured[names.NUM_EMPTIED]) and parallel.is_main and not has_warned:
                 has_warned = True
                 _log.warning(
-                    "step %d: hindsight.max_block_tokens = %d left nothing of the hindsight of %d trajectories: they "
-                    "are not distilled; raise it (hindsight/num_emptied counts them in every step)",
+                    "step %d: hindsight.max_block_tokens = %d leaves no room for the hindsight of %d trajectories, "
+                    "which are not distilled; raise it (hindsight/num_emptied counts them in every step)",
                     step,
                     config.hindsight.max_block_tokens,
                     num_emptied,
@@ -255,7 +255,7 @@ def _reinforce(run: _Run) -> int:
 
 
 def _warm_start(run: _Run) -> int:
-    """Supervised fine-tuning on demonstrations, through the same packing and update; returns as ``_reinforce``."""
+    """Fine-tune on demonstrations with the same packing and updates; returns the number of finished steps."""
     config, policy = run.config, run.policy
     assert config.train.demonstrations is not None  # RunConfig has checked it
     demonstrations = read_demonstrations(config.train.demonstrations)

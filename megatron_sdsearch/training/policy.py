@@ -1,11 +1,12 @@
-"""The policy: a megatron model with DDP, optimizer and schedule; one update, and forward-only reads of it.
+"""The policy: a megatron model with DDP, optimizer and schedule; updates, and forward-only passes.
 
-What is minimised belongs to ``loss/objective.py``; the order of a step to ``training/loop.py``.
+``loss/objective.py`` defines the loss, ``training/loop.py`` the order of a step.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,29 +27,24 @@ from megatron_sdsearch.loss.objective import Metrics
 from megatron_sdsearch.loss.rows import RowLogits
 from megatron_sdsearch.model.architecture import LMHead, build_model
 from megatron_sdsearch.model.hf_config import load_hf_config
-from megatron_sdsearch.model.hf_weights import (
-    HFTensors,
-    SafetensorsFolder,
-    export_hf_weights,
-    load_weights,
-)
+from megatron_sdsearch.model.hf_weights import HFTensors, SafetensorsFolder, export_hf_weights, load_weights
 from megatron_sdsearch.model.megatron_folder import MegatronFolder
 from megatron_sdsearch.parallel.groups import ParallelState
 from megatron_sdsearch.parallel.schedule import forward_backward, forward_collect
 
 RowLoss = Callable[[RowLogits, Microbatch], tuple[Tensor, Metrics]]
-"""(logits on demand, batch on the device) -> (scalar sum with global weights, 0-dim metrics with global weights)."""
+"""(logits, batch on the device) -> (scalar sum with global weights, 0-dim metrics with global weights)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What one optimizer update did, equal on every rank.
+    """Result of one optimizer update, equal on every rank.
 
     Attributes:
         metrics: sums of globally weighted metrics over microbatches and data-parallel ranks; names that end in
             ``_max`` are maxima.
-        grad_norm: before clipping; 0 when there was nothing to learn from.
-        learning_rate: used by this update.
+        grad_norm: before clipping; 0 for a minibatch without a policy token.
+        learning_rate: of this update.
     """
 
     metrics: dict[str, float]
@@ -57,10 +53,10 @@ class UpdateResult:
 
 
 def starting_weights(model: ModelConfig, hf_config: PretrainedConfig) -> tuple[HFTensors, Path]:
-    """The weights that a ``Network`` is filled from, and their folder.
+    """Return the initial weights of a ``Network``, and their folder.
 
     Raises:
-        DataError, CheckpointError: it cannot be read.
+        DataError, CheckpointError: the folder cannot be read.
     """
     if model.megatron_dir is not None:
         return MegatronFolder(model.megatron_dir, hf_config), model.megatron_dir
@@ -68,9 +64,9 @@ def starting_weights(model: ModelConfig, hf_config: PretrainedConfig) -> tuple[H
 
 
 class Network:
-    """A model stage and its head, for forward-only reads: the policy itself, or its frozen reference.
+    """This rank's stage of a model, for forward-only passes: the policy, or its frozen reference.
 
-    Built on this rank and filled from ``model.hf_dir``, or ``model.megatron_dir`` where it is given.
+    Loads the weights of ``model.megatron_dir`` if it is set, else those of ``model.hf_dir``.
     """
 
     def __init__(self, config: RunConfig, parallel: ParallelState) -> None:
@@ -82,7 +78,7 @@ class Network:
         self._chunk_rows = config.model.logits_chunk_tokens
 
     def row_logits(self, hidden: Tensor) -> RowLogits:
-        """Logits on demand for the rows of one packed microbatch, from its hidden states [T, h]."""
+        """Return lazily computed logits of one packed microbatch, from its hidden states [T, h]."""
         head = LMHead.from_model(self.gpt, self.hf_config, self.parallel)
         return RowLogits(
             hidden=head.gather(hidden),
@@ -93,27 +89,27 @@ class Network:
         )
 
     def collect(self, microbatches: Sequence[Microbatch], read: Callable[[RowLogits, Microbatch], Any]) -> list[Any]:
-        """Forward only: what ``read`` returns for each microbatch on the last stage, nothing on the others."""
+        """Run forward passes and return ``read``'s result for each microbatch; empty except on the last stage."""
         self.gpt.eval()
         return forward_collect(
             self.gpt, microbatches, lambda hidden, batch: read(self.row_logits(hidden), batch), self.parallel
         )
 
     def logprobs(self, minibatch: Minibatch) -> list[Tensor]:
-        """[N] log-probabilities (nats) of each microbatch's policy tokens; empty off the last stage."""
+        """Return [N] log-probabilities (nats) of each microbatch's policy tokens; empty except on the last stage."""
         return self.collect(minibatch.student, RowLogits.logprobs)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under their Hugging Face names, on every rank; a collective that all ranks must drain."""
+        """Yield whole tensors under Hugging Face names, on every rank; a collective that all ranks must drain."""
         return export_hf_weights(self.gpt, self.hf_config, self.parallel)
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of this pipeline stage; a collective that all ranks of its tensor-parallel group must drain."""
+        """Yield whole tensors of this stage; a collective that all ranks of its tensor-parallel group must drain."""
         return export_hf_weights(self.gpt, self.hf_config, self.parallel, own_stage_only=True)
 
 
 class Policy(Network):
-    """The network that learns: at its starting weights, with a fresh optimizer."""
+    """The network that is trained, with its initial weights and a fresh optimizer."""
 
     def __init__(self, config: RunConfig, parallel: ParallelState) -> None:
         super().__init__(config, parallel)
@@ -143,7 +139,7 @@ class Policy(Network):
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # an update at a rate of 0 would waste its rollouts
+            init_lr=optimizer.lr / (optimizer.warmup_steps + 1),  # a rate of 0 would waste the first rollouts
             max_lr=optimizer.lr,
             min_lr=optimizer.min_lr,
             lr_warmup_steps=optimizer.warmup_steps,
@@ -153,7 +149,7 @@ class Policy(Network):
             end_wd=optimizer.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
-            # A resumed run follows its configuration; by default the checkpoint's schedule would win without a word.
+            # A resumed run follows its configuration; by default the checkpoint's schedule would silently win.
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
@@ -161,19 +157,19 @@ class Policy(Network):
         self.gpt.config.grad_scale_func = self.optimizer.scale_loss
 
     def load_training_state(self, optimizer: Any, scheduler: Any) -> None:
-        """Take over moments and counters of a checkpoint; rates stay those of this run's configuration."""
+        """Load moments and counters of a checkpoint; learning rates stay those of the configuration."""
         self.optimizer.load_state_dict(optimizer)
         for group in self.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = self.scheduler.max_lr, self.scheduler.min_lr
         self.scheduler.load_state_dict(scheduler)
 
     def update(self, minibatch: Minibatch, losses: Sequence[RowLoss]) -> UpdateResult:
-        """One optimizer step on the gradient of ``losses``, one per microbatch, summed over the global minibatch.
+        """Take one optimizer step on the sum of ``losses``, one per microbatch, over the global minibatch.
 
-        Without a policy token the weights stay as they are; the schedule counts the update all the same.
+        A minibatch without a policy token leaves the weights unchanged, but advances the schedule.
 
         Raises:
-            TrainingError: the loss or a gradient is not finite; the weights are as before.
+            TrainingError: the loss or a gradient is not finite; the weights are unchanged.
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if minibatch.num_policy_tokens == 0:
@@ -187,10 +183,10 @@ class Policy(Network):
         return UpdateResult(metrics=metrics, grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate)
 
     def accumulate(self, microbatches: Sequence[Microbatch], losses: Sequence[RowLoss]) -> dict[str, float]:
-        """Gradient of the summed losses, all-reduced, in the parameters' ``main_grad``; their metrics on every rank.
+        """Write the all-reduced gradient of the summed losses to ``main_grad``; return the metrics on every rank.
 
         Raises:
-            TrainingError: on all ranks alike, when a metric or a gradient of any rank is not finite.
+            TrainingError: on all ranks: a metric or a gradient of any rank is not finite.
         """
         self.ddp.train()
         self.ddp.zero_grad_buffer()
@@ -211,12 +207,12 @@ class Policy(Network):
         broken = [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]
         broken += [f"gradients of rank {rank}" for rank, (_, is_good) in enumerate(gathered) if not is_good]
         if broken:
-            raise TrainingError(f"not finite: {', '.join(broken)}; the weights are as before: lower optimizer.lr")
+            raise TrainingError(f"not finite: {', '.join(broken)}; the weights are unchanged; lower optimizer.lr")
         return metrics
 
 
 def read_metrics(parts: Sequence[Metrics]) -> list[dict[str, float]]:
-    """Bring 0-dim tensors of one device to the host, all in one transfer."""
+    """Copy 0-dim tensors of one device to the host in one transfer."""
     tensors = [value.double() for part in parts for value in part.values()]
     values = iter(torch.stack(tensors).tolist() if tensors else [])
     return [{name: next(values) for name in part} for part in parts]
@@ -227,10 +223,6 @@ def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     merged: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name.endswith("_max"):
-                merged[name] = max(merged[name], value)
-            else:
-                merged[name] += value
+            combine = max if name.endswith("_max") else operator.add
+            merged[name] = combine(merged[name], value) if name in merged else value
     return merged

@@ -1,4 +1,4 @@
-"""What is wrong with a run's files, model and machine before it starts: `train` raises it, `check` shows it."""
+"""Finds problems of a run's files, model and machine before it starts: `train` raises them, `check` shows them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ _QUERY = "capital of France 1998"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What the files of a run hold.
+    """Contents of a run's files.
 
     Attributes:
-        hf_config: config.json of ``model.hf_dir``; None where it cannot be read.
-        renderer: of its tokenizer; None where that cannot be used.
-        train: questions; empty where none are asked for, or the file cannot be read. So are the next two.
-        heldout: likewise.
+        hf_config: config.json of ``model.hf_dir``; None if it cannot be read.
+        renderer: of its tokenizer; None if that cannot be used.
+        train: questions; empty, like the next two, if none are configured or the file cannot be read.
+        heldout: held-out questions.
         demonstrations: of a warm start.
-        problems: what is wrong with the contents, and with settings that depend on them.
+        problems: of the contents, and of settings that depend on them.
     """
 
     hf_config: PretrainedConfig | None
@@ -60,7 +60,7 @@ class RunFiles:
 
 
 def attempt(work: Callable[[], T], field: str, problems: list[ConfigError]) -> T | None:
-    """The result of some work; None where it fails, which is then one more of ``problems``, about ``field``."""
+    """Return the result of ``work``; on failure append a problem of ``field`` to ``problems`` and return None."""
     try:
         return work()
     except SDSearchError as error:
@@ -69,16 +69,16 @@ def attempt(work: Callable[[], T], field: str, problems: list[ConfigError]) -> T
 
 
 def refuse_start(config: RunConfig) -> None:
-    """Refuse to start this rank.
+    """Raise the ``start_problems`` of this rank.
 
     Raises:
-        ConfigError: there are ``start_problems`` on this machine, with the ranks that torchrun has started.
+        ConfigError: the run does not fit this machine or the ranks that torchrun has started.
     """
     raise_problems(start_problems(config, Allocation.from_environment(torch.cuda.device_count())))
 
 
 def start_problems(config: RunConfig, allocation: Allocation) -> list[ConfigError]:
-    """List what every rank sees by itself: missing files, settings that do not fit model, nodes or GPUs."""
+    """List problems that every rank can find: missing files, settings that do not fit model, nodes or GPUs."""
     problems = [*file_problems(config), *allocation_problems(config, allocation)]
     hf_config = _read_hf_config(config.model.hf_dir, problems)
     if hf_config is None:
@@ -91,15 +91,14 @@ def start_problems(config: RunConfig, allocation: Allocation) -> list[ConfigErro
 
 
 def read_files(config: RunConfig) -> RunFiles:
-    """Read the files of a run and look for problems in them; megatron is imported for ``model.megatron_dir`` alone.
+    """Read the files of a run and find problems in them; imports megatron only for ``model.megatron_dir``.
 
-    Files that are not there are left to ``start_problems``.
+    ``start_problems`` reports missing files.
     """
     problems: list[ConfigError] = []
 
     def read(field: str, path: Path | None, reader: Callable[[Path], Sequence[T]]) -> Sequence[T]:
-        is_there = path is not None and path.exists()
-        return attempt(lambda: reader(path), field, problems) or () if path is not None and is_there else ()
+        return attempt(lambda: reader(path), field, problems) or () if path is not None and path.exists() else ()
 
     is_rl = config.train.mode == "rl"
     hf_config, renderer = _read_hf_config(config.model.hf_dir, problems), None
@@ -144,7 +143,7 @@ def _read_renderer(config: RunConfig) -> Renderer:
 
 
 def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[ConfigError]:
-    """Names and sizes alone: numbers that are not finite are found when the model is loaded."""
+    """Check names and sizes; loading the model finds numbers that are not finite."""
     problems: list[ConfigError] = []
     hf_dir, megatron_dir = config.model.hf_dir, config.model.megatron_dir
 
@@ -153,11 +152,11 @@ def _weight_problems(config: RunConfig, hf_config: PretrainedConfig) -> list[Con
         check_weights(tensors, hf_config, hf_dir)
         num_rows = tensors.shape(EMBEDDING)[0]
         if num_rows != hf_config.vocab_size:
-            problem = f"the embedding has {num_rows} rows, config.json says vocab_size = {hf_config.vocab_size}"
-            raise ConfigError("model.hf_dir", problem, "take config.json and weights from the same model")
+            problem = f"the embedding has {num_rows} rows, but config.json says vocab_size = {hf_config.vocab_size}"
+            raise ConfigError("model.hf_dir", problem, "use config.json and weights of the same model")
 
     def check_megatron(folder: Path) -> None:
-        from megatron_sdsearch.model.megatron_folder import MegatronFolder  # its reader costs a second
+        from megatron_sdsearch.model.megatron_folder import MegatronFolder  # takes a second
 
         check_weights(MegatronFolder(folder, hf_config), hf_config, folder)
 
@@ -174,10 +173,12 @@ def _tokenizer_problems(renderer: Renderer, hf_config: PretrainedConfig) -> list
         renderer.token_bytes.lookup(renderer.encode_own(f"<think> who? </think>\n<search> {_QUERY} </search>"))
     )
     if action.argument != _QUERY:
-        problem = f"the tokenizer turns a search for {_QUERY!r} into one for {action.argument!r}: it loses text"
+        problem = f"the tokenizer loses text: it turns a search for {_QUERY!r} into one for {action.argument!r}"
         problems.append(ConfigError("model.hf_dir", problem, "use a byte-level tokenizer that keeps every character"))
     if renderer.vocab_size > hf_config.vocab_size:
-        problem = f"the tokenizer has {renderer.vocab_size} ids, the model's embedding {hf_config.vocab_size} rows"
+        problem = (
+            f"the tokenizer has {renderer.vocab_size} ids, but the model's embedding has {hf_config.vocab_size} rows"
+        )
         fix = "use the tokenizer that the model was trained with, or enlarge the embedding"
         problems.append(ConfigError("model.hf_dir", problem, fix))
     return problems
@@ -186,16 +187,16 @@ def _tokenizer_problems(renderer: Renderer, hf_config: PretrainedConfig) -> list
 def _rollout_problems(
     config: RunConfig, renderer: Renderer, train: Sequence[Question], heldout: Sequence[Question]
 ) -> list[ConfigError]:
-    """Questions suffice for a step, at least one prompt of each file can be asked, and observations have room."""
+    """Check that there are enough questions for a step, prompts that fit, and room for observations."""
     problems: list[ConfigError] = []
     profile, rollout = get_profile(config.data.prompt_profile), config.rollout
     per_step, field = config.data.questions_per_step, "data.questions_per_step"
     if train:
         attempt(lambda: QuestionSampler(train, config.seed, per_step), field, problems)
-    asked = {"data.train": train}
+    files = {"data.train": train}
     if config.evaluation.every:
-        asked["data.heldout"] = heldout[: config.evaluation.num_questions]
-    for name, questions in asked.items():
+        files["data.heldout"] = heldout[: config.evaluation.num_questions]
+    for name, questions in files.items():
         problems += prompt_problems(questions, name, renderer, profile, rollout.max_prompt_tokens)
     max_tokens, field = rollout.max_observation_tokens, "rollout.max_observation_tokens"
     attempt(lambda: ObservationWriter(renderer, profile, max_tokens), field, problems)
@@ -205,7 +206,7 @@ def _rollout_problems(
 def _demonstration_problems(
     config: RunConfig, renderer: Renderer, demonstrations: Sequence[Demonstration]
 ) -> list[ConfigError]:
-    """Demonstrations act as the profile does, and the longest of them fit a microbatch."""
+    """Check that demonstrations follow the prompt profile and that the longest fit a microbatch."""
     problems: list[ConfigError] = []
     budget, profile = config.train.max_tokens_per_microbatch, get_profile(config.data.prompt_profile)
 
@@ -222,7 +223,7 @@ def _demonstration_problems(
 
 
 def _retrieval_problems(retrieval: RetrievalConfig) -> list[ConfigError]:
-    """What can be seen of a remote search engine without asking it; the index of tantivy is its reader's."""
+    """Check the settings of a remote search engine without a request; tantivy checks its index when it opens."""
     problems: list[ConfigError] = []
     elastic, field = retrieval.elasticsearch, "retrieval.elasticsearch.encoder"
     if retrieval.engine == "http":

@@ -1,12 +1,12 @@
-"""One run in one folder: a second ``train`` on a live ``run_dir`` is an error, not a folder that two runs write to.
+"""Locks a run folder, so that a second ``train`` on the same ``run_dir`` is refused.
 
-A flock of the first rank on ``run_dir/run.lock``. The kernel releases it when the process ends, however it ends, so
-that a killed or requeued run leaves nothing to clean up; the file stays, and means nothing. Children do not hold it:
-Python's descriptors are closed in every program that it starts.
+The first rank holds a flock on ``run_dir/run.lock``. The kernel releases it however the process ends, so a killed or
+requeued run needs no cleanup; the file itself stays and does not matter. Child processes do not hold the lock, because
+Python closes its descriptors in them.
 
-On NFS, Linux turns it into a lock of the server (from kernel 2.6.12 on): hosts see each other's, and after the loss of
-a whole host it lasts until the server has released it. A mount with ``nolock`` or ``local_lock`` keeps it to one host,
-and a Lustre mount without ``flock`` has none: then a warning says so, and the run goes on without.
+On NFS, Linux turns it into a lock of the server (since kernel 2.6.12): it works across hosts, and when a host is lost
+it lasts until the server releases it. With ``nolock`` or ``local_lock`` it works within one host only. A Lustre mount
+without ``flock`` has no locks: the run logs a warning and continues without.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Hold ``run_dir``, which is made if it is missing, while the context is entered.
+    """Hold the lock of ``run_dir``, which is created if missing, within the context.
 
     Raises:
-        ConfigError: on entering, at once: the folder cannot be written, or another process, which is named, holds it.
+        ConfigError: on entering: the folder is not writable, or another process (named) holds the lock.
     """
     check_run_dir(run_dir)
     path = run_dir / LOCK_FILE
@@ -49,7 +49,9 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise _in_use(path) from error
             except OSError as error:
-                _log.warning("%s: %s: nothing prevents a second run in this folder", path, error.strerror)
+                _log.warning(
+                    "%s cannot be locked (%s): nothing prevents a second run in this folder", path, error.strerror
+                )
             since = datetime.now().astimezone().isoformat(timespec="seconds")
             holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
             file.truncate(0)
@@ -60,48 +62,48 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Check that a run could write in this folder, as far as can be seen without writing; it need not exist.
+    """Check that a run could write in this folder, without writing; it need not exist.
 
     Raises:
-        ConfigError: it could not.
+        ConfigError: the folder is not writable.
     """
     folder = nearest_existing(run_dir)
     if not folder.is_dir():
-        raise _unwritable(folder, "is no folder" if folder.exists() else "is a link to nothing")
+        raise _unwritable(folder, "is not a folder" if folder.exists() else "is a broken link")
     file_system = os.statvfs(folder)
     if file_system.f_flag & os.ST_RDONLY:
         raise _unwritable(folder, "is on a read-only file system")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise _unwritable(folder, "may not be written by this user")
-    if not file_system.f_blocks:  # of the kernel's own (/proc, /sys), or of a store that does not say how large it is
+        raise _unwritable(folder, "is not writable for this user")
+    if not file_system.f_blocks:  # /proc or /sys, or a store that reports no size
         try:
             os.rmdir(tempfile.mkdtemp(dir=folder))
         except OSError as error:
-            raise _unwritable(folder, f"takes no folder ({error.strerror})") from error
+            raise _unwritable(folder, f"does not allow new folders ({error.strerror})") from error
 
 
 def live_run(run_dir: Path) -> ConfigError | None:
-    """The error that a run in this folder would be refused with now; None when it is free, or nothing can be known."""
+    """Return the error with which a run in this folder would be refused now; None if it is free or unknown."""
     path = run_dir / LOCK_FILE
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _in_use(path)
-    except OSError:  # no run has been here, we may not look, or a file system without locks, of which a run warns
+    except OSError:  # no file, no permission, or no locks on this file system
         return None
     return None
 
 
 def _unwritable(path: Path, reason: str) -> ConfigError:
-    return ConfigError("run_dir", f"{path} {reason}", "give a run_dir in a folder that can be written")
+    return ConfigError("run_dir", f"{path} {reason}", "set it to a folder that can be written")
 
 
 def _in_use(path: Path) -> ConfigError:
     try:
         content = json.loads(path.read_text())
         holder = f"process {content['pid']} on {content['host']}, since {content['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not written its name yet
+    except (OSError, ValueError, KeyError, TypeError):  # the holder has not written its name yet
         holder = "another process"
     problem = f"{path.parent} is in use by {holder}"
-    return ConfigError("run_dir", problem, "wait for its end, end it, or set another run_dir")
+    return ConfigError("run_dir", problem, "wait until it ends, end it, or set another run_dir")

@@ -1,8 +1,8 @@
-"""What a run's folder records about it: its configuration, how each of its processes was started, whether it is done.
+"""Records of a run in its folder: its configuration, its starts, and whether it is finished.
 
-Two files in ``run_dir`` are written by the first rank before anything slow: ``config.yaml``, which the command line can
-read again, and ``environment.json``, a list with an entry for each start. Neither holds a secret: a setting that may be
-one is left out and named.
+The first rank writes two files to ``run_dir`` before anything slow: ``config.yaml``, which the command line can read
+again, and ``environment.json``, a list with an entry for each start. Settings that may be secrets are left out and
+named.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Tree = dict[str, Any]
 
 
 def write_run_record(config: RunConfig) -> None:
-    """Write both files; the other ranks do not call it.
+    """Write both files; called on the first rank only.
 
-    A ``config.yaml`` that the user has put into the folder stays as it is: then ours is ``config.resolved.yaml``.
+    A ``config.yaml`` of the user is not overwritten: the record is then ``config.resolved.yaml``.
 
     Raises:
         StorageError: ``run_dir`` cannot be written.
@@ -70,23 +70,23 @@ def write_run_record(config: RunConfig) -> None:
 
 
 def config_path(run_dir: Path) -> Path:
-    """Where a run's resolved configuration is, or will be."""
+    """Return the path of a run's resolved configuration."""
     path = run_dir / CONFIG_FILE
-    is_ours = not path.exists() or path.read_text(errors="replace").startswith(_HEADER)
-    return path if is_ours else run_dir / _OTHER_CONFIG_FILE
+    is_own = not path.exists() or path.read_text(errors="replace").startswith(_HEADER)
+    return path if is_own else run_dir / _OTHER_CONFIG_FILE
 
 
 def config_text(config: RunConfig) -> str:
-    """YAML of all settings; ``load_config`` of it gives the same configuration, but for what is left out."""
+    """Return YAML of all settings; ``load_config`` restores the same configuration, except for settings left out."""
     left_out: list[str] = []
     paths = {name for name, value in flatten(config.model_dump()).items() if isinstance(value, Path)}
     tree = _without_secrets(config.model_dump(mode="json"), left_out, paths)
     notes = "".join(f"# Left out, for it may be a secret: {name}\n" for name in left_out)
-    return _HEADER + notes + OmegaConf.to_yaml(OmegaConf.create(tree))  # quotes texts that it would read as numbers
+    return _HEADER + notes + OmegaConf.to_yaml(OmegaConf.create(tree))  # quotes strings that look like numbers
 
 
 def _without_secrets(tree: Mapping[str, Any], left_out: list[str], paths: Collection[str], prefix: str = "") -> Tree:
-    """A copy for YAML without what may be a secret, whose names are appended to ``left_out``."""
+    """Return a copy for YAML without possible secrets, and append their names to ``left_out``."""
     copy: Tree = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -95,20 +95,20 @@ def _without_secrets(tree: Mapping[str, Any], left_out: list[str], paths: Collec
         elif value is not None and (is_secret(name, value) or name == _USELESS_ALONE):
             left_out.append(name)
         else:
-            # A folder whose name begins with "~" is not a home directory when it is read again.
+            # Keeps a folder named "~..." from being expanded when it is read again.
             copy[key] = _escaped(f"./{value}" if name in paths and value.startswith("~") else value)
     return copy
 
 
 def _escaped(value: Any) -> Any:
-    """The value such that an interpolation in it, already resolved, is not resolved again."""
+    """Escape the value so that text like an interpolation is not resolved again."""
     if isinstance(value, list):
         return [_escaped(item) for item in value]
     return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:
-    """The command as it was typed, without the values of overrides that may be secrets."""
+    """Return the command as typed, without values of overrides that may be secrets."""
     shown = ["sdsearch"]
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -118,8 +118,8 @@ def command_line(arguments: Sequence[str]) -> list[str]:
 
 
 def commit_of(root: Path) -> Tree | None:
-    """``{"sha", "is_changed"}`` of a checkout; None for an installed package, or where git cannot say."""
-    if not (root / ".git").exists():  # git itself would find the repository of a folder above
+    """Return ``{"sha", "is_changed"}`` of a checkout; None for an installed package or if git fails."""
+    if not (root / ".git").exists():  # git would search the folders above
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -131,11 +131,11 @@ def commit_of(root: Path) -> Tree | None:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether an earlier start has done all that is asked for: the last step, its evaluation, the export, the summary.
+    """Return whether an earlier start has finished the run: last step, its evaluation, export and summary.
 
     Raises:
-        ContinuationError: it was another run, which this configuration does not continue.
-        ConfigError: it has finished, and its checkpoints are gone: starting again would delete what is left of it.
+        ContinuationError: the folder holds another run, which this configuration does not continue.
+        ConfigError: the run is finished and its checkpoints are gone: a new start would delete its other results.
     """
     run_dir, last = config.run_dir, config.train.num_steps
     newest = next(iter(CheckpointFolder(run_dir / "checkpoints").candidates()), None)
@@ -143,14 +143,14 @@ def is_finished(config: RunConfig) -> bool:
         if (run_dir / SUMMARY_FILE).is_file():
             raise ConfigError(
                 "run_dir",
-                f"{run_dir} holds a finished run whose checkpoints are gone",
-                f"take another run_dir, or remove {SUMMARY_FILE} to begin anew in its place",
+                f"{run_dir} holds a finished run without checkpoints",
+                f"set another run_dir, or remove {SUMMARY_FILE} to start anew in this one",
             )
         return False
     try:
         manifest = read_manifest(newest)
     except CheckpointError:
-        return False  # loading it reports more, or falls back to an older one
+        return False  # loading it gives a better error, or falls back to an older one
     raise_problems(continuation_problems(newest, manifest, config))
     if step_of(newest) != last or not (run_dir / SUMMARY_FILE).is_file():
         return False

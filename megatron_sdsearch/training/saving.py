@@ -1,4 +1,4 @@
-"""When a run saves, and what it knows of itself besides the policy: its time and its scores."""
+"""Schedules checkpoints, and keeps the run's state besides the policy: its wall time and scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from megatron_sdsearch.training.policy import Policy
 
 
 class CheckpointScheduler:
-    """The run's checkpoints as the loop sees them: loaded at the start, saved when due. All methods are collectives.
+    """Loads a checkpoint at the start and saves when due. All methods are collectives.
 
-    A save is due after so many steps, after so many minutes by the first rank's clock, and after the last step.
+    A save is due every ``checkpoint.every`` steps, every ``checkpoint.every_minutes`` by the first rank's clock, and
+    after the last step.
 
     Args:
         config: of the run.
         policy: saved and loaded.
-        start: when this process began, by ``clock``.
-        run_date: when the run began, which its prompts may mention.
+        start: start of this process, by ``clock``.
+        run_date: start of the run, which prompts may mention.
         clock: seconds, monotonic.
     """
 
@@ -45,23 +46,23 @@ class CheckpointScheduler:
 
     @property
     def wall_s(self) -> float:
-        """Seconds spent on the finished steps: by this process, and by those before it up to its checkpoint."""
+        """Seconds that the run has taken: in this process, and in earlier ones up to the checkpoint."""
         return self._clock() - self._start
 
     def load(self) -> TrainingState:
-        """Continue from the newest checkpoint, if there is one."""
+        """Load the newest checkpoint, if there is one."""
         state = self._store.load()
         self._start -= state.wall_s
         self._scores = {step: score for step, score in state.scores.items() if step <= state.step}
         return state
 
     def score(self, step: int, evaluated: Mapping[str, float | int]) -> None:
-        """Remember the held-out EM of a step."""
+        """Record the held-out EM of a step."""
         if names.EVAL_EM in evaluated:
             self._scores[step] = float(evaluated[names.EVAL_EM])
 
     def after_step(self, step: int) -> None:
-        """Begin a save if one is due after ``step`` steps; else complete one that has been written meanwhile."""
+        """Begin a save if one is due after ``step`` steps; else complete one that has been written."""
         every, every_s = self._checkpoint.every, self._checkpoint.every_minutes * 60
         is_due = step == self._num_steps or (every > 0 and step % every == 0)
         if not is_due and every_s > 0:
@@ -74,7 +75,7 @@ class CheckpointScheduler:
         self._store.save(self._state(step))
 
     def finish(self, step: int) -> None:
-        """Save and complete the state in which the run ends or was asked to stop; remove what is not kept."""
+        """Save and complete the last state of this process; remove checkpoints that are not kept."""
         if step:
             self._store.save(self._state(step))
         self._store.finish()

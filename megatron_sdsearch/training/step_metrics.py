@@ -1,9 +1,10 @@
-"""The numbers of one step, under the names of ``logging/names.py``; computed alike on every rank."""
+"""Metrics of one step, under the names of ``logging/names.py``; equal on every rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from megatron_sdsearch.data.scoring import group_class
 from megatron_sdsearch.evaluation.metrics import summarize
@@ -14,6 +15,8 @@ from megatron_sdsearch.training.policy import UpdateResult
 from megatron_sdsearch.training.rollouts import StepRollouts
 
 Values = dict[str, float | int]
+# Fields of RolloutStats that are metrics under another name.
+_METRIC_NAMES = {"hit": "hit_rate", "searches_per_question": "num_searches", "mean_response_tokens": "response_tokens"}
 
 
 def measure_step(
@@ -40,10 +43,10 @@ def measure_step(
         "train/num_retrieval_failed": statuses.count(TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.SHARE_WITHOUT_ADVANTAGE: sum(not any(own) for own in advantages) / len(groups),
-        names.NUM_REFILLED: rollouts.counts.num_refilled,
+        names.NUM_REFILLED: rollouts.num_refilled,
         **rollouts.engine_counts,
         **{f"train/share_{name}": classes.count(name) / len(classes) for name in GROUP_CLASSES},
-        **_rollout_values(groups, names.TRAIN_PREFIX),
+        **measure_rollouts(groups, names.TRAIN_PREFIX),
     }
     spans = [span for trajectory, _ in members for span in trajectory.sampled_spans]
     queries = [[-span.logprobs[position] for position in span.query_positions] for span in spans]
@@ -62,27 +65,19 @@ def measure_step(
     return values | measure_updates(results)
 
 
-def measure_evaluation(groups: Sequence[RolloutGroup]) -> Values:
-    """Measure a greedy evaluation."""
-    return _rollout_values(groups, names.EVAL_PREFIX)
-
-
 def measure_probe(result: QueryHitComparison) -> Values:
-    """Measure hit rates of queries sampled from teacher and student."""
-    shares = ("student_hit", "teacher_hit", "student_hit_mixed", "teacher_hit_mixed")
-    known = {name: getattr(result, name) for name in shares}
-    counts = {"num_turns": result.num_turns, "num_turns_mixed": result.num_turns_mixed, "num_failed": result.num_failed}
-    return {f"probe/{name}": value for name, value in (known | counts).items() if value is not None}
+    """Measure hit rates of the teacher's and the student's queries."""
+    return {f"probe/{name}": value for name, value in asdict(result).items() if value is not None}
 
 
 def measure_updates(results: Sequence[UpdateResult]) -> Values:
-    """Average over the step's updates; names that end in ``_max`` take the maximum."""
+    """Average metrics over the step's updates; those that end in ``_max`` take the maximum."""
     reported = [result for result in results if result.metrics]
     if not reported:
         return {}
     values: Values = {}
     columns = [_class_means(result.metrics) for result in reported]
-    if any("distill_loss" in column for column in columns):  # 0 where no trajectory of the update has a teacher
+    if any("distill_loss" in column for column in columns):  # 0 for an update without a teacher
         columns = [{"distill_loss": 0.0, **column} for column in columns]
     for name in sorted({name for column in columns for name in column}):
         column = [metrics[name] for metrics in columns if name in metrics]
@@ -94,7 +89,7 @@ def measure_updates(results: Sequence[UpdateResult]) -> Values:
 
 
 def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Sums by group class become means, of each class and of all; a class without a distilled token is left out."""
+    """Turn sums by group class into means of each class and of all; omits classes without a distilled token."""
     suffixes = tuple(f"_{name}" for name in GROUP_CLASSES)
     means = {name: value for name, value in metrics.items() if not name.endswith(suffixes)}
     weights = {name: metrics.get(f"distill_weight_{name}", 0.0) for name in GROUP_CLASSES}
@@ -106,19 +101,9 @@ def _class_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return means
 
 
-def _rollout_values(groups: Sequence[RolloutGroup], prefix: str) -> Values:
-    """Counts and status shares of all trajectories, beside the means over those that were not lost."""
-    summary = summarize(groups).overall
-    known = {
-        "num_trajectories": summary.num_trajectories,
-        "num_lost": summary.num_lost,
-        "num_prompt_too_long": summary.num_prompt_too_long,
-        "num_eos_without_action": summary.num_eos_without_action,
-        "em": summary.em,
-        "f1": summary.f1,
-        "hit_rate": summary.hit,
-        "num_searches": summary.searches_per_question,
-        "response_tokens": summary.mean_response_tokens,
-    }
-    values: Values = {f"{prefix}status/{status.value}": share for status, share in summary.status_shares.items()}
-    return values | {prefix + name: value for name, value in known.items() if value is not None}
+def measure_rollouts(groups: Sequence[RolloutGroup], prefix: str) -> Values:
+    """Measure rollouts: counts and status shares of all trajectories, means over those that were not lost."""
+    stats = summarize(groups).to_dict()
+    del stats["num_questions"]
+    values: Values = {f"{prefix}status/{status.value}": share for status, share in stats.pop("status_shares").items()}
+    return values | {prefix + _METRIC_NAMES.get(name, name): value for name, value in stats.items()}

@@ -1,4 +1,4 @@
-"""The updates of one step: reference and old log-probabilities, then per minibatch the live teacher and the update."""
+"""The updates of one step: reference and old log-probabilities, then for each minibatch teacher and update."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_sdsearch.training.policy import Network, Policy, RowLoss, UpdateRe
 
 
 def pack_samples(samples: Sequence[TrainingSample], config: RunConfig, parallel: ParallelState) -> TrainBatch:
-    """This rank's part of a step's samples, in as many minibatches as the schedule counts on.
+    """Pack this rank's part of a step's samples into ``config.updates_per_step`` minibatches.
 
     Raises:
-        TrainingError: no sample has a token to learn: the step would leave the policy as it is.
+        TrainingError: no sample has a token to learn from.
     """
     if not any(sample.loss_mask.any() for sample in samples):
         raise TrainingError(f"none of the step's {len(samples)} samples has a sampled token; look at the data")
@@ -45,12 +45,12 @@ def run_updates(
     alpha: float,
     timer: PhaseTimer,
 ) -> list[UpdateResult]:
-    """One update per minibatch, in order; an empty one advances the schedule alone.
+    """Run one update per minibatch, in order; an empty minibatch only advances the schedule.
 
-    With one to learn from the policy's own pass is the old policy: the extra forward pass is left out.
+    A single non-empty minibatch needs no forward pass of the old policy, which is the policy itself.
 
     Args:
-        policy: learns; also the teacher, with its weights of that moment.
+        policy: to update; with its current weights also the teacher.
         reference: the starting policy for the KL term, or None.
         batch: of the step.
         objective: coefficients and forms.
@@ -74,10 +74,10 @@ def run_updates(
 
 
 def teacher_targets(policy: Policy, minibatch: Minibatch, objective: ObjectiveConfig) -> list[TeacherTarget]:
-    """The hindsight teacher: the policy's own current weights on the augmented context, no gradient (paper 3.2).
+    """Compute the teacher's targets: the policy's current weights on the augmented context, no gradient (paper 3.2).
 
     Returns:
-        One target per microbatch; empty off the last stage or with no teacher.
+        One target per microbatch; empty except on the last stage, and without a teacher.
     """
     return policy.collect(minibatch.teacher, partial(read_teacher, config=objective))
 
@@ -91,15 +91,16 @@ def minibatch_losses(
     ref: Sequence[Tensor] = (),
     targets: Sequence[TeacherTarget] = (),
 ) -> list[RowLoss]:
-    """The loss of each microbatch, with what was read for it before the update.
+    """Return the loss of each microbatch, bound to what was computed before the update.
 
     Args:
         minibatch: to learn from.
         objective: coefficients and forms.
         alpha: of this step.
-        old: [N] per microbatch; empty for the pass itself, as off the last stage, where no loss is called.
-        ref: [N] per microbatch; empty without a reference.
-        targets: of the teacher per microbatch; empty when nothing is distilled.
+        old: [N] log-probabilities per microbatch; empty if the update's own pass is the old policy, and except on the
+            last stage, the only one that computes a loss.
+        ref: [N] log-probabilities per microbatch; empty without a reference.
+        targets: of the teacher per microbatch; empty without distillation.
     """
     none = [None] * len(minibatch.student)
     return [

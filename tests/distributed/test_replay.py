@@ -50,7 +50,7 @@ def worker(rank: int, world_size: int, folder: Path, mode: str) -> Outcome:
         },
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
-    rollouts.publish(Network(config, parallel), version=STEP)
+    rollouts.source.publish(Network(config, parallel), version=STEP)
     pool = [Question(question_id=f"q{i}", text=f"where is book {i}", gold_answers=("Lisbon",)) for i in range(6)]
     step = rollouts.collect(QuestionSampler(pool, 1, 3), step=STEP)
     evaluated = rollouts.evaluate(pool, step=STEP)

@@ -14,7 +14,7 @@ from megatron_sdsearch.config import ParallelConfig, RunConfig
 from megatron_sdsearch.data.questions import QuestionSampler
 from megatron_sdsearch.errors import TrainingError
 from megatron_sdsearch.parallel.groups import ParallelState
-from megatron_sdsearch.records import CollectionCounts, Question
+from megatron_sdsearch.records import Question
 from megatron_sdsearch.tokenization.renderer import Renderer
 from megatron_sdsearch.training.engines import PolicyEngine, start_engine
 from megatron_sdsearch.training.policy import Network
@@ -38,7 +38,7 @@ ROLLOUT: dict[str, object] = {
 REFILLED: dict[str, object] = {"max_refills": 2}
 TOO_LONG: dict[str, object] = {"max_prompt_tokens": 1}
 SERVERS: dict[str, object] = {"engine": "sglang", "sglang": {"urls": ["http://127.0.0.1:9"]}}
-Outcome = tuple[list[list[tuple[str, list[int]]]], CollectionCounts]
+Outcome = tuple[list[list[tuple[str, list[int]]]], int]
 
 
 def worker(rank: int, world_size: int, folder: Path) -> tuple[Outcome, list[str]]:
@@ -61,9 +61,9 @@ def server_worker(
         patch.setattr(megatron_sdsearch.training.rollouts, "start_engine", _start_embedded)
         rollouts = _rollouts(parallel, folder, REFILLED | SERVERS, sizes)
         evaluated = [[str(t.trajectory_id) for t in g.trajectories] for g in rollouts.evaluate(POOL[:3], step=STEP)]
-        is_client = rollouts._retriever is not None
+        is_client = rollouts._collector is not None
         if not is_client:
-            patch.setattr(rollouts._source, "engine", None)  # which a rank that does not roll out never asks
+            patch.setattr(rollouts.source, "engine", None)  # which a rank that does not roll out never asks
         outcome = _outcome(rollouts)
     return parallel.tp_rank == parallel.pp_rank == 0, is_client, outcome, evaluated
 
@@ -89,7 +89,7 @@ def _outcome(rollouts: DistributedRollouts) -> Outcome:
     step = rollouts.collect(QuestionSampler(POOL, 1, PER_STEP), step=STEP)
     rollouts.close()
     ids = [[(str(t.trajectory_id), t.token_ids.tolist()) for t in group.trajectories] for group in step.groups]
-    return ids, step.counts
+    return ids, step.num_refilled
 
 
 def _rollouts(
@@ -106,7 +106,7 @@ def _rollouts(
         rollout=ROLLOUT | rollout,
     )
     rollouts = DistributedRollouts(config, parallel, Renderer.from_folder(config.model.hf_dir))
-    rollouts.publish(Network(config, parallel), version=STEP)
+    rollouts.source.publish(Network(config, parallel), version=STEP)
     return rollouts
 
 
@@ -140,12 +140,12 @@ def test_two_processes_give_the_groups_of_one_and_count_together(folder: Path) -
         refusals, ("step 3", "evaluation after step 2"), (PER_STEP * 2, PER_STEP), strict=True
     ):
         assert message.startswith(f"{what}: none of its {number} trajectories ({number} prompt_too_long) has a token")
-        assert message.endswith("raise rollout.max_prompt_tokens, `check` says how long prompts are")
+        assert message.endswith("raise rollout.max_prompt_tokens; `check` reports the lengths of prompts")
     assert first == alone
-    ids, counts = first
+    ids, num_refilled = first
     assert len(ids) == PER_STEP
     assert all(trajectory_id.startswith(f"{STEP + 1}/") for group in ids for trajectory_id, _ in group)
-    assert counts == CollectionCounts(num_refilled=2 * PER_STEP), "a random policy is always wrong"
+    assert num_refilled == 2 * PER_STEP, "a random policy is always wrong"
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "pipeline"), [(2, 2, 1), (4, 1, 2)])

@@ -154,7 +154,7 @@ def test_servers_are_judged_one_by_one(tiny: TinyRun, server: FakeSGLang, unused
     [
         ("server_info", {"version": "0.4.0"}, "rollout.sglang.urls", "older than 0.5.19"),
         ("server_info", {"tp_size": 2}, "rollout.sglang.tp_size", "runs with --tp-size 2"),
-        ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "takes 299 (max_req_input_len"),
+        ("server_info", {"max_req_input_len": 299}, "rollout.max_total_tokens", "accepts 299 (max_req_input_len"),
         ("server_info", {"skip_tokenizer_init": True}, "rollout.sglang.urls", "has no tokenizer"),
         ("model_info", {"model_type": "llama"}, "rollout.sglang.urls", "serves a llama, the policy is a qwen2"),
         ("model_info", {"is_generation": False}, "rollout.sglang.urls", "an embedding model"),
@@ -200,7 +200,7 @@ def test_training_refuses_a_short_context_as_the_check_does(
         finding.problem,
         finding.fix,
     )
-    assert caught.value.fix.startswith("lower it to 299, or start the server with more")
+    assert caught.value.fix.startswith("lower it to 299, or start the server with a larger context")
 
 
 def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(
@@ -210,7 +210,7 @@ def test_a_server_whose_info_cannot_be_read_is_used_and_warned_of(
     config = load_config(tiny.config, sglang(server.url))
     ServerSupervisor(config).start()
     assert "/server_info" in caplog.text
-    assert "longest request is not known" in caplog.text
+    assert "cannot check whether the server accepts the run's longest request" in caplog.text
 
 
 def test_a_server_of_another_model_is_found_by_its_shape(
@@ -230,4 +230,4 @@ def test_another_kind_of_server_is_found(tiny: TinyRun) -> None:
     index = TantivyRetriever.open_or_build(tiny.corpus, "standard", default_root(tiny.corpus))
     with serving(ThreadedRetriever(index)) as url:
         finding = only(tiny.found(*sglang(url.removesuffix("/retrieve")), is_online=True))
-    assert "answers HTTP 404" in finding.problem
+    assert "returns HTTP 404" in finding.problem

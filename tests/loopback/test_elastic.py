@@ -380,7 +380,6 @@ def test_an_address_that_cannot_be_is_refused_before_any_request(changes: dict[s
     with pytest.raises(ConfigError) as caught:
         ElasticsearchClient(ElasticsearchConfig.model_validate(changes), Credentials())
     assert caught.value.field == f"retrieval.elasticsearch.{field}"
-    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["a2V5\n", " a2V5", "a2V5 ", "kéy", ""])

@@ -280,7 +280,7 @@ def test_attempts_come_to_an_end(fault: Fault) -> None:
     fake.always = fault
 
     async def talk(engine: SGLangEngine) -> None:
-        with pytest.raises(EngineError, match=r"gave up after 6 attempts, the last one: .*127.0.0.1"):
+        with pytest.raises(EngineError, match=r"all 6 attempts failed, the last one: .*127.0.0.1"):
             await engine.generate(request())
         assert len(fake.requests) == 6
 
@@ -529,7 +529,7 @@ def test_a_restarted_server_is_used_only_with_the_current_weights() -> None:
 
 def test_a_server_with_old_weights_is_named() -> None:
     async def talk(engine: SGLangEngine) -> None:
-        with pytest.raises(EngineError, match=r"it holds weight version 'default', the current one is '0'"):
+        with pytest.raises(EngineError, match=r"its weight version is 'default', the current one is '0'"):
             await engine.generate(request())
 
     on([FakeSGLang(version="default")], talk, down_timeout_s=0.2)

@@ -154,10 +154,8 @@ def test_starts_servers_with_their_flags_and_without_torchruns_environment(
 
 
 def test_too_few_gpus_is_a_wrong_setting(supervisors: Supervisors) -> None:
-    with pytest.raises(ConfigError, match=r"2 servers x 2 GPUs are more than the 3 given"):
+    with pytest.raises(ConfigError, match=r"2 servers x 2 GPUs are more than the 3 of this node"):
         supervisors.make(num_servers=2, tp_size=2, gpus=["0", "1", "2"])
-    with pytest.raises(ConfigError, match=r"1 servers x 2 GPUs are more than the 0 given"):
-        supervisors.make(tp_size=2)
 
 
 def test_death_is_followed_by_a_restart_that_announces_only_the_published_version(supervisors: Supervisors) -> None:
@@ -211,7 +209,7 @@ def test_a_hanging_server_is_restarted(supervisors: Supervisors) -> None:
     supervisor.set_weights(supervisors.weights, 2)
     wait_until(lambda: restarts(supervisor) == 1)
     wait_until(lambda: version(supervisor) == "2")
-    assert "does not answer /model_info since 1 s" in supervisors.log
+    assert "has not answered /model_info for 1 s" in supervisors.log
 
 
 def test_used_up_restarts_are_an_error_with_the_end_of_the_log(supervisors: Supervisors) -> None:
@@ -263,7 +261,7 @@ def test_a_server_that_dies_at_its_start_is_reported_at_once_and_not_tried_again
     supervisor = supervisors.make(num_servers=2, FAKE_DIE_AT_START=6)  # the second one's seed
     begin = time.monotonic()
     with pytest.raises(
-        EngineError, match=r"(?s)server 1 .*exit code 1 at its start .*arguments.*unknown flag --frobnicate"
+        EngineError, match=r"(?s)server 1 .*exit code 1 while starting .*arguments.*unknown flag --frobnicate"
     ):
         supervisor.start()
     assert time.monotonic() - begin < 10
@@ -276,7 +274,9 @@ def test_a_command_that_cannot_be_started_is_reported_at_once(supervisors: Super
     program.write_text("#!/no/such/interpreter\n")
     program.chmod(0o755)
     supervisor = supervisors.make(command=(str(program),), num_servers=2)
-    with pytest.raises(EngineError, match=r"(?s)exit code 127 at its start.*cannot start .*no_program: .*No such file"):
+    with pytest.raises(
+        EngineError, match=r"(?s)exit code 127 while starting.*cannot start .*no_program: .*No such file"
+    ):
         supervisor.start()
 
 
@@ -297,7 +297,7 @@ def test_all_servers_that_are_lost_are_named(supervisors: Supervisors) -> None:
 
 def test_a_server_that_does_not_serve_in_time_is_reported(supervisors: Supervisors) -> None:
     supervisor = supervisors.make(command=(sys.executable, "-c", "import time; time.sleep(60)"), start_timeout_s=0.5)
-    with pytest.raises(EngineError, match=r"does not answer /model_info since 0\.5 s at its start"):
+    with pytest.raises(EngineError, match=r"has not answered /model_info for 0\.5 s while starting"):
         supervisor.start()
 
 
@@ -324,7 +324,7 @@ def test_an_attached_server_that_is_not_there_is_said_at_once_and_waited_for(
 
 @pytest.mark.parametrize(
     ("answer", "problem"),
-    [(b"HTTP/1.0 404 Not Found\r\n\r\n", "answers HTTP 404"), (b"HTTP/1.0 200 OK\r\n\r\n<p>", "not answer with JSON")],
+    [(b"HTTP/1.0 404 Not Found\r\n\r\n", "returns HTTP 404"), (b"HTTP/1.0 200 OK\r\n\r\n<p>", "does not return JSON")],
 )
 def test_something_else_than_sglang_is_not_waited_for(supervisors: Supervisors, answer: bytes, problem: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -317,16 +317,10 @@ def test_settings_are_frozen() -> None:
 
 
 def test_overrides_apply_in_order_and_over_the_file(file: Path) -> None:
-    overrides = ["seed=3", "objective={alpha: 0.2}", "objective.alpha=0.5", "rollout.group_size=7"]
+    overrides = ["seed=1", "seed=3", "objective={alpha: 0.2}", "objective.alpha=0.5", "rollout.group_size=7"]
     config = load_config(file, overrides)
     assert (config.seed, config.objective.alpha, config.rollout.group_size) == (3, 0.5, 7)
     assert config.data.train == Path("train.jsonl"), "what is not overridden stays"
-
-
-@pytest.mark.parametrize("key", ["seed", "retrieval.elasticsearch.password"])
-def test_an_override_given_twice_is_refused(file: Path, key: str) -> None:
-    error = error_of_file(file, f"{key}=3", "objective.alpha=0", f"{key}=4")
-    assert str(error) == f"{key}: given 2 times on the command line; give it once"
 
 
 def test_override_values_are_yaml(file: Path) -> None:

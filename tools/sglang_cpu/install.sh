@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh DIR: make DIR/venv with SGLang for the CPU, 2.4 GB, a few minutes of download. A second call does nothing.
-# Environment: PYTHON (3.11 was tried), TORCH (arguments of pip for torch, see the head of the Makefile).
+# install.sh DIR: create DIR/venv with SGLang for the CPU (2.4 GB, a few minutes of download) unless it is up to date.
+# Environment: PYTHON (tried with 3.11), TORCH (arguments of pip for torch, see the Makefile).
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -14,13 +14,13 @@ read -r -a torch <<< "${TORCH:-torch==2.13.0}"
 
 wanted=$(cat "$here/requirements.txt" - <<< "${torch[*]}" | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-  touch "$stamp" # make looks at its age
+  touch "$stamp" # make compares its age
   exit 0
 fi
 mkdir -p "$1"
-rm -f "$stamp" # an install that breaks off leaves none
+rm -f "$stamp" # an interrupted install leaves no stamp
 test -x "$1/venv/bin/python" || "$python" -m venv "$1/venv"
-# torch first and alone: whatever depends on it would choose another build.
+# torch first and alone: packages that depend on it would select another build.
 "$1/venv/bin/python" -m pip install --quiet "${torch[@]}"
 "$1/venv/bin/python" -m pip install --quiet --no-deps -r "$here/requirements.txt"
 printf '%s\n' "$wanted" > "$stamp"

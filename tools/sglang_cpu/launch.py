@@ -1,8 +1,8 @@
 """Start a real SGLang server on a CPU: ``.sglang/venv/bin/python tools/sglang_cpu/launch.py --model-path DIR``.
 
-Owns what a CPU needs: flags, environment, two missing operator schemas. Any flag of SGLang may follow; the last one
-wins. Leaves to SGLang everything that computes. Beside this file lies ``sgl_kernel``, found because Python puts a
-script's folder first on its path.
+Adds what a CPU needs: flags, environment, two missing operator schemas. Further flags of SGLang may follow and win. All
+computation is SGLang's own. The ``sgl_kernel`` beside this file is found because Python puts a script's folder first on
+its path.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ FLAGS = (
     "--dtype=float32",
     "--attention-backend=torch_native",
     "--disable-overlap-schedule",  # there is no second stream to overlap with
-    "--skip-server-warmup",  # a generation that no request asked for
-    "--sleep-on-idle",  # the scheduler otherwise keeps one core busy for ever
+    "--skip-server-warmup",  # skips a generation at the start
+    "--sleep-on-idle",  # otherwise the scheduler always keeps one core busy
     "--mem-fraction-static=0.1",  # of the machine's memory; the token pool below is far smaller
     "--max-total-tokens=16384",
     "--max-running-requests=16",
@@ -31,10 +31,10 @@ ENVIRONMENT = {
 
 
 def declare_missing_operators() -> None:
-    """Let ``import torchvision`` pass where its wheel is the CUDA build and torch is not.
+    """Make ``import torchvision`` work if its wheel is a CUDA build and torch is not.
 
-    Its binary part then cannot be loaded, and the import stops at two operators without a schema. A schema computes
-    nothing, and no text model calls them. Where both builds match, the binary part declares them itself.
+    Its binary part then cannot be loaded, and the import fails at two operators without a schema. No text model calls
+    them. If both builds match, the binary part declares the schemas itself.
     """
     import torch
 
@@ -45,7 +45,7 @@ def declare_missing_operators() -> None:
 
 
 def main() -> None:
-    """Serve until a signal ends it; then end its workers too."""
+    """Serve until a signal arrives, then end the workers too."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
@@ -56,7 +56,7 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-# SGLang spawns its workers, and each imports this file again before it imports SGLang: these lines are for them too.
+# At module level, because each spawned worker of SGLang imports this file before SGLang.
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 declare_missing_operators()

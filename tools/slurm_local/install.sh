@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# install.sh: Slurm's and munge's programs from Debian's packages (12: Slurm 22.05), as root. A second call does nothing.
-# What is started with them, and ended, is tests/integration/slurm/cluster.py's.
+# install.sh: install Slurm and munge from Debian's packages (Debian 12: Slurm 22.05) as root, if they are missing.
+# tests/integration/slurm/cluster.py starts and ends them.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -75,7 +75,7 @@ def test_usr1_saves_requeues_and_goes_on(
     first, second = first_steps(job)
     assert (first, job.show("Restarts")) == (0, "1")
     assert 3 <= second < NUM_STEPS, "it was saved where it was"
-    assert f"stopped as SIGUSR1 asked; newest checkpoint: step_{second:06d}; requeueing" in job.output
+    assert f"stopped on SIGUSR1; newest checkpoint: step_{second:06d}; requeueing" in job.output
     assert not (run_dir / "stopped.json").exists()
     assert_same(run_dir, uninterrupted)
 
@@ -135,7 +135,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(cluster: Cluster, worl
     job.signal("--signal=USR1", "--batch")  # before anything was saved
     assert job.wait(2 * LIMIT_S) == 1, job.output[-6000:]
     assert job.show("Restarts") == "1"
-    assert f"job {job.number} has begun 1 times at step 0 and saved nothing beyond it" in job.output
+    assert f"job {job.number} has started 1 times at step 0 and saved nothing after it" in job.output
 
 
 def test_scancel_saves_and_does_not_requeue(cluster: Cluster, world: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def wrong_inputs(world: Path, run_dir: Path) -> dict[str, tuple[list[str], dict[
             "ConfigError: parallel.tensor_model_parallel_size: tensor 1 x pipeline 3 = 3 does not divide the 2 ",
         ),
         "retriever down": ([*right, *down], {}, "check: error: retrieval.http: "),
-        "no number": (right, {"SDSEARCH_SGLANG_NODES": "two"}, "train.sh: SDSEARCH_SGLANG_NODES: two is no number"),
+        "no number": (right, {"SDSEARCH_SGLANG_NODES": "two"}, "train.sh: SDSEARCH_SGLANG_NODES: two is not a number"),
     }
 
 

@@ -235,7 +235,7 @@ def test_a_few_prompts_that_can_be_asked_are_enough_to_train(tiny: TinyRun) -> N
 
 
 def test_a_run_folder_that_cannot_be_written_is_found(tiny: TinyRun) -> None:
-    assert "is no folder" in only(tiny.found(f"run_dir={tiny.config}/run")).problem
+    assert "is not a folder" in only(tiny.found(f"run_dir={tiny.config}/run")).problem
     locked = tiny.folder / "locked"
     locked.mkdir(mode=0o500)
     found = tiny.found(f"run_dir={locked}/run")

@@ -132,7 +132,14 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         "at least 384, and train.max_tokens_per_microbatch to 684",
     ),
     (("rollout.max_total_tokens=150",), {}, "warning", "rollout.max_total_tokens", "holds 0 searches", "set it to"),
-    (("rollout.max_observation_tokens=4",), {}, "error", "rollout.max_observation_tokens", "tags take", "more than"),
+    (
+        ("rollout.max_observation_tokens=4",),
+        {},
+        "error",
+        "rollout.max_observation_tokens",
+        "tags of profile",
+        "more than",
+    ),
     (("rollout.max_observation_tokens=40",), {}, "warning", "rollout.max_observation_tokens", "are cut", "about"),
     (
         ("objective.alpha_warmup_steps=4",),

@@ -12,7 +12,7 @@ def test_a_context_that_is_too_short_for_the_longest_request_is_found(tiny: Tiny
     assert tiny.found(*OWN, arguments.format(306)) == []
     finding = only(tiny.found(*OWN, arguments.format(305)))
     assert (finding.severity, finding.field) == ("error", "rollout.max_total_tokens")
-    assert "takes 299" in finding.problem
+    assert "accepts 299" in finding.problem
 
 
 def test_servers_need_weights_to_start_from(tiny: TinyRun) -> None:
@@ -23,4 +23,4 @@ def test_servers_need_weights_to_start_from(tiny: TinyRun) -> None:
     checkpoint.mkdir()
     (checkpoint / ".metadata").write_text("")
     problems = [finding.problem for finding in tiny.found(*OWN, f"model.megatron_dir={checkpoint}")]
-    assert any("holds no weights, and servers start from it" in problem for problem in problems)
+    assert any("holds no weights, and SGLang servers start from it" in problem for problem in problems)

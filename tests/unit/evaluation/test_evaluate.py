@@ -25,7 +25,7 @@ def test_a_file_of_weights_that_was_cut_short_is_named(tiny: TinyRun) -> None:
 
 
 def test_prompts_none_of_which_can_be_asked_are_a_wrong_setting(tiny: TinyRun) -> None:
-    with pytest.raises(ConfigError, match=r"max_prompt_tokens: 5, and the prompts of all 4 questions of data\.heldout"):
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens: 5, but the prompts of all 4 questions of data\.heldout"):
         evaluate_folder(load_config(tiny.config, ["rollout.max_prompt_tokens=5"]), tiny.model)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sdsearch.errors import TrainingError
-from megatron_sdsearch.evaluation.metrics import require_sampled, summarize
+from megatron_sdsearch.evaluation.metrics import require_sampled, summarize, summarize_datasets
 from megatron_sdsearch.records import (
     Action,
     ContextSpan,
@@ -69,7 +69,7 @@ GROUPS = [
 
 
 def test_every_trajectory_counts_once() -> None:
-    overall = summarize(GROUPS).overall
+    overall = summarize(GROUPS)
     assert (overall.num_questions, overall.num_trajectories) == (4, 4)
     assert (overall.em, overall.f1) == (0.25, 0.5)
     assert overall.hit == pytest.approx(1 / 3)
@@ -79,9 +79,8 @@ def test_every_trajectory_counts_once() -> None:
 
 
 def test_per_dataset_and_as_json() -> None:
-    summary = summarize(GROUPS)
-    assert list(summary.by_dataset) == ["a", "b"]
-    tree = summary.to_dict()
+    tree = summarize_datasets(GROUPS)
+    assert list(tree["by_dataset"]) == ["a", "b"]
     assert json.loads(json.dumps(tree)) == tree
     assert tree["by_dataset"]["a"] == {
         "num_questions": 1,
@@ -100,7 +99,7 @@ def test_per_dataset_and_as_json() -> None:
 
 def test_nothing_gives_counts_of_zero_and_no_means() -> None:
     counts = ("num_questions", "num_trajectories", "num_lost", "num_prompt_too_long", "num_eos_without_action")
-    assert summarize([]).to_dict() == {"overall": {**dict.fromkeys(counts, 0), "status_shares": {}}, "by_dataset": {}}
+    assert summarize_datasets([]) == {"overall": {**dict.fromkeys(counts, 0), "status_shares": {}}, "by_dataset": {}}
 
 
 LOST = [TrajectoryStatus.RETRIEVAL_FAILED, TrajectoryStatus.ABORTED]
@@ -110,7 +109,7 @@ TOO_LONG = TrajectoryStatus.PROMPT_TOO_LONG
 @pytest.mark.parametrize("status", LOST)
 def test_lost_trajectories_are_counted_and_in_no_mean(status: TrajectoryStatus) -> None:
     right = [_group("b", 1.0, ("p2",), ("p2",), ANSWERED)] * 81
-    overall = summarize([*right, *[_group("b", 0.0, None, ("p2",), status)] * 19]).overall
+    overall = summarize([*right, *[_group("b", 0.0, None, ("p2",), status)] * 19])
     assert (overall.num_trajectories, overall.num_lost) == (100, 19)
     assert (overall.em, overall.f1, overall.hit) == (1.0, 1.0, 1.0)
     assert (overall.searches_per_question, overall.mean_response_tokens) == (1.0, 6.0)
@@ -119,13 +118,13 @@ def test_lost_trajectories_are_counted_and_in_no_mean(status: TrajectoryStatus) 
 
 @pytest.mark.parametrize("status", LOST)
 def test_where_all_are_lost_there_is_a_count_and_no_mean(status: TrajectoryStatus) -> None:
-    tree = summarize([_group("b", 1.0, ("p2",), ("p2",), status)] * 3).to_dict()["overall"]
+    tree = summarize([_group("b", 1.0, ("p2",), ("p2",), status)] * 3).to_dict()
     assert (tree["num_trajectories"], tree["num_lost"]) == (3, 3)
     assert not {"em", "f1", "hit", "searches_per_question", "mean_response_tokens"} & set(tree)
 
 
 def test_a_prompt_that_is_too_long_is_a_wrong_answer_and_counted() -> None:
-    overall = summarize([_group("b", 1.0, ("p2",), (), ANSWERED), _without_tokens(TOO_LONG)]).overall
+    overall = summarize([_group("b", 1.0, ("p2",), (), ANSWERED), _without_tokens(TOO_LONG)])
     assert (overall.em, overall.num_lost, overall.num_prompt_too_long) == (0.5, 0, 1)
 
 
@@ -137,7 +136,7 @@ def test_eos_without_an_action_is_counted() -> None:
     for span, number in ((ended, 1), (answered, 0), (_sampled(3, Action.INVALID), 0)):
         spans = (*trajectory.spans[:-1], span)
         changed = replace(group, trajectories=(replace(trajectory, spans=spans),))
-        assert summarize([changed]).overall.num_eos_without_action == number
+        assert summarize([changed]).num_eos_without_action == number
 
 
 def test_nothing_sampled_is_an_error_with_the_counts_and_what_may_help() -> None:
@@ -146,9 +145,9 @@ def test_nothing_sampled_is_an_error_with_the_counts_and_what_may_help() -> None
         require_sampled([too_long, failed, too_long], "step 3")
     assert str(caught.value) == (
         "step 3: none of its 3 trajectories (2 prompt_too_long, 1 retrieval_failed) has a token to learn from or to "
-        "judge; raise rollout.max_prompt_tokens, `check` says how long prompts are"
+        "score; raise rollout.max_prompt_tokens; `check` reports the lengths of prompts"
     )
-    for status, words in ((LOST[0], "why searches fail"), (LOST[1], "rollout engine gives up")):
+    for status, words in ((LOST[0], "why searches fail"), (LOST[1], "log of the rollout engine")):
         with pytest.raises(TrainingError, match=words):
             require_sampled([_group("b", 1.0, ("p2",), (), status)], "evaluation")
     with pytest.raises(TrainingError, match="none of its 0 trajectories"):

@@ -125,5 +125,5 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(tmp_path: Path
     """It would cut its metrics and trajectories off, and take its summary away."""
     assert not is_finished(config(tmp_path))
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds a finished run whose checkpoints are gone"):
+    with pytest.raises(ConfigError, match="holds a finished run without checkpoints"):
         is_finished(config(tmp_path))

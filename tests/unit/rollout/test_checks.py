@@ -25,7 +25,7 @@ def test_none_that_can_be_asked_is_a_wrong_setting_with_the_length_that_is_neede
     (found,) = prompt_problems(QUESTIONS, "data.heldout", renderer, PROFILE, limit)
     assert found.field == "rollout.max_prompt_tokens"
     assert found.problem == (
-        f"{limit}, and the prompts of all 4 questions of data.heldout are longer, the shortest has {lengths['q2']} "
-        "tokens: none of their trajectories would begin"
+        f"{limit}, but the prompts of all 4 questions of data.heldout are longer (the shortest has {lengths['q2']} "
+        "tokens), so no trajectory would be sampled"
     )
     assert found.fix == f"set it to at least {lengths['q500']}"

@@ -224,9 +224,9 @@ def test_end_of_sequence_and_length(
     [
         ([3, 10_000], 1, "token id 10000 is outside the model's vocabulary"),
         ([3, -1], 1, "token id -1 is outside"),
-        ([3] * 500, 13, "500 prompt tokens \\+ 13 to sample exceed 512"),
+        ([3] * 500, 13, "500 prompt tokens \\+ 13 tokens to sample exceed 512"),
         ([], 1, "0 prompt tokens"),
-        ([3], 0, "0 to sample"),
+        ([3], 0, "0 tokens to sample"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused(
@@ -237,7 +237,7 @@ def test_requests_that_do_not_fit_are_refused(
 
 
 def test_one_request_at_a_time_per_trajectory(build: Callable[..., EmbeddedEngine]) -> None:
-    with pytest.raises(EngineError, match="already being generated"):
+    with pytest.raises(EngineError, match="a request is already open"):
         _run(build(), [_request("a", [5, 6]), _request("a", [5, 6])])
 
 
@@ -347,13 +347,13 @@ def test_weights_do_not_change_under_a_generation(build: Callable[..., EmbeddedE
 def test_models_the_cache_does_not_fit_are_refused(make_model: ModelFactory, renderer: Renderer) -> None:
     with pytest.raises(EngineError, match="attention is eager"):
         EmbeddedEngine(make_model(attn_implementation="eager"), renderer.token_bytes, (), 512)
-    with pytest.raises(EngineError, match="knows 512 positions"):
+    with pytest.raises(EngineError, match="has 512 positions"):
         EmbeddedEngine(make_model(), renderer.token_bytes, (), 513)
 
 
 def test_the_plain_engine_is_greedy_alone(make_model: ModelFactory, renderer: Renderer) -> None:
     engine = PlainEngine(make_model(), renderer.token_bytes, renderer.eos_ids, 512)
-    with pytest.raises(EngineError, match=r"temperature 1\.0 is not 0"):
+    with pytest.raises(EngineError, match=r"only samples at temperature 0, not 1\.0"):
         _run(engine, [_request("a", [5], temperature=1.0)])
     with pytest.raises(EngineError, match="outside"):
         _run(engine, [_request("a", [50_000])])

@@ -23,7 +23,7 @@ def test_causes_are_counted_and_the_most_frequent_ones_logged(caplog: pytest.Log
             lost.log_failed_searches()
     lost.count(ANSWERED, None)
     assert [record.getMessage() for record in caplog.records] == [
-        "a search failed: query 0 failed; further ones are counted until the step's end"
+        "a search failed: query 0 failed; further failures are reported at the end of the step"
     ]
     lost.log_failed_searches()
     assert caplog.records[-1].getMessage() == "12 searches failed: 8 x d; 2 x b; 1 x a; 1 other causes"
@@ -44,9 +44,9 @@ def test_what_the_engine_gave_up_on_is_lost_as_well() -> None:
     lost = LostTrajectories()
     lost.count(ABORTED, None)
     lost.count(ANSWERED, None)
-    with pytest.raises(EngineError, match=r"the rollout engine gave up on 1 of 2 trajectories \(50%\), more than"):
+    with pytest.raises(EngineError, match=r"the rollout engine aborted 1 of 2 trajectories \(50%\), more than"):
         lost.check(0.2)
     lost.count(FAILED, RetrievalError("no route to 'book'"))
     lost.check(0.7)
-    with pytest.raises(RetrievalError, match=r"2 of 3 .* failed searches or given up by the rollout engine \(1\)"):
+    with pytest.raises(RetrievalError, match=r"2 of 3 .* failed searches or aborted by the rollout engine \(1\)"):
         lost.check(0.5)

@@ -33,13 +33,11 @@ def test_the_longest_request_must_be_one_that_a_server_takes() -> None:
     (problem,) = server_problems(config(), "http://h:1", {"max_req_input_len": 2999})
     assert (problem.field, problem.problem.split(" (")[0]) == (
         "rollout.max_total_tokens",
-        "rollout.max_total_tokens makes requests of up to 3000 tokens, and http://h:1 takes 2999",
+        "rollout.max_total_tokens allows requests of 3000 tokens, but http://h:1 accepts 2999",
     )
     assert problem.fix.startswith("lower it to 2999, or ")
     (problem,) = server_problems(config(probe=True), "http://h:1", {"max_req_input_len": 3500})
-    assert (
-        "rollout.max_total_tokens + hindsight.max_block_tokens makes requests of up to 4000 tokens" in problem.problem
-    )
+    assert "rollout.max_total_tokens + hindsight.max_block_tokens allows requests of 4000 tokens" in problem.problem
     assert problem.fix.startswith("lower it to 2500, or ")
 
 
@@ -64,8 +62,8 @@ def test_a_running_server_must_be_as_the_run_says() -> None:
     info = {"tp_size": 2, "max_req_input_len": 3000, "enable_memory_saver": False, "skip_tokenizer_init": True}
     first, second = server_problems(config(), "http://h:1", info)
     assert (first.field, first.fix) == ("rollout.sglang.tp_size", "set it to 2")
-    assert first.problem == "1, and http://h:1 runs with --tp-size 2"
-    assert (second.field, second.fix) == ("rollout.sglang.urls", "leave --skip-tokenizer-init out")
+    assert first.problem == "1, but http://h:1 runs with --tp-size 2"
+    assert (second.field, second.fix) == ("rollout.sglang.urls", "start it without --skip-tokenizer-init")
     assert list(server_problems(config(tp_size=2), "http://h:1", info | {"skip_tokenizer_init": False})) == []
     assert list(server_problems(config(), "http://h:1", {})) == [], "a router reports nothing"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sdsearch.errors import TrainingError
-from slurm.prepare import count_start, free_port
+from megatron_sdsearch.errors import EngineError, TrainingError
+from megatron_sdsearch.sglang.servers import free_ports
+from slurm.prepare import count_start
 
 
 def saved(run_dir: Path, step: int) -> None:
@@ -18,7 +19,7 @@ def saved(run_dir: Path, step: int) -> None:
 
 def test_starts_without_progress_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     assert [count_start(tmp_path, 7, restart, 2) for restart in (0, 1)] == [0, 0]
-    with pytest.raises(TrainingError, match="job 7 has begun 2 times at step 0"):
+    with pytest.raises(TrainingError, match="job 7 has started 2 times at step 0"):
         count_start(tmp_path, 7, 2, 2)
 
 
@@ -38,6 +39,6 @@ def test_a_port_in_use_is_passed_over() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
-        assert free_port(0, range(port, port + 2)) == port + 1
-        with pytest.raises(TrainingError, match="no free port"):
-            free_port(0, [port])
+        assert free_ports(1, "", range(port, port + 50)) > [port]
+        with pytest.raises(EngineError, match="fewer than 1 free ports on this host"):
+            free_ports(1, "", [port])

@@ -44,26 +44,26 @@ def refusal(run_dir: Path) -> ConfigError:
 def test_a_file_is_no_folder_nor_is_anything_below_it(tmp_path: Path, below: str) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    assert f"{file} is no folder; give" in str(refusal(file / below))
+    assert f"{file} is not a folder; set" in str(refusal(file / below))
     assert file.read_text() == "mine"
 
 
 def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
-    assert f"{link} is a link to nothing" in str(refusal(link))
+    assert f"{link} is a broken link" in str(refusal(link))
     (tmp_path / "gone").mkdir()
     with lock_run_dir(link):
         assert (tmp_path / "gone" / LOCK_FILE).is_file()
 
 
 def test_the_kernel_s_own_file_system_takes_no_folder() -> None:
-    assert "/proc takes no folder" in str(refusal(Path("/proc/nowhere/run")))
+    assert "/proc does not allow new folders" in str(refusal(Path("/proc/nowhere/run")))
 
 
 @pytest.mark.skipif(IS_ROOT, reason="nothing is locked for root")
 def test_a_folder_of_others_is_refused(read_only: Path) -> None:
-    assert f"{read_only} may not be written by this user" in str(refusal(read_only / "run"))
+    assert f"{read_only} is not writable for this user" in str(refusal(read_only / "run"))
 
 
 def test_a_read_only_file_system_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,4 +84,4 @@ def test_a_file_system_without_locks_is_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_run_dir(tmp_path):
-        assert "No locks available: nothing prevents a second run" in caplog.text
+        assert "No locks available): nothing prevents a second run" in caplog.text

@@ -13,7 +13,6 @@ from megatron_sdsearch.evaluation.query_probe import QueryHitComparison
 from megatron_sdsearch.logging import names
 from megatron_sdsearch.records import (
     Action,
-    CollectionCounts,
     ContextSpan,
     HindsightBlock,
     Question,
@@ -28,8 +27,8 @@ from megatron_sdsearch.training.policy import UpdateResult, merge_metrics
 from megatron_sdsearch.training.rollouts import StepRollouts
 from megatron_sdsearch.training.step_metrics import (
     Values,
-    measure_evaluation,
     measure_probe,
+    measure_rollouts,
     measure_step,
     measure_updates,
 )
@@ -97,9 +96,9 @@ STEP = [
 ]
 
 
-def measure(groups: list[HindsightGroup], *results: UpdateResult, **counts: int) -> Values:
+def measure(groups: list[HindsightGroup], *results: UpdateResult, num_refilled: int = 0) -> Values:
     """The numbers of a step of these groups."""
-    rollouts = StepRollouts(groups=[g for g, _ in groups], counts=CollectionCounts(**counts), engine_counts={})
+    rollouts = StepRollouts(groups=[g for g, _ in groups], num_refilled=num_refilled, engine_counts={})
     advantages = [group_advantages(g, normalize_std=True) for g, _ in groups]
     return measure_step(rollouts, [blocks for _, blocks in groups], advantages, results)
 
@@ -182,8 +181,8 @@ def test_the_hit_rate_is_absent_where_no_question_knows_its_passage() -> None:
     assert names.HIT_RATE not in measure([with_blocks(unknown)])
 
 
-def test_measure_evaluation_has_names_of_its_own() -> None:
-    assert measure_evaluation([group([1.0], shown="gold"), group([0.0])]) == {
+def test_rollouts_of_an_evaluation_have_names_of_its_own() -> None:
+    assert measure_rollouts([group([1.0], shown="gold"), group([0.0])], names.EVAL_PREFIX) == {
         names.EVAL_NUM_TRAJECTORIES: 2,
         names.EVAL_NUM_LOST: 0,
         names.EVAL_NUM_PROMPT_TOO_LONG: 0,
@@ -200,11 +199,13 @@ def test_measure_evaluation_has_names_of_its_own() -> None:
 def test_an_outage_is_no_wrong_answer_of_the_policy() -> None:
     """19 of 100 searches failed, everything else is right."""
     right, lost = [group([1.0], shown="gold")] * 81, [group([0.0], statuses=[FAILED])] * 19
-    values = measure_evaluation([*right, *lost])
+    values = measure_rollouts([*right, *lost], names.EVAL_PREFIX)
     assert (values[names.EVAL_EM], values[names.EVAL_F1], values[names.EVAL_HIT_RATE]) == (1.0, 1.0, 1.0)
     assert (values[names.EVAL_NUM_TRAJECTORIES], values[names.EVAL_NUM_LOST]) == (100, 19)
     assert values["eval/status/retrieval_failed"] == 0.19
-    assert names.EVAL_EM not in measure_evaluation(lost), "nothing to average: no number, and no best checkpoint"
+    assert names.EVAL_EM not in measure_rollouts(lost, names.EVAL_PREFIX), (
+        "nothing to average: no number, and no best checkpoint"
+    )
 
 
 def test_measure_updates_means_losses_and_takes_maxima_of_maxima() -> None:

@@ -68,7 +68,7 @@ def test_the_first_rank_says_at_once_that_it_has_heard(monkeypatch: pytest.Monke
         assert stop.is_agreed()
     assert len(said) == 1
     assert said[0].startswith("SIGINT: stopping")
-    assert "Ctrl-C again ends at once" in said[0]
+    assert "Ctrl-C again ends the run at once" in said[0]
     assert "--shutdown-timeout" in announcement("SIGINT", is_under_torchrun=True)
 
 

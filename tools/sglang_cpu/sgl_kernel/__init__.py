@@ -1,8 +1,7 @@
 """Lets SGLang be imported on a CPU without AMX, for which no build of sgl_kernel is published.
 
-Such a CPU runs SGLang's own torch code; what it still imports from sgl_kernel are names of speculative decoding and of
-moves in the KV cache. They are here to be imported only: a call raises. Nothing is registered under
-``torch.ops.sgl_kernel``, so SGLang's probes for kernels answer "absent", which is true.
+On such a CPU SGLang runs its own torch code, but still imports names for speculative decoding and moves in the KV cache
+from sgl_kernel. Calling one raises. Nothing is registered under ``torch.ops.sgl_kernel``, so SGLang finds no kernels.
 """
 
 from __future__ import annotations
