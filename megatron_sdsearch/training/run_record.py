@@ -81,7 +81,7 @@ def config_text(config: RunConfig) -> str:
     left_out: list[str] = []
     paths = {name for name, value in flatten(config.model_dump()).items() if isinstance(value, Path)}
     tree = _without_secrets(config.model_dump(mode="json"), left_out, paths)
-    notes = "".join(f"# Left out, for it may be a secret: {name}\n" for name in left_out)
+    notes = "".join(f"# Left out because it may be a secret: {name}\n" for name in left_out)
     return _HEADER + notes + OmegaConf.to_yaml(OmegaConf.create(tree))  # quotes strings that look like numbers
 
 

@@ -104,7 +104,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str, str, str, str]] = [
         {},
         "error",
         "rollout.max_prompt_tokens",
-        "none of their",
+        "no trajectory would be sampled",
         "at least",
     ),
     (
