@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
+# Entry point of the image: checks a configuration and trains, or runs any other command.
+#
 # entrypoint.sh train CONFIG [key=value ...]    train on this machine's GPUs
 # entrypoint.sh COMMAND [arguments ...]         any other command of the package: evaluate, --help ...
 # entrypoint.sh -- PROGRAM [arguments ...]      any program: bash, python3 tools/index_corpus.py ...

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# on_node.sh prepare|serve|train ...: started by srun once on each node; not for use by hand.
+# on_node.sh ROLE ... (prepare, serve or train): started by srun once on each node; not for use by hand.
 #
 # Every role ends in `exec`, because Slurm sends signals to this process (with cgroups only to this one). torchrun
 # forwards SIGUSR1 to its ranks, which save and stop (docs/checkpoints.md).

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus", type=int, required=True, help="on each node; 0 without GPUs")
     parser.add_argument("--sglang-nodes", type=int, required=True)
-    parser.add_argument("--ranks", type=int, help="on each training node; one per GPU by default")
+    parser.add_argument("--ranks", type=int, help="on each training node; by default one per GPU that servers leave")
     parser.add_argument("--max-stalled-starts", type=int, required=True)
     arguments = parser.parse_args()
     allocation = Allocation(

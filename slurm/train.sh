@@ -4,10 +4,12 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@600
 #
+# Runs one torchrun per node, and SGLang servers on the last SDSEARCH_SGLANG_NODES nodes, or on all nodes with
+# rollout.sglang.colocated.
+#
 # sbatch [sbatch's flags] slurm/train.sh CONFIG [key=value ...]
 #
-# Runs one torchrun per node, and SGLang servers on the last SDSEARCH_SGLANG_NODES nodes, or on all nodes with
-# rollout.sglang.colocated. Set account, partition, nodes and time by sbatch's flags or SBATCH_* variables. Submit it
+# Set account, partition, nodes and time by sbatch's flags or SBATCH_* variables. Submit it
 # from the root of this repository. Settings: docs/cluster.md.
 #
 # Exit codes: 0 trained; 1 failed, with the cause in the last line; 2 wrong input; 143 ended by scancel.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -50,9 +51,16 @@ def tour() -> str:
     lines = [
         "# A tour of the code\n\n",
         NOTICE,
-        "A module may import only modules below it on this page; import-linter enforces this in `make check` ",
+        "At run time a module imports only modules below it on this page; import-linter enforces this in ",
+        "`make check` ",
         "(`[tool.importlinter]` in `pyproject.toml`). The order of a training step is in `training/loop.py`: ",
-        "start there.\n",
+        "start there.\n\n",
+        "What calls what in a step: `training/loop.py` -> `training/rollouts.py` (which ranks roll out) -> ",
+        "`rollout/collector.py` (groups) -> `rollout/episode.py` (one trajectory) -> an engine (`rollout/embedded.py` or ",
+        "`sglang/engine.py`) and a search engine (`retrieval/`); then `hindsight/block.py`, `batching/samples.py`, ",
+        "`batching/packing.py`, `training/updates.py`, `training/policy.py`, `parallel/schedule.py` and ",
+        "`loss/objective.py`. `training/engines.py` starts engines, `sglang/publish.py` sends them the weights, and ",
+        "`sglang/servers.py` restarts a server that died.\n",
     ]
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
@@ -76,12 +84,13 @@ def _section(title: str, path: Path) -> Iterator[str]:
 
 
 def _first_line(file: Path) -> str:
-    """Return the first paragraph of a module's docstring, or the first comment line of a shell script, on one line."""
+    """Return the first paragraph of a module's docstring, or of a shell script's comments, on one line."""
     text = file.read_text()
     if file.suffix == ".sh":
-        comments = (line[2:] for line in text.splitlines()[1:] if line.startswith("# ") and "shellcheck" not in line)
-        return next(comments, "")
-    paragraph = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
+        comment = re.search(r"^# (?!shellcheck).*(\n# .*)*", text, re.MULTILINE)
+        paragraph = comment[0].replace("\n# ", " ").removeprefix("# ") if comment else ""
+    else:
+        paragraph = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).replace("``", "`").replace("|", "\\|")
 
 

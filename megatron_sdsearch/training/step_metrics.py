@@ -40,7 +40,7 @@ def measure_step(
     classes = [group_class(group) for group in groups]
     values: Values = {
         names.REWARD: sum(rewards) / len(rewards),
-        "train/num_retrieval_failed": statuses.count(TrajectoryStatus.RETRIEVAL_FAILED),
+        names.NUM_RETRIEVAL_FAILED: statuses.count(TrajectoryStatus.RETRIEVAL_FAILED),
         names.NUM_WITHOUT_CONTRAST: len(classes) - classes.count("mixed"),
         names.SHARE_WITHOUT_ADVANTAGE: sum(not any(own) for own in advantages) / len(groups),
         names.NUM_REFILLED: rollouts.num_refilled,
@@ -57,7 +57,7 @@ def measure_step(
     pairs = [(trajectory, block) for (trajectory, _), block in zip(members, flat, strict=True)]
     num_leaks = sum(trajectory.trajectory_id.sibling in block.leaks for trajectory, block in pairs)
     values |= {
-        "hindsight/num_leaks": num_leaks,
+        names.NUM_LEAKS: num_leaks,
         names.LEAK_SHARE: num_leaks / len(rewards),
         "hindsight/dropped_per_block": sum(len(block.dropped) for block in flat) / len(flat),
         names.NUM_EMPTIED: sum(block.is_emptied and trajectory.is_trainable for trajectory, block in pairs),
@@ -67,7 +67,7 @@ def measure_step(
 
 def measure_probe(result: QueryHitComparison) -> Values:
     """Measure hit rates of the teacher's and the student's queries."""
-    return {f"probe/{name}": value for name, value in asdict(result).items() if value is not None}
+    return {f"{names.PROBE_PREFIX}{name}": value for name, value in asdict(result).items() if value is not None}
 
 
 def measure_updates(results: Sequence[UpdateResult]) -> Values:

@@ -313,6 +313,15 @@ def test_commands_of_a_readme_name_its_config_and_right_overrides(recipe: str) -
     assert config.parallel.tensor_model_parallel_size == 4
 
 
+def test_the_quick_start_of_a_real_model_fits_its_node() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^OMP_NUM_THREADS=1 torchrun .*examples/.*$", text, re.MULTILINE)
+    path, *overrides = command[command.index("examples/") :].split()
+    ranks = int(command.split("--nproc-per-node ")[1].split()[0])
+    allocation = Allocation(gpus_per_node=GPUS_PER_NODE, ranks_per_node=ranks)
+    assert allocation_problems(load_config(ROOT / path, overrides), allocation) == []
+
+
 @pytest.mark.parametrize(
     "overrides", re.findall(r"`((?:retrieval\.\S+=\S+ ?)+)`", DOCS), ids=lambda text: text.split()[-1]
 )
