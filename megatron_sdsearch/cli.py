@@ -102,7 +102,7 @@ def evaluate(
     model: Annotated[Path, typer.Option(callback=home_path, help="Hugging Face folder to evaluate, e.g. runs/demo/hf")],
     overrides: OverridesArgument = None,
 ) -> None:
-    """Evaluate an exported model on ``data.heldout`` greedily with transformers; prints one JSON object."""
+    """Evaluate an exported model on `data.heldout` greedily with transformers; prints one JSON object."""
     loaded = load_config(config, overrides or [])
     from megatron_sdsearch.evaluation.evaluate import evaluate_folder
 

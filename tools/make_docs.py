@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_sdsearch.config import RunConfig
-from megatron_sdsearch.config.lookup import RENAMED
+from megatron_sdsearch.config.lookup import DROPPED, RENAMED
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_sdsearch"
@@ -107,6 +107,8 @@ def settings() -> str:
     lines += _table("", RunConfig, schema, documentation)
     lines += ["\n## Renamed\n\n| old name | name today |\n|---|---|\n"]
     lines += [f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items())]
+    lines += ["\n## Removed\n\n| setting | instead |\n|---|---|\n"]
+    lines += [f"| `{name}` | {hint} |\n" for name, hint in sorted(DROPPED.items())]
     return "".join(lines)
 
 
@@ -127,7 +129,11 @@ def _table(
     prefix: str, section: type[BaseModel], schema: Mapping[str, Any], documentation: Mapping[tuple[str, str], str]
 ) -> Iterator[str]:
     """Yield the table of one section, then those of its subsections."""
-    title = f"\n## `{prefix.rstrip('.')}`\n\n{(section.__doc__ or '').splitlines()[0]}\n" if prefix else ""
+    title = (
+        f"\n## `{prefix.rstrip('.')}`\n\n{(section.__doc__ or '').splitlines()[0].replace('``', '`')}\n"
+        if prefix
+        else ""
+    )
     yield title + "\n| setting | type | default | |\n|---|---|---|---|\n"
     inner: list[tuple[str, type[BaseModel]]] = []
     definition = schema if section is RunConfig else schema["$defs"][section.__name__]

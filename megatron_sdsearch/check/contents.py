@@ -137,7 +137,7 @@ def _turns(config: RunConfig, num_prompt_tokens: int) -> Iterator[Finding]:
 
 def _corpus(run: RunUnderTest) -> Iterator[Finding]:
     retrieval = run.config.retrieval
-    if retrieval is None or retrieval.engine != "tantivy" or retrieval.corpus is None or not retrieval.corpus.exists():
+    if retrieval is None or retrieval.engine != "tantivy" or retrieval.corpus is None or not retrieval.corpus.is_file():
         return
     corpus, top_k = retrieval.corpus, retrieval.top_k
     problems: list[ConfigError] = []

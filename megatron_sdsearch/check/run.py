@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from megatron_sdsearch.check.contents import check_contents
@@ -14,7 +13,7 @@ from megatron_sdsearch.check.servers import check_servers
 from megatron_sdsearch.check.sizes import check_sizes
 from megatron_sdsearch.check.storage import check_storage
 from megatron_sdsearch.config import examine_tree, read_tree, setting_warnings
-from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.errors import ConfigError, SDSearchError, as_config_error
 from megatron_sdsearch.training.preflight import attempt, read_files, start_problems
 
 # To add a part, add its function here.
@@ -57,7 +56,11 @@ def run_checks(
     fields = {problem.field for problem in refused}
     # Training would not notice what follows.
     waste = [warning(problem.field, problem.problem, problem.fix) for problem in setting_warnings(config)]
-    waste += chain.from_iterable(part(run) for part in PARTS)
+    for part in PARTS:
+        try:
+            waste += part(run)
+        except SDSearchError as error:  # a part reads files that may change or break while it does
+            waste += errors([as_config_error(error, "CONFIG")])
     found += [finding for finding in waste if finding.severity is not Severity.WARNING or finding.field not in fields]
     # Findings about a default that replaced a refused value mean nothing.
     defaults = {problem.field for problem in problems}

@@ -57,7 +57,7 @@ def check_servers(run: RunUnderTest) -> Iterator[Finding]:
 def _index(run: RunUnderTest, retrieval: RetrievalConfig) -> Iterator[Finding]:
     """Look for the index; training builds a missing one, but a check writes no files."""
     corpus, field, problems = retrieval.corpus, "retrieval.corpus", list[ConfigError]()
-    if corpus is None or not corpus.exists():
+    if corpus is None or not corpus.is_file():
         return
     root = index_root(corpus, retrieval.index)
     if not run.is_online and corpus.stat().st_size > _HASHED_OFFLINE_BYTES:

@@ -14,7 +14,7 @@ from megatron_sdsearch.config.retrieval import (
     RetrieveServerConfig,
 )
 from megatron_sdsearch.config.rollout import RolloutConfig, SGLangConfig
-from megatron_sdsearch.config.rules import file_problems, no_model, setting_warnings
+from megatron_sdsearch.config.rules import file_problems, no_model, path_problems, setting_warnings
 from megatron_sdsearch.config.run import RunConfig
 from megatron_sdsearch.config.sections import (
     CheckpointConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "no_model",
     "parse_config",
     "path_argument",
+    "path_problems",
     "read_tree",
     "setting_warnings",
     "shown_command",

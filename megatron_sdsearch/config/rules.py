@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -207,11 +207,17 @@ def file_problems(config: RunConfig) -> Iterator[ConfigError]:
             yield no_model(field, folder)
     if config.model.megatron_dir is not None and not (config.model.megatron_dir / ".metadata").exists():
         yield _no_checkpoint(config.model.megatron_dir)
-    for field, path in files.items():
-        if path is not None and not path.exists():
-            yield ConfigError(field, f"{path} does not exist", "give a path that exists")
+    yield from path_problems(files)
     if config.samples_from_sglang and not config.rollout.sglang.urls:
         yield from _command_problems(config.rollout.sglang.command, config.rollout.sglang.plain_environment)
+
+
+def path_problems(files: Mapping[str, Path | None]) -> Iterator[ConfigError]:
+    """List settings whose file is missing, or is a folder; None is not a setting to look at."""
+    for field, path in files.items():
+        if path is not None and not path.is_file():
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            yield ConfigError(field, f"{path} {problem}", "give the path of a file that exists")
 
 
 def no_model(field: str, folder: Path) -> ConfigError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sdsearch.config import RunConfig, no_model
+from megatron_sdsearch.config import RunConfig, no_model, path_problems
 from megatron_sdsearch.data.prompts import get_profile
 from megatron_sdsearch.data.questions import read_questions
 from megatron_sdsearch.errors import ConfigError, DataError, raise_problems
@@ -44,9 +44,7 @@ def evaluate_folder(config: RunConfig, model_dir: Path) -> dict[str, Any]:
         raise ConfigError("data.heldout", "missing, but evaluation needs it", "set data.heldout and retrieval")
     if not (model_dir / "config.json").is_file():
         raise no_model("--model", model_dir)
-    for field, path in {"data.heldout": config.data.heldout, **config.retrieval.files()}.items():
-        if not path.is_file():
-            raise ConfigError(field, f"{path} does not exist", "set it to an existing path")
+    raise_problems(path_problems({"data.heldout": config.data.heldout, **config.retrieval.files()}))
     questions = read_questions(config.data.heldout)[: config.evaluation.num_questions]
     rollout, profile = config.rollout, get_profile(config.data.prompt_profile)
     renderer = Renderer.from_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def refuse_start(config: RunConfig) -> None:
     Raises:
         ConfigError: the run does not fit this machine or the ranks that torchrun has started.
     """
-    raise_problems(start_problems(config, Allocation.from_environment(torch.cuda.device_count())))
+    problems = start_problems(config, Allocation.from_environment(torch.cuda.device_count()))
+    if problems and os.environ.get("RANK", "0") == "0":
+        problems += [problem for problem in read_files(config).problems if str(problem) not in map(str, problems)]
+    raise_problems(problems)
 
 
 def start_problems(config: RunConfig, allocation: Allocation) -> list[ConfigError]:
@@ -98,7 +102,7 @@ def read_files(config: RunConfig) -> RunFiles:
     problems: list[ConfigError] = []
 
     def read(field: str, path: Path | None, reader: Callable[[Path], Sequence[T]]) -> Sequence[T]:
-        return attempt(lambda: reader(path), field, problems) or () if path is not None and path.exists() else ()
+        return attempt(lambda: reader(path), field, problems) or () if path is not None and path.is_file() else ()
 
     is_rl = config.is_rl
     hf_config, renderer = _read_hf_config(config.model.hf_dir, problems), None

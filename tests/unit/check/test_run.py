@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sdsearch.allocation import Allocation
 from megatron_sdsearch.check.run import run_checks
 from megatron_sdsearch.config import load_config
-from megatron_sdsearch.errors import ConfigError, raise_problems
-from megatron_sdsearch.training.preflight import read_files, start_problems
+from megatron_sdsearch.errors import ConfigError
+from megatron_sdsearch.training.preflight import refuse_start
 from tests.unit.check.tiny_run import TinyRun, only
 
 GPU: dict[str, Any] = {"gpus_per_node": 8, "ranks_per_node": 4}
@@ -322,17 +321,22 @@ def test_a_refused_value_is_not_judged_by_the_default_in_its_place(tiny: TinyRun
     ]
 
 
-def test_train_refuses_what_the_check_finds(tiny: TinyRun) -> None:
-    """All of it at once, from settings to the contents of files."""
-    overrides = ("data.heldout=nowhere", "parallel.tensor_model_parallel_size=3", "rollout.max_observation_tokens=4")
-    config = load_config(tiny.config, overrides)
-    allocation = Allocation(gpus_per_node=0, ranks_per_node=3)
+def test_train_refuses_what_the_check_finds(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it at once, from the layout to the contents of files."""
+    overrides = (
+        f"retrieval.corpus={tiny.folder}",
+        "data.heldout=nowhere",
+        "parallel.tensor_model_parallel_size=3",
+        "rollout.max_observation_tokens=4",
+    )
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError) as caught:
-        raise_problems([*start_problems(config, allocation), *read_files(config).problems])
+        refuse_start(load_config(tiny.config, overrides))
     found = [finding for finding in tiny.found(*overrides, ranks_per_node=3) if finding.severity == "error"]
     refused = [line.split(": ")[0] for line in str(caught.value).split("\n")]
     assert sorted(refused) == sorted(finding.field for finding in found)
-    assert len(refused) == 3
+    assert f"retrieval.corpus: {tiny.folder} is a folder" in str(caught.value)
+    assert len(refused) == 4
 
 
 def test_what_is_no_configuration_is_one_error(tiny: TinyRun) -> None:
