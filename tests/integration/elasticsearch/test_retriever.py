@@ -211,7 +211,7 @@ def test_the_fingerprint_follows_content_and_settings(node: Node) -> None:
         (PROPERTIES, _documents()[:1], {"index": "absent"}, "the index does not exist .*absent"),
         (
             PROPERTIES | {"vector": {"type": "dense_vector", "dims": 4}}, [{"id": "1", "contents": "a"}],
-            {"mode": "dense", "encoder": "unused"}, "makes vectors of 3",
+            {"mode": "dense", "encoder": "unused"}, "makes vectors of length 3",
         ),
     ],
 )  # fmt: skip
