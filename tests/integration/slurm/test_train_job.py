@@ -166,9 +166,9 @@ def wrong_inputs(world: Path, run_dir: Path) -> dict[str, tuple[list[str], dict[
         "all nodes serve": (
             [*right, "rollout.engine=sglang"],
             {"SDSEARCH_SGLANG_NODES": "2"},
-            "ConfigError: SDSEARCH_SGLANG_NODES: 2 of the 2 nodes of this job leave none to train on",
+            "ConfigError: SDSEARCH_SGLANG_NODES: 2 of 2 nodes leave none to train on",
         ),
-        "nobody serves": (
+        "no node serves": (
             [*right, "rollout.engine=sglang", f"rollout.sglang.command=[{world / 'model/config.json'}]"],
             {},
             "ConfigError: ",
