@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +42,7 @@ _VOCAB_MULTIPLE = 64  # rows that SGLang pads its vocabulary tables to, with zer
 _FUSED = ((re.compile(r"\.[qkv]_proj\."), ".qkv_proj."), (re.compile(r"\.(gate|up)_proj\."), ".gate_up_proj."))
 
 
-class Transport:
+class Transport(ABC):
     """Sends weights to servers.
 
     Args:
@@ -59,6 +60,7 @@ class Transport:
         self._config = config
         self._parallel = parallel
 
+    @abstractmethod
     def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
         """Return the steps, for every rank, that give the servers the policy's weights as ``version``.
 
@@ -68,13 +70,8 @@ class Transport:
         A step raises EngineError or OSError, on any rank. Servers then hold unknown weights (old, new or a mixture, of
         the old version or, after the last bucket, the new one) until a publish succeeds.
         """
-        return [partial(self.send, policy, servers, version, hashes)]
 
-    def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
-        """Send everything in one step."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 (most transports hold nothing between publishes)
         """Discard what was set up with the servers, because a step failed."""
 
 
@@ -85,7 +82,11 @@ class DiskTransport(Transport):
     stays until the next publish, because a server may still be reading it.
     """
 
-    def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
+    def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
+        """Send everything in one step."""
+        return [partial(self._send, policy, servers, version, hashes)]
+
+    def _send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
         """Write the folder, let the servers load it, and delete all older folders but one."""
         weights, is_main = hashes.watch(policy.hf_weights()), self._parallel.is_main
         folder = self._config.run_dir.resolve() / "weights" / f"v{version:06d}"
@@ -106,7 +107,11 @@ class TensorTransport(Transport):
     Each tensor-parallel rank of a server gets the whole bucket and cuts out its shard.
     """
 
-    def send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
+    def steps(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> list[Step]:
+        """Send everything in one step."""
+        return [partial(self._send, policy, servers, version, hashes)]
+
+    def _send(self, policy: Network, servers: Sequence[SGLangServer], version: int, hashes: WeightHashes) -> None:
         """Post all buckets within an update session of the servers."""
         weights = hashes.watch(policy.hf_weights())
         if not self._parallel.is_main:

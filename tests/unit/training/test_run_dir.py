@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,7 +15,7 @@ from megatron_sdsearch.training.run_lock import LOCK_FILE, check_run_dir, lock_r
 from tests.unit.check.tiny_run import TinyRun, only, save_model
 from tests.unit.full_disk import full_disk
 
-IS_ROOT = os.geteuid() == 0
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -21,12 +23,17 @@ def tiny(tmp_path: Path) -> TinyRun:
     return TinyRun(tmp_path, save_model(tmp_path / "saved"))
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "read_only"
-    folder.mkdir(mode=0o500)
-    yield folder
-    folder.chmod(0o700)
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Run as a user without rights for a moment: root may write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.setresuid(NOBODY, NOBODY, 0)  # 0 is kept as the saved id, which allows the way back
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.setresuid(0, 0, 0)
 
 
 def refusal(run_dir: Path) -> ConfigError:
@@ -61,9 +68,11 @@ def test_the_kernel_s_own_file_system_takes_no_folder() -> None:
     assert "/proc does not allow new folders" in str(refusal(Path("/proc/nowhere/run")))
 
 
-@pytest.mark.skipif(IS_ROOT, reason="nothing is locked for root")
-def test_a_folder_of_others_is_refused(read_only: Path) -> None:
-    assert f"{read_only} is not writable for this user" in str(refusal(read_only / "run"))
+def test_a_folder_of_others_is_refused() -> None:
+    with TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o555)
+        with without_privileges():
+            assert f"{folder} is not writable for this user" in str(refusal(Path(folder) / "run"))
 
 
 def test_a_read_only_file_system_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
