@@ -235,7 +235,11 @@ class DistributedTransport(Transport):
         call_servers(servers, lambda server: server.call(route, body | ranks[server.url]), meanwhile=join)
 
 
-TRANSPORTS = {"disk": DiskTransport, "tensor": TensorTransport, "distributed": DistributedTransport}
+TRANSPORTS: dict[str, Callable[[RunConfig, ParallelState], Transport]] = {
+    "disk": DiskTransport,
+    "tensor": TensorTransport,
+    "distributed": DistributedTransport,
+}
 """Values of ``rollout.sglang.weight_sync``."""
 
 
